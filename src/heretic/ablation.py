@@ -1,0 +1,186 @@
+"""The algebra of directional ablation: strengths over the layers, output maps, exact weight edits, adapter factors.
+
+Tensors in, tensors out. Letters as usual: a writer has the weight `W (d_out, d_in)`, perhaps a bias `b (d_out,)`, and
+the output `y = W x + b`; `r (d_out,)` is a unit direction, `strength` what the kernel gives the writer in its layer,
+`n (d_out,)` the row norms of `W`, `What = diag(1/n) W`. `1/n` is taken as 0 where a row's norm is 0.
+
+Modes of row normalization:
+- `none`: `W' = W - strength r r^T W`
+- `pre`:  `W' = W - strength diag(n) r r^T What`
+- `full`: `W' = diag(n) rownormalize(What - strength r r^T What)`; directions change, row norms do not.
+In every mode `b' = b - strength r (r . b)`, since a bias writes to the residual stream as well (Arditi et al. 2024,
+arXiv 2406.11717, section 4.1, edit output biases too).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RowNormalization = Literal["none", "pre", "full"]
+
+
+@dataclass(frozen=True)
+class ComponentParameters:
+    """Strength over the layers for one component. Positions and distances are fractions of the last layer index."""
+
+    max_weight: float
+    max_weight_position: float
+    min_weight: float
+    min_weight_distance: float
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One trial as data. `direction_index` is a fraction of the last layer index; None: each layer's own direction."""
+
+    direction_index: float | None
+    parameters: Mapping[str, ComponentParameters]
+
+
+@dataclass(frozen=True)
+class OutputMap:
+    """The edit of one writer as a map of its output: `y' = edited_bias + scale * (y0 - left (right . y0))`, `y0 = y - bias`.
+
+    `left`, `right`, `scale`, `edited_bias` `(trial, d_out)`, `bias (d_out,)`, all float32 (float64 in tests). `scale` None means 1.
+    `bias` None means that none has to be taken off: there is none, or (mode `none`) the map is the same for it.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    edited_bias: Tensor | None = None
+
+
+def kernel(layer: int, parameters: ComponentParameters, last_layer: int) -> float:
+    """Strength in layer `layer`: falls linearly from `max_weight` at its position to `min_weight` at the distance, 0 beyond."""
+    distance = abs(layer - parameters.max_weight_position * last_layer)
+    reach = parameters.min_weight_distance * last_layer
+    if distance > reach:
+        return 0.0
+    if reach == 0:
+        return parameters.max_weight
+    return parameters.max_weight + (distance / reach) * (parameters.min_weight - parameters.max_weight)
+
+
+def inverse_norms(norms: Tensor) -> Tensor:
+    """`1 / n`, and 0 where `n` is 0, so that rows of zeros stay zero."""
+    return torch.where(norms > 0, 1 / norms, 0)
+
+
+def row_gram(weight: Tensor, norms: Tensor, directions: Tensor) -> Tensor:
+    """`c = What What^T r` for each row of `directions (k, d_out)`, as `(k, d_out)`.
+
+    `c` is linear in `r`, so one call at load time serves every mixture of these directions.
+    """
+    inverse = inverse_norms(norms)
+    return ((directions * inverse) @ weight @ weight.T) * inverse
+
+
+def row_rescaling(strength: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    """The factor `s (..., d_out)` that gives each edited row of `What` its norm of one back (mode `full`).
+
+    Row `i` of `What - strength r a` with `a = r^T What` has the squared norm
+    `1 - 2 strength r_i c_i + strength^2 r_i^2 (r . c)`. A row that the edit leaves (nearly) nothing of gets 0, as
+    normalizing nothing does. `strength (..., 1)`, `r`, `c` `(..., d_out)`.
+    """
+    squared = 1 - 2 * strength * r * c + (strength * r) ** 2 * (r * c).sum(dim=-1, keepdim=True)
+    return torch.where(squared > torch.finfo(squared.dtype).eps, squared.clamp(min=0).rsqrt(), 0)
+
+
+def output_map(
+    mode: RowNormalization,
+    strength: Tensor,
+    r: Tensor,
+    norms: Tensor | None = None,
+    c: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> OutputMap:
+    """The edit of `edit_weight` and `edit_bias` as a map of the output, exact in all three modes, for a batch of trials.
+
+    `strength (trial,)`, `r (trial, d_out)`; `norms (d_out,)` in modes `pre` and `full`, `c (trial, d_out)` from `row_gram`
+    in mode `full`. No weight is needed, so quantized and offloaded ones work as they are.
+    """
+    strength = strength[:, None]
+    if mode == "none":
+        return OutputMap(strength * r, r)
+    if norms is None:
+        raise ValueError(f"mode {mode} needs the row norms")
+    left, right = strength * norms * r, r * inverse_norms(norms)
+    scale = None
+    if mode == "full":
+        if c is None:
+            raise ValueError("mode full needs c")
+        # A trial of strength 0 keeps exactly the factor 1, and rows of zeros stay zero through `right` and `left`.
+        scale = row_rescaling(strength, r, c)
+    edited_bias = None if bias is None else bias - strength * r * (r * bias).sum(dim=-1, keepdim=True)
+    return OutputMap(left, right, scale, bias, edited_bias)
+
+
+def apply_output_map(y: Tensor, edit: OutputMap, trial_of_row: Tensor | None) -> Tensor:
+    """`y (row, ..., d_out)` edited; row `k` belongs to trial `trial_of_row[k]` (None: all rows to the first trial).
+
+    Inner products are taken in the map's dtype (float32), whatever the model's: in bfloat16 the direction would be
+    removed to three digits only.
+    """
+
+    def rows(values: Tensor) -> Tensor:
+        chosen = values[:1] if trial_of_row is None else values[trial_of_row]
+        return chosen.reshape(chosen.shape[0], *(1,) * (y.dim() - 2), chosen.shape[-1])
+
+    y0 = y.to(edit.left.dtype)
+    if edit.bias is not None:
+        y0 = y0 - edit.bias
+    projection = (y0 * rows(edit.right)).sum(dim=-1, keepdim=True)
+    edited = torch.addcmul(y0, rows(edit.left), projection, value=-1)
+    if edit.scale is not None:
+        edited = edited * rows(edit.scale)
+    if edit.edited_bias is not None:
+        edited = edited + rows(edit.edited_bias)
+    return edited.to(y.dtype)
+
+
+def edit_weight(weight: Tensor, r: Tensor, strength: float, mode: RowNormalization) -> Tensor:
+    """The edited `W' (d_out, d_in)`, computed in float32 (float64 for float64 input), not rounded back."""
+    W = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    r = r.to(W)
+    if mode == "none":
+        return W - strength * torch.outer(r, r @ W)
+    norms = torch.linalg.vector_norm(W, dim=1)
+    What = W * inverse_norms(norms)[:, None]
+    change = strength * torch.outer(r, r @ What)
+    if mode == "pre":
+        return W - norms[:, None] * change
+    edited = What - change
+    return edited * (norms * inverse_norms(torch.linalg.vector_norm(edited, dim=1)))[:, None]
+
+
+def edit_bias(bias: Tensor, r: Tensor, strength: float) -> Tensor:
+    """`b' = b - strength r (r . b)` in float32 (float64 for float64 input), not rounded back."""
+    b = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    r = r.to(b)
+    return b - strength * r * (r @ b)
+
+
+def adapter_factors(weight: Tensor, r: Tensor, strength: float, mode: RowNormalization, rank: int) -> tuple[Tensor, Tensor, float]:
+    """`A (rank, d_in)`, `B (d_out, rank)` with `B A` nearly `W' - W`, and the relative error left (Frobenius norm).
+
+    Exact with rank 1 in modes `none` and `pre`, whose change is an outer product; in mode `full` the truncated singular
+    value decomposition at `rank`, the best there is of that rank.
+    """
+    W = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    r = r.to(W)
+    if mode == "none":
+        return (r @ W)[None], (-strength * r)[:, None], 0.0
+    if mode == "pre":
+        norms = torch.linalg.vector_norm(W, dim=1)
+        return ((r * inverse_norms(norms)) @ W)[None], (-strength * norms * r)[:, None], 0.0
+    change = edit_weight(W, r, strength, mode) - W
+    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+    root = S[:rank].sqrt()
+    total = torch.linalg.vector_norm(S)
+    error = float(torch.linalg.vector_norm(S[rank:]) / total) if total > 0 else 0.0
+    return root[:, None] * Vh[:rank], U[:, :rank] * root, error

@@ -1,0 +1,220 @@
+"""The study's journal on disk: which file, whose study, one process at a time, and what a torn write costs."""
+
+import contextlib
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from .config import PromptSpecification, Settings
+from .errors import CheckpointError
+
+STUDY_NAME = "heretic"
+
+# Settings that define a study: trials scored under different ones cannot be compared.
+DEFINING = (
+    "model",
+    "model_commit",
+    "demo",
+    "quantization",
+    "max_response_length",
+    "response_prefix",
+    "chain_of_thought_skips",
+    "system_prompt",
+    "kl_divergence_scale",
+    "kl_divergence_target",
+    "orthogonalize_direction",
+    "row_normalization",
+    "winsorization_quantile",
+    "refusal_markers",
+    "good_prompts",
+    "bad_prompts",
+    "good_evaluation_prompts",
+    "bad_evaluation_prompts",
+)
+
+
+class _JournalLock:
+    """Optuna's lock interface over the operating system's file locks, which a killed process cannot leave behind."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def journal_path(settings: Settings) -> Path:
+    """The journal's file, named after the model: every character but letters, digits, `_` and `-` becomes `--`."""
+    name = "".join(c if c.isalnum() or c in "_-" else "--" for c in settings.model)
+    return Path(settings.study_checkpoint_dir).expanduser() / f"{name}.jsonl"
+
+
+class Checkpoint:
+    """An open journal and the study in it. Use as a context manager: while it is open, no other process can work on it.
+
+    Raises `CheckpointError` where the folder cannot be written, another process holds the study, or the file is damaged.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = journal_path(settings)
+        self.lost_bytes = 0
+        self._run_lock = FileLock(f"{self.path}.run.lock")
+        self.study: optuna.Study | None = None
+
+    def __enter__(self) -> "Checkpoint":
+        with journal_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._run_lock.acquire(blocking=False)
+            except Timeout as error:
+                raise CheckpointError(
+                    f"Another process is working on the study {self.path}. Wait for it, or use another --study-checkpoint-dir."
+                ) from error
+            if self.path.exists():
+                self._cut_torn_line()
+                self.study = self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run_lock.release()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a study with at least one finished trial."""
+        return self.study is not None and any(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+
+    def _cut_torn_line(self) -> None:
+        content = self.path.read_bytes()
+        kept = content[: content.rfind(b"\n") + 1]
+        last = kept[:-1].rpartition(b"\n")[2]
+        if last:
+            try:
+                json.loads(last)
+            except ValueError:
+                kept = kept[: len(kept) - len(last) - 1]
+        if kept != content:
+            self.lost_bytes = len(content) - len(kept)
+            with self.path.open("r+b") as file:
+                file.truncate(len(kept))
+
+    def _open(self) -> optuna.Study:
+        try:
+            storage = JournalStorage(JournalFileBackend(str(self.path), lock_obj=_JournalLock(self.path)))
+            return optuna.create_study(
+                storage=storage,
+                study_name=STUDY_NAME,
+                directions=[StudyDirection.MINIMIZE, StudyDirection.MINIMIZE],
+                load_if_exists=True,
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"The study {self.path} is damaged and cannot be read: {error}. Put a good copy in its place, or begin anew with "
+                "--checkpoint-action restart (the file is kept)."
+            ) from error
+
+    def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
+        """Begin a study, described by its settings. A journal that is there is kept beside it as `.old`."""
+        with journal_errors(self.path):
+            if self.path.exists():
+                self.path.replace(self.path.with_suffix(".jsonl.old"))
+            self.study = self._open()
+            self.study.set_user_attr("settings", settings.model_dump(mode="json"))
+            self.study.set_user_attr("given", sorted(settings.model_fields_set))
+            self.study.set_user_attr("identity", identity)
+        return self.study
+
+    def restored(self, settings: Settings) -> Settings:
+        """The stored settings, with those that are given now on top. Raises `CheckpointError` naming what must not differ."""
+        attributes = self._attributes()
+        stored = {name: attributes["settings"][name] for name in attributes["given"] if name in Settings.model_fields}
+        given = settings.model_dump(mode="json", include=settings.model_fields_set)
+        result = Settings.model_validate({**stored, **given})
+        before = Settings.model_validate(stored)
+        differences = [
+            f"{name} was {_shown(getattr(before, name))} and is now {_shown(getattr(result, name))}"
+            for name in DEFINING
+            if getattr(before, name) != getattr(result, name)
+        ]
+        self._refuse(differences)
+        return result
+
+    def check_identity(self, identity: dict[str, str]) -> None:
+        """Raise `CheckpointError` where the model's files or the prompts are no longer those of the study."""
+        stored = self._attributes()["identity"]
+        self._refuse([f"the contents of {name} have changed" for name in identity if stored.get(name) != identity[name]])
+
+    @property
+    def n_done(self) -> int:
+        """How many trials of the study are done."""
+        return 0 if self.study is None else sum(map(is_counted, self.study.get_trials(deepcopy=False)))
+
+    def note(self, **attributes: Any) -> None:
+        """Store facts about the study that a later run shows without loading the model."""
+        assert self.study is not None
+        with journal_errors(self.path):
+            for name, value in attributes.items():
+                if self.study.user_attrs.get(name) != value:
+                    self.study.set_user_attr(name, value)
+
+    def target(self, settings: Settings, n_done: int, is_new: bool) -> int:
+        """How many trials there shall be in all.
+
+        `n_trials`, or what an earlier run was told beyond that; where those are done, `n_additional_trials` more.
+        """
+        stored = 0 if is_new or self.study is None else self.study.user_attrs.get("target", 0)
+        target = max(settings.n_trials, stored)
+        if settings.n_additional_trials and (is_new or n_done >= target):
+            target = max(n_done, target) + settings.n_additional_trials
+        return target
+
+    def _attributes(self) -> dict[str, Any]:
+        attributes = {} if self.study is None else self.study.user_attrs
+        if not {"settings", "given", "identity"} <= attributes.keys():
+            raise CheckpointError(
+                f"The study {self.path} was not made by this program. Begin anew with --checkpoint-action restart (the file is kept)."
+            )
+        return attributes
+
+    def _refuse(self, differences: list[str]) -> None:
+        if differences:
+            raise CheckpointError(
+                f"The study {self.path} is another one: {'; '.join(differences)}. Begin anew with --checkpoint-action restart "
+                "(the old file is kept), or use another --study-checkpoint-dir."
+            )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value.model_dump(exclude_defaults=True)) if isinstance(value, PromptSpecification) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def is_counted(trial: FrozenTrial) -> bool:
+    """Whether a trial is done: complete, or failed for a reason that is recorded. One that was cut off is neither."""
+    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and "failure" in trial.user_attrs)
+
+
+@contextlib.contextmanager
+def journal_errors(path: Path) -> Iterator[None]:
+    """Turn the file system's errors into a `CheckpointError` that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Free some space" if full else "Make it writable or set another --study-checkpoint-dir"
+        raise CheckpointError(
+            f"The study {path} cannot be written: {error.strerror}. {remedy}, then give the same command again: it goes on from the "
+            "last finished trial."
+        ) from error

@@ -1,0 +1,207 @@
+"""Everything that is printed: live in a terminal, plain lines without control codes elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .ablation import Ablation
+from .search import ablation_of, pareto_front
+from .utils import format_duration
+
+# Steps shorter than this are not worth a second line where the output is no terminal.
+WORTH_SAYING_SECONDS = 5.0
+LAST_TRIALS = 6
+FRONT_ROWS = 8
+
+
+class Console:
+    """The screen. Implements `utils.Progress`."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stdout.isatty()
+        width = None if self.is_terminal else 10_000
+        self.rich = RichConsole(highlight=False, width=width, no_color=not self.is_terminal, emoji=False)
+        self.errors = RichConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 10_000, emoji=False)
+
+    @property
+    def can_ask(self) -> bool:
+        """Whether somebody is there to answer."""
+        return self.is_terminal and sys.stdin.isatty()
+
+    def message(self, text: str) -> None:
+        self.rich.print(escape(text))
+
+    def warning(self, text: str) -> None:
+        self.rich.print(f"[yellow]Warning:[/] {escape(text)}")
+
+    def error(self, text: str) -> None:
+        """An error in plain words, on the standard error stream."""
+        self.errors.print(f"[bold red]Error:[/] {escape(text)}")
+
+    def heading(self, text: str) -> None:
+        """The title of a stage of the run."""
+        self.rich.print(f"\n[bold]{escape(text)}[/]")
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        start = time.monotonic()
+        if self.is_terminal:
+            with _bar(self.rich, total) as bar:
+                task = bar.add_task(escape(description), total=total)
+                yield lambda n: bar.advance(task, n)
+            self.rich.print(f"[dim]{escape(description)}: {format_duration(time.monotonic() - start)}[/]")
+            return
+        self.message(f"{description} ...")
+        yield lambda n: None
+        seconds = time.monotonic() - start
+        if seconds >= WORTH_SAYING_SECONDS:
+            self.message(f"{description}: done in {format_duration(seconds)}")
+
+    def front(self, front: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None) -> None:
+        """The Pareto front as a table."""
+        self.rich.print(front_table(front, last_layer, base_refusals))
+
+    def columns(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table of texts, wrapped in their columns."""
+        table = Table(title=escape(title), show_lines=True, expand=self.is_terminal)
+        for header in headers:
+            table.add_column(escape(header), ratio=1, overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.rich.print(table)
+
+
+def _bar(console: RichConsole, total: int | None) -> Progress:
+    counted = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) if total else ()
+    return Progress(SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn(), console=console, transient=True)
+
+
+def describe_direction(ablation: Ablation, last_layer: int | None) -> str:
+    """`per layer`, or the index with the layer beside it."""
+    index = ablation.direction_index
+    if index is None:
+        return "per layer"
+    return f"{index:.2f}" + ("" if last_layer is None else f" (layer {index * last_layer:.1f})")
+
+
+def describe_component(ablation: Ablation, component: str, last_layer: int | None) -> str:
+    """The kernel in short: greatest weight at its position, smallest at its distance, with layers beside the fractions."""
+    p = ablation.parameters[component]
+    place, reach = f"{p.max_weight_position:.2f}", f"{p.min_weight_distance:.2f}"
+    if last_layer is not None:
+        place += f" (layer {p.max_weight_position * last_layer:.1f})"
+        reach += f" ({p.min_weight_distance * last_layer:.1f} layers)"
+    return f"{p.max_weight:.2f} at {place}, {p.min_weight:.2f} at ±{reach}"
+
+
+def trial_rows(trials: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows that describe trials: scores, then what was done."""
+    components = list(ablation_of(trials[0]).parameters) if trials else []
+    headers = ["#", "Trial", "Refusals", "KL divergence", "Direction", *components]
+    rows = []
+    for i, trial in enumerate(trials):
+        ablation = ablation_of(trial)
+        refusals = str(trial.user_attrs["refusals"]) + (f"/{base_refusals}" if base_refusals else "")
+        kernels = [describe_component(ablation, component, last_layer) for component in components]
+        scores = [str(i), str(trial.number), refusals, f"{trial.user_attrs['kl_divergence']:.4f}"]
+        rows.append([*scores, describe_direction(ablation, last_layer), *kernels])
+    return headers, rows
+
+
+def front_table(front: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None) -> Table:
+    """The Pareto front; the first column is what `--trial-index` counts."""
+    headers, rows = trial_rows(front, last_layer, base_refusals)
+    table = Table(title="Pareto front (# is the trial index)", title_justify="left")
+    for header in headers:
+        table.add_column(escape(header), justify="right" if header in headers[:4] else "left", no_wrap=header in headers[:4])
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+class StudyView:
+    """The search as it goes: a live table in a terminal, a line for each trial elsewhere."""
+
+    def __init__(self, console: Console, n_trials: int, n_done: int, base_refusals: int) -> None:
+        self.console = console
+        self.n_trials = n_trials
+        self.n_done = n_done
+        self.base_refusals = base_refusals
+        self.trials: list[FrozenTrial] = []
+        self.note = ""
+        self._start = time.monotonic()
+        self._n_before = n_done
+        self._live: Live | None = None
+
+    def __enter__(self) -> "StudyView":
+        if self.console.is_terminal:
+            self._live = Live(console=self.console.rich, refresh_per_second=2, get_renderable=self._render, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+
+    def show(self, trials: Sequence[FrozenTrial], n_done: int) -> None:
+        """Take note of the trials so far; the last of them has just finished."""
+        self.trials, self.n_done = list(trials), n_done
+        latest = trials[-1]
+        if latest.state == TrialState.FAIL:
+            self.console.warning(f"Trial {latest.number} failed and does not count: {latest.user_attrs.get('failure', 'cut off')}")
+        elif self._live is None:
+            front = ", ".join(f"{t.user_attrs['refusals']} at {t.user_attrs['kl_divergence']:.4f}" for t in self._front())
+            self.console.message(
+                f"Trial {self.n_done}/{self.n_trials}: {latest.user_attrs['refusals']}/{self.base_refusals} refusals, "
+                f"KL divergence {latest.user_attrs['kl_divergence']:.4f}; {self._times()}; front: {front}"
+            )
+
+    def say(self, note: str) -> None:
+        """A remark that stays on the screen."""
+        self.note = note
+        if self._live is None:
+            self.console.message(note)
+
+    def _front(self) -> list[FrozenTrial]:
+        return pareto_front(self.trials)
+
+    def _times(self) -> str:
+        elapsed = time.monotonic() - self._start
+        text = f"{format_duration(elapsed)} elapsed"
+        run = self.n_done - self._n_before
+        if run and self.n_done < self.n_trials:
+            text += f", about {format_duration(elapsed / run * (self.n_trials - self.n_done))} left"
+        return text
+
+    def _render(self) -> Group:
+        bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(self._times()))
+        bar.add_task("Trials", total=self.n_trials, completed=self.n_done)
+        parts: list[object] = [bar.make_tasks_table(bar.tasks)]
+        front = self._front()
+        last = [trial for trial in self.trials if trial.state == TrialState.COMPLETE][-LAST_TRIALS:]
+        if front:
+            parts.append(_scores_table("Best so far", front[:FRONT_ROWS], self.base_refusals, len(front)))
+            parts.append(_scores_table("Last trials", last, self.base_refusals, len(last)))
+        parts.append(self.note or "[dim]Ctrl+C stops after the running trial; everything finished is kept.[/]")
+        return Group(*parts)  # type: ignore[arg-type]
+
+
+def _scores_table(title: str, trials: Sequence[FrozenTrial], base_refusals: int, n_all: int) -> Table:
+    more = f" ({n_all - len(trials)} more)" if n_all > len(trials) else ""
+    table = Table(title=title + more, title_justify="left")
+    for header in ("Trial", "Refusals", "KL divergence", "Direction"):
+        table.add_column(header, justify="right")
+    for trial in trials:
+        refusals = f"{trial.user_attrs['refusals']}/{base_refusals}"
+        direction = describe_direction(ablation_of(trial), None)
+        table.add_row(str(trial.number), refusals, f"{trial.user_attrs['kl_divergence']:.4f}", direction)
+    return table

@@ -1,0 +1,20 @@
+"""The embedded demonstration: a tiny chat model that refuses one harmless subject, and its prompts."""
+
+from pathlib import Path
+
+DIRECTORY = Path(__file__).parent
+MODEL = DIRECTORY / "model"
+# A name instead of a path, so that what a run stores does not depend on where the package is installed.
+PREFIX = "heretic-demo:"
+
+PROMPTS = {
+    "good_prompts": {"dataset": f"{PREFIX}good"},
+    "bad_prompts": {"dataset": f"{PREFIX}bad"},
+    "good_evaluation_prompts": {"dataset": f"{PREFIX}good_evaluation"},
+    "bad_evaluation_prompts": {"dataset": f"{PREFIX}bad_evaluation"},
+}
+
+
+def prompt_file(dataset: str) -> Path:
+    """The text file behind a `heretic-demo:` name."""
+    return DIRECTORY / "prompts" / f"{dataset.removeprefix(PREFIX)}.txt"

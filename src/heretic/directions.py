@@ -1,0 +1,83 @@
+"""From residuals at the last prompt position to one refusal direction per layer.
+
+Plain tensor functions; sources: Arditi et al. 2024 (arXiv 2406.11717, section 2.3) for the difference of means.
+Layer axis: index 0 is the embedding output, so decoder layer `i` has its own direction at index `i + 1`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerMix:
+    """A direction as a mixture of two neighbouring layers' directions: `(1 - fraction) * r_lower + fraction * r_upper`."""
+
+    lower: int
+    upper: int
+    fraction: float
+
+
+def winsorize(residuals: Tensor, quantile: float) -> Tensor:
+    """Clamp each prompt's residual, per layer, to plus or minus the quantile of its absolute values.
+
+    `residuals (prompt, layer, d)`; `quantile` in (0, 1], off at 1. Tames the few enormous coordinates that some models
+    have, which otherwise dominate the mean. Prompt by prompt, because `torch.quantile` limits the size of its input.
+    """
+    if quantile >= 1.0:
+        return residuals
+    clamped = torch.empty_like(residuals)
+    for i, residual in enumerate(residuals):  # (layer, d)
+        limit = torch.quantile(residual.float().abs(), quantile, dim=-1, keepdim=True).to(residual.dtype)
+        clamped[i] = residual.clamp(-limit, limit)
+    return clamped
+
+
+def mean_residual(batches: Iterable[Tensor], quantile: float = 1.0) -> Tensor:
+    """Mean over all prompts of residual batches `(prompt, layer, d)`, as `(layer, d)` float64 on the CPU.
+
+    float64, because the difference of two nearly equal means loses digits; on the CPU, because not every accelerator
+    has float64. Raises `ValueError` where there is no prompt at all.
+    """
+    total: Tensor | None = None
+    count = 0
+    for batch in batches:
+        batch_sum = winsorize(batch, quantile).cpu().double().sum(dim=0)
+        total = batch_sum if total is None else total + batch_sum
+        count += len(batch)
+    if total is None:
+        raise ValueError("no residuals to average")
+    return total / count
+
+
+def refusal_directions(good_mean: Tensor, bad_mean: Tensor, orthogonalize: bool = False) -> Tensor:
+    """Unit directions `(layer, d)` from the means `(layer, d)` of harmless and harmful prompts, in their dtype.
+
+    With `orthogonalize`, each direction loses its component along the harmless mean ("projected abliteration").
+    A layer whose means coincide gets the zero vector (index 0 regularly does: all prompts end in the same token),
+    and so an edit with it changes nothing.
+    """
+    directions = F.normalize(bad_mean - good_mean, dim=-1)
+    if orthogonalize:
+        good = F.normalize(good_mean, dim=-1)
+        directions = F.normalize(directions - (directions * good).sum(dim=-1, keepdim=True) * good, dim=-1)
+    return directions
+
+
+def mix_at(direction_index: float, n_layers: int) -> LayerMix:
+    """The mixture that a fractional decoder layer index `direction_index` in [0, n_layers - 1] stands for.
+
+    The offset of one skips the embedding output. At the very last layer both neighbours are the same.
+    """
+    if not 0 <= direction_index <= n_layers - 1:
+        raise ValueError(f"direction_index {direction_index} lies outside layers 0 to {n_layers - 1}")
+    lower = int(direction_index)
+    return LayerMix(lower + 1, min(lower + 2, n_layers), direction_index - lower)
+
+
+def mix(vectors: Tensor, layers: LayerMix) -> Tensor:
+    """`vectors (layer, d)` mixed as told, `(d,)`, not normalized."""
+    return torch.lerp(vectors[layers.lower], vectors[layers.upper], layers.fraction)

@@ -1,0 +1,48 @@
+"""Everything that can go wrong in a way the user can understand and mend.
+
+Library code raises these `from` their cause; only `main.py` turns them into a line on the screen and an exit code.
+"""
+
+
+class HereticError(Exception):
+    """An error told in plain words: what, which file or setting, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(HereticError):
+    """Wrong usage or settings: nothing was started."""
+
+    exit_code = 2
+
+
+class ModelError(HereticError):
+    """The model cannot be found, loaded or run."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model's structure is not one whose residual-writing modules can be edited."""
+
+
+class PromptError(HereticError):
+    """A prompt source is missing, empty, unreadable or does not fit the model."""
+
+
+class DirectionError(HereticError):
+    """The two prompt sets do not define a direction."""
+
+
+class EvaluationError(HereticError):
+    """The model's answers cannot be scored, for a reason that lies in the model or the settings."""
+
+
+class TrialError(HereticError):
+    """One trial cannot be scored; the study goes on without it."""
+
+
+class CheckpointError(HereticError):
+    """The study's journal is missing, locked, damaged or belongs to something else."""
+
+
+class ExportError(HereticError):
+    """The result cannot be written or uploaded."""

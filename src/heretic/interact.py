@@ -1,0 +1,220 @@
+"""Questions, menus and chat: what a person at a terminal does with the trials, and the same answered by settings."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import questionary
+from huggingface_hub import get_token
+from optuna.trial import FrozenTrial
+
+from .answers import check_target
+from .config import Settings
+from .console import Console, trial_rows
+from .errors import HereticError, UsageError
+from .evaluator import Evaluator
+from .export import Result, Strategy, save, upload
+from .model import Message, Model, prompt_messages
+from .search import Search, ablation_of
+
+COMPARED_PROMPTS = 5
+CHAT_TOKENS = 2048
+
+
+def ask_checkpoint_action(path: str, n_done: int) -> str | None:
+    """Continue a study found on disk, or begin anew; None: leave."""
+    return select(
+        f"There is a study in {path} with {n_done} trials done. What now?",
+        [("Continue it", "continue"), ("Begin anew (the file is kept beside the new one)", "restart"), ("Leave", None)],
+    )
+
+
+def select(question: str, choices: Sequence[tuple[str, Any]]) -> Any:
+    """One of several titled values, chosen with the arrow keys; None where the question is left with Ctrl+C."""
+    answer = questionary.select(question, choices=[questionary.Choice(t, value=(v,)) for t, v in choices]).ask()
+    return None if answer is None else answer[0]
+
+
+@dataclass
+class Workbench:
+    """A run whose model is loaded and whose study has trials: what the menus work on."""
+
+    settings: Settings
+    console: Console
+    model: Model
+    evaluator: Evaluator
+    search: Search
+    run_trials: Callable[[int], None]
+
+    @property
+    def _last_layer(self) -> int:
+        return len(self.model.architecture.layers) - 1
+
+    def result_of(self, trial: FrozenTrial) -> Result:
+        """A trial with all that its record says."""
+        return Result(
+            settings=self.settings,
+            trial_number=trial.number,
+            ablation=ablation_of(trial),
+            refusals=trial.user_attrs["refusals"],
+            kl_divergence=trial.user_attrs["kl_divergence"],
+            base_refusals=self.evaluator.base_refusals,
+            n_bad_prompts=len(self.evaluator.bad_prompts),
+            response_prefix=self.model.response_prefix,
+        )
+
+    def trial_at(self, index: int) -> FrozenTrial:
+        """The trial at a place in the front. Raises `UsageError` beyond its end."""
+        front = self.search.front
+        if index >= len(front):
+            raise UsageError(f"--trial-index {index}: the Pareto front has {len(front)} trials, 0 to {len(front) - 1}.")
+        return front[index]
+
+    def act(self) -> None:
+        """Do what `settings.model_action` says with the trial that `settings.trial_index` says, asking for what is not said."""
+        settings = self.settings
+        trial = self.trial_at(settings.trial_index) if settings.trial_index is not None else self._choose_trial()
+        if trial is not None and settings.model_action is not None:
+            self._action(settings.model_action, trial)
+
+    def menu(self) -> None:
+        """Choose trials and actions until the user leaves."""
+        while True:
+            trial = self._choose_trial()
+            if trial is None:
+                return
+            while True:
+                action = select(f"What to do with trial {trial.number}?", _ACTIONS)
+                if action is None or action == "choose":
+                    break
+                if action == "leave":
+                    return
+                try:
+                    self._action(action, trial)
+                except HereticError as error:  # told, and every other action stays usable
+                    self.console.error(str(error))
+                if action == "more":
+                    break
+
+    def _choose_trial(self) -> FrozenTrial | None:
+        """A trial of the front, after running more where that is asked for; None: leave."""
+        while True:
+            front = self.search.front
+            headers, rows = trial_rows(front, self._last_layer, self.evaluator.base_refusals)
+            header, *lines = align([headers, *rows])
+            choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
+            self.console.heading("Pareto front")
+            choice = select(f"Which trial?\n   {header}", choices)
+            if choice != "more":
+                return choice
+            self._run_more()
+
+    def _run_more(self) -> None:
+        text = questionary.text("How many more trials?", default="50", validate=_is_count).ask()
+        if text is not None:
+            self.run_trials(int(text))
+
+    def _action(self, action: str, trial: FrozenTrial) -> None:
+        actions: dict[str, Callable[[FrozenTrial], None]] = {
+            "save": self._save,
+            "upload": self._upload,
+            "chat": self._chat,
+            "compare": self._compare,
+            "more": lambda _: self._run_more(),
+            "none": lambda _: None,
+        }
+        actions[action](trial)
+
+    def _strategy(self) -> Strategy | None:
+        return self.settings.export_strategy or select("What to export?", _STRATEGIES)
+
+    def _save(self, trial: FrozenTrial) -> None:
+        strategy = self._strategy()
+        if strategy is None:
+            return
+        overwrite = self.settings.overwrite
+        directory = self.settings.save_directory
+        if directory is None:
+            directory = questionary.path("Folder to save to:", only_directories=True).ask()
+            if not directory:
+                return
+            try:
+                check_target(directory, overwrite)
+            except HereticError:
+                overwrite = questionary.confirm(f"{directory} is not empty. Replace it?", default=False).ask() or False
+                if not overwrite:
+                    return
+        target = save(self.model, self.result_of(trial), strategy, directory, overwrite, self.console)
+        self.console.message(f"Saved trial {trial.number} to {target}")
+
+    def _upload(self, trial: FrozenTrial) -> None:
+        strategy = self._strategy()
+        repo_id = self.settings.upload_repo_id or (strategy and questionary.text("Repository (owner/name):").ask())
+        if not strategy or not repo_id:
+            return
+        private = self.settings.upload_repo_private
+        if private is None:
+            private = select("Who may see it?", [("Everybody (public)", False), ("Only you (private)", True)])
+        token = get_token() or questionary.password("Access token of the hub (not stored):").ask()
+        if private is None or not token:
+            return
+        url = upload(self.model, self.result_of(trial), strategy, repo_id, private, token, self.console)
+        self.console.message(f"Uploaded trial {trial.number} to {url}")
+
+    def _compare(self, trial: FrozenTrial) -> None:
+        """Responses before and after for a few prompts, side by side."""
+        prompts = self.evaluator.bad_prompts[:COMPARED_PROMPTS]
+        length = self.settings.max_response_length
+        before = self.model.responses(prompts, length, description="Responses of the original")
+        after = self.model.responses(prompts, length, ablation_of(trial), description=f"Responses of trial {trial.number}")
+        rows = [[p.user, b.strip(), a.strip()] for p, b, a in zip(prompts, before, after, strict=True)]
+        self.console.columns("Before and after", ["Prompt", "Original", f"Trial {trial.number}"], rows)
+
+    def _chat(self, trial: FrozenTrial) -> None:
+        """A conversation with the edited model. Ctrl+C ends an answer, and at the question the chat."""
+        self.console.message("Chat with the edited model. Ctrl+C ends an answer; an empty line or Ctrl+C at the question goes back.")
+        system = prompt_messages(self.evaluator.bad_prompts[0])[:-1]
+        messages: list[Message] = list(system)
+        ablation = ablation_of(trial)
+        while True:
+            question = questionary.text("You:").ask()
+            if not question:
+                return
+            messages.append({"role": "user", "content": question})
+            self.console.rich.print("[bold]Model:[/] ", end="")
+            try:
+                answer = self.model.stream_response(messages, CHAT_TOKENS, ablation, _write)
+            except KeyboardInterrupt:
+                messages.pop()
+                _write("\n(interrupted)\n")
+                continue
+            _write("\n")
+            messages.append({"role": "assistant", "content": answer.strip()})
+
+
+_ACTIONS = [
+    ("Save to a folder", "save"),
+    ("Upload to the hub", "upload"),
+    ("Chat with the edited model", "chat"),
+    ("Show responses before and after", "compare"),
+    ("Choose another trial", "choose"),
+    ("Run more trials", "more"),
+    ("Leave", "leave"),
+]
+_STRATEGIES = [("The whole model, edited exactly (merge)", "merge"), ("A small PEFT adapter (adapter)", "adapter")]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _is_count(text: str) -> bool | str:
+    return (text.isdigit() and int(text) > 0) or "A whole number above 0, please."
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of texts as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

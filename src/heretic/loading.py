@@ -1,0 +1,233 @@
+"""Loads a model, its tokenizer and its processor through transformers' auto classes, in the first number format that works."""
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub import errors as hub_errors
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from .config import Settings
+from .errors import ModelError
+from .source import ModelSource
+from .utils import Progress, empty_cache
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what belongs to it. `generation_config` is the original's; the model's own is plain greedy decoding."""
+
+    source: ModelSource
+    model: Any
+    tokenizer: Any
+    config: Any
+    generation_config: GenerationConfig
+    dtype: torch.dtype
+    stored_dtype: torch.dtype
+    quantized: bool
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration; the first thing asked of a source, so its errors are the ones a mistyped name gives."""
+    try:
+        return AutoConfig.from_pretrained(source.path, **source.arguments)
+    except Exception as error:
+        raise ModelError(_explain(source, error)) from error
+
+
+def _explain(source: ModelSource, error: BaseException) -> str:
+    """Why a model cannot be loaded and what to do, from the chain of causes, which transformers' own message hides."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(item) for item in chain)
+
+    def caused_by(*types: type[BaseException]) -> bool:
+        return any(isinstance(item, types) for item in chain)
+
+    name = source.name
+    if caused_by(hub_errors.GatedRepoError):
+        return f"The model {name} is gated. Accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN."
+    if caused_by(hub_errors.RevisionNotFoundError) or "is not a valid git identifier" in text:
+        return f"The model {name} has no revision {source.revision!r}. Check --model-commit."
+    if caused_by(hub_errors.RepositoryNotFoundError):
+        return (
+            f"The model {name} is neither a local folder nor on the hub, or it is private. Check the name; "
+            "for a private model log in with `hf auth login` or set HF_TOKEN."
+        )
+    if "trust_remote_code" in text:
+        return f"The model {name} comes with its own Python code. Read it, and if you trust it, add --trust-remote-code."
+    if "model_type" in text or "does not recognize this architecture" in text:
+        return f"The model {name} is of a type that this version of transformers does not know. Update transformers. ({_line(error)})"
+    if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) or "connect" in text:
+        return (
+            f"The model {name} is not a local folder, not in the cache, and the hub cannot be reached. Check the name, the network, "
+            "and HF_ENDPOINT or HF_HUB_OFFLINE if they are set."
+        )
+    return f"The model {name} cannot be loaded: {_line(error)}"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class that loads a configuration: with a vision part image-text-to-text, else causal."""
+    if hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def load_processor(source: ModelSource, config: Any) -> Any | None:
+    """The processor of a model with more than text, to be saved with it; None for text models."""
+    if auto_class(config) is AutoModelForCausalLM:
+        return None
+    try:
+        return AutoProcessor.from_pretrained(source.path, **source.arguments)
+    except (OSError, ValueError, ImportError):  # a model folder without one, or its image library is not installed
+        return None
+
+
+def load_model(settings: Settings, source: ModelSource, progress: Progress) -> LoadedModel:
+    """Load in the first of `settings.dtypes` whose one-token test run gives finite logits.
+
+    Raises `ModelError`, which lists why each format failed.
+    """
+    config = load_config(source)
+    tokenizer = _load_tokenizer(source)
+    stored = _stored_dtype(config)
+    failures: list[str] = []
+    tried: set[torch.dtype] = set()
+    for name in settings.dtypes:
+        dtype = _choose_dtype(name, stored, settings, progress)
+        if dtype in tried:
+            continue
+        tried.add(dtype)
+        label = str(dtype).removeprefix("torch.")
+        try:
+            with progress.task(f"Loading {source.name} ({label})"):
+                model = _load_weights(settings, source, config, dtype)
+                generation_config = _take_generation_config(model, tokenizer)
+                _test_run(model, tokenizer)
+        except Exception as error:
+            failures.append(f"{label}: {_line(error)}")
+            progress.warning(f"Loading in {label} failed: {_line(error)}")
+            if settings.debug:
+                progress.message(repr(error))
+        else:
+            quantized = getattr(model, "is_quantized", False)
+            return LoadedModel(source, model, tokenizer, config, generation_config, dtype, stored, quantized)
+        model = None
+        empty_cache()
+    raise ModelError(
+        f"The model {source.name} could not be loaded in any format. "
+        + "; ".join(failures)
+        + ". For lack of memory try --quantization bnb_4bit."
+    )
+
+
+def _load_tokenizer(source: ModelSource) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
+    except Exception as error:
+        raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"The tokenizer of {source.name} has neither a padding nor an end token; add one to its files.")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # so that the last position is the last prompt token in every row
+    return tokenizer
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
+    for part in (config, config.get_text_config(decoder=True)):
+        dtype = getattr(part, "dtype", None)
+        if dtype is not None:
+            return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+    return torch.float32
+
+
+def _choose_dtype(name: str, stored: torch.dtype, settings: Settings, progress: Progress) -> torch.dtype:
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    on_cpu = not torch.accelerator.is_available() or settings.device_map == "cpu"
+    if on_cpu and stored == torch.bfloat16 and _bfloat16_is_slower():
+        progress.message("Computing in float32, which is the faster format on this CPU (the model is stored in bfloat16).")
+        return torch.float32
+    return stored
+
+
+def _bfloat16_is_slower() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices slower than float32 ones: depends on its instructions."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, weight = torch.ones(32, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        torch.nn.functional.linear(x, weight)
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.bfloat16) > seconds(torch.float32)
+
+
+def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": settings.device_map, **source.arguments}
+    if settings.max_memory:
+        arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
+    if settings.quantization == "bnb_4bit":
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError("the model is already quantized; leave out --quantization")
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if not sys.stdout.isatty():
+        transformers_logging.disable_progress_bar()
+    model = auto_class(config).from_pretrained(source.path, **arguments)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _take_generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
+    """Give the model plain greedy decoding, and return the configuration it came with.
+
+    Sampling, penalties and other habits of a model's own configuration would make responses depend on more than the weights.
+    """
+    original: GenerationConfig = model.generation_config
+    end_tokens = original.eos_token_id if original.eos_token_id is not None else tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=original.bos_token_id,
+        eos_token_id=end_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return original
+
+
+def _test_run(model: Any, tokenizer: Any) -> None:
+    inputs = tokenizer("Hello", return_tensors="pt").to(model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    if not torch.isfinite(output.logits[0]).all():
+        raise ModelError("the test run gave logits that are not finite")

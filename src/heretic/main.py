@@ -1,0 +1,354 @@
+"""The command: reads, validates, calls, renders. Library errors become one line and an exit code here and nowhere else."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import HereticError
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .config import Settings
+    from .console import Console
+    from .evaluator import Evaluator
+    from .model import Model
+    from .search import Search
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `heretic` command."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    sys.exit(run_command(arguments))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code: 0 done, 1 an error told, 2 wrong usage, 130 interrupted."""
+    if {"-h", "--help"} & set(arguments):  # answered from a text, before anything slow is imported
+        print(files("heretic").joinpath("help.txt").read_text(encoding="utf-8"), end="")
+        return 0
+    if "--version" in arguments:
+        print(f"heretic {__version__}")
+        return 0
+    debug = "--debug" in arguments
+    try:
+        from .config import load_settings
+
+        settings = load_settings(arguments)
+        debug = settings.debug
+        return run(settings)
+    except HereticError as error:
+        if debug:
+            raise
+        _tell(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _tell(text: str) -> None:
+    for line in text.splitlines():
+        print(f"Error: {line}", file=sys.stderr)
+
+
+def run(settings: "Settings") -> int:
+    """The stages of a run. Raises `HereticError`; returns the exit code."""
+    from .answers import check_answers
+    from .console import Console
+    from .source import model_source
+
+    console = Console()
+    check_answers(settings, console.can_ask)
+    model_source(settings)  # a mistyped path is told before anything is imported or locked
+    _quiet_libraries(settings.debug)
+    console.message(f"heretic {__version__}")
+    if settings.evaluate_model is not None:
+        return _evaluate(settings, console)
+
+    from .checkpoint import Checkpoint
+
+    with Checkpoint(settings) as checkpoint:
+        return _run_study(settings, console, checkpoint)
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Leave the screen to this program, except with `--debug`."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stdout.isatty() else "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> int:
+    # 1. Settings and seed
+    opened = _open_study(settings, console, checkpoint)
+    if opened is None:
+        return 0
+    settings, is_new = opened
+
+    # 2. Prompts, which cost little and are most often what is wrong
+    prompts = _load_prompts(settings, console)
+    identity = _prompt_identity(prompts)
+    if not is_new:
+        checkpoint.check_identity(identity)
+        if _nothing_to_do(settings, console, checkpoint):
+            return 0
+
+    # 3. Device, model and what can be edited in it
+    from .utils import describe_device
+
+    console.message(f"Seed {settings.seed}; {describe_device()}")
+    model = _load_model(settings, console)
+    for name, specification_prompts in prompts.items():
+        n_new = settings.max_response_length if name == "bad_evaluation_prompts" else 1
+        model.check_lengths(specification_prompts, name, n_new)
+
+    # 4. Response prefix, baseline, directions
+    evaluator = _evaluator(settings, console, model, prompts)
+    _compute_directions(settings, console, model, prompts)
+
+    # 5. The study
+    from .search import Search
+    from .source import fingerprint
+
+    identity["the model"] = fingerprint(model.loaded.source, getattr(model.loaded.config, "_commit_hash", None))
+    if is_new:
+        checkpoint.create(settings, identity)
+    else:
+        checkpoint.check_identity(identity)
+    last_layer = len(model.architecture.layers) - 1
+    checkpoint.note(base_refusals=evaluator.base_refusals, last_layer=last_layer)
+    assert checkpoint.study is not None and settings.seed is not None
+    search = Search(
+        checkpoint.study,
+        checkpoint.path,
+        list(model.architecture.components),
+        last_layer,
+        settings.seed,
+        settings.n_startup_trials,
+    )
+
+    def run_trials(n_more: int) -> None:
+        checkpoint.note(target=search.n_done + n_more)
+        _search(console, evaluator, search, search.n_done + n_more)
+
+    target = checkpoint.target(settings, search.n_done, is_new)
+    checkpoint.note(target=target)
+    console.heading(f"Search: {target} trials, {search.n_done} done")
+    _search(console, evaluator, search, target)
+    if not search.front:
+        return _no_trial(search)
+
+    # 6. The Pareto front, and what to do with it
+    from .interact import Workbench
+
+    bench = Workbench(settings, console, model, evaluator, search, run_trials)
+    if settings.model_action is None and console.can_ask:
+        bench.menu()
+        return 0
+    _show_outcome(settings, console, checkpoint)
+    if settings.model_action is not None:
+        bench.act()
+    return 0
+
+
+def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> "tuple[Settings, bool] | None":
+    """The settings in force and whether the study is new; None where the user leaves."""
+    if checkpoint.lost_bytes:
+        console.warning(
+            f"The last line of {checkpoint.path} was cut off in the middle and is lost ({checkpoint.lost_bytes} bytes); "
+            "everything before it is kept."
+        )
+    is_new = not checkpoint.exists
+    if not is_new:
+        action: str | None = settings.checkpoint_action
+        if action is None and console.can_ask:
+            from .interact import ask_checkpoint_action
+
+            action = ask_checkpoint_action(str(checkpoint.path), checkpoint.n_done)
+            if action is None:
+                return None
+        is_new = action == "restart"
+    if not is_new:
+        settings = checkpoint.restored(settings)
+        console.message(f"Continuing the study {checkpoint.path} ({checkpoint.n_done} trials done).")
+    if settings.seed is None:
+        import secrets
+
+        settings = settings.model_copy(update={"seed": secrets.randbelow(2**32)})
+    return settings, is_new
+
+
+def _load_prompts(settings: "Settings", console: "Console") -> dict[str, Any]:
+    from .errors import DirectionError
+    from .prompts import load_prompts
+
+    names = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
+    with console.task("Loading prompts"):
+        prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names}
+    if set(prompts["good_prompts"]) == set(prompts["bad_prompts"]):
+        raise DirectionError(
+            "good_prompts and bad_prompts are the same, so nothing tells refused from answered prompts. Give different ones."
+        )
+    console.message("Prompts: " + ", ".join(f"{len(prompts[name])} {name}" for name in names))
+    return prompts
+
+
+def _prompt_identity(prompts: dict[str, Any]) -> dict[str, str]:
+    from .prompts import fingerprint
+
+    return {name: fingerprint(values) for name, values in prompts.items()}
+
+
+def _nothing_to_do(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> bool:
+    """Show the front of a finished study where nobody asks for more, without loading the model for it."""
+    finished = checkpoint.n_done >= checkpoint.target(settings, checkpoint.n_done, False)
+    if console.can_ask or settings.model_action is not None or not finished:
+        return False
+    _show_outcome(settings, console, checkpoint)
+    return True
+
+
+def _load_model(settings: "Settings", console: "Console", name: str | None = None) -> "Model":
+    from .loading import load_model
+    from .model import Model
+    from .source import model_source
+
+    loaded = load_model(settings, model_source(settings, name), console)
+    model = Model(loaded, settings, console)
+    found = ", ".join(f"{count} {component}" for component, count in model.architecture.components.items())
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    console.message(
+        f"{loaded.source.name}: {loaded.config.model_type}, {len(model.architecture.layers)} layers, "
+        f"{'4-bit, computed in ' if loaded.quantized else ''}{dtype}; writing to the residual stream: {found}"
+    )
+    return model
+
+
+def _evaluator(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any]) -> "Evaluator":
+    from .evaluator import PREFIX_PROMPTS, Evaluator, find_response_prefix
+
+    sample = [*prompts["good_prompts"][:PREFIX_PROMPTS], *prompts["bad_prompts"][:PREFIX_PROMPTS]]
+    model.response_prefix = find_response_prefix(model, settings, sample)
+    if model.response_prefix:
+        console.message(f"Response prefix: {model.response_prefix!r}; evaluation begins after it.")
+    evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"], console)
+    console.message(f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts.")
+    return evaluator
+
+
+def _compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any]) -> None:
+    from .directions import mean_residual, refusal_directions
+    from .errors import DirectionError
+
+    quantile = settings.winsorization_quantile
+    good = mean_residual(model.residuals(prompts["good_prompts"], "Residuals of harmless prompts"), quantile)
+    bad = mean_residual(model.residuals(prompts["bad_prompts"], "Residuals of harmful prompts"), quantile)
+    if not (good.isfinite().all() and bad.isfinite().all()):
+        raise DirectionError("The residuals are not finite. Try another --dtypes, such as bfloat16 or float32.")
+    directions = refusal_directions(good, bad, settings.orthogonalize_direction)
+    if not directions[1:].any():
+        raise DirectionError("Harmless and harmful prompts give the same residuals in every layer, so there is no direction.")
+    model.use_directions(directions, settings.row_normalization)
+
+
+def _search(console: "Console", evaluator: "Evaluator", search: "Search", target: int) -> None:
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial."""
+    from .console import StudyView
+
+    with StudyView(console, target, search.n_done, evaluator.base_refusals) as view:
+        view.trials = search.trials
+
+        def note_stop() -> None:
+            view.say("Stopping after the running trial. Ctrl+C again leaves at once.")
+
+        with _stop_on_interrupt(note_stop) as should_stop:
+            search.run(
+                target,
+                evaluator.score,
+                evaluator.objectives,
+                should_stop,
+                lambda trial: view.show(search.trials, search.n_done),
+            )
+
+
+@contextmanager
+def _stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl+C makes the value entered return True, and the second raises `KeyboardInterrupt`."""
+    pressed = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        note()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _no_trial(search: "Search") -> int:
+    reasons = [trial.user_attrs["failure"] for trial in search.trials if "failure" in trial.user_attrs]
+    if not reasons:
+        raise KeyboardInterrupt
+    raise HereticError(f"No trial could be scored: all {len(reasons)} failed. The last one: {reasons[-1]}")
+
+
+def _show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> None:
+    """The front, and the command lines that go on from there where no setting answers what to do with it."""
+    from .answers import command_lines
+    from .search import pareto_front
+
+    assert checkpoint.study is not None
+    attributes = checkpoint.study.user_attrs
+    front = pareto_front(checkpoint.study.get_trials(deepcopy=False))
+    console.heading(f"{checkpoint.n_done} trials done")
+    console.front(front, attributes.get("last_layer"), attributes.get("base_refusals"))
+    if settings.model_action is None:
+        console.message("To go on from here (the trial index is the number in the first column):")
+        for line in command_lines(settings):
+            console.message(f"  {line}")
+
+
+def _evaluate(settings: "Settings", console: "Console") -> int:
+    """Score `evaluate_model` against `model` with the evaluator of the search."""
+    from .source import model_source
+    from .utils import describe_device, empty_cache
+
+    model_source(settings, settings.evaluate_model)
+    prompts = _load_prompts(settings, console)
+    console.message(describe_device())
+    original = _load_model(settings, console)
+    evaluator = _evaluator(settings, console, original, prompts)
+    prefix, vocabulary = original.response_prefix, evaluator.base_logprobs.shape[-1]
+    del original
+    evaluator.detach()
+    empty_cache()
+
+    other = _load_model(settings, console, settings.evaluate_model)
+    other.response_prefix = prefix
+    evaluator.model = other
+    score = evaluator.score(None)
+    console.message(
+        f"{settings.evaluate_model}: {score.refusals} of {len(evaluator.bad_prompts)} refused (original "
+        f"{evaluator.base_refusals}), KL divergence {score.kl_divergence:.4f} from {settings.model} ({vocabulary} tokens)"
+    )
+    return 0

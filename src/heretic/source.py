@@ -1,0 +1,58 @@
+"""Where a model comes from. Imports nothing heavy, so that a mistyped name is told at once."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import demo
+from .config import DEMO_MODEL, Settings
+from .errors import ModelError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: what transformers is given, and the name it goes by."""
+
+    path: str
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that every `from_pretrained` of this source takes."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def model_source(settings: Settings, name: str | None = None) -> ModelSource:
+    """The source that a model setting stands for (`name`, default `settings.model`).
+
+    Raises `ModelError` for what looks like a path where there is no folder.
+    """
+    name = name or settings.model
+    revision = settings.model_commit if name == settings.model else None
+    if name == DEMO_MODEL and settings.demo:
+        return ModelSource(str(demo.MODEL), DEMO_MODEL, None, False)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = " It holds an adapter, not a model." if (path / "adapter_config.json").is_file() else ""
+            raise ModelError(f"{name} is no model folder: it has no config.json.{hint}")
+        return ModelSource(str(path), name, revision, settings.trust_remote_code)
+    if path.is_file():
+        raise ModelError(f"{name} is a file. Give the folder that holds the model, or a hub id.")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"There is no folder {name}. Check the path (a hub id has the form owner/name).")
+    return ModelSource(name, name, revision, settings.trust_remote_code)
+
+
+def fingerprint(source: ModelSource, commit: str | None) -> str:
+    """By which a resumed run knows that the model is the same: the hub commit, or names and sizes of a folder's files."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return commit or "unknown"
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    return " ".join(f"{path.name}:{path.stat().st_size}" for path in files)

@@ -1,0 +1,124 @@
+"""Writes what repeats the settings' definitions: `config.default.toml` and the text of `heretic --help`.
+
+Run it after a change in `src/heretic/config.py`; a test compares both files with what it would write.
+"""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from heretic.config import PromptSpecification, Settings
+
+ROOT = Path(__file__).parents[1]
+WIDTH = 100
+
+TOML_HEADER = """\
+# Every setting of heretic with its default. Copy what you change to config.toml in the working directory, or give another
+# file with --config PATH. The same settings are flags (--n-trials 100) and environment variables (HERETIC_N_TRIALS=100).
+# Settings without a default are commented out.
+"""
+
+HELP_HEADER = """\
+Usage: heretic [MODEL] [--config PATH] [OPTIONS]
+       heretic --demo
+
+Removes refusals from a transformer language model by directional ablation, without training, and keeps
+the rest of the model as it was. MODEL is a hub id or a local folder.
+
+Settings come from the command line, the environment (HERETIC_N_TRIALS=100), .env, and a TOML file
+(config.toml in the working directory, or --config PATH); the first one given wins. Lists and tables are
+written as JSON. Parts of prompt sources are options of their own: --good-prompts.dataset prompts.txt
+
+Options:
+  --config PATH
+      TOML file with settings.
+  -h, --help
+      Show this text.
+  --version
+      Show the program's version.
+"""
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        inline = "[" + ", ".join(toml_value(item) for item in value) + "]"
+        if len(inline) <= WIDTH:
+            return inline
+        return "[\n" + "".join(textwrap.indent(toml_value(item), "    ") + ",\n" for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def config_default_toml() -> str:
+    """The text of `config.default.toml`."""
+    parts = [TOML_HEADER]
+    tables = []
+    for name, field in Settings.model_fields.items():
+        comment = "".join(f"# {line}\n" for line in textwrap.wrap(field.description or "", WIDTH))
+        default = None if field.is_required() else field.default
+        if isinstance(default, PromptSpecification):
+            values = default.model_dump(exclude_defaults=True)
+            tables.append(f"{comment}[{name}]\n" + "".join(f"{k} = {toml_value(v)}\n" for k, v in values.items()))
+        elif default is None:
+            parts.append(f"{comment}# {name} =\n")
+        else:
+            parts.append(f"{comment}{name} = {toml_value(default)}\n")
+    options = "".join(f"#   {name}: {field.description}\n" for name, field in PromptSpecification.model_fields.items())
+    return "\n".join([*parts, f"# Each source of prompts may have:\n{options}", *tables])
+
+
+def kind_of(name: str) -> str:
+    """How a setting's value is written on the command line."""
+    field = Settings.model_fields[name]
+    annotations = [a for a in (get_args(field.annotation) or (field.annotation,)) if a is not type(None)]
+    words = [word for word in annotations if isinstance(word, str)]
+    words += [word for a in annotations for word in get_args(a) if isinstance(word, str)]
+    if field.annotation is bool or bool in annotations:
+        return ""
+    if words and get_origin(field.annotation) is not list:
+        return "|".join(words)
+    if int in annotations and str not in annotations:
+        return "N"
+    if float in annotations:
+        return "X"
+    return "JSON" if get_origin(field.annotation) in (list, dict) else "TEXT"
+
+
+def shown_default(default: Any) -> str:
+    """A default in brackets, where it says something in a line."""
+    if default is None or default is False:
+        return ""
+    if isinstance(default, PromptSpecification):
+        return f" [{default.dataset}, {default.split}, {default.column}]"
+    text = toml_value(default)
+    return "" if "\n" in text else f" [{text}]"
+
+
+def help_text() -> str:
+    """The text of `heretic --help`."""
+    lines = [HELP_HEADER]
+    for name, field in Settings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        default = None if field.is_required() else field.default
+        kind = ".dataset TEXT" if isinstance(default, PromptSpecification) else f" {kind_of(name)}"
+        described = (field.description or "") + shown_default(default)
+        lines.append(f"  {flag}{kind}".rstrip() + "\n")
+        lines.append(textwrap.fill(described, WIDTH, initial_indent="      ", subsequent_indent="      ") + "\n")
+    parts = ", ".join(PromptSpecification.model_fields)
+    lines.append(f"\nA source of prompts has the parts {parts}. config.default.toml in the repository shows all defaults.\n")
+    return "".join(lines)
+
+
+FILES = {
+    ROOT / "config.default.toml": config_default_toml,
+    ROOT / "src/heretic/help.txt": help_text,
+}
+
+if __name__ == "__main__":
+    for path, make in FILES.items():
+        path.write_text(make(), encoding="utf-8")
