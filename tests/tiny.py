@@ -1,8 +1,10 @@
-"""Two-layer models with random weights and a word-level chat tokenizer, built in the test."""
+"""Two-layer models with random weights and a word-level chat tokenizer, built in the test; and the edit written out in float64."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -35,6 +37,24 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
 }
 
+_VISION_SIZES: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+# Types with a vision tower: the type of the text part, what it needs besides `SIZES`, the vision part, and the rest.
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+_QWEN_VISION = {"depth": 2, "hidden_size": 24, "out_hidden_size": 32, "num_heads": 2, "patch_size": 8, "intermediate_size": 40}
+VISION: dict[str, tuple[str | None, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "llava": ("llama", {}, {"model_type": "clip_vision_model", "projection_dim": 24, **_VISION_SIZES}, {"image_token_index": 5}),
+    "gemma3": ("gemma3_text", {}, {"model_type": "siglip_vision_model", **_VISION_SIZES}, {"mm_tokens_per_image": 4}),
+    "mistral3": ("mistral", {}, {"model_type": "pixtral", "head_dim": 12, **_VISION_SIZES}, {}),
+    "qwen2_5_vl": (None, _MROPE, _QWEN_VISION, {}),
+}
+
 
 def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
@@ -48,8 +68,7 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 def build(model_type: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A model of a type with random weights large enough that responses differ, and random norm gains and biases."""
     torch.manual_seed(seed)
-    config_class = CONFIG_MAPPING[model_type]
-    config = config_class(**{**SIZES, **changes})
+    config = CONFIG_MAPPING[model_type](**_config_arguments(model_type, changes))
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     model = auto.from_config(config)
     with torch.no_grad():
@@ -64,7 +83,49 @@ def build(model_type: str = "llama", dtype: torch.dtype = torch.float32, seed: i
     return model.to(dtype).eval()
 
 
+def _config_arguments(model_type: str, changes: dict[str, Any]) -> dict[str, Any]:
+    if model_type not in VISION:
+        return {**SIZES, **changes}
+    text_type, text_extra, vision, rest = VISION[model_type]
+    text = {**SIZES, **text_extra, **changes} | ({} if text_type is None else {"model_type": text_type})
+    return {"text_config": text, "vision_config": dict(vision), **rest}
+
+
 def save(folder: Path, model: Any, template: str | None = TEMPLATE) -> Path:
     model.save_pretrained(folder)
     tokenizer(template).save_pretrained(folder)
     return folder
+
+
+def unit_directions(n: int, size: int, seed: int = 0) -> torch.Tensor:
+    """`(n, size)` random unit vectors in float64."""
+    rows = np.random.default_rng(seed).normal(size=(n, size))
+    return torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def explicit_weight(weight: Any, direction: Any, strength: float, mode: str) -> np.ndarray[Any, Any]:
+    """`W'` as the definition says, with every matrix written out, in float64 and in NumPy."""
+    W, r = _float64(weight), _float64(direction)
+    projection = np.outer(r, r)
+    if mode == "none":
+        return W - strength * projection @ W
+    norms = np.sqrt((W**2).sum(axis=1))
+    normalized = np.stack([row / norm if norm else row for row, norm in zip(W, norms, strict=True)])
+    if mode == "pre":
+        return W - strength * np.diag(norms) @ projection @ normalized
+    assert mode == "full"
+    edited = normalized - strength * projection @ normalized
+    lengths = np.sqrt((edited**2).sum(axis=1))
+    return np.stack([norm * (row / length if length else row) for row, norm, length in zip(edited, norms, lengths, strict=True)])
+
+
+def explicit_bias(bias: Any, direction: Any, strength: float) -> np.ndarray[Any, Any]:
+    """`b'` as the definition says, in float64 and in NumPy."""
+    b, r = _float64(bias), _float64(direction)
+    return b - strength * np.outer(r, r) @ b
+
+
+def _float64(values: Any) -> np.ndarray[Any, Any]:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().double().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)

@@ -120,27 +120,33 @@ def output_map(
     return OutputMap(left, right, scale, bias, edited_bias)
 
 
-def apply_output_map(y: Tensor, edit: OutputMap, trial_of_row: Tensor | None) -> Tensor:
-    """`y (row, ..., d_out)` edited; row `k` belongs to trial `trial_of_row[k]` (None: all rows to the first trial).
+def trial_membership(trial_of_row: Tensor, n_trials: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`(row, trial)`: 1 where the row belongs to the trial, else 0. `trial_of_row (row,)` holds trial numbers."""
+    return (trial_of_row[:, None] == torch.arange(n_trials, device=trial_of_row.device)).to(dtype)
 
-    Inner products are taken in the map's dtype (float32), whatever the model's: in bfloat16 the direction would be
-    removed to three digits only.
+
+def apply_output_map(y: Tensor, edit: OutputMap, membership: Tensor | None = None) -> Tensor:
+    """`y (row, ..., d_out)` edited, where row `k` belongs to the trial that `membership (row, trial)` marks with a 1 (None: one trial).
+
+    Every row is projected on the directions of all trials, and all but its own count zero times: two products of matrices, which
+    cost less than gathering a vector for each row. They are taken in the map's dtype (float32) whatever the model's: in
+    bfloat16 the direction would be removed to three digits only.
     """
-
-    def rows(values: Tensor) -> Tensor:
-        chosen = values[:1] if trial_of_row is None else values[trial_of_row]
-        return chosen.reshape(chosen.shape[0], *(1,) * (y.dim() - 2), chosen.shape[-1])
-
     y0 = y.to(edit.left.dtype)
     if edit.bias is not None:
         y0 = y0 - edit.bias
-    projection = (y0 * rows(edit.right)).sum(dim=-1, keepdim=True)
-    edited = torch.addcmul(y0, rows(edit.left), projection, value=-1)
+    flat = y0.flatten(end_dim=-2)  # (row * ..., d_out)
+    projections = flat @ edit.right.T  # (row * ..., trial)
+    if membership is not None:
+        per_row = flat.shape[0] // membership.shape[0]
+        membership = membership.repeat_interleave(per_row, dim=0) if per_row > 1 else membership
+        projections = projections * membership
+    edited = torch.addmm(flat, projections, edit.left, alpha=-1)
     if edit.scale is not None:
-        edited = edited * rows(edit.scale)
+        edited = edited * (edit.scale if membership is None else membership @ edit.scale)
     if edit.edited_bias is not None:
-        edited = edited + rows(edit.edited_bias)
-    return edited.to(y.dtype)
+        edited = edited + (edit.edited_bias if membership is None else membership @ edit.edited_bias)
+    return edited.view(y.shape).to(y.dtype)
 
 
 def edit_weight(weight: Tensor, r: Tensor, strength: float, mode: RowNormalization) -> Tensor:
@@ -180,7 +186,11 @@ def adapter_factors(weight: Tensor, r: Tensor, strength: float, mode: RowNormali
         return ((r * inverse_norms(norms)) @ W)[None], (-strength * norms * r)[:, None], 0.0
     change = edit_weight(W, r, strength, mode) - W
     U, S, Vh = torch.linalg.svd(change, full_matrices=False)
-    root = S[:rank].sqrt()
     total = torch.linalg.vector_norm(S)
     error = float(torch.linalg.vector_norm(S[rank:]) / total) if total > 0 else 0.0
-    return root[:, None] * Vh[:rank], U[:, :rank] * root, error
+    # A weight smaller than the rank has fewer singular vectors; the adapter's shape is the same for all of its modules.
+    kept = min(rank, len(S))
+    A, B = W.new_zeros(rank, W.shape[1]), W.new_zeros(W.shape[0], rank)
+    root = S[:kept].sqrt()
+    A[:kept], B[:, :kept] = root[:, None] * Vh[:kept], U[:, :kept] * root
+    return A, B, error

@@ -4,12 +4,19 @@ Imports nothing heavy: all of this is checked before the model is loaded.
 """
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .config import Settings
 from .errors import ExportError, UsageError
+from .source import expand
+
+Trial = TypeVar("Trial")
 
 _FLAG_OF = {
     "trial_index": "--trial-index",
@@ -32,6 +39,8 @@ def check_answers(settings: Settings, can_ask: bool) -> None:
     action = settings.model_action
     if action == "save" and settings.save_directory is not None:
         check_target(settings.save_directory, settings.overwrite)
+    if action == "upload" and settings.upload_repo_id is not None:
+        _check_repo_id(settings.upload_repo_id)
     if can_ask:
         return
     if action == "chat":
@@ -50,9 +59,23 @@ def check_answers(settings: Settings, can_ask: bool) -> None:
         raise UsageError("--model-action upload needs an access token: set HF_TOKEN, or log in with `hf auth login`.")
 
 
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"--upload-repo-id {repo_id!r} is no name of a repository: {error}") from error
+
+
+def trial_at(front: Sequence[Trial], index: int) -> Trial:
+    """The trial at a place in the front. Raises `UsageError` beyond its end."""
+    if index >= len(front):
+        raise UsageError(f"--trial-index {index}: the Pareto front has {len(front)} trials, 0 to {len(front) - 1}.")
+    return front[index]
+
+
 def check_target(directory: str, overwrite: bool) -> Path:
     """The folder to save to. Raises `ExportError` where it holds something that must not be replaced."""
-    target = Path(directory).expanduser()
+    target = expand(directory)
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file. Choose another --save-directory.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:

@@ -145,28 +145,31 @@ def _find_writers(
     layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
     generator = torch.Generator().manual_seed(0)
     direction = nn.functional.normalize(torch.randn(hidden_size, generator=generator), dim=0)
-    leaves: list[tuple[nn.Module, Tensor]] = []
-    norm_of: dict[int, nn.Module] = {}  # by address of the input; all leaves stay alive, so no address is used twice
+    leaves: list[tuple[nn.Module, Tensor, Tensor]] = []  # with the copy that the model goes on with
+    # By address of the copy. Those stay alive, so theirs is never used twice; that of any other norm's input may be, by a later copy.
+    norm_of: dict[int, nn.Module | None] = {}
     stream: list[Tensor] = []
 
-    def leaf_of(output: Any) -> tuple[Tensor, Any]:
+    def leaf_of(output: Any) -> tuple[Tensor, Tensor, Any]:
         leaf = first_tensor(output).detach().requires_grad_()
-        return leaf, (type(output)((leaf, *output[1:])) if isinstance(output, (tuple, list)) else leaf)
+        copy = leaf.clone()  # some models add to an output in place, which a leaf does not allow
+        return leaf, copy, (type(output)((copy, *output[1:])) if isinstance(output, (tuple, list)) else copy)
 
     def cut_candidate(module: nn.Module, args: Any, output: Any) -> Any:
         result = first_tensor(output)
         if not isinstance(result, Tensor) or result.shape[-1] != hidden_size or not result.is_floating_point():
             return output
-        leaf, output = leaf_of(output)
-        leaves.append((module, leaf))
+        leaf, copy, output = leaf_of(output)
+        leaves.append((module, leaf, copy))
+        norm_of[copy.data_ptr()] = None
         return output
 
     def cut_layer(module: nn.Module, args: Any, output: Any) -> Any:
         stream.append(first_tensor(output))
-        return leaf_of(output)[1]
+        return leaf_of(output)[2]
 
     def note_norm(module: nn.Module, args: Any) -> None:
-        if args and isinstance(args[0], Tensor):
+        if args and isinstance(args[0], Tensor) and args[0].data_ptr() in norm_of:
             norm_of[args[0].data_ptr()] = module
 
     with ExitStack() as stack, torch.enable_grad():
@@ -179,13 +182,15 @@ def _find_writers(
                 stack.enter_context(_removed(module.register_forward_pre_hook(note_norm)))
         _run(model, tokens)
         loss = torch.stack([(h.float().cpu() @ direction).sum() for h in stream]).sum()
-        gradients = torch.autograd.grad(loss, [leaf for _, leaf in leaves], allow_unused=True)
+        if not leaves or not loss.requires_grad:
+            return []
+        gradients = torch.autograd.grad(loss, [leaf for _, leaf, _ in leaves], allow_unused=True)
 
     found = []
-    for (module, leaf), gradient in zip(leaves, gradients, strict=True):
+    for (module, leaf, copy), gradient in zip(leaves, gradients, strict=True):
         if gradient is None:
             continue
-        norm = norm_of.get(leaf.data_ptr())
+        norm = norm_of[copy.data_ptr()]
         gain = None if norm is None else measure_gain(norm, hidden_size)
         wanted = direction if gain is None else nn.functional.normalize(gain.cpu() * direction, dim=0)
         G = gradient.float().cpu().reshape(-1, hidden_size)

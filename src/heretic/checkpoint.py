@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
 
 from .config import PromptSpecification, Settings
-from .errors import CheckpointError
+from .errors import CheckpointError, UsageError
+from .source import expand
 
 STUDY_NAME = "heretic"
 
@@ -41,6 +45,22 @@ DEFINING = (
     "bad_evaluation_prompts",
 )
 
+# Settings that say what one run does with a study; a later run does not take them over.
+OF_ONE_RUN = (
+    "evaluate_model",
+    "print_responses",
+    "checkpoint_action",
+    "debug",
+    "trial_index",
+    "n_additional_trials",
+    "model_action",
+    "save_directory",
+    "overwrite",
+    "export_strategy",
+    "upload_repo_id",
+    "upload_repo_private",
+)
+
 
 class _JournalLock:
     """Optuna's lock interface over the operating system's file locks, which a killed process cannot leave behind."""
@@ -56,10 +76,23 @@ class _JournalLock:
         self._lock.release()
 
 
+class _JournalFile(JournalFileBackend):  # type: ignore[misc]
+    """Optuna's journal file, which a write that fails halfway (a full disk) leaves as it was."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        size = Path(self._file_path).stat().st_size
+        try:
+            super().append_logs(logs)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._file_path, size)
+            raise
+
+
 def journal_path(settings: Settings) -> Path:
     """The journal's file, named after the model: every character but letters, digits, `_` and `-` becomes `--`."""
     name = "".join(c if c.isalnum() or c in "_-" else "--" for c in settings.model)
-    return Path(settings.study_checkpoint_dir).expanduser() / f"{name}.jsonl"
+    return expand(settings.study_checkpoint_dir) / f"{name}.jsonl"
 
 
 class Checkpoint:
@@ -83,9 +116,13 @@ class Checkpoint:
                 raise CheckpointError(
                     f"Another process is working on the study {self.path}. Wait for it, or use another --study-checkpoint-dir."
                 ) from error
-            if self.path.exists():
-                self._cut_torn_line()
-                self.study = self._open()
+            try:
+                if self.path.exists():
+                    self._cut_torn_line()
+                    self.study = self._open()
+            except BaseException:
+                self._run_lock.release()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,7 +149,7 @@ class Checkpoint:
 
     def _open(self) -> optuna.Study:
         try:
-            storage = JournalStorage(JournalFileBackend(str(self.path), lock_obj=_JournalLock(self.path)))
+            storage = JournalStorage(_JournalFile(str(self.path), lock_obj=_JournalLock(self.path)))
             return optuna.create_study(
                 storage=storage,
                 study_name=STUDY_NAME,
@@ -126,10 +163,14 @@ class Checkpoint:
             ) from error
 
     def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
-        """Begin a study, described by its settings. A journal that is there is kept beside it as `.old`."""
+        """Begin a study, described by its settings. A journal that is there is kept beside it, unless no trial of ours was finished."""
         with journal_errors(self.path):
             if self.path.exists():
-                self.path.replace(self.path.with_suffix(".jsonl.old"))
+                is_ours = self.study is not None and "identity" in self.study.user_attrs
+                if is_ours and not self.exists:
+                    self.path.unlink()
+                else:
+                    self.path.rename(_free_name(self.path))
             self.study = self._open()
             self.study.set_user_attr("settings", settings.model_dump(mode="json"))
             self.study.set_user_attr("given", sorted(settings.model_fields_set))
@@ -137,12 +178,25 @@ class Checkpoint:
         return self.study
 
     def restored(self, settings: Settings) -> Settings:
-        """The stored settings, with those that are given now on top. Raises `CheckpointError` naming what must not differ."""
+        """The stored settings, with those that are given now on top.
+
+        Raises `CheckpointError` naming what must not differ, and `UsageError` where the two do not go together.
+        """
         attributes = self._attributes()
-        stored = {name: attributes["settings"][name] for name in attributes["given"] if name in Settings.model_fields}
+        kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in OF_ONE_RUN]
+        stored = {name: attributes["settings"][name] for name in kept}
         given = settings.model_dump(mode="json", include=settings.model_fields_set)
-        result = Settings.model_validate({**stored, **given})
-        before = Settings.model_validate(stored)
+        try:
+            before = Settings.model_validate(stored)
+        except ValidationError as error:
+            raise CheckpointError(
+                f"The settings stored in {self.path} are not ones of this version: {_reason(error)}. Begin anew with "
+                "--checkpoint-action restart (the file is kept)."
+            ) from error
+        try:
+            result = Settings.model_validate({**stored, **given})
+        except ValidationError as error:
+            raise UsageError(f"The settings given do not go with those stored in {self.path}: {_reason(error)}.") from error
         differences = [
             f"{name} was {_shown(getattr(before, name))} and is now {_shown(getattr(result, name))}"
             for name in DEFINING
@@ -172,10 +226,12 @@ class Checkpoint:
     def target(self, settings: Settings, n_done: int, is_new: bool) -> int:
         """How many trials there shall be in all.
 
-        `n_trials`, or what an earlier run was told beyond that; where those are done, `n_additional_trials` more.
+        `n_trials`, or what an earlier run was told beyond that unless it is changed now; where those are done,
+        `n_additional_trials` more.
         """
-        stored = 0 if is_new or self.study is None else self.study.user_attrs.get("target", 0)
-        target = max(settings.n_trials, stored)
+        target = settings.n_trials
+        if not is_new and target == self._attributes()["settings"]["n_trials"]:
+            target = max(target, self._attributes().get("target", 0))
         if settings.n_additional_trials and (is_new or n_done >= target):
             target = max(n_done, target) + settings.n_additional_trials
         return target
@@ -194,6 +250,18 @@ class Checkpoint:
                 f"The study {self.path} is another one: {'; '.join(differences)}. Begin anew with --checkpoint-action restart "
                 "(the old file is kept), or use another --study-checkpoint-dir."
             )
+
+
+def _free_name(path: Path) -> Path:
+    """The first of `x.jsonl.old`, `x.jsonl.old2`, ... that does not exist."""
+    candidates = (path.with_name(f"{path.name}.old{n if n > 1 else ''}") for n in itertools.count(1))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _reason(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    message = problem["msg"].removeprefix("Value error, ")
+    return ".".join(map(str, problem["loc"])) + f": {message}" if problem["loc"] else message
 
 
 def _shown(value: Any) -> str:

@@ -7,14 +7,17 @@ out (response prefix, batch size) lives elsewhere. `Settings` is a plain model t
 
 import argparse
 import difflib
+import json
 import os
+import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -24,6 +27,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from .demo import PROMPTS as DEMO_PROMPTS
 from .errors import UsageError
 
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
@@ -87,13 +91,20 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
 }
 WITHOUT_EFFECT_IN_PROMPTS = ("residual_plot_label", "residual_plot_color")
 
+# Settings besides the sources of prompts that take a table, and so parts of one in the environment.
+_TABLES = ("device_map", "max_memory")
+
+_BOOL = TypeAdapter(bool)
+_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
+_NAME_IN_ERROR = re.compile(r'for (?:field ")?(\w+)')
+
 
 class PromptSpecification(BaseModel):
     """Where a list of prompts comes from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dataset: str = Field(description="Hub id, local dataset folder, or a text file with one prompt a line.")
+    dataset: str = Field(min_length=1, description="Hub id, local dataset folder, or a text file with one prompt a line.")
     commit: str | None = Field(None, description="Revision of a hub dataset to pin.")
     split: str | None = Field(None, description="Split, with an optional slice such as train[:400]; a slice alone for a text file.")
     column: str | None = Field(None, description="Column that holds the prompts; not needed for a text file.")
@@ -206,15 +217,29 @@ class Settings(BaseModel):
         if not isinstance(data, dict):
             return data
         data = {key: value for key, value in data.items() if not _has_no_effect(key, value)}
-        if data.get("demo") in (True, "true", "True", "1"):
-            from .demo import PROMPTS  # paths of packaged files
-
+        prompts = {name: default for name in cls.model_fields if isinstance(default := default_value(name), dict)}
+        if _is_true(data.get("demo")):
             given_model = data.setdefault("model", DEMO_MODEL)
             if given_model != DEMO_MODEL:
                 raise ValueError(f"demo brings its own model; leave out the model {given_model!r} or --demo")
-            for name, specification in PROMPTS.items():
-                data.setdefault(name, specification)
+            prompts = DEMO_PROMPTS
+            data = {**prompts, **data}
+        for name, default in prompts.items():
+            given = data.get(name)
+            if isinstance(given, dict) and "dataset" not in given:  # a part of the usual source is changed: --bad-prompts.suffix
+                data[name] = {**default, **given}
         return data
+
+    @field_validator("max_shard_size", mode="before")
+    @classmethod
+    def _check_size(cls, size: Any) -> Any:
+        if not isinstance(size, str):
+            return size
+        if size.isdigit():
+            return int(size)
+        if not _SIZE.fullmatch(size.strip()):
+            raise ValueError("a size is written as 500MB or 5GB")
+        return size
 
     @field_validator("refusal_markers")
     @classmethod
@@ -239,6 +264,14 @@ class Settings(BaseModel):
         if not self.model.strip():
             raise ValueError("model is empty; give a hub id or a local path")
         return self
+
+
+def _is_true(value: Any) -> bool:
+    """Whether pydantic reads a value as true; what it cannot read is left for it to complain about."""
+    try:
+        return _BOOL.validate_python(value)
+    except ValidationError:
+        return False
 
 
 def _has_no_effect(key: str, value: Any) -> bool:
@@ -284,7 +317,12 @@ def command_parser() -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
     parser.add_argument("model_argument", nargs="?", metavar="model")
     parser.add_argument("--config")
     source: CliSettingsSource[Any] = CliSettingsSource(
-        _CommandSettings, root_parser=parser, cli_kebab_case=True, cli_implicit_flags=True, cli_prog_name="heretic"
+        _CommandSettings,
+        root_parser=parser,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,  # so that flags without a default are flags as well
+        cli_prog_name="heretic",
     )
     return parser, source
 
@@ -303,27 +341,46 @@ def load_settings(arguments: Sequence[str] | None = None) -> Settings:
             raise UsageError(f"Two models are given, {positional!r} and --model {parsed['model']!r}; give one.")
         parsed["model"] = positional
 
-    try:
-        cli_source(parsed_args={key: value for key, value in parsed.items() if value is not None})
-        sources: dict[str, dict[str, Any]] = {
-            "the command line": cli_source(),
-            "the environment": EnvSettingsSource(_CommandSettings)(),
-            ".env": DotEnvSettingsSource(_CommandSettings, dotenv_filtering="match_prefix")(),
-            **_toml_source(config_path),
-        }
-    except (ValueError, UnicodeDecodeError) as error:  # pydantic-settings' SettingsError is one: JSON that does not parse
-        raise UsageError(f"Settings cannot be read: {error}. Lists and tables are written as JSON.") from error
-    sources["the environment"] |= _unknown_environment_settings()
+    given = {key: value for key, value in parsed.items() if value is not None}
+    with _reading("on the command line"):
+        command_line = cli_source(parsed_args=given)()
+    with _reading("in the environment"):
+        environment = EnvSettingsSource(_CommandSettings)() | _unknown_environment_settings()
+    with _reading("in .env"):
+        env_file = DotEnvSettingsSource(_CommandSettings, dotenv_filtering="match_prefix")()
+    sources = {"on the command line": command_line, "in the environment": environment, "in .env": env_file, **_toml_source(config_path)}
 
     merged: dict[str, Any] = {}
+    says_demo = next((values for values in sources.values() if "demo" in values), {})
     for values in reversed(sources.values()):
+        if values is says_demo and _is_true(values["demo"]):  # its model and prompts win over those in weaker sources
+            merged |= {"model": DEMO_MODEL, **DEMO_PROMPTS}
         merged = _overlay(merged, values)
-    if "model" not in merged and not merged.get("demo"):
-        raise UsageError("No model is given. Try: heretic <model-id or folder>, or heretic --demo")
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
         raise UsageError(_describe(error, sources)) from error
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"Settings {where} cannot be read: it is not UTF-8 text.") from error
+    except ValueError as error:  # pydantic-settings' SettingsError is one
+        name = _NAME_IN_ERROR.search(str(error))
+        if name is None:
+            raise UsageError(f"Settings {where} cannot be read: {error}.") from error
+        raise UsageError(
+            f"Setting {name[1]} ({where}) cannot be read: lists and tables are written as JSON, "
+            f"such as {json.dumps(_example(name[1]), ensure_ascii=False)}."
+        ) from error
+
+
+def _example(name: str) -> Any:
+    value = default_value(name)
+    return value[:2] if isinstance(value, list) else value or {"0": "20GB"}
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -339,11 +396,14 @@ def _toml_source(config_path: str | None) -> dict[str, dict[str, Any]]:
     if config_path is None and not path.is_file():
         return {}
     try:
-        with path.open("rb") as file:
-            return {str(path): tomllib.load(file)}
+        content = path.read_bytes()
+        return {f"in {path}": tomllib.loads(content.decode())}
     except OSError as error:
         raise UsageError(f"The configuration file {path} cannot be read: {error.strerror}. Check --config.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UsageError(f"The configuration file {path} is not UTF-8 text (line {line}).") from error
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"The configuration file {path} is not valid TOML: {error}.") from error
 
 
@@ -352,7 +412,12 @@ def _unknown_environment_settings() -> dict[str, str]:
     names = {
         variable[len(ENV_PREFIX) :].lower(): value for variable, value in os.environ.items() if variable.upper().startswith(ENV_PREFIX)
     }
-    return {name: value for name, value in names.items() if name.split("__")[0] not in Settings.model_fields}
+    return {name: value for name, value in names.items() if not _is_known(*name.split("__"))}
+
+
+def _is_known(name: str, *parts: str) -> bool:
+    """Whether a name, perhaps with parts, stands for a setting; the parts of tables are left to validation."""
+    return name in Settings.model_fields and (not parts or isinstance(default_value(name), dict) or name in _TABLES)
 
 
 def _describe(error: ValidationError, sources: dict[str, dict[str, Any]]) -> str:
@@ -361,11 +426,13 @@ def _describe(error: ValidationError, sources: dict[str, dict[str, Any]]) -> str
     for problem in error.errors():
         location = [part for part in problem["loc"] if not _is_type_tag(part)]
         name = ".".join(str(part) for part in location)
-        origin = next((f" (in {source})" for source, values in sources.items() if location and location[0] in values), "")
+        origin = next((f" ({source})" for source, values in sources.items() if location and _holds(values, location)), "")
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             known = list(PromptSpecification.model_fields if len(location) > 1 else Settings.model_fields)
             line = f"Unknown setting {name}{origin}{_did_you_mean(str(location[-1]), known)}."
+        elif location == ["model"] and problem["type"] == "missing":
+            line = "No model is given. Try: heretic <model-id or folder>, or heretic --demo"
         elif not location:
             line = f"{message}."
         else:
@@ -373,6 +440,17 @@ def _describe(error: ValidationError, sources: dict[str, dict[str, Any]]) -> str
         if line not in lines:
             lines.append(line)
     return "\n".join(lines)
+
+
+def _holds(values: Any, location: Sequence[int | str]) -> bool:
+    """Whether a source has something at a location, as far as that leads through tables."""
+    for part in location:
+        if not isinstance(values, dict):
+            return True
+        if part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _is_type_tag(part: int | str) -> bool:

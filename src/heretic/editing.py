@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from .ablation import Ablation, OutputMap, RowNormalization, apply_output_map, kernel, output_map, row_gram
+from .ablation import Ablation, OutputMap, RowNormalization, apply_output_map, kernel, output_map, row_gram, trial_membership
 from .architecture import Architecture, Writer
 from .directions import mix, mix_at
 
@@ -39,6 +39,8 @@ class AblationHooks:
         self.mode = mode
         self._constants = [self._prepare(writer) for writer in architecture.writers]
         self._maps: dict[nn.Module, OutputMap] = {}
+        self._n_trials = 0
+        self._membership: dict[torch.device, Tensor] = {}
         self._trial_of_row: Tensor | None = None
         self._handles = [writer.module.register_forward_hook(self._hook) for writer in architecture.writers]
 
@@ -81,16 +83,18 @@ class AblationHooks:
 
     @contextmanager
     def active(self, ablations: Sequence[Ablation]) -> Iterator[None]:
-        """Within, the model computes as if edited. Rows of a batch belong to the first ablation until `assign_rows` says otherwise."""
-        self._maps = self._make_maps(ablations)
+        """Within, the model computes as if edited. Where there are several ablations, `assign_rows` says which row belongs to which."""
+        self._maps, self._n_trials = self._make_maps(ablations), len(ablations)
         try:
             yield
         finally:
-            self._maps, self._trial_of_row = {}, None
+            self._maps = {}
+            self.assign_rows(None)
 
     def assign_rows(self, trial_of_row: Tensor | None) -> None:
-        """Row `k` of the batches that follow belongs to ablation `trial_of_row[k]`; None: all to the first."""
+        """Row `k` of the batches that follow belongs to ablation `trial_of_row[k]`."""
         self._trial_of_row = trial_of_row
+        self._membership.clear()
 
     def _make_maps(self, ablations: Sequence[Ablation]) -> dict[nn.Module, OutputMap]:
         maps: dict[nn.Module, OutputMap] = {}
@@ -107,7 +111,17 @@ class AblationHooks:
 
     def _hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         edit = self._maps.get(module)
-        return None if edit is None else apply_output_map(output, edit, self._trial_of_row)
+        return None if edit is None else apply_output_map(output, edit, self._rows_on(output.device))
+
+    def _rows_on(self, device: torch.device) -> Tensor | None:
+        """Membership of the rows on a device, made once for all writers there; None where one ablation has them all."""
+        if self._n_trials == 1:
+            return None
+        if self._trial_of_row is None:
+            raise ValueError("rows of several ablations must be assigned before a forward pass")
+        if device not in self._membership:
+            self._membership[device] = trial_membership(self._trial_of_row.to(device), self._n_trials)
+        return self._membership[device]
 
     def remove(self) -> None:
         """Take the hooks off the model."""

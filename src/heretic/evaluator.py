@@ -1,6 +1,5 @@
 """Scores: how many harmful prompts are refused, and how far the model's first words on harmless ones have moved."""
 
-import math
 import os.path
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 from .ablation import Ablation
 from .config import Settings
 from .errors import EvaluationError, TrialError
-from .model import Model
+from .model import NOT_FINITE, Model
 from .prompts import Prompt
 from .utils import Progress, SilentProgress
 
@@ -134,28 +133,52 @@ class Evaluator:
 
     def count_refusals(self, ablation: Ablation | None = None, description: str | None = None) -> int:
         """Refusals among the harmful evaluation prompts, of the original model or an edited one."""
-        show = self.settings.print_responses
         responses = self.model.responses(
             self.bad_prompts,
             self.settings.max_response_length,
             ablation,
-            is_decided=None if show else self.rule.has_marker,
+            is_decided=None if self.settings.print_responses else self.rule.has_marker,
             description=description,
         )
         verdicts = [self.rule.is_refusal(response) for response in responses]
-        if show:
-            for prompt, response, refused in zip(self.bad_prompts, responses, verdicts, strict=True):
-                self.progress.message(f"Prompt: {prompt.user}\n{'Refused' if refused else 'Answered'}: {response.strip()}\n")
+        for prompt, response, refused in zip(self.bad_prompts, responses, verdicts, strict=True):
+            self._show(prompt, response, refused)
         return sum(verdicts)
 
     def score(self, ablation: Ablation | None) -> Score:
-        """Score an ablation. Raises `TrialError` where the edited model's numbers are not finite."""
-        logprobs = self.model.first_token_logprobs(self.good_prompts, ablation)
-        divergence = float(kl_divergence(self.base_logprobs, logprobs).mean())
-        if not math.isfinite(divergence):
-            raise TrialError("the KL divergence is not finite")
+        """Score an ablation (None: the model as it is). Raises `TrialError` where its numbers are not finite."""
+        (result,) = self.score_trials([] if ablation is None else [ablation])
+        if isinstance(result, TrialError):
+            raise result
+        return result
+
+    def score_trials(self, ablations: Sequence[Ablation]) -> list[Score | TrialError]:
+        """Scores of several ablations (none: the model as it is), computed together; an error takes the place of one that has none."""
+        n_trials = max(1, len(ablations))
+        divergence = torch.zeros(n_trials, dtype=torch.float64)
+        for rows, logprobs in self.model.logprobs_of_trials(self.good_prompts, ablations):
+            base = self.base_logprobs[torch.tensor([row.prompt for row in rows], device=self.base_logprobs.device)]
+            trials = torch.tensor([row.trial for row in rows])
+            divergence.index_add_(0, trials, kl_divergence(base.to(logprobs.device), logprobs).double().cpu())
+        divergence /= len(self.good_prompts)
+
+        refusals = [0] * n_trials
+        finite = torch.isfinite(divergence).tolist()
+        for row in self.model.responses_of_trials(
+            self.bad_prompts, self.settings.max_response_length, ablations, None if self.settings.print_responses else self.rule.has_marker
+        ):
+            finite[row.trial] &= row.finite
+            text = self.model.text_of(row)
+            refused = self.rule.is_refusal(text)
+            refusals[row.trial] += refused
+            self._show(self.bad_prompts[row.prompt], text, refused)
         # Rounding can leave a divergence of nothing slightly below zero.
-        return Score(self.count_refusals(ablation), max(0.0, divergence))
+        return [Score(refusals[i], max(0.0, float(divergence[i]))) if finite[i] else TrialError(NOT_FINITE) for i in range(n_trials)]
+
+    def _show(self, prompt: Prompt, response: str, refused: bool) -> None:
+        if self.settings.print_responses:
+            verdict = "Refused" if refused else "Answered"
+            self.progress.message(f"Prompt: {prompt.user}\n{verdict}: {response.strip()}\n")
 
     def objectives(self, score: Score) -> tuple[float, float]:
         """`objectives` with this run's baseline and settings."""

@@ -9,10 +9,10 @@ import questionary
 from huggingface_hub import get_token
 from optuna.trial import FrozenTrial
 
-from .answers import check_target
+from .answers import check_target, trial_at
 from .config import Settings
 from .console import Console, trial_rows
-from .errors import HereticError, UsageError
+from .errors import HereticError
 from .evaluator import Evaluator
 from .export import Result, Strategy, save, upload
 from .model import Message, Model, prompt_messages
@@ -64,19 +64,12 @@ class Workbench:
             response_prefix=self.model.response_prefix,
         )
 
-    def trial_at(self, index: int) -> FrozenTrial:
-        """The trial at a place in the front. Raises `UsageError` beyond its end."""
-        front = self.search.front
-        if index >= len(front):
-            raise UsageError(f"--trial-index {index}: the Pareto front has {len(front)} trials, 0 to {len(front) - 1}.")
-        return front[index]
-
-    def act(self) -> None:
-        """Do what `settings.model_action` says with the trial that `settings.trial_index` says, asking for what is not said."""
-        settings = self.settings
-        trial = self.trial_at(settings.trial_index) if settings.trial_index is not None else self._choose_trial()
-        if trial is not None and settings.model_action is not None:
-            self._action(settings.model_action, trial)
+    def act(self, action: str) -> None:
+        """Do `action` with the trial that `settings.trial_index` says, asking for what is not said."""
+        index = self.settings.trial_index
+        trial = self._choose_trial() if index is None else trial_at(self.search.front, index)
+        if trial is not None:
+            self._action(action, trial)
 
     def menu(self) -> None:
         """Choose trials and actions until the user leaves."""
@@ -92,6 +85,8 @@ class Workbench:
                     return
                 try:
                     self._action(action, trial)
+                except KeyboardInterrupt:
+                    self.console.message("Interrupted.")
                 except HereticError as error:  # told, and every other action stays usable
                     self.console.error(str(error))
                 if action == "more":
@@ -122,7 +117,6 @@ class Workbench:
             "chat": self._chat,
             "compare": self._compare,
             "more": lambda _: self._run_more(),
-            "none": lambda _: None,
         }
         actions[action](trial)
 

@@ -1,7 +1,10 @@
 """The command: reads, validates, calls, renders. Library errors become one line and an exit code here and nowhere else."""
 
+import io
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -23,8 +26,16 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `heretic` command."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    sys.exit(run_command(arguments))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the terminal's encoding lacks must not end the run
+    try:
+        code = run_command(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -43,16 +54,22 @@ def run_command(arguments: Sequence[str]) -> int:
         debug = settings.debug
         return run(settings)
     except HereticError as error:
-        if debug:
-            raise
-        _tell(str(error))
+        _tell(str(error), debug)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # nothing foresaw it; it is told in plain words all the same
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        _tell(f"{reason} (this is a defect of the program; --debug shows where it happened). What was finished is kept.", debug)
+        return 1
 
 
-def _tell(text: str) -> None:
+def _tell(text: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
     for line in text.splitlines():
         print(f"Error: {line}", file=sys.stderr)
 
@@ -80,7 +97,6 @@ def run(settings: "Settings") -> int:
 def _quiet_libraries(debug: bool) -> None:
     """Leave the screen to this program, except with `--debug`."""
     import logging
-    import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -105,7 +121,7 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
     identity = _prompt_identity(prompts)
     if not is_new:
         checkpoint.check_identity(identity)
-        if _nothing_to_do(settings, console, checkpoint):
+        if _is_over(settings, console, checkpoint):
             return 0
 
     # 3. Device, model and what can be edited in it
@@ -161,8 +177,8 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
         bench.menu()
         return 0
     _show_outcome(settings, console, checkpoint)
-    if settings.model_action is not None:
-        bench.act()
+    if settings.model_action not in (None, "none"):
+        bench.act(settings.model_action)
     return 0
 
 
@@ -214,10 +230,18 @@ def _prompt_identity(prompts: dict[str, Any]) -> dict[str, str]:
     return {name: fingerprint(values) for name, values in prompts.items()}
 
 
-def _nothing_to_do(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> bool:
+def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> bool:
     """Show the front of a finished study where nobody asks for more, without loading the model for it."""
-    finished = checkpoint.n_done >= checkpoint.target(settings, checkpoint.n_done, False)
-    if console.can_ask or settings.model_action is not None or not finished:
+    from .answers import trial_at
+    from .search import pareto_front
+
+    assert checkpoint.study is not None
+    front = pareto_front(checkpoint.study.get_trials(deepcopy=False))
+    if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
+        return False
+    if settings.trial_index is not None:
+        trial_at(front, settings.trial_index)  # told before the model is loaded
+    if settings.model_action not in (None, "none") or (console.can_ask and settings.model_action is None):
         return False
     _show_outcome(settings, console, checkpoint)
     return True

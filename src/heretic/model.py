@@ -7,18 +7,21 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import StoppingCriteria, TextStreamer
+from transformers import TextStreamer
 
 from .ablation import Ablation, RowNormalization
 from .architecture import Architecture, discover, first_tensor
 from .config import Settings
 from .editing import AblationHooks
 from .errors import ModelError, PromptError, TrialError
+from .generation import Row, TextWatch, make_decoder
 from .loading import LoadedModel
 from .prompts import Prompt
-from .utils import BatchSize, Progress, SilentProgress
+from .utils import Progress, SilentProgress
 
 Message = dict[str, str]
+
+NOT_FINITE = "the model gives logits that are not finite (NaN or infinite)"
 
 
 class Model:
@@ -33,9 +36,9 @@ class Model:
         self.tokenizer = loaded.tokenizer
         self.progress = progress or SilentProgress()
         self.response_prefix = ""
-        self.batch_size = BatchSize(settings.batch_size, settings.max_batch_size)
         self.architecture: Architecture = discover(self.model)
         self.hooks: AblationHooks | None = None
+        self.decoder = make_decoder(self.model, self.tokenizer, settings.batch_size or settings.max_batch_size, self._assign_rows)
         self._template = _ChatTemplate(self.tokenizer, self.progress)
 
     @property
@@ -51,12 +54,16 @@ class Model:
         self.hooks = AblationHooks(self.architecture, directions, mode)
 
     @contextmanager
-    def _edited(self, ablation: Ablation | None) -> Iterator[None]:
-        if ablation is not None and self.hooks is None:
+    def _edited(self, ablations: Sequence[Ablation]) -> Iterator[None]:
+        if ablations and self.hooks is None:
             raise ValueError("call use_directions first")
-        context = nullcontext() if ablation is None or self.hooks is None else self.hooks.active([ablation])
+        context = self.hooks.active(ablations) if ablations and self.hooks is not None else nullcontext()
         with torch.inference_mode(), context:
             yield
+
+    def _assign_rows(self, trial_of_row: Tensor) -> None:
+        if self.hooks is not None:
+            self.hooks.assign_rows(trial_of_row)
 
     def render(self, messages: Sequence[Message]) -> str:
         """A conversation as the text the model continues."""
@@ -65,47 +72,41 @@ class Model:
     def _render_prompt(self, prompt: Prompt) -> str:
         return self.render(prompt_messages(prompt))
 
-    def _tokenize(self, prompts: Sequence[Prompt]) -> Any:
+    def _token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         texts = [self._render_prompt(prompt) for prompt in prompts]
-        batch = self.tokenizer(
-            texts, return_tensors="pt", padding=True, add_special_tokens=not self._template.exists, return_token_type_ids=False
-        )
-        return batch.to(self.device)
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self._template.exists)["input_ids"]
+        return ids
+
+    def _rows(self, prompts: Sequence[Prompt], n_trials: int) -> list[Row]:
+        ids = self._token_ids(prompts)
+        return [Row(trial, ids[i], i) for trial in range(n_trials) for i in range(len(prompts))]
 
     def check_lengths(self, prompts: Sequence[Prompt], setting: str, n_new_tokens: int) -> None:
         """Raise `PromptError` for the first prompt that, with its response, is longer than the model's context."""
         context = getattr(self.loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if context is None:
             return
-        texts = [self._render_prompt(prompt) for prompt in prompts]
-        for i, ids in enumerate(self.tokenizer(texts, add_special_tokens=not self._template.exists)["input_ids"]):
+        for i, ids in enumerate(self._token_ids(prompts)):
             if len(ids) + n_new_tokens > context:
                 raise PromptError(
                     f"{setting}: prompt {i + 1} has {len(ids)} tokens, which with {n_new_tokens} new ones is more than the model's "
                     f"context of {context}. Shorten it, or lower max_response_length. It begins: {prompts[i].user[:60]!r}"
                 )
 
-    def _generate(self, prompts: Sequence[Prompt], **arguments: Any) -> tuple[Any, int]:
-        inputs = self._tokenize(prompts)
-        output = self.model.generate(**inputs, return_dict_in_generate=True, **arguments)
-        return output, inputs["input_ids"].shape[1]
-
-    def _in_batches(self, prompts: Sequence[Prompt], function: Callable[[Sequence[Prompt]], Any], description: str | None) -> Iterator[Any]:
-        context = nullcontext(lambda n: None) if description is None else self.progress.task(description, len(prompts))
-        with context as advance:
-            for result in self.batch_size.batches(prompts, function):
-                advance(len(result))
-                yield result
+    @contextmanager
+    def _task(self, description: str | None, total: int) -> Iterator[Callable[[int], None]]:
+        if description is None:
+            yield lambda n: None
+        else:
+            with self.progress.task(description, total) as advance:
+                yield advance
 
     def residuals(self, prompts: Sequence[Prompt], description: str | None = None) -> Iterator[Tensor]:
-        """Residual stream at the last prompt position: batches `(prompt, layer + 1, d)` in float32.
+        """Residual stream at the last prompt position: batches `(prompt, layer + 1, d)` in float32, in the order of the prompts.
 
         Index 0 is the embedding output, the input of the first layer; index `i + 1` what layer `i` gives, before any final norm.
         Raises `ModelError` where a layer gives something else than one stream of hidden states.
         """
-        yield from self._in_batches(prompts, self._residual_batch, description)
-
-    def _residual_batch(self, prompts: Sequence[Prompt]) -> Tensor:
         kept: list[Tensor] = []
 
         def keep(hidden: Any) -> None:
@@ -114,34 +115,41 @@ class Model:
             kept.append(hidden[:, -1].float())
 
         def before_first(module: Any, args: Any, kwargs: Any) -> None:
+            kept.clear()
             keep(args[0] if args else kwargs["hidden_states"])
 
         layers = self.architecture.layers
         handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
         handles += [layer.register_forward_hook(lambda m, a, output: keep(first_tensor(output))) for layer in layers]
         try:
-            with self._edited(None):
-                self._generate(prompts, max_new_tokens=1)
+            with self._edited([]), self._task(description, len(prompts)) as advance:
+                for part, _ in self.decoder.first_logits(self._rows(prompts, 1)):
+                    advance(len(part))
+                    yield torch.stack([hidden.to(kept[0].device) for hidden in kept], dim=1)
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack([hidden.to(kept[0].device) for hidden in kept], dim=1)
 
     def first_token_logprobs(self, prompts: Sequence[Prompt], ablation: Ablation | None = None, description: str | None = None) -> Tensor:
-        """Log-probabilities `(prompt, vocabulary)` of the first response token, float32, on the model's output device.
+        """Log-probabilities `(prompt, vocabulary)` of the first response token, float32. Raises `TrialError` where not finite."""
+        batches = self.logprobs_of_trials(prompts, [] if ablation is None else [ablation], description)
+        logprobs = torch.cat([batch for _, batch in batches])
+        if not torch.isfinite(logprobs).all():
+            raise TrialError(NOT_FINITE)
+        return logprobs
 
-        Raises `TrialError` where they are not finite.
+    def logprobs_of_trials(
+        self, prompts: Sequence[Prompt], ablations: Sequence[Ablation], description: str | None = None
+    ) -> Iterator[tuple[list[Row], Tensor]]:
+        """Log-probabilities of the first response token of every prompt under every ablation (none: the original).
+
+        Yields rows, which tell trial and prompt, and their log-probabilities `(row, vocabulary)` in float32, trial after trial.
         """
-
-        def batch(part: Sequence[Prompt]) -> Tensor:
-            output, _ = self._generate(part, max_new_tokens=1, output_logits=True)
-            logits = output.logits[0].float()
-            if not torch.isfinite(logits).all():
-                raise TrialError("the model gives logits that are not finite (NaN or infinite)")
-            return torch.log_softmax(logits, dim=-1)
-
-        with self._edited(ablation):
-            return torch.cat(list(self._in_batches(prompts, batch, description)))
+        rows = self._rows(prompts, max(1, len(ablations)))
+        with self._edited(ablations), self._task(description, len(rows)) as advance:
+            for part, logits in self.decoder.first_logits(rows):
+                advance(len(part))
+                yield part, torch.log_softmax(logits.float(), dim=-1)
 
     def responses(
         self,
@@ -156,18 +164,34 @@ class Model:
 
         Raises `TrialError` where logits are not finite.
         """
+        texts = [""] * len(prompts)
+        rows = self.responses_of_trials(prompts, max_new_tokens, [] if ablation is None else [ablation], is_decided, description)
+        for row in rows:
+            if not row.finite:
+                raise TrialError(NOT_FINITE)
+            texts[row.prompt] = self.tokenizer.decode(row.generated, skip_special_tokens=skip_special_tokens)
+        return texts
 
-        def batch(part: Sequence[Prompt]) -> list[str]:
-            criteria = _Watch(self.tokenizer, is_decided)
-            output, start = self._generate(
-                part, max_new_tokens=max_new_tokens, logits_processor=[criteria.check_logits], stopping_criteria=[criteria]
-            )
-            if not criteria.finite:
-                raise TrialError("the model gives logits that are not finite (NaN or infinite)")
-            return self.tokenizer.batch_decode(output.sequences[:, start:], skip_special_tokens=skip_special_tokens)
+    def responses_of_trials(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        ablations: Sequence[Ablation],
+        is_decided: Callable[[str], bool] | None = None,
+        description: str | None = None,
+    ) -> Iterator[Row]:
+        """Greedy responses to every prompt under every ablation (none: the original), as rows, in the order they are finished."""
+        rows = self._rows(prompts, max(1, len(ablations)))
+        is_finished = (lambda row: False) if is_decided is None else TextWatch(self.tokenizer, is_decided)
+        with self._edited(ablations), self._task(description, len(rows)) as advance:
+            for row in self.decoder.run(rows, max_new_tokens, is_finished):
+                advance(1)
+                yield row
 
-        with self._edited(ablation):
-            return [response for part in self._in_batches(prompts, batch, description) for response in part]
+    def text_of(self, row: Row) -> str:
+        """The response of a row."""
+        text: str = self.tokenizer.decode(row.generated, skip_special_tokens=True)
+        return text
 
     def stream_response(
         self, messages: Sequence[Message], max_new_tokens: int, ablation: Ablation | None, write: Callable[[str], None]
@@ -177,7 +201,7 @@ class Model:
         inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self._template.exists).to(self.device)
         inputs.pop("token_type_ids", None)
         streamer = _CallbackStreamer(self.tokenizer, write)
-        with self._edited(ablation):
+        with self._edited([] if ablation is None else [ablation]):
             self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
         return "".join(streamer.pieces)
 
@@ -219,34 +243,6 @@ class _ChatTemplate:
             system, first, *rest = messages
             messages = [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
         return self._apply(messages)
-
-
-class _Watch(StoppingCriteria):
-    """Ends rows whose verdict cannot change, and notes logits that are not finite."""
-
-    def __init__(self, tokenizer: Any, is_decided: Callable[[str], bool] | None) -> None:
-        self.tokenizer = tokenizer
-        self.is_decided = is_decided
-        self.start: int | None = None
-        self._all_finite: Tensor | None = None
-
-    @property
-    def finite(self) -> bool:
-        return self._all_finite is None or bool(self._all_finite)
-
-    def check_logits(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        finite = torch.isfinite(scores).all()
-        self._all_finite = finite if self._all_finite is None else self._all_finite & finite
-        return scores
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        if self.start is None:
-            self.start = input_ids.shape[1] - 1
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        if self.is_decided is not None:
-            texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
-            done |= torch.tensor([self.is_decided(text) for text in texts], device=input_ids.device)
-        return done
 
 
 class _CallbackStreamer(TextStreamer):

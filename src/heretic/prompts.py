@@ -1,6 +1,8 @@
 """From prompt specifications to lists of prompts."""
 
+import codecs
 import hashlib
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -11,6 +13,10 @@ from typing import Any
 from . import demo
 from .config import PromptSpecification
 from .errors import PromptError
+from .source import expand
+
+# What the datasets library reads; taken as text files, their markup would become prompts.
+DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
 
 _SLICE = re.compile(r"\[[^\]]*\]")
 
@@ -50,8 +56,10 @@ def _name(specification: PromptSpecification) -> str:
 def _texts(specification: PromptSpecification, setting: str) -> list[str]:
     if specification.dataset.startswith(demo.PREFIX):
         return _read_text_file(demo.prompt_file(specification.dataset), specification, setting)
-    path = Path(specification.dataset).expanduser()
+    path = expand(specification.dataset)
     if path.is_file():
+        if path.suffix in DATA_FILES:
+            raise PromptError(f"{setting}: {path} is a data file; give the folder it lies in, with split and column, or a text file.")
         return _read_text_file(path, specification, setting)
     if not path.exists() and (path.suffix == ".txt" or path.is_absolute() or specification.dataset.startswith(".")):
         raise PromptError(f"{setting}: there is no file or folder {specification.dataset}. Check the path.")
@@ -60,12 +68,15 @@ def _texts(specification: PromptSpecification, setting: str) -> list[str]:
 
 def _read_text_file(path: Path, specification: PromptSpecification, setting: str) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise PromptError(f"{setting}: {path} is not UTF-8 text (line {line}). Convert the file to UTF-8.") from error
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise PromptError(f"{setting}: {path} cannot be read: {error.strerror}.") from error
+    try:
+        # Only line ends separate prompts: `str.splitlines` would also split at form feeds and the like.
+        lines = io.StringIO(content.decode(), newline=None).read().split("\n")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise PromptError(f"{setting}: {path} is not UTF-8 text (line {line}). Convert the file to UTF-8.") from error
     lines = [line for line in lines if line.strip()]
     if specification.split is None:
         return lines
@@ -73,17 +84,17 @@ def _read_text_file(path: Path, specification: PromptSpecification, setting: str
     return [lines[i] for i in _slice_indices(spec, {"train": len(lines)}, specification, setting)]
 
 
-def _slice_indices(split: str, lengths: dict[str, int], specification: PromptSpecification, setting: str) -> range:
+def _slice_indices(split: str, lengths: dict[str, int], specification: PromptSpecification, setting: str) -> list[int]:
     """The rows that a split with a slice stands for, by the rules of the datasets library."""
     from datasets import ReadInstruction
 
     try:
-        (instruction,) = ReadInstruction.from_spec(split).to_absolute(lengths)
+        instructions = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         raise PromptError(
             f"{setting}: the split {specification.split!r} of {specification.dataset} does not exist or is no valid slice: {error}"
         ) from error
-    return range(instruction.from_, instruction.to)
+    return [i for instruction in instructions for i in range(instruction.from_, instruction.to)]
 
 
 def _read_dataset(specification: PromptSpecification, path: Path, setting: str) -> list[str]:

@@ -27,6 +27,14 @@ class ModelSource:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
+def expand(path: str) -> Path:
+    """A path with `~` for the home directory; where that is nobody's, it stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def model_source(settings: Settings, name: str | None = None) -> ModelSource:
     """The source that a model setting stands for (`name`, default `settings.model`).
 
@@ -36,7 +44,7 @@ def model_source(settings: Settings, name: str | None = None) -> ModelSource:
     revision = settings.model_commit if name == settings.model else None
     if name == DEMO_MODEL and settings.demo:
         return ModelSource(str(demo.MODEL), DEMO_MODEL, None, False)
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = " It holds an adapter, not a model." if (path / "adapter_config.json").is_file() else ""

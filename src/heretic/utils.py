@@ -2,14 +2,11 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import psutil
 import torch
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Progress(Protocol):
@@ -63,31 +60,13 @@ def empty_cache() -> None:
         torch.accelerator.empty_cache()
 
 
-class BatchSize:
-    """How many prompts a forward pass takes: starts at the limit, is halved whenever memory runs out, and remembers it."""
-
-    def __init__(self, batch_size: int, max_batch_size: int) -> None:
-        self.value = batch_size or max_batch_size
-
-    def batches(self, items: Sequence[Item], function: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
-        """`function` of consecutive slices of `items`, each as large as memory allows.
-
-        Raises the out-of-memory error itself only where a single item does not fit.
-        """
-        start = 0
-        while start < len(items):
-            batch = items[start : start + self.value]
-            try:
-                result = function(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(batch) == 1:
-                    raise
-                self.value = max(1, len(batch) // 2)
-            else:
-                start += len(batch)
-                yield result
-                continue
-            empty_cache()  # outside the handler, which keeps the failed pass's tensors alive
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, what this process's allocator keeps in reserve included."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.accelerator.get_memory_info(device)
+    reserve = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return int(free + reserve)
 
 
 def describe_device() -> str:

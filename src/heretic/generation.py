@@ -1,0 +1,495 @@
+"""Greedy decoding of many rows at once, where a row is one prompt under one trial's ablation.
+
+All rows that wait form one pool; a forward pass takes as many as fit. A row leaves as soon as it is finished, and the rows that wait
+take its place. Keys and values lie in blocks allocated once: a step writes one column in place, a row that leaves is replaced by
+the last one, and new rows are prefilled aside and copied in so that all rows end in the same column. Every row has its own
+positions and its own mask, so a row's tokens do not depend (up to rounding) on what else is in the pass.
+
+Where it breaks: models whose cache holds more than keys and values (state-space and linear-attention layers) are refused by
+`supports`; they are decoded by transformers' own `generate`.
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .utils import empty_cache, free_memory, is_out_of_memory
+
+# New rows are prefilled when at least this share of the pass is free: prefills of single rows are inefficient.
+REFILL_SHARE = 0.25
+# Rows that have left are replaced when they make up this share of the pass.
+COMPACT_SHARE = 0.1
+# Columns beyond the longest row, so that the blocks are not shifted at every step.
+SLACK_COLUMNS = 64
+# Tokens in one prefill pass, which bounds the memory of its hidden states.
+PREFILL_TOKENS = {"cpu": 8192}
+PREFILL_TOKENS_ACCELERATOR = 65536
+# Characters of a response's end in which a marker is looked for when a token is added: more than any marker has.
+OVERLAP = 120
+# The share of free memory that keys and values may take; the rest is for everything else.
+MEMORY_SHARE = 0.6
+
+
+@dataclass(eq=False)
+class Row:
+    """One response in the making. `tokens` is prompt number `prompt`; `trial` says which ablation of the batch it is computed under."""
+
+    trial: int
+    tokens: Sequence[int]
+    prompt: int = 0
+    generated: list[int] = field(default_factory=list)
+    finite: bool = True
+    tail: str = ""
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + len(self.generated)
+
+
+class _BlockLayer(DynamicLayer):
+    """Keys and values of one layer in blocks `(row, head, column, dim)` of fixed size; `length` columns are in use."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, n_rows: int, n_columns: int) -> None:
+        super().__init__()
+        self.n_rows, self.n_columns, self.length = n_rows, n_columns, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+
+        def block(states: Tensor) -> Tensor:
+            return states.new_zeros(self.n_rows, states.shape[1], self.n_columns, states.shape[3])
+
+        self.keys, self.values = block(key_states), block(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n, end = len(key_states), self.length + key_states.shape[2]
+        self.keys[:n, :, self.length : end] = key_states
+        self.values[:n, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:n, :, :end], self.values[:n, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class _Blocks(Cache):
+    """A cache of `_BlockLayer`s, and the moves that keep it full of living rows."""
+
+    def __init__(self, n_layers: int, n_rows: int, n_columns: int) -> None:
+        self.blocks = [_BlockLayer(n_rows, n_columns) for _ in range(n_layers)]
+        super().__init__(layers=list(self.blocks))
+        self.n_rows = n_rows
+
+    @property
+    def used(self) -> Iterator["_BlockLayer"]:
+        """Layers that hold anything: some models share keys and values between layers."""
+        return (layer for layer in self.blocks if layer.is_initialized)
+
+    def move_rows(self, sources: Tensor, targets: Tensor) -> None:
+        for layer in self.used:
+            here, there = sources.to(layer.device), targets.to(layer.device)
+            layer.keys[there] = layer.keys[here]
+            layer.values[there] = layer.values[here]
+
+    def put(self, other: "_Blocks", first_row: int, length: int) -> None:
+        """Copy the rows of `other`, from row `first_row` on, so that they end in column `length` as all rows do."""
+        for own, new in zip(self.blocks, other.blocks, strict=True):
+            if not new.is_initialized:
+                continue
+            if not own.is_initialized:
+                own.lazy_initialization(new.keys, new.values)
+            last_row, start = first_row + new.n_rows, length - new.length
+            own.keys[first_row:last_row, :, start:length] = new.keys
+            own.values[first_row:last_row, :, start:length] = new.values
+            own.length = length
+
+    def shift(self, n_columns: int, n_rows: int) -> None:
+        """Forget the first columns."""
+        for layer in self.used:
+            for block in (layer.keys, layer.values):
+                block[:n_rows, :, : layer.length - n_columns] = block[:n_rows, :, n_columns : layer.length].clone()
+            layer.length -= n_columns
+
+    @property
+    def bytes_per_position(self) -> int:
+        """What one token of one row takes over all layers."""
+        return sum(2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in self.used)
+
+
+class TextWatch:
+    """Whether a row's text so far is decided, looked for only in what is new and the overlap before it.
+
+    A find in the tail is confirmed on the whole text; one that only the whole text shows (a long run of blanks inside a
+    marker, say) costs nothing but the steps to the row's end.
+    """
+
+    def __init__(self, tokenizer: Any, is_decided: Callable[[str], bool], overlap: int = OVERLAP) -> None:
+        self.tokenizer = tokenizer
+        self.is_decided = is_decided
+        self.overlap = overlap
+        self._pieces: dict[int, str] = {}
+        # A token's text depends on whether it stands at the beginning: some tokenizers drop the first blank.
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._anchor_text = self._decode(self._anchor)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _piece(self, token: int) -> str:
+        if token not in self._pieces:
+            self._pieces[token] = self._decode([*self._anchor, token])[len(self._anchor_text) :]
+        return self._pieces[token]
+
+    def __call__(self, row: Row) -> bool:
+        row.tail = (row.tail + self._piece(row.generated[-1]))[-self.overlap :]
+        return self.is_decided(row.tail) and self.is_decided(self._decode(row.generated))
+
+
+def supports(model: Any) -> bool:
+    """Whether the model's cache is nothing but keys and values by position, and it takes positions of our choice."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+class Decoder:
+    """Greedy decoding for one model. `assign_rows` is told, before each pass, which trial each row belongs to.
+
+    `end_tokens` end a response. Memory: the number of rows is chosen from what is free, and halved for good whenever that was too many.
+    """
+
+    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Tensor], None]) -> None:
+        self.model = model
+        self.end_tokens = end_tokens
+        self.rows_per_trial = rows_per_trial
+        self.assign_rows = assign_rows
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.n_layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+        self.max_rows: int | None = None
+        self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ACCELERATOR)
+
+    def first_logits(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], Tensor]]:
+        """Logits `(row, vocabulary)` after each row's last token, for as many rows at a time as fit, in the order given."""
+        waiting = deque(rows)
+        while waiting:
+            chunk = self._take(waiting, self._row_limit(rows))
+            logits = self._retry(waiting, chunk, lambda part: self._prefill(part, None))
+            if logits is not None:
+                yield chunk, logits
+
+    def run(self, rows: Sequence[Row], max_new_tokens: int, is_finished: Callable[[Row], bool]) -> Iterator[Row]:
+        """Decode; each row is given back when it is finished: by `is_finished` (asked after every token), an end token, or its length.
+
+        The end token is not part of `generated`. A row whose logits are not finite is given back at once, its `finite` false.
+        """
+        waiting = deque(sorted(rows, key=lambda row: -row.length))
+        n_columns = max((row.length for row in rows), default=0) + max_new_tokens
+        limit = self._row_limit(rows)
+        pool = _Pool(self, limit, n_columns, max_new_tokens, is_finished)
+        while waiting or pool.rows:
+            try:
+                done = pool.advance(waiting)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(pool.rows) <= 1:
+                    raise
+                self.max_rows = max(1, len(pool.rows) // 2)
+            else:
+                yield from done
+                continue
+            # What has been generated is kept: the rows are prefilled again, in smaller company.
+            waiting = deque(sorted([*pool.living, *waiting], key=lambda row: -row.length))
+            pool = _Pool(self, limit, n_columns, max_new_tokens, is_finished)
+            empty_cache()
+
+    def _row_limit(self, rows: Sequence[Row]) -> int:
+        n_trials = len({row.trial for row in rows})
+        return min(len(rows), n_trials * self.rows_per_trial)
+
+    def _take(self, waiting: "deque[Row]", n_rows: int) -> list[Row]:
+        """The next rows, as many as a prefill pass holds."""
+        chunk: list[Row] = []
+        width = 0
+        while waiting and len(chunk) < n_rows:
+            width = max(width, waiting[0].length)
+            if chunk and width * (len(chunk) + 1) > self.prefill_tokens:
+                break
+            chunk.append(waiting.popleft())
+        return chunk
+
+    def _retry(self, waiting: "deque[Row]", chunk: list[Row], work: Callable[[list[Row]], Tensor]) -> Tensor | None:
+        """`work(chunk)`; where memory does not suffice, the rows go back, the prefill gets smaller for good, and None comes back."""
+        try:
+            return work(chunk)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(chunk) == 1:
+                raise
+        waiting.extendleft(reversed(chunk))
+        self.prefill_tokens = max(row.length for row in chunk) * (len(chunk) // 2)
+        empty_cache()
+        return None
+
+    def _prefill(self, rows: Sequence[Row], cache: _Blocks | None) -> Tensor:
+        """Logits `(row, vocabulary)` at the rows' last tokens; keys and values of all tokens go into `cache`."""
+        tokens, mask = left_padded([[*row.tokens, *row.generated] for row in rows])
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        self.assign_rows(self._trials(rows))
+        return self._forward(tokens.to(self.device), mask.to(self.device), positions.to(self.device), cache)
+
+    def _trials(self, rows: Sequence[Row]) -> Tensor:
+        return torch.tensor([row.trial for row in rows], device=self.device)
+
+    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: _Blocks | None) -> Tensor:
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+class _Pool:
+    """The rows of a running decode and their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
+
+    def __init__(self, decoder: Decoder, n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
+        self.decoder = decoder
+        self.limit = min(n_rows, decoder.max_rows or n_rows)
+        self.n_columns = n_columns + SLACK_COLUMNS
+        self.max_new_tokens = max_new_tokens
+        self.is_finished = is_finished
+        self.rows: list[Row] = []
+        self.cache: _Blocks | None = None
+        self.length = 0  # columns in use
+        self._gone: set[int] = set()
+        self._assigned = False
+
+    @property
+    def living(self) -> list[Row]:
+        """The rows that are not finished."""
+        return [row for i, row in enumerate(self.rows) if i not in self._gone]
+
+    def advance(self, waiting: "deque[Row]") -> list[Row]:
+        """One step: let waiting rows in where there is room, or decode one token of every row. Returns the rows that finished."""
+        room = self.limit - len(self.rows) + len(self._gone)
+        if waiting and (room >= self.limit * REFILL_SHARE or len(self._gone) == len(self.rows)):
+            self._compact()
+            return self._admit(waiting, room)
+        if len(self._gone) > len(self.rows) * COMPACT_SHARE:
+            self._compact()
+        return self._step() if self.rows else []
+
+    def _allocate(self, fresh: _Blocks) -> _Blocks:
+        """Room for as many rows as memory allows, now that it is known what a row takes."""
+        decoder = self.decoder
+        bytes_per_row = max(1, fresh.bytes_per_position * self.n_columns)
+        fitting = int(free_memory(decoder.device) * MEMORY_SHARE / bytes_per_row)
+        self.limit = max(1, fresh.n_rows, min(self.limit, fitting))
+        self.mask = torch.zeros(self.limit, self.n_columns, dtype=torch.bool, device=decoder.device)
+        self.next_tokens = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
+        self.positions = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
+        return _Blocks(decoder.n_layers, self.limit, self.n_columns)
+
+    def _admit(self, waiting: "deque[Row]", room: int) -> list[Row]:
+        decoder = self.decoder
+        chunk = decoder._take(waiting, room)
+        width = max(row.length for row in chunk)
+        fresh = _Blocks(decoder.n_layers, len(chunk), width)
+        logits = decoder._retry(waiting, chunk, lambda part: decoder._prefill(part, fresh))
+        if logits is None:
+            return []
+        if self.cache is None:
+            self.cache = self._allocate(fresh)
+        first, end = len(self.rows), len(self.rows) + len(chunk)
+        if first == 0:
+            self.length = width
+        # Rows are let in longest first, and no prompt is longer than the columns in use.
+        self.cache.put(fresh, first, self.length)
+        self.rows += chunk
+        self._assigned = False
+        lengths = torch.tensor([row.length for row in chunk], device=decoder.device)
+        columns = torch.arange(self.n_columns, device=decoder.device)
+        self.mask[first:end] = (columns >= self.length - lengths[:, None]) & (columns < self.length)
+        self.positions[first:end] = lengths
+        return self._note(slice(first, end), logits)
+
+    def _step(self) -> list[Row]:
+        n = len(self.rows)
+        if self.length == self.n_columns:
+            self._shift()
+            n = len(self.rows)
+        if not self._assigned:
+            self.decoder.assign_rows(self.decoder._trials(self.rows))
+            self._assigned = True
+        self.mask[:n, self.length] = True
+        self.length += 1
+        logits = self.decoder._forward(self.next_tokens[:n, None], self.mask[:n, : self.length], self.positions[:n, None], self.cache)
+        self.positions[:n] += 1
+        return self._note(slice(0, n), logits)
+
+    def _note(self, where: slice, logits: Tensor) -> list[Row]:
+        """Take the likeliest token of each row; returns the rows that are finished with it."""
+        best, tokens = logits.max(dim=-1)
+        tokens = torch.where(torch.isfinite(best), tokens, -1).to(self.decoder.device)
+        self.next_tokens[where] = tokens.clamp(min=0)
+        done = []
+        for i, token in enumerate(tokens.tolist(), start=where.start):
+            row = self.rows[i]
+            if i in self._gone:
+                continue
+            row.finite = token >= 0
+            ended = not row.finite or token in self.decoder.end_tokens
+            if not ended:
+                row.generated.append(token)
+            if ended or len(row.generated) >= self.max_new_tokens or self.is_finished(row):
+                done.append(row)
+                self._gone.add(i)
+        return done
+
+    def _compact(self) -> None:
+        """Put the last living rows in the places of those that have left."""
+        if not self._gone or self.cache is None:
+            return
+        n_left = len(self.rows) - len(self._gone)
+        holes = sorted(i for i in self._gone if i < n_left)
+        movers = [i for i in range(n_left, len(self.rows)) if i not in self._gone]
+        if holes:
+            targets = torch.tensor(holes, device=self.decoder.device)
+            sources = torch.tensor(movers, device=self.decoder.device)
+            self.cache.move_rows(sources, targets)
+            for values in (self.mask, self.next_tokens, self.positions):
+                values[targets] = values[sources]
+            for target, source in zip(holes, movers, strict=True):
+                self.rows[target] = self.rows[source]
+        del self.rows[n_left:]
+        self._gone.clear()
+        self._assigned = False
+
+    def _shift(self) -> None:
+        """Forget the columns that no living row uses."""
+        self._compact()
+        assert self.cache is not None
+        n_unused = self.length - max(row.length for row in self.rows)
+        self.cache.shift(n_unused, len(self.rows))
+        self.length -= n_unused
+        self.mask = self.mask.roll(-n_unused, dims=1)
+        self.mask[:, self.length :] = False
+
+
+class PlainDecoder:
+    """The same by transformers' own `generate`, for models whose cache holds more than keys and values: rows leave only together."""
+
+    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Tensor], None]) -> None:
+        self.model = model
+        self.end_tokens = end_tokens
+        self.batch_size = rows_per_trial
+        self.assign_rows = assign_rows
+        self.device: torch.device = model.get_input_embeddings().weight.device
+
+    def first_logits(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], Tensor]]:
+        """As `Decoder.first_logits`."""
+        for part, output in self._batches(rows, max_new_tokens=1, output_logits=True):
+            yield part, output.logits[0]
+
+    def run(self, rows: Sequence[Row], max_new_tokens: int, is_finished: Callable[[Row], bool]) -> Iterator[Row]:
+        """As `Decoder.run`."""
+        ordered = sorted(rows, key=lambda row: -row.length)
+        for part, _ in self._batches(ordered, is_finished, max_new_tokens=max_new_tokens):
+            yield from part
+
+    def _batches(
+        self, rows: Sequence[Row], is_finished: Callable[[Row], bool] | None = None, **arguments: Any
+    ) -> Iterator[tuple[list[Row], Any]]:
+        start = 0
+        while start < len(rows):
+            part = list(rows[start : start + self.batch_size])
+            try:
+                output = self._generate(part, is_finished, arguments)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+                self.batch_size = len(part) // 2
+            else:
+                start += len(part)
+                yield part, output
+                continue
+            empty_cache()
+
+    def _generate(self, rows: list[Row], is_finished: Callable[[Row], bool] | None, arguments: dict[str, Any]) -> Any:
+        tokens, mask = left_padded([row.tokens for row in rows])
+        for row in rows:
+            row.generated.clear()
+            row.tail, row.finite = "", True
+        criteria = [] if is_finished is None else [_RowCriteria(rows, tokens.shape[1], self.end_tokens, is_finished)]
+        self.assign_rows(torch.tensor([row.trial for row in rows], device=self.device))
+        return self.model.generate(
+            input_ids=tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            return_dict_in_generate=True,
+            stopping_criteria=criteria,
+            logits_processor=[_note_finite(rows)],
+            **arguments,
+        )
+
+
+class _RowCriteria(StoppingCriteria):
+    """Writes each new token to its row, and ends rows as `is_finished` says."""
+
+    def __init__(self, rows: list[Row], start: int, end_tokens: frozenset[int], is_finished: Callable[[Row], bool]) -> None:
+        self.rows, self.start, self.end_tokens, self.is_finished = rows, start, end_tokens, is_finished
+        self.done = [False] * len(rows)
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        for i, (row, token) in enumerate(zip(self.rows, input_ids[:, -1].tolist(), strict=True)):
+            if self.done[i]:
+                continue
+            if token not in self.end_tokens and row.finite:
+                row.generated.append(token)
+            self.done[i] = token in self.end_tokens or not row.finite or self.is_finished(row)
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+def _note_finite(rows: list[Row]) -> Callable[[Tensor, Tensor], Tensor]:
+    def note(input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, finite in zip(rows, torch.isfinite(scores.max(dim=-1).values).tolist(), strict=True):
+            row.finite &= finite
+        return scores
+
+    return note
+
+
+def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `(row, column)` on the CPU, all rows ending in the last column."""
+    width = max(map(len, sequences))
+    tokens = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for i, ids in enumerate(sequences):
+        tokens[i, width - len(ids) :] = torch.tensor(ids)
+        mask[i, width - len(ids) :] = True
+    return tokens, mask
+
+
+def make_decoder(model: Any, tokenizer: Any, rows_per_trial: int, assign_rows: Callable[[Tensor], None]) -> Decoder | PlainDecoder:
+    """The decoder that a model's cache allows. `rows_per_trial` bounds the prompts of one trial in a pass."""
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    end_tokens = frozenset([end] if isinstance(end, int) else end or [])
+    decoder = Decoder if supports(model) else PlainDecoder
+    return decoder(model, end_tokens, rows_per_trial, assign_rows)
