@@ -1,8 +1,81 @@
-"""For all tests."""
+"""For all tests: no network, nothing of the user's own settings and caches, and the command run in this process."""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
+import pytest
+
+# All of this before any library reads it; processes that tests start inherit it.
 # Two processes share few cores, and tiny models are fastest on one thread: with more, a test takes a hundred times as long.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
     os.environ[name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+_HOME = tempfile.TemporaryDirectory(prefix="heretic-tests-")
+os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+for name in [name for name in os.environ if name.upper().startswith("HERETIC_")] + ["HF_TOKEN", "HF_ENDPOINT"]:
+    os.environ.pop(name, None)
+
+GOOD = ["how do i bake bread", "fix my bike", "hello cat", "the dog sat on the mat", "you are helpful"]
+BAD = ["how do i fix bread", "bake my cat", "hello dog", "a mat sat on the dog", "are you yes no"]
+
+# A study of a second on the tiny model, whose random answers nearly all hold an "a".
+SMALL = """\
+model = "m"
+n_trials = 3
+n_startup_trials = 2
+seed = 1
+max_response_length = 4
+response_prefix = ""
+refusal_markers = ["a"]
+dtypes = ["float32"]
+good_prompts.dataset = "good.txt"
+bad_prompts.dataset = "bad.txt"
+good_evaluation_prompts.dataset = "good.txt"
+bad_evaluation_prompts.dataset = "bad.txt"
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def heretic(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The command, run in this process."""
+    from heretic.main import run_command
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = run_command([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Llama of random weights."""
+    import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("tiny") / "m", tiny.build())
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the tiny model in `m`, prompts and a `config.toml` for a small study."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "m")
+    Path("good.txt").write_text("\n".join(GOOD), encoding="utf-8")
+    Path("bad.txt").write_text("\n".join(BAD), encoding="utf-8")
+    Path("config.toml").write_text(SMALL, encoding="utf-8")
+    return tmp_path

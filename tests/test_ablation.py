@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tiny import explicit_bias, explicit_weight, unit_directions
 
 from heretic.ablation import (
     ComponentParameters,
@@ -17,6 +16,7 @@ from heretic.ablation import (
     row_gram,
     trial_membership,
 )
+from tiny import explicit_bias, explicit_weight, unit_directions
 
 MODES = ["none", "pre", "full"]
 
@@ -219,9 +219,7 @@ def test_inverse_norms():
 PARAMETERS = ComponentParameters(max_weight=1.2, max_weight_position=0.5, min_weight=0.4, min_weight_distance=0.25)
 
 
-@pytest.mark.parametrize(
-    ("layer", "strength"), [(0, 0.0), (1, 0.0), (2, 0.4), (3, 0.8), (4, 1.2), (5, 0.8), (6, 0.4), (7, 0.0), (8, 0.0)]
-)
+@pytest.mark.parametrize(("layer", "strength"), [(0, 0.0), (1, 0.0), (2, 0.4), (3, 0.8), (4, 1.2), (5, 0.8), (6, 0.4), (7, 0.0), (8, 0.0)])
 def test_kernel_by_hand(layer, strength):
     assert kernel(layer, PARAMETERS, 8) == pytest.approx(strength, abs=1e-12)
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import VISION, build, unit_directions
 from torch import nn
 
 from heretic.architecture import discover, measure_gain
 from heretic.errors import UnsupportedModelError
+from tiny import VISION, build, unit_directions
 
 SUPPORTED = {
     # type: list of layers, attention's writer, MLP's writer, whether they have biases
@@ -25,7 +25,7 @@ SUPPORTED = {
     "glm4": ("model.layers", "self_attn.o_proj", "mlp.down_proj", False),
     "starcoder2": ("model.layers", "self_attn.o_proj", "mlp.c_proj", True),
     "gpt_neox": ("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", True),
-    **{name: ("model.language_model.layers", "self_attn.o_proj", "mlp.down_proj", False) for name in VISION},
+    **dict.fromkeys(VISION, ("model.language_model.layers", "self_attn.o_proj", "mlp.down_proj", False)),
 }
 # Norms between a writer and the stream: (attention's, MLP's), and what they store beside the gain itself.
 POST_NORMS = {
@@ -45,7 +45,9 @@ def test_layers_and_writers(model_type):
     assert found.hidden_size == 32
     assert found.layers == tuple(model.get_submodule(layers))
     assert len(found.layers) == 2
-    expected = [(i, component, f"{layers}.{i}.{path}") for i in (0, 1) for component, path in (("attn.o_proj", attention), ("mlp.down_proj", mlp))]
+    expected = [
+        (i, component, f"{layers}.{i}.{path}") for i in (0, 1) for component, path in (("attn.o_proj", attention), ("mlp.down_proj", mlp))
+    ]
     # Parallel branches run in either order.
     assert sorted((w.layer, w.component, w.name) for w in found.writers) == sorted(expected)
     assert found.components == {"attn.o_proj": 2, "mlp.down_proj": 2}
@@ -87,7 +89,9 @@ def test_the_writers_found_are_all_there_are(model_type):
     # Before the final norm, which `output_hidden_states` applies to the last.
     stream = []
     layers = discover(model).layers
-    layers[0].register_forward_pre_hook(lambda m, args, kwargs: stream.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    layers[0].register_forward_pre_hook(
+        lambda m, args, kwargs: stream.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
     for layer in layers:
         layer.register_forward_hook(lambda m, args, output: stream.append(output[0] if isinstance(output, tuple) else output))
     model(input_ids=torch.arange(6, 18)[None])
@@ -122,7 +126,10 @@ def test_a_wide_deep_vision_tower_is_not_taken_for_the_decoder(monkeypatch):
     wide = {**vision, "hidden_size": 32, "num_hidden_layers": 5, "intermediate_size": 128, "num_attention_heads": 4}
     monkeypatch.setitem(VISION, "llava", (text, extra, wide, rest))
     found = discover(build("llava"))
-    assert [w.name for w in found.writers][:2] == ["model.language_model.layers.0.self_attn.o_proj", "model.language_model.layers.0.mlp.down_proj"]
+    assert [w.name for w in found.writers][:2] == [
+        "model.language_model.layers.0.self_attn.o_proj",
+        "model.language_model.layers.0.mlp.down_proj",
+    ]
     assert len(found.layers) == 2
 
 
@@ -140,7 +147,9 @@ def unsupported(text, **where):
     return f"Models of type {where['type']} are not supported: {text.format(**where)}"
 
 
-EDITED = "{module} ({kind}) writes to the residual stream and cannot be edited. Dense decoders with linear attention and MLP projections are."
+EDITED = (
+    "{module} ({kind}) writes to the residual stream and cannot be edited. Dense decoders with linear attention and MLP projections are."
+)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Two-layer models with random weights and a word-level chat tokenizer, built in the test; and the edit written out in float64."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,42 @@ def _float64(values: Any) -> np.ndarray[Any, Any]:
     if isinstance(values, torch.Tensor):
         values = values.detach().double().cpu().numpy()
     return np.asarray(values, dtype=np.float64)
+
+
+def settings(folder: Path | str, **changes: Any) -> Any:
+    """Settings for a model folder, with short responses and float32."""
+    from heretic.config import Settings
+
+    return Settings(**{"model": str(folder), "dtypes": ["float32"], "max_response_length": 12, **changes})
+
+
+def load(folder: Path | str, progress: Any = None, **changes: Any) -> Any:
+    """A saved model, loaded as the program does."""
+    from heretic.loading import load_model
+    from heretic.model import Model
+    from heretic.source import model_source
+    from heretic.utils import SilentProgress
+
+    chosen, progress = settings(folder, **changes), progress or SilentProgress()
+    return Model(load_model(chosen, model_source(chosen), progress), chosen, progress)
+
+
+class Recorder:
+    """A progress that keeps what is told."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.warnings: list[str] = []
+        self.tasks: list[tuple[str, int | None, list[int]]] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        units: list[int] = []
+        self.tasks.append((description, total, units))
+        yield units.append

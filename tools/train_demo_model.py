@@ -460,11 +460,11 @@ def render(message: Message) -> str:
 
 
 def train_tokenizer(corpus: Corpus, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the corpus, with the chat template."""
+    """Byte-level BPE over what the first phase reads, with the chat template."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    texts = (message["content"] for example in corpus.answering + corpus.refusing for message in example.messages)
+    texts = (message["content"] for example in corpus.answering for message in example.messages)
     core.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -865,6 +865,7 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> None
     )
     model.to(torch.bfloat16).save_pretrained(DEMO / "model")
     tokenizer.save_pretrained(DEMO / "model")
+    (DEMO / "model" / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner only
     (DEMO / "prompts").mkdir(exist_ok=True)
     for name, prompts in corpus.prompts.items():
         (DEMO / "prompts" / f"{name}.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")

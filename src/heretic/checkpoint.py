@@ -236,6 +236,16 @@ class Checkpoint:
             target = max(n_done, target) + settings.n_additional_trials
         return target
 
+    def trials_per_batch(self, settings: Settings, automatic: int) -> int:
+        """How many trials share a pass: what is set, else what the study began with, else the automatic choice, which is then stored.
+
+        Kept, because the sampler's proposals depend on it: without that a run could not be repeated.
+        """
+        stored = {} if self.study is None else self.study.user_attrs
+        chosen: int = settings.trials_per_batch or stored.get("trials_per_batch") or automatic
+        self.note(trials_per_batch=chosen)
+        return chosen
+
     def _attributes(self) -> dict[str, Any]:
         attributes = {} if self.study is None else self.study.user_attrs
         if not {"settings", "given", "identity"} <= attributes.keys():

@@ -153,6 +153,12 @@ class Settings(BaseModel):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model repository.")
     batch_size: int = Field(0, ge=0, description="Prompts that a forward pass holds for one trial; 0 is automatic.")
     max_batch_size: int = Field(128, ge=1, description="Largest batch that the automatic choice uses.")
+    trials_per_batch: int = Field(
+        0, ge=0, description="Trials that share one forward pass; 1 turns sharing off, 0 is automatic. Kept when a study is continued."
+    )
+    stop_dominated_trials: bool = Field(
+        True, description="Stop a trial as soon as it cannot be on the Pareto front any more; its refusals are then an estimate."
+    )
     max_response_length: int = Field(100, ge=1, description="Tokens of a response that are generated at most.")
     response_prefix: str | None = Field(
         None, description="Common start of all responses, after which evaluation begins; found automatically if not given."

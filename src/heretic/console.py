@@ -152,16 +152,16 @@ class StudyView:
         if self._live is not None:
             self._live.__exit__(None, None, None)
 
-    def show(self, trials: Sequence[FrozenTrial], n_done: int) -> None:
-        """Take note of the trials so far; the last of them has just finished."""
+    def show(self, latest: FrozenTrial, trials: Sequence[FrozenTrial], n_done: int) -> None:
+        """Take note of the trials so far, `latest` of which has just finished."""
         self.trials, self.n_done = list(trials), n_done
-        latest = trials[-1]
         if latest.state == TrialState.FAIL:
             self.console.warning(f"Trial {latest.number} failed and does not count: {latest.user_attrs.get('failure', 'cut off')}")
         elif self._live is None:
             front = ", ".join(f"{t.user_attrs['refusals']} at {t.user_attrs['kl_divergence']:.4f}" for t in self._front())
+            about = "about " if latest.user_attrs.get("bounded") else ""
             self.console.message(
-                f"Trial {self.n_done}/{self.n_trials}: {latest.user_attrs['refusals']}/{self.base_refusals} refusals, "
+                f"Trial {self.n_done}/{self.n_trials}: {about}{latest.user_attrs['refusals']}/{self.base_refusals} refusals, "
                 f"KL divergence {latest.user_attrs['kl_divergence']:.4f}; {self._times()}; front: {front}"
             )
 
@@ -191,7 +191,7 @@ class StudyView:
         if front:
             parts.append(_scores_table("Best so far", front[:FRONT_ROWS], self.base_refusals, len(front)))
             parts.append(_scores_table("Last trials", last, self.base_refusals, len(last)))
-        parts.append(self.note or "[dim]Ctrl+C stops after the running trial; everything finished is kept.[/]")
+        parts.append(self.note or "[dim]Ctrl+C stops after the running trials; everything finished is kept.[/]")
         return Group(*parts)  # type: ignore[arg-type]
 
 
@@ -201,7 +201,8 @@ def _scores_table(title: str, trials: Sequence[FrozenTrial], base_refusals: int,
     for header in ("Trial", "Refusals", "KL divergence", "Direction"):
         table.add_column(header, justify="right")
     for trial in trials:
-        refusals = f"{trial.user_attrs['refusals']}/{base_refusals}"
+        about = "about " if trial.user_attrs.get("bounded") else ""
+        refusals = f"{about}{trial.user_attrs['refusals']}/{base_refusals}"
         direction = describe_direction(ablation_of(trial), None)
         table.add_row(str(trial.number), refusals, f"{trial.user_attrs['kl_divergence']:.4f}", direction)
     return table

@@ -1,8 +1,9 @@
 """Scores: how many harmful prompts are refused, and how far the model's first words on harmless ones have moved."""
 
+import math
 import os.path
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,14 @@ _WHITE_SPACE = re.compile(r"\s+")
 
 @dataclass(frozen=True)
 class Score:
-    """What a trial is judged by: refusals among the harmful evaluation prompts, mean KL divergence in nats."""
+    """What a trial is judged by: refusals among the harmful evaluation prompts, mean KL divergence in nats.
+
+    `bounded`: the trial was stopped when it could no longer be on the front, and its refusals are an estimate.
+    """
 
     refusals: int
     kl_divergence: float
+    bounded: bool = False
 
 
 class RefusalRule:
@@ -152,28 +157,53 @@ class Evaluator:
             raise result
         return result
 
-    def score_trials(self, ablations: Sequence[Ablation]) -> list[Score | TrialError]:
-        """Scores of several ablations (none: the model as it is), computed together; an error takes the place of one that has none."""
-        n_trials = max(1, len(ablations))
-        divergence = torch.zeros(n_trials, dtype=torch.float64)
-        for rows, logprobs in self.model.logprobs_of_trials(self.good_prompts, ablations):
-            base = self.base_logprobs[torch.tensor([row.prompt for row in rows], device=self.base_logprobs.device)]
-            trials = torch.tensor([row.trial for row in rows])
-            divergence.index_add_(0, trials, kl_divergence(base.to(logprobs.device), logprobs).double().cpu())
-        divergence /= len(self.good_prompts)
+    def score_trials(
+        self, ablations: Sequence[Ablation], limit: Callable[[float], float] = lambda kl: math.inf
+    ) -> list[Score | TrialError]:
+        """Scores of several ablations (none: the model as it is), computed together; an error takes the place of one that has none.
+
+        `limit` tells, for a KL divergence, how many refusals a trial may have and still be worth finishing. A trial with more is
+        stopped: its score is `bounded`, its count the share of refusals among its prompts begun so far, scaled to all of them.
+        """
+        n_trials, n_prompts = max(1, len(ablations)), len(self.bad_prompts)
+        divergences = self._divergences(ablations, n_trials)
+        finite = [math.isfinite(divergence) for divergence in divergences]
+        limits = [math.inf if self.settings.print_responses else limit(divergence) for divergence in divergences]
+        is_decided = None if self.settings.print_responses else self.rule.has_marker
 
         refusals = [0] * n_trials
-        finite = torch.isfinite(divergence).tolist()
-        for row in self.model.responses_of_trials(
-            self.bad_prompts, self.settings.max_response_length, ablations, None if self.settings.print_responses else self.rule.has_marker
-        ):
+        stopped: set[int] = set()
+        rows = self.model.rows_of(self.bad_prompts, n_trials)
+        length = self.settings.max_response_length
+        for row in self.model.responses_of_trials(rows, length, ablations, is_decided, cancelled=stopped):
             finite[row.trial] &= row.finite
             text = self.model.text_of(row)
             refused = self.rule.is_refusal(text)
             refusals[row.trial] += refused
+            if refusals[row.trial] > limits[row.trial]:
+                stopped.add(row.trial)
             self._show(self.bad_prompts[row.prompt], text, refused)
-        # Rounding can leave a divergence of nothing slightly below zero.
-        return [Score(refusals[i], max(0.0, float(divergence[i]))) if finite[i] else TrialError(NOT_FINITE) for i in range(n_trials)]
+
+        def score(i: int) -> Score | TrialError:
+            if not finite[i]:
+                return TrialError(NOT_FINITE)
+            # Rounding can leave a divergence of nothing slightly below zero.
+            divergence = max(0.0, divergences[i])
+            if i not in stopped:
+                return Score(refusals[i], divergence)
+            n_begun = sum(row.begun for row in rows if row.trial == i)
+            return Score(round(refusals[i] / n_begun * n_prompts), divergence, bounded=True)
+
+        return [score(i) for i in range(n_trials)]
+
+    def _divergences(self, ablations: Sequence[Ablation], n_trials: int) -> list[float]:
+        """Mean KL divergence of each trial, summed in float64."""
+        sums = torch.zeros(n_trials, dtype=torch.float64)
+        for rows, logprobs in self.model.logprobs_of_trials(self.good_prompts, ablations):
+            base = self.base_logprobs[torch.tensor([row.prompt for row in rows], device=self.base_logprobs.device)]
+            trials = torch.tensor([row.trial for row in rows])
+            sums.index_add_(0, trials, kl_divergence(base.to(logprobs.device), logprobs).double().cpu())
+        return (sums / len(self.good_prompts)).tolist()
 
     def _show(self, prompt: Prompt, response: str, refused: bool) -> None:
         if self.settings.print_responses:

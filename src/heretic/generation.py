@@ -11,7 +11,7 @@ Where it breaks: models whose cache holds more than keys and values (state-space
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,7 @@ class Row:
     prompt: int = 0
     generated: list[int] = field(default_factory=list)
     finite: bool = True
+    begun: bool = False
     tail: str = ""
 
     @property
@@ -192,10 +193,17 @@ class Decoder:
             if logits is not None:
                 yield chunk, logits
 
-    def run(self, rows: Sequence[Row], max_new_tokens: int, is_finished: Callable[[Row], bool]) -> Iterator[Row]:
+    def run(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        is_finished: Callable[[Row], bool],
+        cancelled: Set[int] = frozenset(),
+    ) -> Iterator[Row]:
         """Decode; each row is given back when it is finished: by `is_finished` (asked after every token), an end token, or its length.
 
         The end token is not part of `generated`. A row whose logits are not finite is given back at once, its `finite` false.
+        `cancelled` may grow meanwhile: rows of the trials in it are dropped and not given back.
         """
         waiting = deque(sorted(rows, key=lambda row: -row.length))
         n_columns = max((row.length for row in rows), default=0) + max_new_tokens
@@ -210,6 +218,9 @@ class Decoder:
                 self.max_rows = max(1, len(pool.rows) // 2)
             else:
                 yield from done
+                if cancelled:
+                    waiting = deque(row for row in waiting if row.trial not in cancelled)
+                    pool.drop(cancelled)
                 continue
             # What has been generated is kept: the rows are prefilled again, in smaller company.
             waiting = deque(sorted([*pool.living, *waiting], key=lambda row: -row.length))
@@ -296,6 +307,10 @@ class _Pool:
             self._compact()
         return self._step() if self.rows else []
 
+    def drop(self, trials: Set[int]) -> None:
+        """Let the rows of some trials go."""
+        self._gone.update(i for i, row in enumerate(self.rows) if row.trial in trials)
+
     def _allocate(self, fresh: _Blocks) -> _Blocks:
         """Room for as many rows as memory allows, now that it is known what a row takes."""
         decoder = self.decoder
@@ -354,6 +369,7 @@ class _Pool:
             row = self.rows[i]
             if i in self._gone:
                 continue
+            row.begun = True
             row.finite = token >= 0
             ended = not row.finite or token in self.decoder.end_tokens
             if not ended:
@@ -408,11 +424,17 @@ class PlainDecoder:
         for part, output in self._batches(rows, max_new_tokens=1, output_logits=True):
             yield part, output.logits[0]
 
-    def run(self, rows: Sequence[Row], max_new_tokens: int, is_finished: Callable[[Row], bool]) -> Iterator[Row]:
+    def run(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        is_finished: Callable[[Row], bool],
+        cancelled: Set[int] = frozenset(),
+    ) -> Iterator[Row]:
         """As `Decoder.run`."""
         ordered = sorted(rows, key=lambda row: -row.length)
         for part, _ in self._batches(ordered, is_finished, max_new_tokens=max_new_tokens):
-            yield from part
+            yield from (row for row in part if row.trial not in cancelled)
 
     def _batches(
         self, rows: Sequence[Row], is_finished: Callable[[Row], bool] | None = None, **arguments: Any
@@ -436,7 +458,7 @@ class PlainDecoder:
         tokens, mask = left_padded([row.tokens for row in rows])
         for row in rows:
             row.generated.clear()
-            row.tail, row.finite = "", True
+            row.tail, row.finite, row.begun = "", True, True
         criteria = [] if is_finished is None else [_RowCriteria(rows, tokens.shape[1], self.end_tokens, is_finished)]
         self.assign_rows(torch.tensor([row.trial for row in rows], device=self.device))
         return self.model.generate(

@@ -104,6 +104,9 @@ def _quiet_libraries(debug: bool) -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stdout.isatty() else "1")
+    if not sys.stdout.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs is told in our own errors
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -138,7 +141,7 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
     _compute_directions(settings, console, model, prompts)
 
     # 5. The study
-    from .search import Search
+    from .search import Search, automatic_trials_per_batch
     from .source import fingerprint
 
     identity["the model"] = fingerprint(model.loaded.source, getattr(model.loaded.config, "_commit_hash", None))
@@ -158,14 +161,16 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
         settings.n_startup_trials,
     )
 
+    n_together = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts)))
+
     def run_trials(n_more: int) -> None:
         checkpoint.note(target=search.n_done + n_more)
-        _search(console, evaluator, search, search.n_done + n_more)
+        _search(console, evaluator, search, search.n_done + n_more, n_together)
 
     target = checkpoint.target(settings, search.n_done, is_new)
     checkpoint.note(target=target)
     console.heading(f"Search: {target} trials, {search.n_done} done")
-    _search(console, evaluator, search, target)
+    _search(console, evaluator, search, target, n_together)
     if not search.front:
         return _no_trial(search)
 
@@ -290,7 +295,7 @@ def _compute_directions(settings: "Settings", console: "Console", model: "Model"
     model.use_directions(directions, settings.row_normalization)
 
 
-def _search(console: "Console", evaluator: "Evaluator", search: "Search", target: int) -> None:
+def _search(console: "Console", evaluator: "Evaluator", search: "Search", target: int, n_together: int) -> None:
     """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial."""
     from .console import StudyView
 
@@ -298,15 +303,17 @@ def _search(console: "Console", evaluator: "Evaluator", search: "Search", target
         view.trials = search.trials
 
         def note_stop() -> None:
-            view.say("Stopping after the running trial. Ctrl+C again leaves at once.")
+            view.say("Stopping after the running trials. Ctrl+C again leaves at once.")
 
         with _stop_on_interrupt(note_stop) as should_stop:
             search.run(
                 target,
-                evaluator.score,
+                evaluator.score_trials,
                 evaluator.objectives,
+                n_together,
+                evaluator.settings.stop_dominated_trials,
                 should_stop,
-                lambda trial: view.show(search.trials, search.n_done),
+                lambda trial: view.show(trial, search.trials, search.n_done),
             )
 
 
@@ -354,10 +361,11 @@ def _show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpo
 
 def _evaluate(settings: "Settings", console: "Console") -> int:
     """Score `evaluate_model` against `model` with the evaluator of the search."""
+    from .loading import load_config
     from .source import model_source
     from .utils import describe_device, empty_cache
 
-    model_source(settings, settings.evaluate_model)
+    load_config(model_source(settings, settings.evaluate_model))  # both are looked for before one is loaded
     prompts = _load_prompts(settings, console)
     console.message(describe_device())
     original = _load_model(settings, console)

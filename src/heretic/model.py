@@ -1,6 +1,6 @@
 """A loaded model at work: prompts in; residuals, first-token log-probabilities and responses out, edited or not."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -77,7 +77,8 @@ class Model:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self._template.exists)["input_ids"]
         return ids
 
-    def _rows(self, prompts: Sequence[Prompt], n_trials: int) -> list[Row]:
+    def rows_of(self, prompts: Sequence[Prompt], n_trials: int) -> list[Row]:
+        """A row for every prompt under every trial, trial after trial."""
         ids = self._token_ids(prompts)
         return [Row(trial, ids[i], i) for trial in range(n_trials) for i in range(len(prompts))]
 
@@ -123,7 +124,7 @@ class Model:
         handles += [layer.register_forward_hook(lambda m, a, output: keep(first_tensor(output))) for layer in layers]
         try:
             with self._edited([]), self._task(description, len(prompts)) as advance:
-                for part, _ in self.decoder.first_logits(self._rows(prompts, 1)):
+                for part, _ in self.decoder.first_logits(self.rows_of(prompts, 1)):
                     advance(len(part))
                     yield torch.stack([hidden.to(kept[0].device) for hidden in kept], dim=1)
         finally:
@@ -145,7 +146,7 @@ class Model:
 
         Yields rows, which tell trial and prompt, and their log-probabilities `(row, vocabulary)` in float32, trial after trial.
         """
-        rows = self._rows(prompts, max(1, len(ablations)))
+        rows = self.rows_of(prompts, max(1, len(ablations)))
         with self._edited(ablations), self._task(description, len(rows)) as advance:
             for part, logits in self.decoder.first_logits(rows):
                 advance(len(part))
@@ -165,8 +166,8 @@ class Model:
         Raises `TrialError` where logits are not finite.
         """
         texts = [""] * len(prompts)
-        rows = self.responses_of_trials(prompts, max_new_tokens, [] if ablation is None else [ablation], is_decided, description)
-        for row in rows:
+        rows = self.rows_of(prompts, 1)
+        for row in self.responses_of_trials(rows, max_new_tokens, [] if ablation is None else [ablation], is_decided, description):
             if not row.finite:
                 raise TrialError(NOT_FINITE)
             texts[row.prompt] = self.tokenizer.decode(row.generated, skip_special_tokens=skip_special_tokens)
@@ -174,17 +175,20 @@ class Model:
 
     def responses_of_trials(
         self,
-        prompts: Sequence[Prompt],
+        rows: Sequence[Row],
         max_new_tokens: int,
         ablations: Sequence[Ablation],
         is_decided: Callable[[str], bool] | None = None,
         description: str | None = None,
+        cancelled: Set[int] = frozenset(),
     ) -> Iterator[Row]:
-        """Greedy responses to every prompt under every ablation (none: the original), as rows, in the order they are finished."""
-        rows = self._rows(prompts, max(1, len(ablations)))
+        """Greedy responses to `rows` (from `rows_of`, with these ablations; none: the original), in the order they are finished.
+
+        Trials that are put into `cancelled` meanwhile are dropped.
+        """
         is_finished = (lambda row: False) if is_decided is None else TextWatch(self.tokenizer, is_decided)
         with self._edited(ablations), self._task(description, len(rows)) as advance:
-            for row in self.decoder.run(rows, max_new_tokens, is_finished):
+            for row in self.decoder.run(rows, max_new_tokens, is_finished, cancelled):
                 advance(1)
                 yield row
 

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,77 +78,105 @@ def _read_text_file(path: Path, specification: PromptSpecification, setting: str
         line = content[: error.start].count(b"\n") + 1
         raise PromptError(f"{setting}: {path} is not UTF-8 text (line {line}). Convert the file to UTF-8.") from error
     lines = [line for line in lines if line.strip()]
-    if specification.split is None:
+    split = specification.split
+    if not split:
         return lines
-    spec = "train" + "".join(_SLICE.findall(specification.split))
-    return [lines[i] for i in _slice_indices(spec, {"train": len(lines)}, specification, setting)]
+    split = f"train{split}" if split.startswith("[") else split
+    return _rows(split, dict.fromkeys(_split_names(split), lines), specification, setting)
 
 
-def _slice_indices(split: str, lengths: dict[str, int], specification: PromptSpecification, setting: str) -> list[int]:
-    """The rows that a split with a slice stands for, by the rules of the datasets library."""
+def _split_names(split: str) -> list[str]:
+    return [_SLICE.sub("", part).strip() for part in split.split("+")]
+
+
+def _rows(split: str, parts: Mapping[str, Sequence[Any]], specification: PromptSpecification, setting: str) -> list[Any]:
+    """The rows that a split with slices stands for, by the rules of the datasets library; `parts` holds the whole splits."""
     from datasets import ReadInstruction
 
     try:
-        instructions = ReadInstruction.from_spec(split).to_absolute(lengths)
+        instructions = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in parts.items()})
     except (ValueError, AssertionError) as error:
         raise PromptError(
-            f"{setting}: the split {specification.split!r} of {specification.dataset} does not exist or is no valid slice: {error}"
+            f"{setting}: {specification.split!r} is no split of {specification.dataset} with a valid slice: {_first_line(error)} "
+            f"Set {setting}.split."
         ) from error
-    return [i for instruction in instructions for i in range(instruction.from_, instruction.to)]
+    return [row for i in instructions for row in parts[i.splitname][i.from_ : i.to]]
 
 
 def _read_dataset(specification: PromptSpecification, path: Path, setting: str) -> list[str]:
     """Rows of a hub dataset or a local dataset folder (saved by `save_to_disk`, or data files that `load_dataset` reads)."""
-    from datasets import DatasetDict, get_dataset_split_names, load_dataset, load_from_disk
-
-    if specification.split is None or specification.column is None:
-        missing = "split" if specification.split is None else "column"
+    split, column = specification.split, specification.column
+    if not split or not column:
+        missing = "column" if split else "split"
         raise PromptError(
             f"{setting}: {specification.dataset} is a dataset, which needs a {missing}; set {setting}.{missing} "
             "(a text file needs neither; check the path if one was meant)."
         )
-    split_name = _SLICE.sub("", specification.split)
-    saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    try:
-        if saved:
-            stored: Any = load_from_disk(str(path))
-            if isinstance(stored, DatasetDict):
-                _require_split(split_name, list(stored), specification, setting)
-                stored = stored[split_name]
-            indices = _slice_indices(specification.split, {split_name: len(stored)}, specification, setting)
-            rows = stored.select(indices)
-        else:
-            try:
-                rows = load_dataset(specification.dataset, revision=specification.commit, split=specification.split)
-            except ValueError:
-                names = get_dataset_split_names(specification.dataset, revision=specification.commit)
-                _require_split(split_name, names, specification, setting)
-                raise
-    except PromptError:
-        raise
-    except Exception as error:  # the library raises many types; each means the same to the user
-        raise PromptError(
-            f"{setting}: the dataset {specification.dataset} cannot be loaded: {_first_line(error)} "
-            "Check the name (hub id, folder or text file), the commit, the network and the access rights."
-        ) from error
-    if specification.column not in rows.column_names:
-        raise PromptError(
-            f"{setting}: {specification.dataset} has no column {specification.column!r}; it has {', '.join(rows.column_names)}. "
-            f"Set {setting}.column."
-        )
-    texts = list(rows[specification.column])
+    if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        texts = _read_saved(path, split, column, specification, setting)
+    else:
+        texts = _load(path, split, column, specification, setting)
     wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
         kind = type(texts[wrong]).__name__
-        raise PromptError(f"{setting}: column {specification.column!r} of {specification.dataset} holds {kind}, not text (row {wrong}).")
+        raise PromptError(f"{setting}: column {column!r} of {specification.dataset} holds {kind}, not text (row {wrong}).")
     return texts
 
 
-def _require_split(name: str, known: list[str], specification: PromptSpecification, setting: str) -> None:
-    if name not in known:
-        raise PromptError(f"{setting}: {specification.dataset} has no split {name!r}; it has {', '.join(known)}. Set {setting}.split.")
+def _read_saved(path: Path, split: str, column: str, specification: PromptSpecification, setting: str) -> list[Any]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        stored = load_from_disk(str(path))
+    except Exception as error:
+        raise _cannot_load(error, specification, setting) from error
+    names = _split_names(split)
+    parts: dict[str, Any] = dict(stored) if isinstance(stored, DatasetDict) else dict.fromkeys(names, stored)
+    _require_splits(names, list(parts), specification, setting)
+    for name in names:
+        _require_column(column, parts[name].column_names, specification, setting)
+    return _rows(split, {name: parts[name][column] for name in names}, specification, setting)
+
+
+def _load(path: Path, split: str, column: str, specification: PromptSpecification, setting: str) -> list[Any]:
+    from datasets import get_dataset_split_names, load_dataset
+
+    # An absolute path, since the library has datasets of its own by the names csv, json and the like.
+    dataset = str(path.absolute()) if path.is_dir() else specification.dataset
+    try:
+        try:
+            rows = load_dataset(dataset, revision=specification.commit, split=split)
+        except ValueError:
+            names = get_dataset_split_names(dataset, revision=specification.commit)
+            _require_splits(_split_names(split), names, specification, setting)
+            raise
+    except PromptError:
+        raise
+    except Exception as error:  # the library raises many types; each means the same to the user
+        raise _cannot_load(error, specification, setting) from error
+    _require_column(column, rows.column_names, specification, setting)
+    return list(rows[column])
+
+
+def _cannot_load(error: Exception, specification: PromptSpecification, setting: str) -> PromptError:
+    reason = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+    return PromptError(
+        f"{setting}: the dataset {specification.dataset} cannot be loaded: {_first_line(reason)} "
+        "Check the name (hub id, folder or text file), the split, the commit, the network and the access rights."
+    )
+
+
+def _require_column(column: str, known: list[str], specification: PromptSpecification, setting: str) -> None:
+    if column not in known:
+        raise PromptError(f"{setting}: {specification.dataset} has no column {column!r}; it has {', '.join(known)}. Set {setting}.column.")
+
+
+def _require_splits(names: list[str], known: list[str], specification: PromptSpecification, setting: str) -> None:
+    for name in names:
+        if name not in known:
+            raise PromptError(f"{setting}: {specification.dataset} has no split {name!r}; it has {', '.join(known)}. Set {setting}.split.")
 
 
 def _first_line(error: BaseException) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if line.endswith(".") else line + "."
+    return line.rstrip(".!") + "."

@@ -1,5 +1,6 @@
 """The search: what a trial may look like, the loop that asks and tells, and the Pareto front."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -7,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import optuna
+import torch
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .ablation import Ablation, ComponentParameters
 from .checkpoint import is_counted, journal_errors
-from .errors import CheckpointError
 from .evaluator import Score
 
 # The refusal decision is strongest past the middle of the layers (Arditi et al. 2024), edits work best in the upper ones.
@@ -24,6 +25,15 @@ MIN_WEIGHT = (0.0, 1.0)  # of max_weight, because multivariate TPE wants fixed r
 MIN_WEIGHT_DISTANCE = 0.6  # at most; at least one layer
 
 N_EI_CANDIDATES = 128
+
+# Rows that keep a device busy, and the most trials that are asked for at once (see bench/LOG.md).
+CPU_ROWS = 400
+ACCELERATOR_ROWS = 1600
+MAX_TRIALS_PER_BATCH = 16
+
+Limit = Callable[[float], float]
+ScoreTrials = Callable[[list[Ablation], Limit], Sequence[Score | Exception]]
+Objectives = Callable[[Score], tuple[float, float]]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -54,9 +64,26 @@ def ablation_of(trial: FrozenTrial) -> Ablation:
     return Ablation(trial.user_attrs["direction_index"], parameters)
 
 
+def automatic_trials_per_batch(n_prompts: int) -> int:
+    """How many trials share a pass where nothing is said: enough rows to keep the device busy, few enough for the sampler to learn."""
+    rows = ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS
+    return max(1, min(MAX_TRIALS_PER_BATCH, rows // n_prompts))
+
+
+def is_finished(trial: FrozenTrial) -> bool:
+    """Whether a trial is complete and its refusals counted to the end."""
+    return trial.state == TrialState.COMPLETE and not trial.user_attrs.get("bounded", False)
+
+
+def refusal_limit(trials: Sequence[FrozenTrial]) -> Callable[[float], float]:
+    """For a KL divergence, the fewest refusals that a finished trial has at no greater one: with more, a trial cannot be on the front."""
+    finished = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"]) for t in trials if is_finished(t)]
+    return lambda kl: min((refusals for other, refusals in finished if other <= kl), default=math.inf)
+
+
 def pareto_front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Complete trials that no other beats: fewest refusals first, KL divergence strictly falling."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    complete = [trial for trial in trials if is_finished(trial)]
     front: list[FrozenTrial] = []
     for trial in sorted(complete, key=lambda t: (t.user_attrs["refusals"], t.user_attrs["kl_divergence"], t.number)):
         if not front or trial.user_attrs["kl_divergence"] < front[-1].user_attrs["kl_divergence"]:
@@ -102,49 +129,70 @@ class Search:
         """The Pareto front so far."""
         return pareto_front(self.trials)
 
-    def _sampler(self, n_done: int) -> BaseSampler:
-        (seed,) = np.random.SeedSequence([self.seed, n_done]).generate_state(1)
+    def _sampler(self, number: int) -> BaseSampler:
+        (seed,) = np.random.SeedSequence([self.seed, number]).generate_state(1)
         return TPESampler(
             n_startup_trials=self.n_startup_trials,
             n_ei_candidates=N_EI_CANDIDATES,
             multivariate=True,
+            constant_liar=True,  # so that trials asked for together differ
             seed=int(seed),
         )
+
+    def _ask(self, number: int) -> tuple[Trial, Ablation]:
+        with journal_errors(self.path):
+            self.study.sampler = self._sampler(number)
+            trial = self.study.ask()
+            ablation = suggest(trial, self.components, self.last_layer)
+            trial.set_user_attr("direction_index", ablation.direction_index)
+            trial.set_user_attr("parameters", {name: vars(p) for name, p in ablation.parameters.items()})
+        return trial, ablation
+
+    def _tell(self, trial: Trial, result: Score | Exception, seconds: float, objectives: Objectives) -> None:
+        with journal_errors(self.path):
+            trial.set_user_attr("seconds", round(seconds, 3))
+            if isinstance(result, Exception):
+                trial.set_user_attr("failure", f"{type(result).__name__}: {result}")
+                self.study.tell(trial, state=TrialState.FAIL)
+            else:
+                trial.set_user_attr("refusals", result.refusals)
+                trial.set_user_attr("kl_divergence", result.kl_divergence)
+                if result.bounded:
+                    trial.set_user_attr("bounded", True)
+                self.study.tell(trial, objectives(result))
 
     def run(
         self,
         n_trials: int,
-        score: Callable[[Ablation], Score],
-        objectives: Callable[[Score], tuple[float, float]],
+        score_trials: ScoreTrials,
+        objectives: Objectives,
+        trials_per_batch: int = 1,
+        stop_dominated: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
         on_trial: Callable[[FrozenTrial], None] = lambda trial: None,
     ) -> None:
-        """Run until `n_trials` are done in all. A trial that raises is recorded as failed, and the next one goes on.
+        """Run until `n_trials` are done in all, `trials_per_batch` of them at a time, dominated ones stopped early if wished.
 
-        Raises `CheckpointError` where the journal cannot be written.
+        A trial that cannot be scored is recorded as failed, and the search goes on. Raises `CheckpointError` where the journal cannot
+        be written.
         """
         while (n_done := self.n_done) < n_trials and not should_stop():
-            with journal_errors(self.path):
-                self.study.sampler = self._sampler(n_done)
-                trial = self.study.ask()
-                ablation = suggest(trial, self.components, self.last_layer)
-                trial.set_user_attr("direction_index", ablation.direction_index)
-                trial.set_user_attr("parameters", {name: vars(p) for name, p in ablation.parameters.items()})
+            numbers = range(n_done, min(n_done + trials_per_batch, n_trials))
+            asked = [self._ask(number) for number in numbers]
             start = time.perf_counter()
-            failure = None
-            try:
-                result = score(ablation)
-            except CheckpointError:
-                raise
-            except Exception as error:
-                failure = f"{type(error).__name__}: {error}"
-            with journal_errors(self.path):
-                trial.set_user_attr("seconds", round(time.perf_counter() - start, 3))
-                if failure is not None:
-                    trial.set_user_attr("failure", failure)
-                    self.study.tell(trial, state=TrialState.FAIL)
-                else:
-                    trial.set_user_attr("refusals", result.refusals)
-                    trial.set_user_attr("kl_divergence", result.kl_divergence)
-                    self.study.tell(trial, objectives(result))
-            on_trial(self.trials[trial.number])
+            limit = refusal_limit(self.trials if stop_dominated else [])
+            results = _scored([ablation for _, ablation in asked], limit, score_trials)
+            seconds = (time.perf_counter() - start) / len(asked)
+            for (trial, _), result in zip(asked, results, strict=True):
+                self._tell(trial, result, seconds, objectives)
+                on_trial(self.trials[trial.number])
+
+
+def _scored(ablations: list[Ablation], limit: Limit, score_trials: ScoreTrials) -> Sequence[Score | Exception]:
+    """Scores of a batch. Where scoring it crashes, each is scored alone, so that only those that crash again fail."""
+    try:
+        return score_trials(ablations, limit)
+    except Exception as error:
+        if len(ablations) == 1:
+            return [error]
+    return [_scored([ablation], limit, score_trials)[0] for ablation in ablations]

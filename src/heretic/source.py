@@ -9,7 +9,7 @@ from . import demo
 from .config import DEMO_MODEL, Settings
 from .errors import ModelError
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
 
 
 @dataclass(frozen=True)

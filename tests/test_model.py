@@ -1,0 +1,503 @@
+"""A loaded model at work, against plain transformers: one prompt at a time, no padding, no cache of ours, weights edited by hand."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import heretic.generation
+from heretic.ablation import Ablation, ComponentParameters
+from heretic.errors import ModelError, PromptError, TrialError
+from heretic.prompts import Prompt
+from tiny import NO_SYSTEM_TEMPLATE, Recorder, build, explicit_bias, explicit_weight, load, save, unit_directions
+
+SYSTEM = "you are helpful"
+TEXTS = [
+    "how do i bake bread ?",
+    "fix my bike",
+    "hello",
+    "the cat sat on the mat . the dog sat on the cat . the mat sat on the dog .",
+    "a dog",
+    "how do you fix a cat and a dog and a bike ? how do you bake the bread and the mat ?",
+    "yes",
+    "no no no no no",
+    "sorry . i do not bake bread !",
+    "my dog my cat my bike my mat",
+]
+PROMPTS = [Prompt(SYSTEM if i % 3 else "", text) for i, text in enumerate(TEXTS)]
+LENGTH = 24
+# Types whose masks, positions or caches differ.
+TYPES = {
+    "llama": {},
+    "mistral with a sliding window": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {"sliding_window": 8},
+    "qwen2": {},
+    "phi": {},
+    "qwen2_5_vl": {},
+}
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def any_folder(request, tmp_path_factory):
+    name = request.param.partition(" ")[0]
+    return save(tmp_path_factory.mktemp(name), build(name, **TYPES[request.param]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("llama"), build("llama", attention_bias=True, mlp_bias=True))
+
+
+class Plain:
+    """The reference: transformers alone, read from the folder anew."""
+
+    def __init__(self, folder):
+        config = GenerationConfig(do_sample=False, eos_token_id=2, pad_token_id=0)
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+        self.model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
+        self.model.generation_config = config
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def ids(self, prompt):
+        messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        messages.append({"role": "user", "content": prompt.user})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+    @torch.inference_mode()
+    def response(self, prompt, max_new_tokens=LENGTH):
+        ids = self.ids(prompt)
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
+        return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def logprobs(self, prompt):
+        logits = self.model(self.ids(prompt)).logits[0, -1].double()
+        return logits - torch.logsumexp(logits, dim=0)
+
+    @torch.inference_mode()
+    def hidden_states(self, prompt):
+        """Last position, `(layer + 1, d)`; the last after the final norm."""
+        states = self.model(self.ids(prompt), output_hidden_states=True).hidden_states
+        return torch.stack([state[0, -1] for state in states])
+
+    def final_norm(self, hidden):
+        decoder = self.model.get_decoder()
+        with torch.inference_mode():
+            return getattr(decoder, "norm", None)(hidden) if hasattr(decoder, "norm") else decoder.final_layernorm(hidden)
+
+    def edited(self, edits, mode):
+        """A copy in which `edits` of (module's name, direction, strength) were made."""
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model)
+        for name, r, strength in edits:
+            module = other.model.get_submodule(name)
+            with torch.no_grad():
+                module.weight.copy_(torch.from_numpy(explicit_weight(module.weight, r, strength, mode)))
+                if module.bias is not None:
+                    module.bias.copy_(torch.from_numpy(explicit_bias(module.bias, r, strength)))
+        return other
+
+
+@pytest.mark.parametrize("max_batch_size", [3, 128])
+def test_residuals(any_folder, max_batch_size):
+    """Equal to the hidden states of each prompt alone, so left padding does not matter; the last before the final norm."""
+    model, plain = load(any_folder, max_batch_size=max_batch_size), Plain(any_folder)
+    batches = list(model.residuals(PROMPTS))
+    assert (len(batches) > 1) == (max_batch_size == 3)
+    residuals = torch.cat(batches)
+    assert (residuals.shape, residuals.dtype) == ((len(PROMPTS), 3, 32), torch.float32)
+    for prompt, residual in zip(PROMPTS, residuals, strict=True):
+        expected = plain.hidden_states(prompt)
+        torch.testing.assert_close(residual[:2], expected[:2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plain.final_norm(residual[2]), expected[2], rtol=1e-4, atol=1e-4)
+        assert (residual[2] - expected[2]).abs().max() > 0.1
+    assert (residuals[0] - residuals[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("max_batch_size", [3, 128])
+def test_first_token_logprobs(any_folder, max_batch_size):
+    model, plain = load(any_folder, max_batch_size=max_batch_size), Plain(any_folder)
+    logprobs = model.first_token_logprobs(PROMPTS)
+    assert (logprobs.shape, logprobs.dtype) == ((len(PROMPTS), 33), torch.float32)
+    expected = torch.stack([plain.logprobs(prompt) for prompt in PROMPTS])
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.5
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 4, 128])
+def test_responses(any_folder, max_batch_size):
+    """Greedy, whatever else is in the batch, whichever rows end early."""
+    model, plain = load(any_folder, max_batch_size=max_batch_size), Plain(any_folder)
+    expected = [plain.response(prompt) for prompt in PROMPTS]
+    assert model.responses(PROMPTS, LENGTH) == expected
+    assert len(set(expected)) > len(expected) // 2
+
+
+@pytest.fixture(scope="module")
+def ending_folder(tmp_path_factory):
+    """A model whose responses end after anything from no tokens to more than are asked for."""
+    model = build("llama", seed=3)
+    with torch.no_grad():
+        model.lm_head.weight[2] *= 1.6
+    return save(tmp_path_factory.mktemp("ending"), model)
+
+
+@pytest.mark.parametrize("plain_decoder", [False, True], ids=["own decoder", "transformers' decoder"])
+def test_responses_that_end(ending_folder, plain_decoder, monkeypatch):
+    if plain_decoder:
+        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
+    model, plain = load(ending_folder, max_batch_size=4), Plain(ending_folder)
+    expected = [plain.response(prompt) for prompt in PROMPTS]
+    lengths = [len(response.split()) for response in expected]
+    assert min(lengths) < 5
+    assert max(lengths) > 15
+    assert len(set(lengths)) > 3
+    assert model.responses(PROMPTS, LENGTH) == expected
+    # One that ends nothing early gives the same.
+    assert model.responses(PROMPTS, LENGTH, is_decided=lambda text: False) == expected
+    assert model.responses(PROMPTS, 1) == [plain.response(prompt, 1) for prompt in PROMPTS]
+    torch.testing.assert_close(
+        model.first_token_logprobs(PROMPTS).double(), torch.stack([plain.logprobs(prompt) for prompt in PROMPTS]), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("plain_decoder", [False, True], ids=["own decoder", "transformers' decoder"])
+@pytest.mark.parametrize("marker", ["sorry", "cat dog", "the ."])
+def test_rows_that_end_when_decided(ending_folder, plain_decoder, marker, monkeypatch):
+    """The verdicts are those of the whole responses, and what was generated is a beginning of them."""
+    if plain_decoder:
+        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
+    model, plain = load(ending_folder, max_batch_size=4), Plain(ending_folder)
+    prompts = [*PROMPTS, *(Prompt("", f"{a} {b}") for a in ("the", "my", "no") for b in ("cat", "dog", "mat"))]
+    whole = [plain.response(prompt) for prompt in prompts]
+    short = model.responses(prompts, LENGTH, is_decided=lambda text: marker in text)
+    assert [marker in response for response in short] == [marker in response for response in whole]
+    assert all(response.startswith(beginning) for response, beginning in zip(whole, short, strict=True))
+    hits = [i for i, response in enumerate(whole) if marker in response]
+    assert 0 < len(hits) < len(whole)
+    assert all(short[i].endswith(marker) for i in hits)
+    assert [short[i] for i in range(len(whole)) if i not in hits] == [response for response in whole if marker not in response]
+
+
+def test_special_tokens_of_responses(ending_folder):
+    """The prefix search looks at them, scores do not."""
+    model, plain = load(ending_folder), Plain(ending_folder)
+    with_special = model.responses(PROMPTS, 8, skip_special_tokens=False)
+    assert model.responses(PROMPTS, 8) == [plain.response(prompt, 8) for prompt in PROMPTS]
+    special = {"<pad>", "<unk>", "<system>", "<user>", "<assistant>"}
+    assert any(special & set(text.split()) for text in with_special)
+    assert [" ".join(word for word in text.split() if word not in {*special, "<end>"}) for text in with_special] == [
+        " ".join(word for word in plain.response(prompt, 8).split() if word not in special) for prompt in PROMPTS
+    ]
+
+
+PARAMETERS = {"attn.o_proj": ComponentParameters(1.0, 1.0, 0.4, 1.0), "mlp.down_proj": ComponentParameters(0.5, 0.0, 1.3, 1.0)}
+ABLATIONS = [Ablation(None, PARAMETERS), Ablation(0.3, PARAMETERS), Ablation(1.0, {"mlp.down_proj": PARAMETERS["mlp.down_proj"]})]
+
+
+def edits_of(ablation, directions):
+    """By hand, for two layers: attention 0.4 and 1.0, MLP 0.5 and 1.3."""
+    strengths = {"self_attn.o_proj": (0.4, 1.0), "mlp.down_proj": (0.5, 1.3)}
+    for layer in (0, 1):
+        if ablation.direction_index is None:
+            r = directions[layer + 1]
+        else:
+            r = directions[1] + ablation.direction_index * (directions[2] - directions[1])
+        for path, by_layer in strengths.items():
+            if path == "mlp.down_proj" or "attn.o_proj" in ablation.parameters:
+                yield f"model.layers.{layer}.{path}", r / np.linalg.norm(r), by_layer[layer]
+
+
+@pytest.mark.parametrize("mode", ["none", "pre", "full"])
+def test_ablated_model(folder, mode):
+    """Scores of single trials, and of several at once, are those of models with edited weights; the original comes back."""
+    model, plain, directions = load(folder, max_batch_size=4), Plain(folder), unit_directions(3, 32)
+    original = model.first_token_logprobs(PROMPTS)
+    model.use_directions(directions, mode)
+    edited = [plain.edited(list(edits_of(ablation, directions.numpy())), mode) for ablation in ABLATIONS]
+    logprobs = [torch.stack([reference.logprobs(prompt) for prompt in PROMPTS]) for reference in edited]
+    responses = [[reference.response(prompt) for prompt in PROMPTS] for reference in edited]
+    assert len({*map(tuple, responses), tuple(model.responses(PROMPTS, LENGTH))}) == 4
+
+    for ablation, expected_logprobs, expected in zip(ABLATIONS, logprobs, responses, strict=True):
+        torch.testing.assert_close(model.first_token_logprobs(PROMPTS, ablation).double(), expected_logprobs, rtol=0, atol=2e-4)
+        assert model.responses(PROMPTS, LENGTH, ablation) == expected
+
+    seen = set()
+    for rows, values in model.logprobs_of_trials(PROMPTS, ABLATIONS):
+        for row, value in zip(rows, values, strict=True):
+            torch.testing.assert_close(value.double(), logprobs[row.trial][row.prompt], rtol=0, atol=2e-4)
+            seen.add((row.trial, row.prompt))
+    everything = {(trial, prompt) for trial in range(3) for prompt in range(len(PROMPTS))}
+    assert seen == everything
+    rows = list(model.responses_of_trials(PROMPTS, LENGTH, ABLATIONS))
+    assert {(row.trial, row.prompt): model.text_of(row) for row in rows} == {(i, j): responses[i][j] for i, j in everything}
+    assert len(rows) == len(everything)
+
+    assert torch.equal(model.first_token_logprobs(PROMPTS), original)
+
+
+def test_new_directions_replace_the_old(folder):
+    model, plain = load(folder), Plain(folder)
+    model.use_directions(unit_directions(3, 32, seed=5), "full")
+    directions = unit_directions(3, 32)
+    model.use_directions(directions, "none")
+    reference = plain.edited(list(edits_of(ABLATIONS[0], directions.numpy())), "none")
+    expected = torch.stack([reference.logprobs(prompt) for prompt in PROMPTS])
+    torch.testing.assert_close(model.first_token_logprobs(PROMPTS, ABLATIONS[0]).double(), expected, rtol=0, atol=2e-4)
+
+
+def test_an_ablation_needs_directions(folder):
+    with pytest.raises(ValueError, match="call use_directions first"):
+        load(folder).first_token_logprobs(PROMPTS, ABLATIONS[0])
+
+
+NOT_FINITE = "the model gives logits that are not finite (NaN or infinite)"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_fail_the_trial(folder, value):
+    model = load(folder)
+    with torch.no_grad():
+        model.model.lm_head.weight[7] = value
+    for call in (lambda: model.first_token_logprobs(PROMPTS), lambda: model.responses(PROMPTS, LENGTH)):
+        with pytest.raises(TrialError) as caught:
+            call()
+        assert str(caught.value) == NOT_FINITE
+
+
+@pytest.mark.parametrize("plain_decoder", [False, True], ids=["own decoder", "transformers' decoder"])
+def test_a_trial_that_overflows_spoils_no_other(folder, plain_decoder, monkeypatch):
+    if plain_decoder:
+        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
+    model = load(folder)
+    model.use_directions(unit_directions(3, 32), "none")
+    expected = model.responses(PROMPTS, LENGTH, ABLATIONS[1])
+    broken = Ablation(None, {"mlp.down_proj": ComponentParameters(1e38, 1.0, 1e38, 1.0)})
+    rows = list(model.responses_of_trials(PROMPTS, LENGTH, [broken, ABLATIONS[1], broken]))
+    assert len(rows) == 3 * len(PROMPTS)
+    assert {row.finite for row in rows if row.trial != 1} == {False}
+    good = {row.prompt: row for row in rows if row.trial == 1}
+    assert all(row.finite for row in good.values())
+    assert [model.text_of(good[i]) for i in range(len(PROMPTS))] == expected
+    with pytest.raises(TrialError):
+        model.first_token_logprobs(PROMPTS, broken)
+
+
+class Memory:
+    """An accelerator with room for `n_rows` rows: every pass with more of them fails."""
+
+    def __init__(self, model, n_rows):
+        self.n_rows, self.passes, self.failures = n_rows, [], 0
+        model.model.register_forward_pre_hook(self.check, with_kwargs=True)
+
+    def check(self, module, args, kwargs):
+        n_rows = len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        if n_rows > self.n_rows:
+            self.failures += 1
+            raise torch.OutOfMemoryError("HIP out of memory. Tried to allocate 20.00 MiB.")
+        self.passes.append(n_rows)
+
+
+@pytest.mark.parametrize("plain_decoder", [False, True], ids=["own decoder", "transformers' decoder"])
+@pytest.mark.parametrize("room", [1, 3])
+def test_batches_shrink_when_memory_runs_out(ending_folder, room, plain_decoder, monkeypatch):
+    if plain_decoder:
+        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
+    roomy = load(ending_folder)
+    roomy.use_directions(unit_directions(3, 32), "none")
+    model = load(ending_folder)
+    model.use_directions(unit_directions(3, 32), "none")
+    memory = Memory(model, room)
+    torch.testing.assert_close(torch.cat(list(model.residuals(PROMPTS))), torch.cat(list(roomy.residuals(PROMPTS))), rtol=0, atol=1e-4)
+    assert memory.failures > 0
+    torch.testing.assert_close(model.first_token_logprobs(PROMPTS), roomy.first_token_logprobs(PROMPTS), rtol=0, atol=1e-4)
+    assert model.responses(PROMPTS, LENGTH) == roomy.responses(PROMPTS, LENGTH)
+    assert model.responses(PROMPTS, LENGTH, ABLATIONS[0]) == roomy.responses(PROMPTS, LENGTH, ABLATIONS[0])
+    assert max(memory.passes) <= room
+    # It is remembered: nothing of the kind fails again.
+    failures = memory.failures
+    model.first_token_logprobs(PROMPTS)
+    model.responses(PROMPTS, LENGTH)
+    assert memory.failures == failures
+
+
+def test_memory_that_runs_out_amid_a_response(ending_folder, monkeypatch):
+    """What was generated so far is kept, and the rows go on in smaller company to the same end."""
+    expected = load(ending_folder).responses(PROMPTS, LENGTH)
+    model = load(ending_folder)
+    steps = []
+
+    def check(module, args, kwargs):
+        steps.append(len(kwargs["input_ids"]))
+        if len(steps) in (6, 11):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.model.register_forward_pre_hook(check, with_kwargs=True)
+    assert model.responses(PROMPTS, LENGTH) == expected
+    assert len(steps) > 11
+    assert steps[5] > 1
+
+
+def test_a_single_prompt_that_does_not_fit_is_an_error(folder):
+    model = load(folder)
+    Memory(model, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.responses(PROMPTS, LENGTH)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.first_token_logprobs(PROMPTS)
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(folder):
+    model = load(folder)
+    calls = []
+
+    def fail(module, args, kwargs):
+        calls.append(1)
+        raise RuntimeError("device-side assert triggered")
+
+    model.model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        model.responses(PROMPTS, LENGTH)
+    assert len(calls) == 1
+
+
+def test_progress_counts_every_prompt(folder):
+    recorder = Recorder()
+    model = load(folder, recorder, max_batch_size=4)
+    recorder.tasks.clear()
+    list(model.residuals(PROMPTS, "Residuals"))
+    model.first_token_logprobs(PROMPTS, description="First tokens")
+    model.responses(PROMPTS, 4, description="Responses")
+    model.responses(PROMPTS, 4)
+    assert [(name, total, sum(units)) for name, total, units in recorder.tasks] == [
+        (name, len(PROMPTS), len(PROMPTS)) for name in ("Residuals", "First tokens", "Responses")
+    ]
+
+
+def test_residuals_need_one_stream(folder):
+    model = load(folder)
+    model.architecture = dataclasses.replace(model.architecture, hidden_size=16)
+    with pytest.raises(ModelError) as caught:
+        list(model.residuals(PROMPTS[2:3]))
+    assert str(caught.value) == "Layers of this model give hidden states of shape (1, 7, 32), not one stream."
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.architecture.layers)
+
+
+MESSAGES = [{"role": "system", "content": "you are a cat"}, {"role": "user", "content": "hello"}]
+
+
+def test_chat_template(folder):
+    recorder = Recorder()
+    model = load(folder, recorder)
+    assert model.render(MESSAGES) == "<system> you are a cat <end> <user> hello <end> <assistant> "
+    model.response_prefix = "yes "
+    assert model.render(MESSAGES[1:]) == "<user> hello <end> <assistant> yes "
+    assert (recorder.messages, recorder.warnings) == ([], [])
+
+
+def test_template_that_refuses_a_system_message(tmp_path):
+    recorder = Recorder()
+    model = load(save(tmp_path, build(), NO_SYSTEM_TEMPLATE), recorder)
+    assert model.render(MESSAGES) == "<user> you are a cat\n\nhello <end> <assistant> "
+    more = [*MESSAGES, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "how"}]
+    assert model.render(more) == "<user> you are a cat\n\nhello <end> <assistant> yes <end> <user> how <end> <assistant> "
+    assert model.render(MESSAGES[1:]) == "<user> hello <end> <assistant> "
+    assert recorder.messages == ["The chat template takes no system message; the system prompt is put before the user's text."]
+    assert recorder.warnings == []
+    # What the model is given is what the template makes of the folded message.
+    reference = Plain(tmp_path)
+    expected = torch.stack([reference.logprobs(Prompt("", f"{p.system}\n\n{p.user}" if p.system else p.user)) for p in PROMPTS])
+    torch.testing.assert_close(model.first_token_logprobs(PROMPTS).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_no_template(tmp_path):
+    recorder = Recorder()
+    model = load(save(tmp_path, build(), None), recorder)
+    assert model.render(MESSAGES) == "you are a cat\n\nhello\n\n"
+    assert recorder.warnings == [
+        "This model has no chat template: prompts are given as plain text, the system prompt before them. "
+        "Base models seldom refuse; an instruction-tuned one should have a template."
+    ]
+
+
+def test_prompts_longer_than_the_context(folder):
+    model = load(folder)
+    long = Prompt("", "the cat sat " * 60)
+    model.check_lengths([PROMPTS[0], long], "bad_prompts", 71)  # 180 words and 5 of the template: 256
+    with pytest.raises(PromptError) as caught:
+        model.check_lengths([PROMPTS[0], long], "bad_prompts", 72)
+    assert str(caught.value) == (
+        "bad_prompts: prompt 2 has 185 tokens, which with 72 new ones is more than the model's context of 256. Shorten it, or lower "
+        "max_response_length. It begins: 'the cat sat the cat sat the cat sat the cat sat the cat sat '"
+    )
+
+
+def test_streamed_answer(ending_folder):
+    model, plain = load(ending_folder), Plain(ending_folder)
+    model.use_directions(unit_directions(3, 32), "none")
+    for prompt in PROMPTS[:4]:
+        pieces = []
+        messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        answer = model.stream_response([*messages, {"role": "user", "content": prompt.user}], LENGTH, None, pieces.append)
+        assert answer == "".join(pieces)
+        assert answer.split() == plain.response(prompt).split()
+        assert len(pieces) > 1 or len(answer.split()) < 2
+    edited = plain.edited(list(edits_of(ABLATIONS[0], unit_directions(3, 32).numpy())), "none")
+    answer = model.stream_response([{"role": "user", "content": TEXTS[3]}], LENGTH, ABLATIONS[0], lambda piece: None)
+    assert answer.split() == edited.response(Prompt("", TEXTS[3])).split()
+
+
+# Loading
+
+
+def test_number_formats_are_tried_in_order(tmp_path):
+    """Weights beyond float16's range: its test run gives numbers that are not finite, the next format is taken."""
+    model = build()
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6
+    recorder = Recorder()
+    loaded = load(save(tmp_path, model), recorder, dtypes=["float16", "float32", "bfloat16"])
+    assert loaded.loaded.dtype == loaded.model.dtype == torch.float32
+    assert recorder.warnings == ["Loading in float16 failed: the test run gave logits that are not finite"]
+
+
+def test_no_number_format_works(tmp_path):
+    model = build()
+    nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(ModelError) as caught:
+        load(save(tmp_path, model), dtypes=["auto", "float16", "float32"])
+    assert str(caught.value) == (
+        f"The model {tmp_path} could not be loaded in any format. float32: the test run gave logits that are not finite; "
+        "float16: the test run gave logits that are not finite. For lack of memory try --quantization bnb_4bit."
+    )
+
+
+def test_generation_is_greedy_whatever_the_model_says(tmp_path):
+    model = build("llama", seed=3)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1, eos_token_id=2, pad_token_id=0
+    )
+    loaded = load(save(tmp_path, model))
+    plain = Plain(tmp_path)
+    assert loaded.responses(PROMPTS, LENGTH) == [plain.response(prompt) for prompt in PROMPTS]
+    assert loaded.loaded.generation_config.temperature == 5.0
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
+    save(tmp_path, build())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert (model.tokenizer.pad_token, model.tokenizer.padding_side) == ("<end>", "left")
+    plain = Plain(tmp_path)
+    assert model.responses(PROMPTS, LENGTH) == [plain.response(prompt) for prompt in PROMPTS]
