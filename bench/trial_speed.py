@@ -1,0 +1,426 @@
+"""Seconds per trial: (a) the way the field does it against (b) this program, alternating in one process.
+
+(a) One trial at a time: a rank-3 LoRA through PEFT, made by a randomized SVD (`torch.svd_lowrank`, q = 10, niter = 6) of every edited
+weight's change; `generate` for all harmful evaluation prompts to full length in the best power-of-two batch; `generate` of one token for
+the KL divergence. (b) Output maps, `--trials-per-batch` trials in one pass. Same prompts, same trials, and the verdicts are compared.
+
+    uv run python bench/trial_speed.py                       # the demonstration model
+    uv run python bench/trial_speed.py --model path/to/model --good g.txt --bad b.txt
+    uv run python bench/trial_speed.py --model llama-8b      # random weights of that shape, on the accelerator; prints the floor
+
+The last line is one JSON object; `ratio` is reference_s / ours_s.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from heretic import generation
+from heretic.ablation import Ablation, ComponentParameters, edit_weight
+from heretic.architecture import Architecture, discover
+from heretic.config import Settings
+from heretic.directions import mean_residual, refusal_directions
+from heretic.editing import AblationHooks
+from heretic.evaluator import Evaluator, kl_divergence
+from heretic.generation import Row, left_padded
+from heretic.loading import load_model
+from heretic.model import Model
+from heretic.prompts import load_prompts
+from heretic.source import model_source
+from heretic.utils import SilentProgress
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "tiny": lambda: LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    ),
+    "llama-8b": lambda: LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+    "qwen-4b": lambda: Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+}
+SHAPE_PROMPT_TOKENS = 55
+RANK, SVD_Q, SVD_ITERATIONS = 3, 10, 6
+# A realistic mix: this share of the rows is decided after so many tokens.
+EARLY_SHARE, EARLY_TOKENS = 0.5, 15
+
+
+@dataclass
+class Clock:
+    """Seconds by part, the device waited for at every boundary."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: {"setup": 0.0, "prefill": 0.0, "decode": 0.0})
+    tokens: int = 0
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.seconds[name] += self.now() - start
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+
+@dataclass
+class Workload:
+    """A model, its prompts as token ids, and how a response is judged."""
+
+    model: Any
+    architecture: Architecture
+    directions: Tensor
+    good: list[list[int]]
+    bad: list[list[int]]
+    length: int
+    end_tokens: frozenset[int]
+    verdict: Callable[[list[int]], bool]
+    # (b): scores of several ablations at once, as (refusals, divergence).
+    ours: Callable[[Sequence[Ablation]], list[tuple[int, float]]]
+
+
+def random_trials(n: int, components: Sequence[str], seed: int) -> list[Ablation]:
+    """Ablations drawn from the search ranges."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    def kernel() -> ComponentParameters:
+        weight = uniform(0.8, 1.5)
+        return ComponentParameters(weight, uniform(0.6, 1.0), uniform(0, 1) * weight, uniform(0.15, 0.6))
+
+    return [
+        Ablation(uniform(0.4, 0.9) if uniform(0, 1) < 0.5 else None, {component: kernel() for component in components}) for _ in range(n)
+    ]
+
+
+def real_workload(settings: Settings, trials_per_batch: int) -> Workload:
+    """A model with prompts: the demonstration model or a folder."""
+    model = Model(load_model(settings, model_source(settings), SilentProgress()), settings)
+    names = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
+    prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names}
+    good = mean_residual(model.residuals(prompts["good_prompts"]))
+    bad = mean_residual(model.residuals(prompts["bad_prompts"]))
+    directions = refusal_directions(good, bad)
+    model.use_directions(directions, settings.row_normalization)
+    evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"])
+
+    def ours(ablations: Sequence[Ablation]) -> list[tuple[int, float]]:
+        scores = evaluator.score_trials(ablations)
+        return [(score.refusals, score.kl_divergence) for score in scores]  # type: ignore[union-attr]
+
+    return Workload(
+        model.model,
+        model.architecture,
+        directions,
+        [list(row.tokens) for row in model.rows_of(prompts["good_evaluation_prompts"], 1)],
+        [list(row.tokens) for row in model.rows_of(prompts["bad_evaluation_prompts"], 1)],
+        settings.max_response_length,
+        model.decoder.end_tokens,
+        lambda tokens: evaluator.rule.is_refusal(model.tokenizer.decode(tokens, skip_special_tokens=True)),
+        ours,
+    )
+
+
+def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workload:
+    """Random weights and random prompts; nothing ends early, or with `mix` half of the rows after a few tokens."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    config = SHAPES[name]()
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device.type != "cpu" else torch.float32)
+    model.eval().requires_grad_(False)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    architecture = discover(model)
+    directions = torch.nn.functional.normalize(torch.randn(config.num_hidden_layers + 1, config.hidden_size), dim=-1)
+    hooks = AblationHooks(architecture, directions, "none")
+    decoder = generation.Decoder(model, frozenset(), n_prompts, hooks.assign_rows)
+    prompts = torch.randint(1, config.vocab_size, (2 * n_prompts, SHAPE_PROMPT_TOKENS)).tolist()
+    good, bad = prompts[:n_prompts], prompts[n_prompts:]
+    base: list[Tensor] = []
+
+    def decided(row: Row) -> bool:
+        return mix and row.prompt % 2 < 2 * EARLY_SHARE - 0.5 and len(row.generated) >= EARLY_TOKENS
+
+    def ours(ablations: Sequence[Ablation]) -> list[tuple[int, float]]:
+        n = len(ablations)
+        with torch.inference_mode(), hooks.active(ablations):
+            sums = torch.zeros(n)
+            rows = [Row(t, ids, i) for t in range(n) for i, ids in enumerate(good)]
+            for part, logits in decoder.first_logits(rows):
+                original = base[0][torch.tensor([row.prompt for row in part], device=device)]
+                divergences = kl_divergence(original, torch.log_softmax(logits.float(), dim=-1))
+                sums.index_add_(0, torch.tensor([row.trial for row in part]), divergences.cpu())
+            rows = [Row(t, ids, i) for t in range(n) for i, ids in enumerate(bad)]
+            for _ in decoder.run(rows, length, decided):
+                pass
+        return [(0, float(total) / n_prompts) for total in sums]
+
+    with torch.inference_mode(), hooks.active([Ablation(None, {})]):
+        rows = [Row(0, ids, i) for i, ids in enumerate(good)]
+        base.append(torch.cat([torch.log_softmax(logits.float(), dim=-1) for _, logits in decoder.first_logits(rows)]))
+    return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda tokens: False, ours)
+
+
+class Reference:
+    """(a): one trial at a time through PEFT and `generate`, on a copy of the model."""
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        names = [writer.name for writer in work.architecture.writers]
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, lora_dropout=0.0, bias="none")
+        for writer in work.architecture.writers:
+            writer.module._forward_hooks.clear()  # the copy must not carry ours
+        self.model = get_peft_model(copy.deepcopy(work.model), config).eval()
+        self.hooks = AblationHooks(work.architecture, work.directions, "none")
+        for handle in self.hooks._handles:
+            handle.remove()
+        self.batch_size = self._best_batch_size()
+        with torch.inference_mode(), self.model.disable_adapter():
+            self.base = self._first_logprobs()
+
+    def _generate(self, prompts: Sequence[Sequence[int]], batch_size: int, **arguments: Any) -> Iterator[Any]:
+        device = next(self.model.parameters()).device
+        for start in range(0, len(prompts), batch_size):
+            tokens, mask = left_padded(prompts[start : start + batch_size])
+            yield self.model.generate(
+                input_ids=tokens.to(device),
+                attention_mask=mask.to(device),
+                do_sample=False,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                **arguments,
+            )
+
+    def _best_batch_size(self) -> int:
+        best, best_rate = 1, 0.0
+        size = 16
+        while size < 2 * len(self.work.bad):
+            prompts = (self.work.bad * (size // len(self.work.bad) + 1))[:size]
+            start = time.perf_counter()
+            for _ in self._generate(prompts, size, max_new_tokens=8):
+                pass
+            if self.model.device.type != "cpu":
+                torch.accelerator.synchronize()
+            rate = size / (time.perf_counter() - start)
+            if rate > best_rate:
+                best, best_rate = size, rate
+            size *= 2
+        return best
+
+    def _first_logprobs(self) -> Tensor:
+        outputs = self._generate(self.work.good, self.batch_size, max_new_tokens=1, output_logits=True)
+        return torch.cat([torch.log_softmax(output.logits[0].float(), dim=-1) for output in outputs])
+
+    def set_up(self, ablation: Ablation) -> None:
+        """Put the trial's LoRA factors in place."""
+        for writer in self.work.architecture.writers:
+            layer = self.model.base_model.model.get_submodule(writer.name)
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            r, strength = self.hooks.edit_of(writer, ablation)
+            if not strength:
+                B.data.zero_()
+                continue
+            W = layer.base_layer.weight
+            change = edit_weight(W, r.to(W.device), strength, "none") - W.float()
+            U, S, V = torch.svd_lowrank(change, q=SVD_Q, niter=SVD_ITERATIONS)
+            root = S[:RANK].clamp(min=0).sqrt()
+            A.data.copy_(root[:, None] * V[:, :RANK].T)
+            B.data.copy_(U[:, :RANK] * root)
+
+    def score(self, ablation: Ablation, clock: Clock) -> tuple[int, float]:
+        """Refusals and divergence of one trial."""
+        with torch.inference_mode():
+            with clock.part("setup"):
+                self.set_up(ablation)
+            with clock.part("prefill"):
+                divergence = float(kl_divergence(self.base, self._first_logprobs()).mean())
+            with clock.part("decode"):
+                refusals, start = 0, 0
+                for output in self._generate(self.work.bad, self.batch_size, max_new_tokens=self.work.length):
+                    prompts = self.work.bad[start : start + self.batch_size]
+                    width = max(map(len, prompts))
+                    start += self.batch_size
+                    clock.tokens += output.sequences.shape[0] * output.sequences.shape[1]
+                    refusals += sum(self.work.verdict(ids) for ids in output.sequences[:, width:].tolist())
+        return refusals, divergence
+
+
+def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock) -> list[tuple[int, float]]:
+    """(b), with its parts timed."""
+    forward = generation.Decoder._forward
+
+    def counted(decoder: Any, tokens: Tensor, *args: Any) -> Tensor:
+        clock.tokens += tokens.numel()
+        with clock.part("prefill" if tokens.shape[1] > 1 else "decode"):
+            return forward(decoder, tokens, *args)
+
+    make_maps = AblationHooks._make_maps
+    with (
+        patch.object(generation.Decoder, "_forward", counted),
+        patch.object(AblationHooks, "_make_maps", clock.timed("setup", make_maps)),
+    ):
+        return work.ours(ablations)
+
+
+def measure_floor(work: Workload, trials_per_batch: int) -> dict[str, float]:
+    """Seconds that a trial cannot avoid: its operations and bytes over ceilings measured here and now."""
+    device, dtype = work.model.device, work.model.dtype
+    n = 8192 if device.type != "cpu" else 1024
+
+    def best(function: Callable[[], Any]) -> float:
+        clock = Clock(device)
+        times = []
+        for _ in range(6):
+            start = clock.now()
+            function()
+            times.append(clock.now() - start)
+        return min(times[1:])
+
+    a, b = torch.randn(n, n, dtype=dtype, device=device), torch.randn(n, n, dtype=dtype, device=device)
+    flops = 2 * n**3 / best(lambda: a @ b)
+    block = torch.empty(2**30 if device.type != "cpu" else 2**26, dtype=torch.uint8, device=device)
+    bandwidth = 2 * block.numel() / best(block.clone)
+    config = work.model.config
+    weights = sum(p.numel() for name, p in work.model.named_parameters() if "embed_tokens" not in name)
+    prompt_tokens = sum(map(len, work.good)) + sum(map(len, work.bad))
+    new_tokens = len(work.bad) * work.length
+    operations = 2 * weights * (prompt_tokens + new_tokens)
+    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    read_per_row = sum(SHAPE_PROMPT_TOKENS + step for step in range(work.length))
+    n_bytes = len(work.bad) * read_per_row * kv_bytes + weights * dtype.itemsize * work.length / trials_per_batch
+    return {
+        "flops_per_s": flops,
+        "bytes_per_s": bandwidth,
+        "floor_s": max(operations / flops, n_bytes / bandwidth),
+        "operations_s": operations / flops,
+        "bytes_s": n_bytes / bandwidth,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help=f"demo, a folder, or a shape: {', '.join(SHAPES)}")
+    parser.add_argument("--good", help="text file of harmless prompts, for a folder")
+    parser.add_argument("--bad", help="text file of harmful prompts, for a folder")
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--trials-per-batch", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=100, help="prompts of each kind, for a shape")
+    parser.add_argument("--length", type=int, default=100)
+    parser.add_argument("--mix", action="store_true", help="half of a shape's rows are decided within 15 tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    if options.model in SHAPES:
+        work = shape_workload(options.model, options.length, options.prompts, options.mix)
+    elif options.model == "demo":
+        work = real_workload(Settings(demo=True, max_response_length=options.length), options.trials_per_batch)  # type: ignore[call-arg]
+    else:
+        good, bad = {"dataset": options.good}, {"dataset": options.bad}
+        sources = {"good_prompts": good, "bad_prompts": bad, "good_evaluation_prompts": good, "bad_evaluation_prompts": bad}
+        settings = Settings.model_validate({"model": options.model, "max_response_length": options.length, **sources})
+        work = real_workload(settings, options.trials_per_batch)
+
+    components = list(work.architecture.components)
+    trials = random_trials(options.trials, components, options.seed)
+    hooks_by_module = {w.module: dict(w.module._forward_hooks) for w in work.architecture.writers}
+    reference = Reference(work)
+    for module, hooks in hooks_by_module.items():
+        module._forward_hooks.update(hooks)
+
+    device = work.model.device
+    theirs, ours = Clock(device), Clock(device)
+    work.ours(trials[:1])  # neither side's first pass is counted
+    reference.score(trials[0], Clock(device))
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+    reference_s = ours_s = 0.0
+    differences: list[int] = []
+    largest_kl = 0.0
+    for start in range(0, len(trials), options.trials_per_batch):
+        batch = trials[start : start + options.trials_per_batch]
+        begin = ours.now()
+        mine = run_ours(work, batch, ours)
+        ours_s += ours.now() - begin
+        for ablation, (refusals, divergence) in zip(batch, mine, strict=True):
+            begin = theirs.now()
+            other_refusals, other_divergence = reference.score(ablation, theirs)
+            reference_s += theirs.now() - begin
+            differences.append(abs(refusals - other_refusals))
+            largest_kl = max(largest_kl, abs(divergence - other_divergence))
+            print(f"refusals {refusals} / {other_refusals}, KL divergence {divergence:.5f} / {other_divergence:.5f}", flush=True)
+    n = len(trials)
+    peak = torch.accelerator.max_memory_allocated() if device.type != "cpu" else psutil.Process().memory_info().rss
+    result = {
+        "model": options.model,
+        "device": str(device),
+        "dtype": str(work.model.dtype).removeprefix("torch."),
+        "trials": n,
+        "trials_per_batch": options.trials_per_batch,
+        "mix": options.mix,
+        "reference_batch_size": reference.batch_size,
+        "reference_s": reference_s / n,
+        "ours_s": ours_s / n,
+        "ratio": reference_s / ours_s,
+        "tokens_reference": theirs.tokens // n,
+        "tokens_ours": ours.tokens // n,
+        "peak_memory_bytes": peak,
+        "largest_refusal_difference": max(differences),
+        "largest_kl_difference": largest_kl,
+        "reference_shares": shares(theirs, reference_s),
+        "ours_shares": shares(ours, ours_s),
+    }
+    if options.model in SHAPES:
+        floor = measure_floor(work, options.trials_per_batch)
+        result |= {**floor, "times_floor": ours_s / n / floor["floor_s"]}
+    print(json.dumps(result))
+
+
+def shares(clock: Clock, total: float) -> dict[str, float]:
+    """Each part's share of the time; what is left is the host's."""
+    parts = {name: round(seconds / total, 4) for name, seconds in clock.seconds.items()}
+    return {**parts, "host": round(1 - sum(parts.values()), 4)}
+
+
+if __name__ == "__main__":
+    main()
