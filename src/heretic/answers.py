@@ -4,6 +4,7 @@ Imports nothing heavy: all of this is checked before the model is loaded.
 """
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +32,12 @@ _NEEDED = {
 }
 
 
-def check_answers(settings: Settings, can_ask: bool) -> None:
+def can_ask() -> bool:
+    """Whether somebody is there to answer."""
+    return sys.stdout.isatty() and sys.stdin.isatty()
+
+
+def check_answers(settings: Settings, somebody_is_there: bool) -> None:
     """Raise `UsageError` for answers given by halves where nobody can give the rest, and for a target that cannot be used.
 
     Called before the model is loaded: an hour later would be too late.
@@ -41,7 +47,7 @@ def check_answers(settings: Settings, can_ask: bool) -> None:
         check_target(settings.save_directory, settings.overwrite)
     if action == "upload" and settings.upload_repo_id is not None:
         _check_repo_id(settings.upload_repo_id)
-    if can_ask:
+    if somebody_is_there:
         return
     if action == "chat":
         raise UsageError("model_action = chat needs a terminal. Use --model-action save, or run it in one.")

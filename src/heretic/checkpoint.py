@@ -104,6 +104,7 @@ class Checkpoint:
     def __init__(self, settings: Settings) -> None:
         self.path = journal_path(settings)
         self.lost_bytes = 0
+        self._begins_anew = settings.checkpoint_action == "restart"
         self._run_lock = FileLock(f"{self.path}.run.lock")
         self.study: optuna.Study | None = None
 
@@ -117,9 +118,9 @@ class Checkpoint:
                     f"Another process is working on the study {self.path}. Wait for it, or use another --study-checkpoint-dir."
                 ) from error
             try:
-                if self.path.exists():
+                if self.path.exists() and not self._begins_anew:
                     self._cut_torn_line()
-                    self.study = self._open()
+                    self.study = self._load()
             except BaseException:
                 self._run_lock.release()
                 raise
@@ -142,23 +143,25 @@ class Checkpoint:
                 json.loads(last)
             except ValueError:
                 kept = kept[: len(kept) - len(last) - 1]
-        if kept != content:
+        if kept != content and _damage(kept) is None:
             self.lost_bytes = len(content) - len(kept)
             with self.path.open("r+b") as file:
                 file.truncate(len(kept))
 
-    def _open(self) -> optuna.Study:
+    def _load(self) -> optuna.Study | None:
+        """The study in the journal, where there is one; reading leaves the file as it is."""
         try:
-            storage = JournalStorage(_JournalFile(str(self.path), lock_obj=_JournalLock(self.path)))
-            return optuna.create_study(
-                storage=storage,
-                study_name=STUDY_NAME,
-                directions=[StudyDirection.MINIMIZE, StudyDirection.MINIMIZE],
-                load_if_exists=True,
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            return optuna.load_study(study_name=STUDY_NAME, storage=self._storage())
+        except KeyError:
+            return None
+
+    def _storage(self) -> JournalStorage:
+        try:
+            return JournalStorage(_JournalFile(str(self.path), lock_obj=_JournalLock(self.path)))
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:  # Optuna has no error of its own for this
+            damage = _damage(self.path.read_bytes()) or str(error).rstrip(".")
             raise CheckpointError(
-                f"The study {self.path} is damaged and cannot be read: {error}. Put a good copy in its place, or begin anew with "
+                f"The study {self.path} is damaged: {damage}. Put a good copy in its place, or begin anew with "
                 "--checkpoint-action restart (the file is kept)."
             ) from error
 
@@ -167,11 +170,12 @@ class Checkpoint:
         with journal_errors(self.path):
             if self.path.exists():
                 is_ours = self.study is not None and "identity" in self.study.user_attrs
-                if is_ours and not self.exists:
+                if self.path.stat().st_size == 0 or (is_ours and not self.exists):
                     self.path.unlink()
                 else:
                     self.path.rename(_free_name(self.path))
-            self.study = self._open()
+            directions = [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
+            self.study = optuna.create_study(storage=self._storage(), study_name=STUDY_NAME, directions=directions)
             self.study.set_user_attr("settings", settings.model_dump(mode="json"))
             self.study.set_user_attr("given", sorted(settings.model_fields_set))
             self.study.set_user_attr("identity", identity)
@@ -260,6 +264,18 @@ class Checkpoint:
                 f"The study {self.path} is another one: {'; '.join(differences)}. Begin anew with --checkpoint-action restart "
                 "(the old file is kept), or use another --study-checkpoint-dir."
             )
+
+
+def _damage(content: bytes) -> str | None:
+    """Which line of a journal is the first that is no record."""
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            is_record = "op_code" in json.loads(line)
+        except (ValueError, TypeError):
+            is_record = False
+        if not is_record:
+            return f"line {number} is no record"
+    return None
 
 
 def _free_name(path: Path) -> Path:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from .ablation import Ablation
+from .answers import can_ask
 from .search import ablation_of, pareto_front
 from .utils import format_duration
 
@@ -28,14 +29,10 @@ class Console:
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdout.isatty()
+        self.can_ask = can_ask()
         width = None if self.is_terminal else 10_000
         self.rich = RichConsole(highlight=False, width=width, no_color=not self.is_terminal, emoji=False)
         self.errors = RichConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 10_000, emoji=False)
-
-    @property
-    def can_ask(self) -> bool:
-        """Whether somebody is there to answer."""
-        return self.is_terminal and sys.stdin.isatty()
 
     def message(self, text: str) -> None:
         self.rich.print(escape(text))
@@ -156,7 +153,7 @@ class StudyView:
         """Take note of the trials so far, `latest` of which has just finished."""
         self.trials, self.n_done = list(trials), n_done
         if latest.state == TrialState.FAIL:
-            self.console.warning(f"Trial {latest.number} failed and does not count: {latest.user_attrs.get('failure', 'cut off')}")
+            self.console.warning(f"Trial {latest.number} failed: {latest.user_attrs.get('failure', 'cut off')}")
         elif self._live is None:
             front = ", ".join(f"{t.user_attrs['refusals']} at {t.user_attrs['kl_divergence']:.4f}" for t in self._front())
             about = "about " if latest.user_attrs.get("bounded") else ""

@@ -64,6 +64,11 @@ class AblationHooks:
         r, _ = self._direction(constants, writer.layer, ablation)
         return r.cpu(), self._strength(writer, ablation)
 
+    def first_layer(self, ablation: Ablation) -> int:
+        """The first layer that the ablation edits; the number of layers where it edits none."""
+        edited = (writer.layer for writer in self.architecture.writers if self._strength(writer, ablation))
+        return min(edited, default=len(self.architecture.layers))
+
     def _strength(self, writer: Writer, ablation: Ablation) -> float:
         last_layer = len(self.architecture.layers) - 1
         parameters = ablation.parameters.get(writer.component)

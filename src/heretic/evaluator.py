@@ -121,8 +121,9 @@ class Evaluator:
         self.progress = progress or SilentProgress()
         self.rule = RefusalRule(settings.refusal_markers)
         try:
-            self.base_logprobs = model.first_token_logprobs(self.good_prompts, description="Baseline: harmless prompts")
-            self.base_refusals = self.count_refusals(description="Baseline: harmful prompts")
+            with model.recording_trunk():
+                self.base_logprobs = model.first_token_logprobs(self.good_prompts, description="Baseline: harmless prompts")
+                self.base_refusals = self.count_refusals(description="Baseline: harmful prompts")
         except TrialError as error:
             raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
         if self.base_refusals == 0:

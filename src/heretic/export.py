@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the base of all its HTTP client raises
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
-from transformers.utils import cached_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from . import __version__
 from .ablation import Ablation, adapter_factors, edit_bias, edit_weight
@@ -28,12 +28,13 @@ from .answers import check_target
 from .architecture import Writer
 from .config import Settings
 from .errors import ExportError
-from .loading import auto_class, load_processor
+from .loading import LoadedModel, auto_class
 from .model import Model
 from .utils import Progress
 
 Strategy = Literal["merge", "adapter"]
 
+PROCESSOR_FILES = (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME)
 LIBRARIES = ("torch", "transformers", "accelerate", "optuna", "peft", "bitsandbytes", "huggingface-hub")
 
 
@@ -67,26 +68,37 @@ def save(model: Model, result: Result, strategy: Strategy, directory: str, overw
     Raises `ExportError` where the target must not be replaced or cannot be written; then nothing is left behind.
     """
     target = check_target(directory, overwrite)
+    original = _read_original(model.loaded, progress)
     with _file_errors(target):
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as temporary:
             folder = Path(temporary) / target.name
             folder.mkdir()
-            _write(model, result, strategy, folder, progress)
-            replaced = Path(temporary) / "replaced"
-            if target.exists():
-                target.rename(replaced)
-            folder.rename(target)
+            _write(model, result, strategy, original, folder, progress)
+            _put_in_place(folder, target, Path(temporary) / "replaced")
     return target
+
+
+def _put_in_place(folder: Path, target: Path, replaced: Path) -> None:
+    """Move `folder` to `target`; what was there goes to `replaced`, and back again where that fails."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    target.rename(replaced)
+    try:
+        folder.rename(target)
+    except OSError:
+        replaced.rename(target)
+        raise
 
 
 @contextlib.contextmanager
 def _file_errors(target: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as its own error type, with the system's message inside.
-        if isinstance(error, RuntimeError) and "os error" not in str(error).lower():
+        if isinstance(error, SafetensorError) and "os error" not in str(error).lower():
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise ExportError(
@@ -95,10 +107,21 @@ def _file_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(model: Model, result: Result, strategy: Strategy, folder: Path, progress: Progress) -> None:
-    loaded = model.loaded
-    with progress.task("Reading the original weights"):
-        original = auto_class(loaded.config).from_pretrained(loaded.source.path, dtype="auto", device_map="cpu", **loaded.source.arguments)
+def _read_original(loaded: LoadedModel, progress: Progress) -> Any:
+    """The model as it is stored: in its own number format, on the CPU, whatever the search used."""
+    source = loaded.source
+    try:
+        with progress.task("Reading the original weights"):
+            original = auto_class(loaded.config).from_pretrained(source.path, dtype="auto", device_map="cpu", **source.arguments)
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"The weights of {source.name} cannot be read again: {reason} The study is safe.") from error
+    return original.requires_grad_(False)
+
+
+def _write(model: Model, result: Result, strategy: Strategy, original: Any, folder: Path, progress: Progress) -> None:
+    """Edit `original`, a fresh copy, in place, and write it or its adapter with all that belongs to it."""
+    source = model.loaded.source
     if strategy == "merge":
         _merge(model, result, original, progress)
         with progress.task("Writing the model"):
@@ -106,7 +129,7 @@ def _write(model: Model, result: Result, strategy: Strategy, folder: Path, progr
     else:
         _save_adapter(model, result, original, folder, progress)
     # The tokenizer anew: ours pads on the left.
-    AutoTokenizer.from_pretrained(loaded.source.path, **loaded.source.arguments).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.path, **source.arguments).save_pretrained(folder)
     (folder / "README.md").write_text(model_card(model, result, strategy), encoding="utf-8")
     (folder / "heretic.json").write_text(json.dumps(record(model, result, strategy), indent=2) + "\n", encoding="utf-8")
 
@@ -124,7 +147,7 @@ def _merge(model: Model, result: Result, original: Any, progress: Progress) -> N
     """Edit the weights of `original`, a fresh copy, in place."""
     mode = result.settings.row_normalization
     edits = list(_edits(model, result.ablation))
-    with progress.task("Editing weights", len(edits)) as advance, torch.no_grad():
+    with progress.task("Editing weights", len(edits)) as advance:
         for writer, r, strength in edits:
             module = original.get_submodule(writer.name)
             module.weight.copy_(edit_weight(module.weight, r, strength, mode))
@@ -135,17 +158,14 @@ def _merge(model: Model, result: Result, original: Any, progress: Progress) -> N
 
 def _save_model(model: Model, original: Any, folder: Path, max_shard_size: str | int) -> None:
     source = model.loaded.source
-    original.generation_config = GenerationConfig()  # the original's file is copied: saving would reject unusual values
+    original.generation_config = GenerationConfig()  # saving would reject unusual values
     original.save_pretrained(folder, max_shard_size=max_shard_size)
-    generation_config = cached_file(
-        source.path, "generation_config.json", revision=source.revision, _raise_exceptions_for_missing_entries=False
-    )
     (folder / "generation_config.json").unlink(missing_ok=True)
-    if generation_config is not None:
-        shutil.copyfile(generation_config, folder / "generation_config.json")
-    processor = load_processor(source, model.loaded.config)
-    if processor is not None:
-        processor.save_pretrained(folder)
+    # The files themselves: a processor need not be loadable here, where the library for its images may be missing.
+    for name in ("generation_config.json", *(PROCESSOR_FILES if auto_class(model.loaded.config) is AutoModelForImageTextToText else ())):
+        file = cached_file(source.path, name, revision=source.revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def _save_adapter(model: Model, result: Result, original: Any, folder: Path, progress: Progress) -> None:
@@ -187,7 +207,7 @@ def _save_adapter(model: Model, result: Result, original: Any, folder: Path, pro
         bias="none",
         target_modules=[writer.name for writer, _, _ in edits],
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=source.name if source.path == source.name else str(Path(source.path)),
+        base_model_name_or_path=str(Path(source.path).absolute()) if Path(source.path).is_dir() else source.path,
         revision=source.revision,
         inference_mode=True,
     ).save_pretrained(str(folder))
@@ -224,7 +244,7 @@ def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
 def model_card(model: Model, result: Result, strategy: Strategy) -> str:
     """The README of a saved model: what was done, what was measured, and what that means for whoever uses it."""
     source, settings, scores = model.loaded.source, result.settings, result.scores
-    on_hub = source.path == source.name
+    on_hub = not Path(source.path).is_dir()  # the hub refuses a card that names anything else
     relation = "finetune" if strategy == "merge" else "adapter"
     front_matter = ["---", f"library_name: {'transformers' if strategy == 'merge' else 'peft'}"]
     if on_hub:
@@ -285,8 +305,8 @@ def upload(model: Model, result: Result, strategy: Strategy, repo_id: str, priva
             with progress.task(f"Uploading to {repo_id}"):
                 api.create_repo(repo_id, private=private, exist_ok=True)
                 commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the edited model")
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = str(error).replace(token, "[token]").strip().splitlines()[0]
+        except (HTTPError, OSError, ValueError) as error:  # HTTPError: also where the hub cannot be reached
+            reason = (str(error).replace(token, "[token]").strip() or type(error).__name__).splitlines()[0]
             raise ExportError(
                 f"The upload to {repo_id} failed: {reason}. Check the repository's name, the token's right to write and the network, "
                 "then upload again; the study is safe."

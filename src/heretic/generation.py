@@ -12,22 +12,25 @@ Where it breaks: models whose cache holds more than keys and values (state-space
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StoppingCriteria
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .trunk import Trunk, pass_key
 from .utils import empty_cache, free_memory, is_out_of_memory
 
 # New rows are prefilled when at least this share of the pass is free: prefills of single rows are inefficient.
 REFILL_SHARE = 0.25
 # Rows that have left are replaced when they make up this share of the pass.
 COMPACT_SHARE = 0.1
-# Columns beyond the longest row, so that the blocks are not shifted at every step.
-SLACK_COLUMNS = 64
+# Columns beyond what the rows need at present: blocks begin with so many and grow by as many, up to the longest row and as many more,
+# so that they are not shifted at every step.
+SLACK_COLUMNS = 48
 # Tokens in one prefill pass, which bounds the memory of its hidden states.
 PREFILL_TOKENS = {"cpu": 8192}
 PREFILL_TOKENS_ACCELERATOR = 65536
@@ -85,6 +88,17 @@ class _BlockLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
+    def adopt(self, keys: Tensor, values: Tensor) -> None:
+        """Take over full blocks that were computed before."""
+        self.keys, self.values, self.length = keys, values, keys.shape[2]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def grow(self, n_columns: int) -> None:
+        """Make room for more columns."""
+        self.n_columns += n_columns
+        if self.is_initialized:
+            self.keys, self.values = (nn.functional.pad(block, (0, 0, 0, n_columns)) for block in (self.keys, self.values))
+
 
 class _Blocks(Cache):
     """A cache of `_BlockLayer`s, and the moves that keep it full of living rows."""
@@ -123,6 +137,18 @@ class _Blocks(Cache):
             for block in (layer.keys, layer.values):
                 block[:n_rows, :, : layer.length - n_columns] = block[:n_rows, :, n_columns : layer.length].clone()
             layer.length -= n_columns
+
+    def grow(self, n_columns: int) -> None:
+        """Make room for more columns."""
+        for layer in self.blocks:
+            layer.grow(n_columns)
+
+    def widen(self, n_columns: int, n_rows: int) -> None:
+        """Move everything to the right, leaving empty columns on the left."""
+        for layer in self.used:
+            for block in (layer.keys, layer.values):
+                block[:n_rows, :, n_columns : layer.length + n_columns] = block[:n_rows, :, : layer.length].clone()
+            layer.length += n_columns
 
     @property
     def bytes_per_position(self) -> int:
@@ -172,6 +198,7 @@ class Decoder:
     """Greedy decoding for one model. `assign_rows` is told, before each pass, which trial each row belongs to.
 
     `end_tokens` end a response. Memory: the number of rows is chosen from what is free, and halved for good whenever that was too many.
+    With a `trunk`, passes of the original (`first_layers` empty) are recorded, and a pass of trial `t` begins at `first_layers[t]`.
     """
 
     def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Tensor], None]) -> None:
@@ -179,6 +206,8 @@ class Decoder:
         self.end_tokens = end_tokens
         self.rows_per_trial = rows_per_trial
         self.assign_rows = assign_rows
+        self.trunk: Trunk | None = None
+        self.first_layers: Sequence[int] = ()
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.n_layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
         self.max_rows: int | None = None
@@ -205,7 +234,7 @@ class Decoder:
         The end token is not part of `generated`. A row whose logits are not finite is given back at once, its `finite` false.
         `cancelled` may grow meanwhile: rows of the trials in it are dropped and not given back.
         """
-        waiting = deque(sorted(rows, key=lambda row: -row.length))
+        waiting = deque(sorted(rows, key=self._order))
         n_columns = max((row.length for row in rows), default=0) + max_new_tokens
         limit = self._row_limit(rows)
         pool = _Pool(self, limit, n_columns, max_new_tokens, is_finished)
@@ -223,19 +252,23 @@ class Decoder:
                     pool.drop(cancelled)
                 continue
             # What has been generated is kept: the rows are prefilled again, in smaller company.
-            waiting = deque(sorted([*pool.living, *waiting], key=lambda row: -row.length))
+            waiting = deque(sorted([*pool.living, *waiting], key=self._order))
             pool = _Pool(self, limit, n_columns, max_new_tokens, is_finished)
             empty_cache()
+
+    def _order(self, row: Row) -> tuple[int, int]:
+        """Long rows first, so that padding is small; with a trunk, trial after trial."""
+        return (0 if self.trunk is None else row.trial, -row.length)
 
     def _row_limit(self, rows: Sequence[Row]) -> int:
         n_trials = len({row.trial for row in rows})
         return min(len(rows), n_trials * self.rows_per_trial)
 
     def _take(self, waiting: "deque[Row]", n_rows: int) -> list[Row]:
-        """The next rows, as many as a prefill pass holds."""
+        """The next rows, as many as a prefill pass holds; with a trunk, of one trial only."""
         chunk: list[Row] = []
         width = 0
-        while waiting and len(chunk) < n_rows:
+        while waiting and len(chunk) < n_rows and (not chunk or self.trunk is None or waiting[0].trial == chunk[0].trial):
             width = max(width, waiting[0].length)
             if chunk and width * (len(chunk) + 1) > self.prefill_tokens:
                 break
@@ -256,10 +289,22 @@ class Decoder:
 
     def _prefill(self, rows: Sequence[Row], cache: _Blocks | None) -> Tensor:
         """Logits `(row, vocabulary)` at the rows' last tokens; keys and values of all tokens go into `cache`."""
-        tokens, mask = left_padded([[*row.tokens, *row.generated] for row in rows])
+        sequences = [[*row.tokens, *row.generated] for row in rows]
+        tokens, mask = left_padded(sequences)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         self.assign_rows(self._trials(rows))
-        return self._forward(tokens.to(self.device), mask.to(self.device), positions.to(self.device), cache)
+        with self._reuse(sequences, rows[0].trial, cache):
+            return self._forward(tokens.to(self.device), mask.to(self.device), positions.to(self.device), cache)
+
+    def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: _Blocks | None) -> AbstractContextManager[None]:
+        """Record the pass, or begin it where the trial's edits begin."""
+        if self.trunk is None:
+            return nullcontext()
+        key = pass_key(sequences)
+        known = self.trunk.has(key, cache is not None)
+        if self.first_layers:
+            return self.trunk.begin_at(key, self.first_layers[trial], cache) if known else nullcontext()
+        return nullcontext() if known else self.trunk.record(key, cache)
 
     def _trials(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([row.trial for row in rows], device=self.device)
@@ -283,7 +328,8 @@ class _Pool:
     def __init__(self, decoder: Decoder, n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
         self.decoder = decoder
         self.limit = min(n_rows, decoder.max_rows or n_rows)
-        self.n_columns = n_columns + SLACK_COLUMNS
+        self.n_columns = 0
+        self.most_columns = n_columns + SLACK_COLUMNS
         self.max_new_tokens = max_new_tokens
         self.is_finished = is_finished
         self.rows: list[Row] = []
@@ -314,9 +360,10 @@ class _Pool:
     def _allocate(self, fresh: _Blocks) -> _Blocks:
         """Room for as many rows as memory allows, now that it is known what a row takes."""
         decoder = self.decoder
-        bytes_per_row = max(1, fresh.bytes_per_position * self.n_columns)
+        bytes_per_row = max(1, fresh.bytes_per_position * self.most_columns)
         fitting = int(free_memory(decoder.device) * MEMORY_SHARE / bytes_per_row)
         self.limit = max(1, fresh.n_rows, min(self.limit, fitting))
+        self.n_columns = min(fresh.blocks[0].n_columns + SLACK_COLUMNS, self.most_columns)
         self.mask = torch.zeros(self.limit, self.n_columns, dtype=torch.bool, device=decoder.device)
         self.next_tokens = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
         self.positions = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
@@ -335,7 +382,8 @@ class _Pool:
         first, end = len(self.rows), len(self.rows) + len(chunk)
         if first == 0:
             self.length = width
-        # Rows are let in longest first, and no prompt is longer than the columns in use.
+        if width > self.length or width > self.n_columns:
+            self._widen(max(0, width - self.length))
         self.cache.put(fresh, first, self.length)
         self.rows += chunk
         self._assigned = False
@@ -348,7 +396,7 @@ class _Pool:
     def _step(self) -> list[Row]:
         n = len(self.rows)
         if self.length == self.n_columns:
-            self._shift()
+            self._make_room()
             n = len(self.rows)
         if not self._assigned:
             self.decoder.assign_rows(self.decoder._trials(self.rows))
@@ -398,6 +446,28 @@ class _Pool:
         self._gone.clear()
         self._assigned = False
 
+    def _make_room(self) -> None:
+        """Another column, by growing the blocks, or by forgetting what no living row uses once they are large enough for any."""
+        if self.n_columns < self.most_columns:
+            self._grow(min(SLACK_COLUMNS, self.most_columns - self.n_columns))
+        else:
+            self._shift()
+
+    def _grow(self, n_columns: int) -> None:
+        assert self.cache is not None
+        self.cache.grow(n_columns)
+        self.mask = nn.functional.pad(self.mask, (0, n_columns))
+        self.n_columns += n_columns
+
+    def _widen(self, n_columns: int) -> None:
+        """Move all rows to the right, so that a longer one can end in the same column."""
+        assert self.cache is not None
+        if self.length + n_columns > self.n_columns:
+            self._grow(self.length + n_columns - self.n_columns)
+        self.cache.widen(n_columns, len(self.rows))
+        self.mask = self.mask.roll(n_columns, dims=1)
+        self.length += n_columns
+
     def _shift(self) -> None:
         """Forget the columns that no living row uses."""
         self._compact()
@@ -417,6 +487,7 @@ class PlainDecoder:
         self.end_tokens = end_tokens
         self.batch_size = rows_per_trial
         self.assign_rows = assign_rows
+        self.first_layers: Sequence[int] = ()
         self.device: torch.device = model.get_input_embeddings().weight.device
 
     def first_logits(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], Tensor]]:

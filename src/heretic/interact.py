@@ -1,6 +1,7 @@
 """Questions, menus and chat: what a person at a terminal does with the trials, and the same answered by settings."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +88,10 @@ class Workbench:
                     self._action(action, trial)
                 except KeyboardInterrupt:
                     self.console.message("Interrupted.")
-                except HereticError as error:  # told, and every other action stays usable
-                    self.console.error(str(error))
+                except Exception as error:  # told, and every other action stays usable
+                    if self.settings.debug:
+                        self.console.message(traceback.format_exc())
+                    self.console.error(str(error) if isinstance(error, HereticError) else f"{type(error).__name__}: {error}")
                 if action == "more":
                     break
 
@@ -133,6 +136,7 @@ class Workbench:
             directory = questionary.path("Folder to save to:", only_directories=True).ask()
             if not directory:
                 return
+            check_target(directory, overwrite=True)  # a file is no folder, whatever the answer
             try:
                 check_target(directory, overwrite)
             except HereticError:
@@ -205,7 +209,7 @@ def _write(text: str) -> None:
 
 
 def _is_count(text: str) -> bool | str:
-    return (text.isdigit() and int(text) > 0) or "A whole number above 0, please."
+    return (text.isdecimal() and int(text) > 0) or "A whole number above 0, please."
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:

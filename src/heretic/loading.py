@@ -12,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -90,16 +89,6 @@ def auto_class(config: Any) -> Any:
     if hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
-
-
-def load_processor(source: ModelSource, config: Any) -> Any | None:
-    """The processor of a model with more than text, to be saved with it; None for text models."""
-    if auto_class(config) is AutoModelForCausalLM:
-        return None
-    try:
-        return AutoProcessor.from_pretrained(source.path, **source.arguments)
-    except (OSError, ValueError, ImportError):  # a model folder without one, or its image library is not installed
-        return None
 
 
 def load_model(settings: Settings, source: ModelSource, progress: Progress) -> LoadedModel:
@@ -210,6 +199,10 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
     if not sys.stdout.isatty():
         transformers_logging.disable_progress_bar()
     model = auto_class(config).from_pretrained(source.path, **arguments)
+    for module in model.modules():
+        # Some CPUs would have 4-bit weights repacked at the first pass: only shapes of certain multiples can be, and none read back.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.eval()
     model.requires_grad_(False)
     return model

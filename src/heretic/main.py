@@ -76,14 +76,16 @@ def _tell(text: str, debug: bool) -> None:
 
 def run(settings: "Settings") -> int:
     """The stages of a run. Raises `HereticError`; returns the exit code."""
-    from .answers import check_answers
-    from .console import Console
+    from .answers import can_ask, check_answers
     from .source import model_source
 
+    check_answers(settings, can_ask())
+    model_source(settings)  # a mistyped path is told before anything heavy is imported or a study is locked
+    _prepare_libraries(settings.debug)
+
+    from .console import Console
+
     console = Console()
-    check_answers(settings, console.can_ask)
-    model_source(settings)  # a mistyped path is told before anything is imported or locked
-    _quiet_libraries(settings.debug)
     console.message(f"heretic {__version__}")
     if settings.evaluate_model is not None:
         return _evaluate(settings, console)
@@ -94,11 +96,13 @@ def run(settings: "Settings") -> int:
         return _run_study(settings, console, checkpoint)
 
 
-def _quiet_libraries(debug: bool) -> None:
-    """Leave the screen to this program, except with `--debug`."""
+def _prepare_libraries(debug: bool) -> None:
+    """What libraries read when they are imported: how threads wait, and, except with `--debug`, that the screen is this program's."""
     import logging
     import warnings
 
+    # Threads that wait actively fight for cores where other programs run: ten times slower on a busy machine, no faster on an idle one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if debug:
         return
@@ -144,7 +148,7 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
     from .search import Search, automatic_trials_per_batch
     from .source import fingerprint
 
-    identity["the model"] = fingerprint(model.loaded.source, getattr(model.loaded.config, "_commit_hash", None))
+    identity["the model"] = fingerprint(model.loaded.source)
     if is_new:
         checkpoint.create(settings, identity)
     else:
@@ -361,16 +365,24 @@ def _show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpo
 
 def _evaluate(settings: "Settings", console: "Console") -> int:
     """Score `evaluate_model` against `model` with the evaluator of the search."""
+    from .errors import EvaluationError
     from .loading import load_config
     from .source import model_source
     from .utils import describe_device, empty_cache
 
-    load_config(model_source(settings, settings.evaluate_model))  # both are looked for before one is loaded
+    # Both are looked at before one is loaded.
+    sources = [model_source(settings), model_source(settings, settings.evaluate_model)]
+    n_tokens, n_other = [load_config(source).get_text_config(decoder=True).vocab_size for source in sources]
+    if n_tokens != n_other:
+        raise EvaluationError(
+            f"{settings.evaluate_model} has a vocabulary of {n_other} tokens and {settings.model} one of {n_tokens}: their KL divergence "
+            "is not defined. Give a model with the same tokenizer."
+        )
     prompts = _load_prompts(settings, console)
     console.message(describe_device())
     original = _load_model(settings, console)
     evaluator = _evaluator(settings, console, original, prompts)
-    prefix, vocabulary = original.response_prefix, evaluator.base_logprobs.shape[-1]
+    prefix = original.response_prefix
     del original
     evaluator.detach()
     empty_cache()
@@ -381,6 +393,6 @@ def _evaluate(settings: "Settings", console: "Console") -> int:
     score = evaluator.score(None)
     console.message(
         f"{settings.evaluate_model}: {score.refusals} of {len(evaluator.bad_prompts)} refused (original "
-        f"{evaluator.base_refusals}), KL divergence {score.kl_divergence:.4f} from {settings.model} ({vocabulary} tokens)"
+        f"{evaluator.base_refusals}), KL divergence {score.kl_divergence:.4f} from {settings.model} ({n_tokens} tokens)"
     )
     return 0

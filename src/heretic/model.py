@@ -14,9 +14,10 @@ from .architecture import Architecture, discover, first_tensor
 from .config import Settings
 from .editing import AblationHooks
 from .errors import ModelError, PromptError, TrialError
-from .generation import Row, TextWatch, make_decoder
+from .generation import Decoder, Row, TextWatch, make_decoder
 from .loading import LoadedModel
 from .prompts import Prompt
+from .trunk import Trunk
 from .utils import Progress, SilentProgress
 
 Message = dict[str, str]
@@ -58,8 +59,23 @@ class Model:
         if ablations and self.hooks is None:
             raise ValueError("call use_directions first")
         context = self.hooks.active(ablations) if ablations and self.hooks is not None else nullcontext()
+        self.decoder.first_layers = [self.hooks.first_layer(a) for a in ablations] if self.hooks is not None else []
         with torch.inference_mode(), context:
             yield
+
+    @contextmanager
+    def recording_trunk(self) -> Iterator[None]:
+        """Within, passes of the original are recorded, so that trials on the same prompts need not repeat what they do not change."""
+        if not isinstance(self.decoder, Decoder):
+            yield
+            return
+        bytes_per_token = self.architecture.hidden_size * self.model.dtype.itemsize
+        self.decoder.trunk = Trunk(self.architecture.layers, bytes_per_token, self.device)
+        self.decoder.trunk.recording = True
+        try:
+            yield
+        finally:
+            self.decoder.trunk.recording = False
 
     def _assign_rows(self, trial_of_row: Tensor) -> None:
         if self.hooks is not None:

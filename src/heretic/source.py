@@ -1,5 +1,6 @@
 """Where a model comes from. Imports nothing heavy, so that a mistyped name is told at once."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from .config import DEMO_MODEL, Settings
 from .errors import ModelError
 
 _HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
+SAMPLE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,31 @@ def model_source(settings: Settings, name: str | None = None) -> ModelSource:
     return ModelSource(name, name, revision, settings.trust_remote_code)
 
 
-def fingerprint(source: ModelSource, commit: str | None) -> str:
-    """By which a resumed run knows that the model is the same: the hub commit, or names and sizes of a folder's files."""
+def hub_commit(source: ModelSource) -> str | None:
+    """The commit of a hub model that was loaded; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source.path).is_dir():
+        return None
+    file = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
+    return Path(file).parent.name if isinstance(file, str) else None  # .../snapshots/<commit>/config.json
+
+
+def fingerprint(source: ModelSource) -> str:
+    """By which a resumed run knows that the model is the same: the hub commit, or samples of a folder's files."""
     folder = Path(source.path)
     if not folder.is_dir():
-        return commit or "unknown"
+        return hub_commit(source) or "unknown"
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
-    return " ".join(f"{path.name}:{path.stat().st_size}" for path in files)
+    return " ".join(f"{path.name}:{_sampled_hash(path)}" for path in files)
+
+
+def _sampled_hash(path: Path) -> str:
+    """A hash of a file's size, start, middle and end: another training run changes them all, and reading weights takes minutes."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for offset in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+            file.seek(offset)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
