@@ -146,7 +146,7 @@ def _find_writers(
     generator = torch.Generator().manual_seed(0)
     direction = nn.functional.normalize(torch.randn(hidden_size, generator=generator), dim=0)
     leaves: list[tuple[nn.Module, Tensor, Tensor]] = []  # with the copy that the model goes on with
-    # By address of the copy. Those stay alive, so theirs is never used twice; that of any other norm's input may be, by a later copy.
+    # By address of the copy, which stays alive. Another norm's input does not: a later copy may take its place, and then starts anew.
     norm_of: dict[int, nn.Module | None] = {}
     stream: list[Tensor] = []
 
@@ -169,7 +169,7 @@ def _find_writers(
         return leaf_of(output)[2]
 
     def note_norm(module: nn.Module, args: Any) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].data_ptr() in norm_of:
+        if args and isinstance(args[0], Tensor):
             norm_of[args[0].data_ptr()] = module
 
     with ExitStack() as stack, torch.enable_grad():

@@ -10,11 +10,12 @@ Where it breaks: models whose cache holds more than keys and values (state-space
 """
 
 import inspect
+import os.path
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,16 @@ SLACK_COLUMNS = 48
 # Tokens in one prefill pass, which bounds the memory of its hidden states.
 PREFILL_TOKENS = {"cpu": 8192}
 PREFILL_TOKENS_ACCELERATOR = 65536
+# A common beginning is computed once per trial if it has so many tokens and rows: below that the extra pass costs more.
+MIN_PREFIX_TOKENS = 4
+MIN_PREFIX_ROWS = 8
 # Characters of a response's end in which a marker is looked for when a token is added: more than any marker has.
 OVERLAP = 120
 # The share of free memory that keys and values may take; the rest is for everything else.
 MEMORY_SHARE = 0.6
+
+
+Done = TypeVar("Done")
 
 
 @dataclass(eq=False)
@@ -87,6 +94,11 @@ class _BlockLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.length
+
+    def begin_with(self, keys: Tensor, values: Tensor, n_rows: int) -> None:
+        """Take the same few columns `(1 or row, head, column, dim)` as the beginning of every row."""
+        self.lazy_initialization(keys, values)
+        self.update(keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
 
     def adopt(self, keys: Tensor, values: Tensor) -> None:
         """Take over full blocks that were computed before."""
@@ -209,16 +221,19 @@ class Decoder:
         self.trunk: Trunk | None = None
         self.first_layers: Sequence[int] = ()
         self.device: torch.device = model.get_input_embeddings().weight.device
-        self.n_layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+        config = model.config.get_text_config(decoder=True)
+        self.n_layers = len(DynamicCache(config=config).layers)
+        self.shares_prefix = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
         self.max_rows: int | None = None
         self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ACCELERATOR)
 
     def first_logits(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], Tensor]]:
         """Logits `(row, vocabulary)` after each row's last token, for as many rows at a time as fit, in the order given."""
         waiting = deque(rows)
+        prefix = self._share_prefix(rows)
         while waiting:
             chunk = self._take(waiting, self._row_limit(rows))
-            logits = self._retry(waiting, chunk, lambda part: self._prefill(part, None))
+            logits = self._retry(waiting, chunk, lambda part: self._prefill(part, None, prefix)[0])
             if logits is not None:
                 yield chunk, logits
 
@@ -237,14 +252,15 @@ class Decoder:
         waiting = deque(sorted(rows, key=self._order))
         n_columns = max((row.length for row in rows), default=0) + max_new_tokens
         limit = self._row_limit(rows)
+        prefix = self._share_prefix(rows)
         pool = _Pool(self, limit, n_columns, max_new_tokens, is_finished)
         while waiting or pool.rows:
             try:
-                done = pool.advance(waiting)
+                done = pool.advance(waiting, prefix)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(pool.rows) <= 1:
+                if not is_out_of_memory(error) or len(pool.living) <= 1:
                     raise
-                self.max_rows = max(1, len(pool.rows) // 2)
+                self.max_rows = max(1, len(pool.living) // 2)
             else:
                 yield from done
                 if cancelled:
@@ -275,7 +291,7 @@ class Decoder:
             chunk.append(waiting.popleft())
         return chunk
 
-    def _retry(self, waiting: "deque[Row]", chunk: list[Row], work: Callable[[list[Row]], Tensor]) -> Tensor | None:
+    def _retry(self, waiting: "deque[Row]", chunk: list[Row], work: Callable[[list[Row]], Done]) -> Done | None:
         """`work(chunk)`; where memory does not suffice, the rows go back, the prefill gets smaller for good, and None comes back."""
         try:
             return work(chunk)
@@ -287,14 +303,38 @@ class Decoder:
         empty_cache()
         return None
 
-    def _prefill(self, rows: Sequence[Row], cache: _Blocks | None) -> Tensor:
-        """Logits `(row, vocabulary)` at the rows' last tokens; keys and values of all tokens go into `cache`."""
-        sequences = [[*row.tokens, *row.generated] for row in rows]
+    def _share_prefix(self, rows: Sequence[Row]) -> "_Prefix | None":
+        """Compute what all prompts begin with (system prompt, template) once per trial, where that is worth a pass.
+
+        Not where layers have a sliding window: rows then have a hole between prefix and prompt, which the window would count.
+        """
+        if not self.shares_prefix or len(rows) < MIN_PREFIX_ROWS:
+            return None
+        tokens = os.path.commonprefix([list(row.tokens[:-1]) for row in rows])
+        if len(tokens) < MIN_PREFIX_TOKENS:
+            return None
+        trials = sorted({row.trial for row in rows})
+        cache = _Blocks(self.n_layers, len(trials), len(tokens))
+        self._prefill([Row(trial, tokens) for trial in trials], cache, None)
+        return _Prefix(len(tokens), {trial: i for i, trial in enumerate(trials)}, cache)
+
+    def _prefill(self, rows: Sequence[Row], cache: _Blocks | None, prefix: "_Prefix | None") -> tuple[Tensor, Tensor]:
+        """Logits `(row, vocabulary)` at the rows' last tokens, and the rows' mask `(row, column)`; keys and values go into `cache`.
+
+        With a prefix the columns are its own, a hole where a row is short, and the rest of the row.
+        """
+        skipped = 0 if prefix is None else prefix.length
+        sequences = [[*row.tokens, *row.generated][skipped:] for row in rows]
         tokens, mask = left_padded(sequences)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0) + skipped
+        if prefix is not None:
+            cache = cache or _Blocks(self.n_layers, len(rows), skipped + tokens.shape[1])
+            prefix.begin(cache, rows)
+            mask = torch.cat([torch.ones(len(rows), skipped, dtype=torch.bool), mask], dim=1)
         self.assign_rows(self._trials(rows))
+        mask = mask.to(self.device)
         with self._reuse(sequences, rows[0].trial, cache):
-            return self._forward(tokens.to(self.device), mask.to(self.device), positions.to(self.device), cache)
+            return self._forward(tokens.to(self.device), mask, positions.to(self.device), cache), mask
 
     def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: _Blocks | None) -> AbstractContextManager[None]:
         """Record the pass, or begin it where the trial's edits begin."""
@@ -322,6 +362,23 @@ class Decoder:
         return logits
 
 
+@dataclass(frozen=True)
+class _Prefix:
+    """Keys and values of the tokens that all rows begin with, one row for each trial."""
+
+    length: int
+    row_of_trial: dict[int, int]
+    cache: _Blocks
+
+    def begin(self, cache: _Blocks, rows: Sequence[Row]) -> None:
+        """Put the prefix at the beginning of every row of an empty cache."""
+        sources = torch.tensor([self.row_of_trial[row.trial] for row in rows])
+        for own, new in zip(self.cache.blocks, cache.blocks, strict=True):
+            if own.is_initialized:
+                there = sources.to(own.device)
+                new.begin_with(own.keys[there], own.values[there], len(rows))
+
+
 class _Pool:
     """The rows of a running decode and their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
 
@@ -335,20 +392,22 @@ class _Pool:
         self.rows: list[Row] = []
         self.cache: _Blocks | None = None
         self.length = 0  # columns in use
+        self._starts: list[int] = []  # each row's first column
         self._gone: set[int] = set()
+        self._entering: list[Row] = []
         self._assigned = False
 
     @property
     def living(self) -> list[Row]:
-        """The rows that are not finished."""
-        return [row for i, row in enumerate(self.rows) if i not in self._gone]
+        """The rows that are not finished, those included that are just being let in."""
+        return [row for i, row in enumerate(self.rows) if i not in self._gone] + self._entering
 
-    def advance(self, waiting: "deque[Row]") -> list[Row]:
+    def advance(self, waiting: "deque[Row]", prefix: _Prefix | None) -> list[Row]:
         """One step: let waiting rows in where there is room, or decode one token of every row. Returns the rows that finished."""
         room = self.limit - len(self.rows) + len(self._gone)
         if waiting and (room >= self.limit * REFILL_SHARE or len(self._gone) == len(self.rows)):
             self._compact()
-            return self._admit(waiting, room)
+            return self._admit(waiting, room, prefix)
         if len(self._gone) > len(self.rows) * COMPACT_SHARE:
             self._compact()
         return self._step() if self.rows else []
@@ -369,14 +428,16 @@ class _Pool:
         self.positions = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
         return _Blocks(decoder.n_layers, self.limit, self.n_columns)
 
-    def _admit(self, waiting: "deque[Row]", room: int) -> list[Row]:
+    def _admit(self, waiting: "deque[Row]", room: int, prefix: _Prefix | None) -> list[Row]:
         decoder = self.decoder
         chunk = decoder._take(waiting, room)
         width = max(row.length for row in chunk)
         fresh = _Blocks(decoder.n_layers, len(chunk), width)
-        logits = decoder._retry(waiting, chunk, lambda part: decoder._prefill(part, fresh))
-        if logits is None:
+        prefilled = decoder._retry(waiting, chunk, lambda part: decoder._prefill(part, fresh, prefix))
+        if prefilled is None:
             return []
+        logits, mask = prefilled
+        self._entering = chunk
         if self.cache is None:
             self.cache = self._allocate(fresh)
         first, end = len(self.rows), len(self.rows) + len(chunk)
@@ -385,12 +446,13 @@ class _Pool:
         if width > self.length or width > self.n_columns:
             self._widen(max(0, width - self.length))
         self.cache.put(fresh, first, self.length)
+        self.mask[first:end] = False
+        self.mask[first:end, self.length - width : self.length] = mask
+        self.positions[first:end] = torch.tensor([row.length for row in chunk], device=decoder.device)
         self.rows += chunk
+        self._starts += [self.length - (width if prefix else row.length) for row in chunk]
+        self._entering = []
         self._assigned = False
-        lengths = torch.tensor([row.length for row in chunk], device=decoder.device)
-        columns = torch.arange(self.n_columns, device=decoder.device)
-        self.mask[first:end] = (columns >= self.length - lengths[:, None]) & (columns < self.length)
-        self.positions[first:end] = lengths
         return self._note(slice(first, end), logits)
 
     def _step(self) -> list[Row]:
@@ -441,8 +503,8 @@ class _Pool:
             for values in (self.mask, self.next_tokens, self.positions):
                 values[targets] = values[sources]
             for target, source in zip(holes, movers, strict=True):
-                self.rows[target] = self.rows[source]
-        del self.rows[n_left:]
+                self.rows[target], self._starts[target] = self.rows[source], self._starts[source]
+        del self.rows[n_left:], self._starts[n_left:]
         self._gone.clear()
         self._assigned = False
 
@@ -466,13 +528,15 @@ class _Pool:
             self._grow(self.length + n_columns - self.n_columns)
         self.cache.widen(n_columns, len(self.rows))
         self.mask = self.mask.roll(n_columns, dims=1)
+        self._starts = [start + n_columns for start in self._starts]
         self.length += n_columns
 
     def _shift(self) -> None:
         """Forget the columns that no living row uses."""
         self._compact()
         assert self.cache is not None
-        n_unused = self.length - max(row.length for row in self.rows)
+        n_unused = min(self._starts)
+        self._starts = [start - n_unused for start in self._starts]
         self.cache.shift(n_unused, len(self.rows))
         self.length -= n_unused
         self.mask = self.mask.roll(-n_unused, dims=1)
