@@ -1,10 +1,12 @@
 """Discovery on two-layer models with random weights: which layers, which modules, which gains; and what is refused."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from heretic.architecture import discover, measure_gain
 from heretic.errors import UnsupportedModelError
@@ -38,7 +40,7 @@ POST_NORMS = {
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_layers_and_writers(model_type):
+def test_layers_and_writers(model_type: str) -> None:
     layers, attention, mlp, biased = SUPPORTED[model_type]
     model = build(model_type)
     found = discover(model)
@@ -56,7 +58,7 @@ def test_layers_and_writers(model_type):
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_gains_of_norms_between_a_writer_and_the_stream(model_type):
+def test_gains_of_norms_between_a_writer_and_the_stream(model_type: str) -> None:
     found = discover(build(model_type))
     if model_type not in POST_NORMS:
         assert [w.gain for w in found.writers] == [None] * 4
@@ -70,14 +72,14 @@ def test_gains_of_norms_between_a_writer_and_the_stream(model_type):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma"])
-def test_no_gain_where_nothing_follows(model_type, dtype):
+def test_no_gain_where_nothing_follows(model_type: str, dtype: torch.dtype) -> None:
     """Weights that need no gradient and many layers: the allocator then uses addresses again, which must not be taken for a norm's."""
     model = build(model_type, dtype, num_hidden_layers=6, hidden_size=64).requires_grad_(False)
     assert [w.gain for w in discover(model).writers] == [None] * 12
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi", "gemma3_text", "olmo2", "glm4", "qwen2_5_vl"])
-def test_the_writers_found_are_all_there_are(model_type):
+def test_the_writers_found_are_all_there_are(model_type: str) -> None:
     """With a direction projected out of all of them, and of their biases, the stream carries what the embedding put there."""
     model, r = build(model_type), unit_directions(1, 32)[0].float()
     for writer in discover(model).writers:
@@ -103,7 +105,7 @@ def test_the_writers_found_are_all_there_are(model_type):
 
 
 @pytest.mark.parametrize("sizes", [{"num_key_value_heads": 4}, {"intermediate_size": 32}, {"num_hidden_layers": 1}, {"vocab_size": 32}])
-def test_shapes_that_say_nothing(sizes):
+def test_shapes_that_say_nothing(sizes: dict[str, int]) -> None:
     """Where every projection is square, only what it does tells a writer from the rest."""
     found = discover(build("llama", **sizes))
     assert {w.name.partition(".layers.")[2].partition(".")[2] for w in found.writers} == {"self_attn.o_proj", "mlp.down_proj"}
@@ -111,7 +113,7 @@ def test_shapes_that_say_nothing(sizes):
 
 
 @pytest.mark.parametrize("model_type", VISION)
-def test_nothing_in_the_vision_part_is_a_writer(model_type):
+def test_nothing_in_the_vision_part_is_a_writer(model_type: str) -> None:
     """Even where the tower is the bigger stack and as wide."""
     model = build(model_type)
     inside = {module for name, module in model.named_modules() if "language_model" in name}
@@ -121,7 +123,7 @@ def test_nothing_in_the_vision_part_is_a_writer(model_type):
     assert sum("vision" in name or "visual" in name for name, _ in model.named_parameters()) > 10
 
 
-def test_a_wide_deep_vision_tower_is_not_taken_for_the_decoder(monkeypatch):
+def test_a_wide_deep_vision_tower_is_not_taken_for_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     text, extra, vision, rest = VISION["llava"]
     wide = {**vision, "hidden_size": 32, "num_hidden_layers": 5, "intermediate_size": 128, "num_attention_heads": 4}
     monkeypatch.setitem(VISION, "llava", (text, extra, wide, rest))
@@ -133,7 +135,7 @@ def test_a_wide_deep_vision_tower_is_not_taken_for_the_decoder(monkeypatch):
     assert len(found.layers) == 2
 
 
-def test_discovery_changes_nothing():
+def test_discovery_changes_nothing() -> None:
     model = build("gemma2")
     tokens = torch.arange(6, 16)[None]
     before, weights = model(tokens).logits, {name: p.clone() for name, p in model.named_parameters()}
@@ -143,7 +145,7 @@ def test_discovery_changes_nothing():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def unsupported(text, **where):
+def unsupported(text: str, **where: str) -> str:
     return f"Models of type {where['type']} are not supported: {text.format(**where)}"
 
 
@@ -162,7 +164,7 @@ EDITED = (
         ("mamba", "backbone.layers.0.mixer.out_proj", "Linear", {}),
     ],
 )
-def test_what_cannot_be_edited_is_named(model_type, module, kind, changes):
+def test_what_cannot_be_edited_is_named(model_type: str, module: str, kind: str, changes: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         discover(build(model_type, **changes))
     assert str(caught.value) == unsupported(EDITED, type=model_type, module=module, kind=kind)
@@ -171,16 +173,16 @@ def test_what_cannot_be_edited_is_named(model_type, module, kind, changes):
 class Stub(nn.Module):
     """A model of one kind of layer, as small as `discover` takes it."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.config = SimpleNamespace(model_type="stub", get_text_config=lambda decoder: SimpleNamespace(hidden_size=8))
         self.embedding = nn.Embedding(20, 8)
         self.blocks = nn.ModuleList([layer(), layer()])
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 
-    def forward(self, input_ids, attention_mask, use_cache):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Tensor:
         hidden = self.embedding(input_ids)
         for block in self.blocks:
             hidden = block(hidden)
@@ -188,24 +190,24 @@ class Stub(nn.Module):
 
 
 class Halves(nn.Module):
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         return hidden[:, ::2].repeat_interleave(2, dim=1)[..., :4].repeat(1, 1, 2)[:, :11]
 
 
-def test_no_layers():
+def test_no_layers() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         discover(Stub(Halves))
     assert str(caught.value) == unsupported("no list of decoder layers was found that take and give hidden states of size 8.", type="stub")
 
 
-def test_layers_that_nothing_writes_to():
+def test_layers_that_nothing_writes_to() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         discover(Stub(lambda: nn.LayerNorm(8)))
     assert str(caught.value) == unsupported("in layer 0 of blocks nothing was found that writes to the residual stream.", type="stub")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_measured_gain_of_layer_and_rms_norms(dtype):
+def test_measured_gain_of_layer_and_rms_norms(dtype: torch.dtype) -> None:
     for norm in (nn.LayerNorm(16, dtype=dtype), nn.RMSNorm(16, eps=1e-6, dtype=dtype)):
         with torch.no_grad():
             norm.weight.copy_(torch.linspace(-2, 3, 16))

@@ -60,16 +60,14 @@ def test_a_part_without_a_dataset_changes_the_usual_source() -> None:
     assert load_settings(["m", "--bad-prompts.suffix", "!"]).bad_prompts == PromptSpecification(
         dataset="mlabonne/harmful_behaviors", split="train[:400]", column="text", suffix="!"
     )
-    assert load_settings(["--demo", "--bad-prompts.suffix", "!"]).bad_prompts == PromptSpecification(
-        dataset="heretic-demo:bad", suffix="!"
-    )
+    assert load_settings(["--demo", "--bad-prompts.suffix", "!"]).bad_prompts == PromptSpecification(dataset="heretic-demo:bad", suffix="!")
 
 
 def test_lists_tables_and_flags_on_the_command_line() -> None:
-    settings = load_settings(
-        ["m", "--dtypes", '["float32"]', "--refusal-markers", "no way,sorry", "--max-memory", '{"0": "20GB"}', "--device-map", '{"": "cpu"}']
-        + ["--debug", "--no-trust-remote-code", "--no-upload-repo-private", "--max-shard-size", "1000000"]
-    )
+    lists = ["--dtypes", '["float32"]', "--refusal-markers", "no way,sorry"]
+    tables = ["--max-memory", '{"0": "20GB"}', "--device-map", '{"": "cpu"}']
+    flags = ["--debug", "--no-trust-remote-code", "--no-upload-repo-private"]
+    settings = load_settings(["m", *lists, *tables, *flags, "--max-shard-size", "1000000"])
     assert settings.dtypes == ["float32"]
     assert settings.refusal_markers == ["no way", "sorry"]
     assert settings.max_memory == {"0": "20GB"}
@@ -114,9 +112,7 @@ def test_demo_wins_over_the_model_and_prompts_of_weaker_sources(monkeypatch: pyt
     assert load_settings(["--no-demo"]).model == "m"
     assert told("m") == "demo brings its own model; leave out the model 'm' or --demo."
     monkeypatch.setenv("HERETIC_DEMO", "perhaps")
-    assert told() == (
-        "Setting demo (in the environment): Input should be a valid boolean, unable to interpret input, got 'perhaps'."
-    )
+    assert told() == ("Setting demo (in the environment): Input should be a valid boolean, unable to interpret input, got 'perhaps'.")
 
 
 COMMAND_LINES = {
@@ -164,8 +160,7 @@ COMMAND_LINES = {
         "Setting good_prompts.dataset (on the command line): String should have at least 1 character, got ''."
     ),
     ("m", "--refusal-markers", '["sorry"'): (
-        "Setting refusal_markers (on the command line) cannot be read: lists and tables are written as JSON, "
-        'such as ["sorry", "i can\'"].'
+        'Setting refusal_markers (on the command line) cannot be read: lists and tables are written as JSON, such as ["sorry", "i can\'"].'
     ),
     ("m", "--max-memory", "20GB"): (
         'Setting max_memory (on the command line) cannot be read: lists and tables are written as JSON, such as {"0": "20GB"}.'

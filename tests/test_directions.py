@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from heretic.directions import LayerMix, mean_residual, mix, mix_at, refusal_directions, winsorize
 
 
-def residuals(n=6, layers=3, d=40, seed=0):
+def residuals(n: int = 6, layers: int = 3, d: int = 40, seed: int = 0) -> Tensor:
     values = np.random.default_rng(seed).standard_t(df=2, size=(n, layers, d))  # with a few enormous coordinates
     return torch.from_numpy(values).float()
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 0.995])
-def test_winsorize(quantile):
+def test_winsorize(quantile: float) -> None:
     values = residuals()
     limits = np.quantile(np.abs(values.double().numpy()), quantile, axis=-1, keepdims=True)
     expected = np.clip(values.double().numpy(), -limits, limits)
@@ -21,12 +22,12 @@ def test_winsorize(quantile):
     assert (np.abs(expected) < np.abs(values.numpy())).any(axis=-1).all()
 
 
-def test_winsorize_at_one_is_off():
+def test_winsorize_at_one_is_off() -> None:
     values = residuals()
     assert torch.equal(winsorize(values, 1.0), values)
 
 
-def test_mean_is_accumulated_in_float64():
+def test_mean_is_accumulated_in_float64() -> None:
     """Batches of unequal size, around an offset that costs float32 sums most of their digits."""
     values = residuals(500, 2, 8) + 3e4
     mean = mean_residual(values.split([128, 128, 128, 115, 1]))
@@ -35,32 +36,32 @@ def test_mean_is_accumulated_in_float64():
     assert np.abs(values.numpy().cumsum(axis=0)[-1] / 500 - mean.numpy()).max() > 1e-4  # so a float32 sum would be seen
 
 
-def test_mean_of_winsorized_residuals():
+def test_mean_of_winsorized_residuals() -> None:
     values = residuals(9)
     limits = np.quantile(np.abs(values.double().numpy()), 0.8, axis=-1, keepdims=True)
     expected = np.clip(values.double().numpy(), -limits, limits).mean(axis=0)
     np.testing.assert_allclose(mean_residual(values.split(4), 0.8).numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_mean_of_no_residuals():
+def test_mean_of_no_residuals() -> None:
     with pytest.raises(ValueError, match="no residuals to average"):
         mean_residual([])
 
 
-def means(seed=1):
+def means(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     good = generator.normal(size=(4, 30)) + 2
     return good, good + 0.3 * generator.normal(size=(4, 30))
 
 
-def test_directions_are_the_normalized_differences():
+def test_directions_are_the_normalized_differences() -> None:
     good, bad = means()
     expected = (bad - good) / np.linalg.norm(bad - good, axis=1, keepdims=True)
     directions = refusal_directions(torch.from_numpy(good), torch.from_numpy(bad))
     np.testing.assert_allclose(directions.numpy(), expected, rtol=0, atol=1e-15)
 
 
-def test_orthogonalized_directions():
+def test_orthogonalized_directions() -> None:
     good, bad = means()
     directions = refusal_directions(torch.from_numpy(good), torch.from_numpy(bad), orthogonalize=True).numpy()
     np.testing.assert_allclose((directions * good).sum(axis=1), 0, atol=1e-13)
@@ -73,7 +74,7 @@ def test_orthogonalized_directions():
 
 
 @pytest.mark.parametrize("orthogonalize", [False, True])
-def test_no_difference_gives_the_zero_vector(orthogonalize):
+def test_no_difference_gives_the_zero_vector(orthogonalize: bool) -> None:
     good, bad = means()
     bad[0] = good[0]
     directions = refusal_directions(torch.from_numpy(good), torch.from_numpy(bad), orthogonalize)
@@ -91,21 +92,21 @@ def test_no_difference_gives_the_zero_vector(orthogonalize):
         (9, LayerMix(10, 10, 0.0)),  # the last of ten layers has no neighbour above
     ],
 )
-def test_mix_at(index, expected):
+def test_mix_at(index: float, expected: LayerMix) -> None:
     assert mix_at(index, 10) == expected
 
 
-def test_mix_at_the_only_layer():
+def test_mix_at_the_only_layer() -> None:
     assert mix_at(0, 1) == LayerMix(1, 1, 0.0)
 
 
 @pytest.mark.parametrize("index", [-0.01, 9.01])
-def test_mix_at_outside_the_layers(index):
+def test_mix_at_outside_the_layers(index: float) -> None:
     with pytest.raises(ValueError, match=f"^direction_index {index} lies outside layers 0 to 9$"):
         mix_at(index, 10)
 
 
-def test_mix_is_the_weighted_sum_of_neighbours():
+def test_mix_is_the_weighted_sum_of_neighbours() -> None:
     vectors = np.random.default_rng(3).normal(size=(4, 5))
     mixed = mix(torch.from_numpy(vectors), LayerMix(1, 2, 0.3))
     np.testing.assert_allclose(mixed.numpy(), 0.7 * vectors[1] + 0.3 * vectors[2], rtol=1e-14)

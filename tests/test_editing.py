@@ -1,13 +1,15 @@
 """Hooked models against copies whose weights were edited explicitly in float64."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from heretic.ablation import Ablation, ComponentParameters
-from heretic.architecture import discover
+from heretic.ablation import Ablation, ComponentParameters, RowNormalization
+from heretic.architecture import Architecture, Writer, discover
 from heretic.editing import AblationHooks, dense_weight
 from tiny import build, explicit_bias, explicit_weight, unit_directions
 
@@ -32,7 +34,7 @@ TYPES = {
 TOKENS = torch.arange(6, 30).reshape(2, 12)
 
 
-def direction_of(ablation, directions, layer):
+def direction_of(ablation: Ablation, directions: np.ndarray, layer: int) -> np.ndarray:
     """As the definition says, in float64. Layer `i` has its direction at `i + 1`."""
     if ablation.direction_index is None:
         return directions[layer + 1]
@@ -42,11 +44,11 @@ def direction_of(ablation, directions, layer):
     return directions[lower + 1] + (position - lower) * (directions[upper + 1] - directions[lower + 1])
 
 
-def strength_of(ablation, writer):
+def strength_of(ablation: Ablation, writer: Writer) -> float:
     return 0.5 * (writer.component == "mlp.down_proj") if ablation is WEAK else STRENGTHS[writer.component][writer.layer]
 
 
-def stored_gain(model_type, writer, model):
+def stored_gain(model_type: str, writer: Writer, model: Any) -> np.ndarray:
     """The gain of the norm behind a writer, from its weight: what the type's norm multiplies with."""
     names = {
         "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -59,7 +61,7 @@ def stored_gain(model_type, writer, model):
     return norm.weight.detach().double().numpy() + (1 if model_type.startswith("gemma") else 0)
 
 
-def edited_copy(model_type, model, architecture, ablation, directions, mode):
+def edited_copy(model_type: str, model: Any, architecture: Architecture, ablation: Ablation, directions: Tensor, mode: str) -> Any:
     edited = copy.deepcopy(model)
     with torch.no_grad():
         for writer in architecture.writers:
@@ -76,19 +78,19 @@ def edited_copy(model_type, model, architecture, ablation, directions, mode):
 
 
 @pytest.fixture(scope="module", params=TYPES)
-def case(request):
+def case(request: pytest.FixtureRequest) -> tuple[str, Any, Architecture]:
     model_type = request.param.partition(" ")[0]
     model = build(model_type, num_hidden_layers=N_LAYERS, **TYPES[request.param])
     return model_type, model, discover(model)
 
 
-def logits(model, tokens=TOKENS):
+def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
     with torch.inference_mode():
         return model(input_ids=tokens).logits
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_hooks_compute_what_edited_weights_would(case, mode):
+def test_hooks_compute_what_edited_weights_would(case: tuple[str, Any, Architecture], mode: RowNormalization) -> None:
     """One trial with a direction for each layer, one with a direction for all; then both and a third in one batch, row by row."""
     model_type, model, architecture = case
     directions = unit_directions(N_LAYERS + 1, 32)
@@ -121,7 +123,7 @@ def test_hooks_compute_what_edited_weights_would(case, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_error_within_a_trial_leaves_no_trace(mode):
+def test_an_error_within_a_trial_leaves_no_trace(mode: RowNormalization) -> None:
     model = build("llama")
     hooks = AblationHooks(discover(model), unit_directions(3, 32), mode)
     original = logits(model)
@@ -132,7 +134,7 @@ def test_an_error_within_a_trial_leaves_no_trace(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_strength_zero_changes_nothing(mode):
+def test_strength_zero_changes_nothing(mode: RowNormalization) -> None:
     model = build("phi")
     hooks = AblationHooks(discover(model), unit_directions(3, 32), mode)
     original = logits(model)
@@ -149,7 +151,7 @@ def test_strength_zero_changes_nothing(mode):
     assert (both[1] - original[1]).abs().max() > 0.1
 
 
-def test_several_trials_need_their_rows_assigned():
+def test_several_trials_need_their_rows_assigned() -> None:
     model = build("llama")
     hooks = AblationHooks(discover(model), unit_directions(3, 32), "none")
     with hooks.active([OWN, GLOBAL]), pytest.raises(ValueError, match="rows of several ablations must be assigned before a forward pass"):
@@ -157,7 +159,7 @@ def test_several_trials_need_their_rows_assigned():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_zero_direction_changes_nothing(mode):
+def test_a_zero_direction_changes_nothing(mode: RowNormalization) -> None:
     """A layer whose harmless and harmful means coincide."""
     model = build("llama")
     hooks = AblationHooks(discover(model), torch.zeros(3, 32), mode)
@@ -168,7 +170,7 @@ def test_a_zero_direction_changes_nothing(mode):
 
 @pytest.mark.parametrize("ablation", [OWN, GLOBAL], ids=["per layer", "global"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_edit_of_a_writer(model_type, ablation):
+def test_edit_of_a_writer(model_type: str, ablation: Ablation) -> None:
     """What the export takes: direction and strength of each writer."""
     model = build(model_type, num_hidden_layers=N_LAYERS)
     architecture, directions = discover(model), unit_directions(N_LAYERS + 1, 32)
@@ -180,7 +182,7 @@ def test_edit_of_a_writer(model_type, ablation):
         assert strength == pytest.approx(strength_of(ablation, writer), abs=1e-12)
 
 
-def test_maps_follow_their_modules_dtype():
+def test_maps_follow_their_modules_dtype() -> None:
     """In bfloat16 the maps are computed in float32 and their result is rounded once."""
     model = build("llama", torch.bfloat16)
     architecture, directions = discover(model), unit_directions(3, 32)
@@ -195,7 +197,7 @@ def test_maps_follow_their_modules_dtype():
     assert torch.equal(edited, (y - (y @ r)[..., None] * r).to(torch.bfloat16))
 
 
-def test_dense_weight_is_float32_and_no_copy_where_none_is_needed():
+def test_dense_weight_is_float32_and_no_copy_where_none_is_needed() -> None:
     module = torch.nn.Linear(4, 3)
     assert dense_weight(module).data_ptr() == module.weight.data_ptr()
     assert dense_weight(module.to(torch.bfloat16)).dtype == torch.float32

@@ -2,18 +2,22 @@
 
 import copy
 import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 import heretic.generation
 from heretic.ablation import Ablation, ComponentParameters
 from heretic.errors import ModelError, PromptError, TrialError
 from heretic.prompts import Prompt
-from tiny import NO_SYSTEM_TEMPLATE, Recorder, build, explicit_bias, explicit_weight, load, save, unit_directions
+from tiny import NO_SYSTEM_TEMPLATE, TEMPLATE, Recorder, build, explicit_bias, explicit_weight, load, save, tokenizer, unit_directions
 
 SYSTEM = "you are helpful"
 TEXTS = [
@@ -29,74 +33,65 @@ TEXTS = [
     "my dog my cat my bike my mat",
 ]
 PROMPTS = [Prompt(SYSTEM if i % 3 else "", text) for i, text in enumerate(TEXTS)]
+FEW = PROMPTS[3:8]
 LENGTH = 24
 # Types whose masks, positions or caches differ.
 TYPES = {
     "llama": {},
     "mistral with a sliding window": {"sliding_window": 8},
-    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    "gemma2": {"sliding_window": 8},
-    "qwen2": {},
+    "gemma3_text": {"tie_word_embeddings": False, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {"tie_word_embeddings": False, "sliding_window": 8},
+    "olmo2": {},
     "phi": {},
     "qwen2_5_vl": {},
 }
 
 
-@pytest.fixture(scope="module", params=TYPES)
-def any_folder(request, tmp_path_factory):
-    name = request.param.partition(" ")[0]
-    return save(tmp_path_factory.mktemp(name), build(name, **TYPES[request.param]))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("llama"), build("llama", attention_bias=True, mlp_bias=True))
-
-
 class Plain:
     """The reference: transformers alone, read from the folder anew."""
 
-    def __init__(self, folder):
-        config = GenerationConfig(do_sample=False, eos_token_id=2, pad_token_id=0)
-        from transformers import AutoConfig, AutoModelForImageTextToText
-
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
         self.model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
-        self.model.generation_config = config
+        self.model.generation_config = GenerationConfig(do_sample=False, eos_token_id=2, pad_token_id=0)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.known = {}
 
-    def ids(self, prompt):
+    def ids(self, prompt: Prompt) -> Tensor:
         messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
         messages.append({"role": "user", "content": prompt.user})
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
     @torch.inference_mode()
-    def response(self, prompt, max_new_tokens=LENGTH):
-        ids = self.ids(prompt)
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
-        return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    def response(self, prompt: Prompt, max_new_tokens: int = LENGTH, skip_special_tokens: bool = True) -> str:
+        if (prompt, max_new_tokens) not in self.known:
+            ids = self.ids(prompt)
+            output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
+            self.known[prompt, max_new_tokens] = output[0, ids.shape[1] :]
+        return self.tokenizer.decode(self.known[prompt, max_new_tokens], skip_special_tokens=skip_special_tokens)
 
     @torch.inference_mode()
-    def logprobs(self, prompt):
+    def logprobs(self, prompt: Prompt) -> Tensor:
         logits = self.model(self.ids(prompt)).logits[0, -1].double()
         return logits - torch.logsumexp(logits, dim=0)
 
     @torch.inference_mode()
-    def hidden_states(self, prompt):
+    def hidden_states(self, prompt: Prompt) -> Tensor:
         """Last position, `(layer + 1, d)`; the last after the final norm."""
         states = self.model(self.ids(prompt), output_hidden_states=True).hidden_states
         return torch.stack([state[0, -1] for state in states])
 
-    def final_norm(self, hidden):
+    def final_norm(self, hidden: Tensor) -> Tensor:
         decoder = self.model.get_decoder()
         with torch.inference_mode():
             return getattr(decoder, "norm", None)(hidden) if hasattr(decoder, "norm") else decoder.final_layernorm(hidden)
 
-    def edited(self, edits, mode):
+    def edited(self, edits: Iterable[tuple[str, Any, float]], mode: str) -> "Plain":
         """A copy in which `edits` of (module's name, direction, strength) were made."""
         other = copy.copy(self)
-        other.model = copy.deepcopy(self.model)
+        other.model, other.known = copy.deepcopy(self.model), {}
         for name, r, strength in edits:
             module = other.model.get_submodule(name)
             with torch.no_grad():
@@ -106,56 +101,71 @@ class Plain:
         return other
 
 
+@pytest.fixture(scope="module", params=TYPES)
+def any_plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    name = request.param.partition(" ")[0]
+    return Plain(save(tmp_path_factory.mktemp(name), build(name, **TYPES[request.param])))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    return Plain(save(tmp_path_factory.mktemp("llama"), build("llama", attention_bias=True, mlp_bias=True)))
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    """A model whose responses end after anything from no tokens to more than are asked for."""
+    model = build("llama", seed=5)
+    with torch.no_grad():
+        model.lm_head.weight[2] *= 3
+    return Plain(save(tmp_path_factory.mktemp("ending"), model))
+
+
+@pytest.fixture(params=[False, True], ids=["own decoder", "transformers' decoder"])
+def either_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
+
+
 @pytest.mark.parametrize("max_batch_size", [3, 128])
-def test_residuals(any_folder, max_batch_size):
+def test_residuals(any_plain: Plain, max_batch_size: int) -> None:
     """Equal to the hidden states of each prompt alone, so left padding does not matter; the last before the final norm."""
-    model, plain = load(any_folder, max_batch_size=max_batch_size), Plain(any_folder)
+    model = load(any_plain.folder, max_batch_size=max_batch_size)
     batches = list(model.residuals(PROMPTS))
     assert (len(batches) > 1) == (max_batch_size == 3)
     residuals = torch.cat(batches)
     assert (residuals.shape, residuals.dtype) == ((len(PROMPTS), 3, 32), torch.float32)
     for prompt, residual in zip(PROMPTS, residuals, strict=True):
-        expected = plain.hidden_states(prompt)
+        expected = any_plain.hidden_states(prompt)
         torch.testing.assert_close(residual[:2], expected[:2], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(plain.final_norm(residual[2]), expected[2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(any_plain.final_norm(residual[2]), expected[2], rtol=1e-4, atol=1e-4)
         assert (residual[2] - expected[2]).abs().max() > 0.1
     assert (residuals[0] - residuals[1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("max_batch_size", [3, 128])
-def test_first_token_logprobs(any_folder, max_batch_size):
-    model, plain = load(any_folder, max_batch_size=max_batch_size), Plain(any_folder)
+def test_first_token_logprobs(any_plain: Plain, max_batch_size: int) -> None:
+    model = load(any_plain.folder, max_batch_size=max_batch_size)
     logprobs = model.first_token_logprobs(PROMPTS)
     assert (logprobs.shape, logprobs.dtype) == ((len(PROMPTS), 33), torch.float32)
-    expected = torch.stack([plain.logprobs(prompt) for prompt in PROMPTS])
+    expected = torch.stack([any_plain.logprobs(prompt) for prompt in PROMPTS])
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.5
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 4, 128])
-def test_responses(any_folder, max_batch_size):
+@pytest.mark.parametrize("max_batch_size", [4, 128])
+def test_responses(any_plain: Plain, max_batch_size: int) -> None:
     """Greedy, whatever else is in the batch, whichever rows end early."""
-    model, plain = load(any_folder, max_batch_size=max_batch_size), Plain(any_folder)
-    expected = [plain.response(prompt) for prompt in PROMPTS]
+    model = load(any_plain.folder, max_batch_size=max_batch_size)
+    expected = [any_plain.response(prompt) for prompt in PROMPTS]
     assert model.responses(PROMPTS, LENGTH) == expected
     assert len(set(expected)) > len(expected) // 2
 
 
-@pytest.fixture(scope="module")
-def ending_folder(tmp_path_factory):
-    """A model whose responses end after anything from no tokens to more than are asked for."""
-    model = build("llama", seed=3)
-    with torch.no_grad():
-        model.lm_head.weight[2] *= 1.6
-    return save(tmp_path_factory.mktemp("ending"), model)
-
-
-@pytest.mark.parametrize("plain_decoder", [False, True], ids=["own decoder", "transformers' decoder"])
-def test_responses_that_end(ending_folder, plain_decoder, monkeypatch):
-    if plain_decoder:
-        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
-    model, plain = load(ending_folder, max_batch_size=4), Plain(ending_folder)
-    expected = [plain.response(prompt) for prompt in PROMPTS]
+@pytest.mark.usefixtures("either_decoder")
+def test_responses_that_end(ending: Plain) -> None:
+    model = load(ending.folder, max_batch_size=4)
+    expected = [ending.response(prompt) for prompt in PROMPTS]
     lengths = [len(response.split()) for response in expected]
     assert min(lengths) < 5
     assert max(lengths) > 15
@@ -163,21 +173,19 @@ def test_responses_that_end(ending_folder, plain_decoder, monkeypatch):
     assert model.responses(PROMPTS, LENGTH) == expected
     # One that ends nothing early gives the same.
     assert model.responses(PROMPTS, LENGTH, is_decided=lambda text: False) == expected
-    assert model.responses(PROMPTS, 1) == [plain.response(prompt, 1) for prompt in PROMPTS]
+    assert model.responses(PROMPTS, 1) == [ending.response(prompt, 1) for prompt in PROMPTS]
     torch.testing.assert_close(
-        model.first_token_logprobs(PROMPTS).double(), torch.stack([plain.logprobs(prompt) for prompt in PROMPTS]), rtol=0, atol=1e-4
+        model.first_token_logprobs(PROMPTS).double(), torch.stack([ending.logprobs(prompt) for prompt in PROMPTS]), rtol=0, atol=1e-4
     )
 
 
-@pytest.mark.parametrize("plain_decoder", [False, True], ids=["own decoder", "transformers' decoder"])
-@pytest.mark.parametrize("marker", ["sorry", "cat dog", "the ."])
-def test_rows_that_end_when_decided(ending_folder, plain_decoder, marker, monkeypatch):
+@pytest.mark.usefixtures("either_decoder")
+@pytest.mark.parametrize("marker", ["dog", "and mat", "no ?"])
+def test_rows_that_end_when_decided(ending: Plain, marker: str) -> None:
     """The verdicts are those of the whole responses, and what was generated is a beginning of them."""
-    if plain_decoder:
-        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
-    model, plain = load(ending_folder, max_batch_size=4), Plain(ending_folder)
+    model = load(ending.folder, max_batch_size=4)
     prompts = [*PROMPTS, *(Prompt("", f"{a} {b}") for a in ("the", "my", "no") for b in ("cat", "dog", "mat"))]
-    whole = [plain.response(prompt) for prompt in prompts]
+    whole = [ending.response(prompt) for prompt in prompts]
     short = model.responses(prompts, LENGTH, is_decided=lambda text: marker in text)
     assert [marker in response for response in short] == [marker in response for response in whole]
     assert all(response.startswith(beginning) for response, beginning in zip(whole, short, strict=True))
@@ -187,23 +195,19 @@ def test_rows_that_end_when_decided(ending_folder, plain_decoder, marker, monkey
     assert [short[i] for i in range(len(whole)) if i not in hits] == [response for response in whole if marker not in response]
 
 
-def test_special_tokens_of_responses(ending_folder):
+def test_special_tokens_of_responses(ending: Plain) -> None:
     """The prefix search looks at them, scores do not."""
-    model, plain = load(ending_folder), Plain(ending_folder)
-    with_special = model.responses(PROMPTS, 8, skip_special_tokens=False)
-    assert model.responses(PROMPTS, 8) == [plain.response(prompt, 8) for prompt in PROMPTS]
-    special = {"<pad>", "<unk>", "<system>", "<user>", "<assistant>"}
-    assert any(special & set(text.split()) for text in with_special)
-    assert [" ".join(word for word in text.split() if word not in {*special, "<end>"}) for text in with_special] == [
-        " ".join(word for word in plain.response(prompt, 8).split() if word not in special) for prompt in PROMPTS
-    ]
+    model = load(ending.folder)
+    expected = [ending.response(prompt, skip_special_tokens=False).removesuffix("<end>").rstrip() for prompt in PROMPTS]
+    assert model.responses(PROMPTS, LENGTH, skip_special_tokens=False) == expected
+    assert expected != [ending.response(prompt) for prompt in PROMPTS]
 
 
 PARAMETERS = {"attn.o_proj": ComponentParameters(1.0, 1.0, 0.4, 1.0), "mlp.down_proj": ComponentParameters(0.5, 0.0, 1.3, 1.0)}
 ABLATIONS = [Ablation(None, PARAMETERS), Ablation(0.3, PARAMETERS), Ablation(1.0, {"mlp.down_proj": PARAMETERS["mlp.down_proj"]})]
 
 
-def edits_of(ablation, directions):
+def edits_of(ablation: Ablation, directions: Any) -> Iterator[tuple[str, Any, float]]:
     """By hand, for two layers: attention 0.4 and 1.0, MLP 0.5 and 1.3."""
     strengths = {"self_attn.o_proj": (0.4, 1.0), "mlp.down_proj": (0.5, 1.3)}
     for layer in (0, 1):
@@ -217,36 +221,53 @@ def edits_of(ablation, directions):
 
 
 @pytest.mark.parametrize("mode", ["none", "pre", "full"])
-def test_ablated_model(folder, mode):
+def test_ablated_model(plain: Plain, mode: str) -> None:
     """Scores of single trials, and of several at once, are those of models with edited weights; the original comes back."""
-    model, plain, directions = load(folder, max_batch_size=4), Plain(folder), unit_directions(3, 32)
-    original = model.first_token_logprobs(PROMPTS)
+    model, directions = load(plain.folder, max_batch_size=4), unit_directions(3, 32)
+    original = model.first_token_logprobs(FEW)
     model.use_directions(directions, mode)
     edited = [plain.edited(list(edits_of(ablation, directions.numpy())), mode) for ablation in ABLATIONS]
-    logprobs = [torch.stack([reference.logprobs(prompt) for prompt in PROMPTS]) for reference in edited]
-    responses = [[reference.response(prompt) for prompt in PROMPTS] for reference in edited]
-    assert len({*map(tuple, responses), tuple(model.responses(PROMPTS, LENGTH))}) == 4
+    logprobs = [torch.stack([reference.logprobs(prompt) for prompt in FEW]) for reference in edited]
+    responses = [[reference.response(prompt, 12) for prompt in FEW] for reference in edited]
+    assert len({*map(tuple, responses), tuple(model.responses(FEW, 12))}) == 4
 
     for ablation, expected_logprobs, expected in zip(ABLATIONS, logprobs, responses, strict=True):
-        torch.testing.assert_close(model.first_token_logprobs(PROMPTS, ablation).double(), expected_logprobs, rtol=0, atol=2e-4)
-        assert model.responses(PROMPTS, LENGTH, ablation) == expected
+        torch.testing.assert_close(model.first_token_logprobs(FEW, ablation).double(), expected_logprobs, rtol=0, atol=2e-4)
+        assert model.responses(FEW, 12, ablation) == expected
 
     seen = set()
-    for rows, values in model.logprobs_of_trials(PROMPTS, ABLATIONS):
+    for rows, values in model.logprobs_of_trials(FEW, ABLATIONS):
         for row, value in zip(rows, values, strict=True):
             torch.testing.assert_close(value.double(), logprobs[row.trial][row.prompt], rtol=0, atol=2e-4)
             seen.add((row.trial, row.prompt))
-    everything = {(trial, prompt) for trial in range(3) for prompt in range(len(PROMPTS))}
+    everything = {(trial, prompt) for trial in range(3) for prompt in range(len(FEW))}
     assert seen == everything
-    rows = list(model.responses_of_trials(PROMPTS, LENGTH, ABLATIONS))
+    rows = list(model.responses_of_trials(model.rows_of(FEW, 3), 12, ABLATIONS))
     assert {(row.trial, row.prompt): model.text_of(row) for row in rows} == {(i, j): responses[i][j] for i, j in everything}
     assert len(rows) == len(everything)
 
-    assert torch.equal(model.first_token_logprobs(PROMPTS), original)
+    assert torch.equal(model.first_token_logprobs(FEW), original)
 
 
-def test_new_directions_replace_the_old(folder):
-    model, plain = load(folder), Plain(folder)
+@pytest.mark.usefixtures("either_decoder")
+def test_cancelled_trials_are_dropped(plain: Plain) -> None:
+    """Rows of a trial that is given up while they are decoded do not come back; those of the others are what they would have been."""
+    model = load(plain.folder, max_batch_size=2)
+    model.use_directions(unit_directions(3, 32), "none")
+    expected = model.responses(PROMPTS, LENGTH, ABLATIONS[0])
+    cancelled, texts, dropped = set(), {}, []
+    for row in model.responses_of_trials(model.rows_of(PROMPTS, 2), LENGTH, ABLATIONS[:2], cancelled=cancelled):
+        if row.trial == 1:
+            dropped.append(row)
+            cancelled.add(1)
+        else:
+            texts[row.prompt] = model.text_of(row)
+    assert [texts[i] for i in range(len(PROMPTS))] == expected
+    assert 0 < len(dropped) < len(PROMPTS)
+
+
+def test_new_directions_replace_the_old(plain: Plain) -> None:
+    model = load(plain.folder)
     model.use_directions(unit_directions(3, 32, seed=5), "full")
     directions = unit_directions(3, 32)
     model.use_directions(directions, "none")
@@ -255,17 +276,17 @@ def test_new_directions_replace_the_old(folder):
     torch.testing.assert_close(model.first_token_logprobs(PROMPTS, ABLATIONS[0]).double(), expected, rtol=0, atol=2e-4)
 
 
-def test_an_ablation_needs_directions(folder):
+def test_an_ablation_needs_directions(plain: Plain) -> None:
     with pytest.raises(ValueError, match="call use_directions first"):
-        load(folder).first_token_logprobs(PROMPTS, ABLATIONS[0])
+        load(plain.folder).first_token_logprobs(PROMPTS, ABLATIONS[0])
 
 
 NOT_FINITE = "the model gives logits that are not finite (NaN or infinite)"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_fail_the_trial(folder, value):
-    model = load(folder)
+def test_logits_that_are_not_finite_fail_the_trial(plain: Plain, value: float) -> None:
+    model = load(plain.folder)
     with torch.no_grad():
         model.model.lm_head.weight[7] = value
     for call in (lambda: model.first_token_logprobs(PROMPTS), lambda: model.responses(PROMPTS, LENGTH)):
@@ -274,15 +295,13 @@ def test_logits_that_are_not_finite_fail_the_trial(folder, value):
         assert str(caught.value) == NOT_FINITE
 
 
-@pytest.mark.parametrize("plain_decoder", [False, True], ids=["own decoder", "transformers' decoder"])
-def test_a_trial_that_overflows_spoils_no_other(folder, plain_decoder, monkeypatch):
-    if plain_decoder:
-        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
-    model = load(folder)
+@pytest.mark.usefixtures("either_decoder")
+def test_a_trial_that_overflows_spoils_no_other(plain: Plain) -> None:
+    model = load(plain.folder, dtypes=["float16"])
     model.use_directions(unit_directions(3, 32), "none")
     expected = model.responses(PROMPTS, LENGTH, ABLATIONS[1])
-    broken = Ablation(None, {"mlp.down_proj": ComponentParameters(1e38, 1.0, 1e38, 1.0)})
-    rows = list(model.responses_of_trials(PROMPTS, LENGTH, [broken, ABLATIONS[1], broken]))
+    broken = Ablation(None, {"mlp.down_proj": ComponentParameters(1e20, 1.0, 1e20, 1.0)})
+    rows = list(model.responses_of_trials(model.rows_of(PROMPTS, 3), LENGTH, [broken, ABLATIONS[1], broken]))
     assert len(rows) == 3 * len(PROMPTS)
     assert {row.finite for row in rows if row.trial != 1} == {False}
     good = {row.prompt: row for row in rows if row.trial == 1}
@@ -295,11 +314,11 @@ def test_a_trial_that_overflows_spoils_no_other(folder, plain_decoder, monkeypat
 class Memory:
     """An accelerator with room for `n_rows` rows: every pass with more of them fails."""
 
-    def __init__(self, model, n_rows):
+    def __init__(self, model: Any, n_rows: int) -> None:
         self.n_rows, self.passes, self.failures = n_rows, [], 0
         model.model.register_forward_pre_hook(self.check, with_kwargs=True)
 
-    def check(self, module, args, kwargs):
+    def check(self, module: Any, args: Any, kwargs: Any) -> None:
         n_rows = len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
         if n_rows > self.n_rows:
             self.failures += 1
@@ -307,14 +326,12 @@ class Memory:
         self.passes.append(n_rows)
 
 
-@pytest.mark.parametrize("plain_decoder", [False, True], ids=["own decoder", "transformers' decoder"])
-@pytest.mark.parametrize("room", [1, 3])
-def test_batches_shrink_when_memory_runs_out(ending_folder, room, plain_decoder, monkeypatch):
-    if plain_decoder:
-        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
-    roomy = load(ending_folder)
+@pytest.mark.usefixtures("either_decoder")
+@pytest.mark.parametrize("room", [2])
+def test_batches_shrink_when_memory_runs_out(ending: Plain, room: int) -> None:
+    roomy = load(ending.folder)
     roomy.use_directions(unit_directions(3, 32), "none")
-    model = load(ending_folder)
+    model = load(ending.folder)
     model.use_directions(unit_directions(3, 32), "none")
     memory = Memory(model, room)
     torch.testing.assert_close(torch.cat(list(model.residuals(PROMPTS))), torch.cat(list(roomy.residuals(PROMPTS))), rtol=0, atol=1e-4)
@@ -330,13 +347,13 @@ def test_batches_shrink_when_memory_runs_out(ending_folder, room, plain_decoder,
     assert memory.failures == failures
 
 
-def test_memory_that_runs_out_amid_a_response(ending_folder, monkeypatch):
+def test_memory_that_runs_out_amid_a_response(ending: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was generated so far is kept, and the rows go on in smaller company to the same end."""
-    expected = load(ending_folder).responses(PROMPTS, LENGTH)
-    model = load(ending_folder)
+    expected = load(ending.folder).responses(PROMPTS, LENGTH)
+    model = load(ending.folder)
     steps = []
 
-    def check(module, args, kwargs):
+    def check(module: Any, args: Any, kwargs: Any) -> None:
         steps.append(len(kwargs["input_ids"]))
         if len(steps) in (6, 11):
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -347,8 +364,8 @@ def test_memory_that_runs_out_amid_a_response(ending_folder, monkeypatch):
     assert steps[5] > 1
 
 
-def test_a_single_prompt_that_does_not_fit_is_an_error(folder):
-    model = load(folder)
+def test_a_single_prompt_that_does_not_fit_is_an_error(plain: Plain) -> None:
+    model = load(plain.folder)
     Memory(model, 0)
     with pytest.raises(torch.OutOfMemoryError):
         model.responses(PROMPTS, LENGTH)
@@ -356,11 +373,11 @@ def test_a_single_prompt_that_does_not_fit_is_an_error(folder):
         model.first_token_logprobs(PROMPTS)
 
 
-def test_other_errors_are_not_taken_for_lack_of_memory(folder):
-    model = load(folder)
+def test_other_errors_are_not_taken_for_lack_of_memory(plain: Plain) -> None:
+    model = load(plain.folder)
     calls = []
 
-    def fail(module, args, kwargs):
+    def fail(module: Any, args: Any, kwargs: Any) -> None:
         calls.append(1)
         raise RuntimeError("device-side assert triggered")
 
@@ -370,9 +387,9 @@ def test_other_errors_are_not_taken_for_lack_of_memory(folder):
     assert len(calls) == 1
 
 
-def test_progress_counts_every_prompt(folder):
+def test_progress_counts_every_prompt(plain: Plain) -> None:
     recorder = Recorder()
-    model = load(folder, recorder, max_batch_size=4)
+    model = load(plain.folder, recorder, max_batch_size=4)
     recorder.tasks.clear()
     list(model.residuals(PROMPTS, "Residuals"))
     model.first_token_logprobs(PROMPTS, description="First tokens")
@@ -383,28 +400,28 @@ def test_progress_counts_every_prompt(folder):
     ]
 
 
-def test_residuals_need_one_stream(folder):
-    model = load(folder)
+def test_residuals_need_one_stream(plain: Plain) -> None:
+    model = load(plain.folder)
     model.architecture = dataclasses.replace(model.architecture, hidden_size=16)
     with pytest.raises(ModelError) as caught:
         list(model.residuals(PROMPTS[2:3]))
-    assert str(caught.value) == "Layers of this model give hidden states of shape (1, 7, 32), not one stream."
+    assert str(caught.value) == "Layers of this model give hidden states of shape (1, 9, 32), not one stream."
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.architecture.layers)
 
 
 MESSAGES = [{"role": "system", "content": "you are a cat"}, {"role": "user", "content": "hello"}]
 
 
-def test_chat_template(folder):
+def test_chat_template(plain: Plain) -> None:
     recorder = Recorder()
-    model = load(folder, recorder)
+    model = load(plain.folder, recorder)
     assert model.render(MESSAGES) == "<system> you are a cat <end> <user> hello <end> <assistant> "
     model.response_prefix = "yes "
     assert model.render(MESSAGES[1:]) == "<user> hello <end> <assistant> yes "
     assert (recorder.messages, recorder.warnings) == ([], [])
 
 
-def test_template_that_refuses_a_system_message(tmp_path):
+def test_template_that_refuses_a_system_message(tmp_path: Path) -> None:
     recorder = Recorder()
     model = load(save(tmp_path, build(), NO_SYSTEM_TEMPLATE), recorder)
     assert model.render(MESSAGES) == "<user> you are a cat\n\nhello <end> <assistant> "
@@ -419,7 +436,7 @@ def test_template_that_refuses_a_system_message(tmp_path):
     torch.testing.assert_close(model.first_token_logprobs(PROMPTS).double(), expected, rtol=0, atol=1e-4)
 
 
-def test_no_template(tmp_path):
+def test_no_template(tmp_path: Path) -> None:
     recorder = Recorder()
     model = load(save(tmp_path, build(), None), recorder)
     assert model.render(MESSAGES) == "you are a cat\n\nhello\n\n"
@@ -429,29 +446,46 @@ def test_no_template(tmp_path):
     ]
 
 
-def test_prompts_longer_than_the_context(folder):
-    model = load(folder)
+@pytest.mark.parametrize("template", ["<unk> " + TEMPLATE, None], ids=["in the template", "by the tokenizer"])
+def test_a_start_token_comes_once(tmp_path: Path, template: str | None) -> None:
+    """Where the template writes it, the tokenizer must not add another."""
+    starting = tokenizer(template)
+    starting.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
+    save(tmp_path, build())
+    starting.save_pretrained(tmp_path)
+    if template is None:
+        (tmp_path / "chat_template.jinja").unlink()
+    assert AutoTokenizer.from_pretrained(tmp_path)("hello")["input_ids"] == [1, starting.convert_tokens_to_ids("hello")]
+    text = "<user> hello <end> <assistant>" if template else "hello"
+    ids = torch.tensor([[1, *(starting.convert_tokens_to_ids(word) for word in text.split())]])
+    with torch.inference_mode():
+        expected = Plain(tmp_path).model(ids).logits[0, -1].log_softmax(dim=-1)
+    torch.testing.assert_close(load(tmp_path).first_token_logprobs([Prompt("", "hello")])[0], expected, rtol=0, atol=1e-4)
+
+
+def test_prompts_longer_than_the_context(plain: Plain) -> None:
+    model = load(plain.folder)
     long = Prompt("", "the cat sat " * 60)
-    model.check_lengths([PROMPTS[0], long], "bad_prompts", 71)  # 180 words and 5 of the template: 256
+    model.check_lengths([PROMPTS[0], long], "bad_prompts", 73)  # 180 words and 3 of the template: 256
     with pytest.raises(PromptError) as caught:
-        model.check_lengths([PROMPTS[0], long], "bad_prompts", 72)
+        model.check_lengths([PROMPTS[0], long], "bad_prompts", 74)
     assert str(caught.value) == (
-        "bad_prompts: prompt 2 has 185 tokens, which with 72 new ones is more than the model's context of 256. Shorten it, or lower "
+        "bad_prompts: prompt 2 has 183 tokens, which with 74 new ones is more than the model's context of 256. Shorten it, or lower "
         "max_response_length. It begins: 'the cat sat the cat sat the cat sat the cat sat the cat sat '"
     )
 
 
-def test_streamed_answer(ending_folder):
-    model, plain = load(ending_folder), Plain(ending_folder)
+def test_streamed_answer(ending: Plain) -> None:
+    model = load(ending.folder)
     model.use_directions(unit_directions(3, 32), "none")
     for prompt in PROMPTS[:4]:
         pieces = []
         messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
         answer = model.stream_response([*messages, {"role": "user", "content": prompt.user}], LENGTH, None, pieces.append)
         assert answer == "".join(pieces)
-        assert answer.split() == plain.response(prompt).split()
+        assert answer.split() == ending.response(prompt).split()
         assert len(pieces) > 1 or len(answer.split()) < 2
-    edited = plain.edited(list(edits_of(ABLATIONS[0], unit_directions(3, 32).numpy())), "none")
+    edited = ending.edited(list(edits_of(ABLATIONS[0], unit_directions(3, 32).numpy())), "none")
     answer = model.stream_response([{"role": "user", "content": TEXTS[3]}], LENGTH, ABLATIONS[0], lambda piece: None)
     assert answer.split() == edited.response(Prompt("", TEXTS[3])).split()
 
@@ -459,7 +493,22 @@ def test_streamed_answer(ending_folder):
 # Loading
 
 
-def test_number_formats_are_tried_in_order(tmp_path):
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_layers_that_are_offloaded(tmp_path: Path, model_type: str) -> None:
+    """Weights that are on the disk but for the moment they are needed, those of norms behind writers too."""
+    save(tmp_path, build(model_type))
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    here, away = load(tmp_path), load(tmp_path, device_map={**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"})
+    assert away.architecture.writers[-1].module.weight.is_meta
+    for mode in ("none", "full"):
+        for model in (here, away):
+            model.use_directions(unit_directions(3, 32), mode)
+        torch.testing.assert_close(away.first_token_logprobs(FEW, ABLATIONS[0]), here.first_token_logprobs(FEW, ABLATIONS[0]))
+        assert away.responses(FEW, 6, ABLATIONS[1]) == here.responses(FEW, 6, ABLATIONS[1])
+    assert (here.first_token_logprobs(FEW) - here.first_token_logprobs(FEW, ABLATIONS[0])).abs().max() > 0.1
+
+
+def test_number_formats_are_tried_in_order(tmp_path: Path) -> None:
     """Weights beyond float16's range: its test run gives numbers that are not finite, the next format is taken."""
     model = build()
     with torch.no_grad():
@@ -470,7 +519,7 @@ def test_number_formats_are_tried_in_order(tmp_path):
     assert recorder.warnings == ["Loading in float16 failed: the test run gave logits that are not finite"]
 
 
-def test_no_number_format_works(tmp_path):
+def test_no_number_format_works(tmp_path: Path) -> None:
     model = build()
     nn.init.constant_(model.lm_head.weight, float("nan"))
     with pytest.raises(ModelError) as caught:
@@ -481,7 +530,7 @@ def test_no_number_format_works(tmp_path):
     )
 
 
-def test_generation_is_greedy_whatever_the_model_says(tmp_path):
+def test_generation_is_greedy_whatever_the_model_says(tmp_path: Path) -> None:
     model = build("llama", seed=3)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1, eos_token_id=2, pad_token_id=0
@@ -492,7 +541,7 @@ def test_generation_is_greedy_whatever_the_model_says(tmp_path):
     assert loaded.loaded.generation_config.temperature == 5.0
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
     save(tmp_path, build())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.pad_token = None

@@ -63,7 +63,15 @@ def test_a_text_file_may_lie_in_the_home_directory(folder: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("split", "expected"),
-    [("", "abcd"), ("[:2]", "ab"), ("train[1:3]", "bc"), ("[-1:]", "d"), ("[:50%]", "ab"), ("[:400]", "abcd"), ("train[:1]+train[3:]", "ad")],
+    [
+        ("", "abcd"),
+        ("[:2]", "ab"),
+        ("train[1:3]", "bc"),
+        ("[-1:]", "d"),
+        ("[:50%]", "ab"),
+        ("[:400]", "abcd"),
+        ("train[:1]+train[3:]", "ad"),
+    ],
 )
 def test_slices_of_a_text_file(split: str, expected: str) -> None:
     Path("a.txt").write_text("a\nb\nc\nd\n")

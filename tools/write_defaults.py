@@ -29,6 +29,7 @@ the rest of the model as it was. MODEL is a hub id or a local folder.
 Settings come from the command line, the environment (HERETIC_N_TRIALS=100), .env, and a TOML file
 (config.toml in the working directory, or --config PATH); the first one given wins. Lists and tables are
 written as JSON. Parts of prompt sources are options of their own: --good-prompts.dataset prompts.txt
+Switches are turned off by --no-..., such as --no-stop-dominated-trials.
 
 Options:
   --config PATH

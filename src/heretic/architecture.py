@@ -31,7 +31,7 @@ ALIGNMENT = 0.5
 # The first part of a writer's path inside its layer says which component it belongs to.
 COMPONENT_BY_PATH = {
     "attn.o_proj": ("att",),
-    "mlp.down_proj": ("mlp", "ffn", "feed_forward", "fc", "ff"),
+    "mlp.down_proj": ("mlp", "ffn", "feed_forward", "ff", "fc2", "fc_out"),
 }
 
 
@@ -216,10 +216,12 @@ def measure_gain(norm: nn.Module, hidden_size: int) -> Tensor:
     A vector of alternating signs has mean zero and root mean square one, so RMS and layer norms alike give `g * v + b` for it.
     """
     weight: Any = norm.weight
-    signs = torch.ones(hidden_size, dtype=weight.dtype, device=weight.device)
+    # An offloaded norm has no weight to look at; its hook brings it, and takes the input to where it computes.
+    signs = torch.ones(hidden_size, dtype=weight.dtype, device="cpu" if weight.is_meta else weight.device)
     signs[1::2] = -1
     with torch.no_grad():
-        return (norm(signs[None])[0].float() - norm(-signs[None])[0].float()) / 2 * signs.float()
+        difference = norm(signs[None])[0].float() - norm(-signs[None])[0].float()
+    return difference / 2 * signs.to(difference)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import errors as hub_errors
+from huggingface_hub import utils as hub_utils
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -196,8 +197,9 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    if not sys.stdout.isatty():
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # the weights' bars; loading is a task of ours
+    if sys.stdout.isatty():
+        hub_utils.enable_progress_bars()  # downloads' bars, which the line above turned off too
     model = auto_class(config).from_pretrained(source.path, **arguments)
     for module in model.modules():
         # Some CPUs would have 4-bit weights repacked at the first pass: only shapes of certain multiples can be, and none read back.

@@ -123,11 +123,15 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
         return 0
     settings, is_new = opened
 
+    from .source import fingerprint, model_source
+
     # 2. Prompts, which cost little and are most often what is wrong
     prompts = _load_prompts(settings, console)
     identity = _prompt_identity(prompts)
     if not is_new:
-        checkpoint.check_identity(identity)
+        source = model_source(settings)
+        # A model on the hub may have to be fetched first; it is checked below.
+        checkpoint.check_identity({**identity, "the model": fingerprint(source)} if source.is_local else identity)
         if _is_over(settings, console, checkpoint):
             return 0
 
@@ -146,7 +150,6 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
     # 5. The study
     from .search import Search, automatic_trials_per_batch
-    from .source import fingerprint
 
     identity["the model"] = fingerprint(model.loaded.source)
     if is_new:

@@ -177,7 +177,9 @@ class Search:
         be written.
         """
         while (n_done := self.n_done) < n_trials and not should_stop():
-            numbers = range(n_done, min(n_done + trials_per_batch, n_trials))
+            # A batch that was cut off is completed, so that the ones that follow are those of an uninterrupted run.
+            end = (n_done // trials_per_batch + 1) * trials_per_batch
+            numbers = range(n_done, min(end, n_trials))
             asked = [self._ask(number) for number in numbers]
             start = time.perf_counter()
             limit = refusal_limit(self.trials if stop_dominated else [])

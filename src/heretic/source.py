@@ -24,6 +24,11 @@ class ModelSource:
     trust_remote_code: bool
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is a folder on this machine."""
+        return Path(self.path).is_dir()
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that every `from_pretrained` of this source takes."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
@@ -72,7 +77,7 @@ def hub_commit(source: ModelSource) -> str | None:
 def fingerprint(source: ModelSource) -> str:
     """By which a resumed run knows that the model is the same: the hub commit, or samples of a folder's files."""
     folder = Path(source.path)
-    if not folder.is_dir():
+    if not source.is_local:
         return hub_commit(source) or "unknown"
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
     return " ".join(f"{path.name}:{_sampled_hash(path)}" for path in files)

@@ -1,0 +1,41 @@
+"""The command in a process of its own, forked from the test's, which has everything imported: a start takes no time."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+def start(arguments: Sequence[str], output: str = os.devnull) -> int:
+    """Start the command with its output in a file; its process id."""
+    import heretic.interact  # with nearly all that a run needs
+
+    assert heretic.interact
+    pid = os.fork()
+    if pid == 0:
+        files = [os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)]
+        for number, file in ((0, files[0]), (1, files[1]), (2, files[1])):
+            os.dup2(file, number)
+        run_and_exit(arguments)
+    return pid
+
+
+def wait(pid: int) -> int:
+    """Wait for a process; its exit code, or minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run_and_exit(arguments: Sequence[str]) -> NoReturn:
+    """Be the command, on the standard streams of this process, whose previous life ends here."""
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+        from heretic.main import run_command
+
+        code = run_command(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

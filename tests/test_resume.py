@@ -1,0 +1,149 @@
+"""Runs that are stopped, interrupted and killed, as real processes, and go on."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+import process
+import tiny
+from conftest import SMALL
+
+STOPPING = "Stopping after the running trials. Ctrl+C again leaves at once."
+
+
+def complete(journal: Path) -> list[FrozenTrial]:
+    """Complete trials as Optuna's own tools read them, from a copy, as a killed writer may have left half a line."""
+    copy = journal.with_suffix(".copy")
+    content = journal.read_bytes()
+    copy.write_bytes(content[: content.rfind(b"\n") + 1])
+    storage = JournalStorage(JournalFileBackend(str(copy)))
+    studies = optuna.get_all_study_names(storage)
+    if not studies:
+        return []
+    trials = optuna.load_study(study_name=None, storage=storage).trials
+    return [trial for trial in trials if trial.state == TrialState.COMPLETE]
+
+
+def facts(trials: list[FrozenTrial]) -> list[tuple[object, ...]]:
+    return [(trial.params, trial.values, trial.user_attrs) for trial in trials]
+
+
+def wait_for(text: str, n_times: int = 1, output: Path = Path("output.txt")) -> None:
+    deadline = time.monotonic() + 120
+    while not (output.exists() and output.read_text().count(text) >= n_times):
+        assert time.monotonic() < deadline, f"{text!r} did not come"
+        time.sleep(0.005)
+
+
+def kill_and_resume(arguments: list[str], journal: Path, n_trials: int, pause: float) -> list[FrozenTrial]:
+    """Kill a study at ten random moments, start it again each time, then let it end. Checks that nothing finished is ever lost.
+
+    A moment is up to `pause` seconds after up to five trials of this start: while it loads, in a trial, or between two.
+    """
+    generator = random.Random(0)
+    output = Path("output.txt")
+    before: list[FrozenTrial] = []
+    for _ in range(10):
+        output.write_text("")
+        pid = process.start(arguments, str(output))
+        wait_for("\nTrial ", generator.randrange(6))
+        time.sleep(generator.uniform(0, pause))
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(pid) == -signal.SIGKILL, "it was still at work"
+        assert "Traceback" not in output.read_text() and "Error" not in output.read_text()
+        after = complete(journal) if journal.exists() else []
+        assert facts(after[: len(before)]) == facts(before)
+        before = after
+    assert 0 < len(before) < n_trials
+    assert process.wait(process.start(arguments, str(output))) == 0, output.read_text()
+    trials = complete(journal)
+    assert facts(trials[: len(before)]) == facts(before)
+    assert len(trials) == n_trials
+    assert len({str(trial.params) for trial in trials}) == n_trials
+    return trials
+
+
+@pytest.fixture
+def unhurried(workplace: Path) -> Path:
+    """A working directory with a study of 5000 trials on a model whose answers are never short."""
+    model = tiny.build()
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0.0
+    shutil.rmtree("m")
+    tiny.save(Path("m"), model)
+    settings = SMALL.replace("n_trials = 3", "n_trials = 5000").replace("max_response_length = 4", "max_response_length = 200")
+    Path("config.toml").write_text(settings.replace('["a"]', '["a sentence that no tiny model says", "a"]'))
+    return workplace
+
+
+def test_killed_at_ten_random_moments(unhurried: Path) -> None:
+    arguments = ["--n-trials", "60", "--n-startup-trials", "20", "--trials-per-batch", "1", "--max-response-length", "60"]
+    trials = kill_and_resume(arguments, Path("checkpoints/m.jsonl"), 60, pause=0.05)
+    # With one trial at a time the sampler does not notice the interruptions.
+    whole = ["--study-checkpoint-dir", "whole"]
+    assert process.wait(process.start([*arguments, *whole], "output.txt")) == 0
+    assert [trial.params for trial in complete(Path("whole/m.jsonl"))] == [trial.params for trial in trials]
+
+
+@pytest.mark.slow
+def test_the_demonstration_killed_at_ten_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--demo", "--seed", "1", "--n-trials", "60"]
+    trials = kill_and_resume(arguments, Path("checkpoints/heretic-demo.jsonl"), 60, pause=3)
+    assert min(trial.user_attrs["refusals"] for trial in trials) <= 20
+
+
+def interrupted(moment: str, again: bool = False) -> tuple[int, str]:
+    """Start the command, press Ctrl+C when a text has come (and again when that is acknowledged); exit code and output."""
+    Path("output.txt").unlink(missing_ok=True)
+    pid = process.start([], "output.txt")
+    wait_for(moment)
+    os.kill(pid, signal.SIGINT)
+    if again:
+        wait_for(STOPPING)
+        os.kill(pid, signal.SIGINT)
+    return process.wait(pid), Path("output.txt").read_text()
+
+
+def test_one_interrupt_stops_after_the_running_trials(unhurried: Path) -> None:
+    code, output = interrupted("Trial 1/5000")
+    assert code == 0
+    assert STOPPING in output
+    assert "Pareto front" in output and "To go on from here" in output
+    trials = complete(Path("checkpoints/m.jsonl"))
+    code, output = interrupted("Trial ")
+    assert f"Continuing the study checkpoints/m.jsonl ({len(trials)} trials done)." in output
+    assert facts(complete(Path("checkpoints/m.jsonl"))[: len(trials)]) == facts(trials)
+
+
+def test_two_interrupts_leave_at_once(unhurried: Path) -> None:
+    code, output = interrupted("Trial 1/5000", again=True)
+    assert code == 130
+    assert output.endswith("\nInterrupted.\n")
+    assert len(complete(Path("checkpoints/m.jsonl"))) >= 1
+
+
+def test_an_interrupt_before_any_trial(unhurried: Path) -> None:
+    code, output = interrupted("Loading prompts")
+    assert (code, output.splitlines()[-1]) == (130, "Interrupted.")
+    assert "Traceback" not in output
+
+
+def test_a_process_that_is_at_work_is_not_disturbed(unhurried: Path, heretic: Callable[..., object]) -> None:
+    pid = process.start([], "output.txt")
+    wait_for("Trial 1/5000")
+    outcome = heretic()
+    os.kill(pid, signal.SIGKILL)
+    process.wait(pid)
+    assert "Another process is working on the study checkpoints/m.jsonl." in str(outcome)
