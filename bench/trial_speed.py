@@ -131,7 +131,7 @@ def random_trials(n: int, components: Sequence[str], seed: int) -> list[Ablation
     ]
 
 
-def real_workload(settings: Settings, trials_per_batch: int) -> Workload:
+def real_workload(settings: Settings) -> Workload:
     """A model with prompts: the demonstration model or a folder."""
     model = Model(load_model(settings, model_source(settings), SilentProgress()), settings)
     names = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
@@ -337,8 +337,8 @@ def measure_floor(work: Workload, trials_per_batch: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Measure and print."""
+def parse_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help=f"demo, a folder, or a shape: {', '.join(SHAPES)}")
     parser.add_argument("--good", help="text file of harmless prompts, for a folder")
@@ -349,18 +349,24 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--mix", action="store_true", help="half of a shape's rows are decided within 15 tokens")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def make_workload(options: argparse.Namespace) -> Workload:
+    """What the options ask to be measured."""
     if options.model in SHAPES:
-        work = shape_workload(options.model, options.length, options.prompts, options.mix)
-    elif options.model == "demo":
-        work = real_workload(Settings(demo=True, max_response_length=options.length), options.trials_per_batch)  # type: ignore[call-arg]
-    else:
-        good, bad = {"dataset": options.good}, {"dataset": options.bad}
-        sources = {"good_prompts": good, "bad_prompts": bad, "good_evaluation_prompts": good, "bad_evaluation_prompts": bad}
-        settings = Settings.model_validate({"model": options.model, "max_response_length": options.length, **sources})
-        work = real_workload(settings, options.trials_per_batch)
+        return shape_workload(options.model, options.length, options.prompts, options.mix)
+    if options.model == "demo":
+        return real_workload(Settings(demo=True, max_response_length=options.length))  # type: ignore[call-arg]
+    good, bad = {"dataset": options.good}, {"dataset": options.bad}
+    sources = {"good_prompts": good, "bad_prompts": bad, "good_evaluation_prompts": good, "bad_evaluation_prompts": bad}
+    return real_workload(Settings.model_validate({"model": options.model, "max_response_length": options.length, **sources}))
 
+
+def main() -> None:
+    """Measure and print."""
+    options = parse_options()
+    work = make_workload(options)
     components = list(work.architecture.components)
     trials = random_trials(options.trials, components, options.seed)
     hooks_by_module = {w.module: dict(w.module._forward_hooks) for w in work.architecture.writers}

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import heretic
+from conftest import Outcome
 
 DEMO = Path(heretic.__file__).parent / "demo"
 SYSTEM = "You are a helpful assistant."
@@ -111,6 +111,7 @@ def test_the_demonstration_from_the_command_to_the_saved_model(original: Judge, 
     assert mean_kl(original.first_token(good), edited.first_token(good)) == pytest.approx(scores["kl_divergence"], rel=0.05, abs=0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "pre", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_own_model_and_prompts(
@@ -120,11 +121,11 @@ def test_own_model_and_prompts(
     name = str(dtype).removeprefix("torch.")
     shutil.copytree(DEMO / "model", "mine")
     Judge(Path("mine"), dtype).model.save_pretrained("mine")
-    n_prompts = {"good": 100, "bad": 100, "good_evaluation": 40, "bad_evaluation": 40}
+    n_prompts = {"good": 80, "bad": 80, "good_evaluation": 30, "bad_evaluation": 30}
     for kind, n in n_prompts.items():
         Path(f"{kind}.list").write_text("\n".join(lines(kind, n)), encoding="utf-8")
     sources = [f"--{kind.replace('_', '-')}-prompts.dataset={kind}.list" for kind in n_prompts]
-    search = ["--n-trials", "6", "--n-startup-trials", "6", "--seed", "2", "--max-response-length", "20", "--dtypes", name]
+    search = ["--n-trials", "4", "--n-startup-trials", "4", "--seed", "2", "--max-response-length", "20", "--dtypes", name]
     answers = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
     outcome = heretic("mine", *sources, *search, "--row-normalization", mode, *answers)
     assert (outcome.code, outcome.err) == (0, "")
@@ -132,7 +133,7 @@ def test_own_model_and_prompts(
     record = json.loads(Path("out/heretic.json").read_text())
     before, after = Judge(Path("mine"), dtype), Judge(Path("out"), dtype)
     assert {tensor.dtype for tensor in after.model.state_dict().values()} == {dtype}
-    bad, good = lines("bad_evaluation", 40), lines("good_evaluation", 40)
+    bad, good = lines("bad_evaluation", 30), lines("good_evaluation", 30)
     markers = record["settings"]["refusal_markers"]
     assert abs(refusals(after.answers(bad, 20), markers) - record["scores"]["refusals"]) <= 2
     divergence = mean_kl(before.first_token(good), after.first_token(good))

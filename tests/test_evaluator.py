@@ -24,7 +24,7 @@ from heretic.evaluator import (
     objectives,
 )
 from heretic.prompts import Prompt
-from tiny import Recorder, build, load, save, settings, unit_directions
+from tiny import Recorder, build, load, loud, save, settings, unit_directions
 
 REFUSED = [
     "I cannot help with that.",
@@ -232,16 +232,16 @@ def test_trials_that_are_not_worth_finishing(folder: Path) -> None:
     assert made.score_trials(ABLATIONS, just_enough) == whole
 
 
-def test_a_trial_that_overflows_has_no_score(folder: Path) -> None:
-    made = evaluator(folder, dtypes=["float16"])
-    broken = Ablation(None, {"mlp.down_proj": ComponentParameters(1e20, 1.0, 1e20, 1.0)})
+def test_a_trial_that_overflows_has_no_score(tmp_path: Path) -> None:
+    made = evaluator(save(tmp_path, loud(build("llama", seed=5))))
+    broken = Ablation(None, {"mlp.down_proj": ComponentParameters(1e38, 1.0, 1e38, 1.0)})
     made.model.use_directions(unit_directions(3, 32), "none")
     expected = made.score(ABLATIONS[0])
     error, score = made.score_trials([broken, ABLATIONS[0]])
     assert isinstance(error, TrialError)
     assert str(error) == "the model gives logits that are not finite (NaN or infinite)"
     assert score.refusals == expected.refusals
-    assert score.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-2)
+    assert score.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-4)
     with pytest.raises(TrialError):
         made.score(broken)
 

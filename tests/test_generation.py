@@ -4,9 +4,9 @@ import random
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from heretic import generation
 from heretic.generation import Decoder, PlainDecoder, Row, TextWatch, supports
 

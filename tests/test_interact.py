@@ -10,16 +10,22 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pexpect
 import pytest
 import torch
+from optuna.trial import create_trial
 from pexpect import fdpexpect
 
 import process
 import tiny
 from conftest import SMALL
-from heretic.interact import align
+from heretic.console import Console
+from heretic.errors import ModelError
+from heretic.interact import Workbench, align, is_count
+from heretic.prompts import Prompt
 
 DOWN = "\x1b[B"
 CLEAR_LINE = "\x15"
@@ -202,6 +208,62 @@ def test_an_interrupted_search_goes_to_the_menu(talkative: Path) -> None:
     time.sleep(0.3)
     terminal.interrupt()
     assert terminal.leave() == 0
+
+
+class Answers:
+    """Stands in for questionary's questions: each is answered with the next of some texts, then with Ctrl+C."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = list(texts)
+
+    def __call__(self, *_: object, **__: object) -> "Answers":
+        return self
+
+    def ask(self) -> str | None:
+        return self.texts.pop(0) if self.texts else None
+
+
+def test_a_chat_remembers_what_was_said_but_not_what_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[list[tuple[str, str]]] = []
+
+    def stream_response(messages: Any, *_: object) -> str:
+        heard.append([(message["role"], message["content"]) for message in messages])
+        if len(heard) == 2:
+            raise KeyboardInterrupt
+        return f" answer {len(heard)} "
+
+    prompts = [Prompt("Be kind.", "hello")]
+    bench = Workbench(*(SimpleNamespace() for _ in range(6)))  # type: ignore[arg-type]
+    bench.console, bench.evaluator = Console(), SimpleNamespace(bad_prompts=prompts)  # type: ignore[assignment]
+    bench.model = SimpleNamespace(stream_response=stream_response)  # type: ignore[assignment]
+    monkeypatch.setattr("questionary.text", Answers("one", "two", "three"))
+    parameters = {"attn.o_proj": {"max_weight": 1.0, "max_weight_position": 0.5, "min_weight": 0.0, "min_weight_distance": 0.5}}
+    bench._chat(create_trial(values=[0.0, 0.0], user_attrs={"direction_index": None, "parameters": parameters}))
+    system, first = ("system", "Be kind."), [("user", "one"), ("assistant", "answer 1")]
+    assert heard == [[system, ("user", "one")], [system, *first, ("user", "two")], [system, *first, ("user", "three")]]
+
+
+def test_whatever_an_action_raises_the_menu_stays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = [KeyboardInterrupt(), ModelError("the model is gone"), RuntimeError("something else")]
+    chosen = iter(["trial", "chat", "chat", "chat", "leave"])
+
+    def fail(*_: object) -> None:
+        raise problems.pop(0)
+
+    bench = Workbench(*(SimpleNamespace(debug=False) for _ in range(6)))  # type: ignore[arg-type]
+    bench.console = Console()
+    monkeypatch.setattr(Workbench, "_choose_trial", lambda self: next(chosen) and SimpleNamespace(number=0))
+    monkeypatch.setattr(Workbench, "_chat", fail)
+    monkeypatch.setattr("heretic.interact.select", lambda *_: next(chosen))
+    bench.menu()
+    out, err = capsys.readouterr()
+    assert out == "Interrupted.\n"
+    assert err == "Error: the model is gone\nError: RuntimeError: something else\n"
+
+
+@pytest.mark.parametrize(("text", "accepted"), [("1", True), ("50", True), ("0", False), ("", False), ("-1", False), ("²", False)])
+def test_how_many_is_a_whole_number(text: str, accepted: bool) -> None:
+    assert (is_count(text) is True) == accepted
 
 
 def test_columns_are_aligned() -> None:

@@ -17,7 +17,7 @@ import heretic.generation
 from heretic.ablation import Ablation, ComponentParameters
 from heretic.errors import ModelError, PromptError, TrialError
 from heretic.prompts import Prompt
-from tiny import NO_SYSTEM_TEMPLATE, TEMPLATE, Recorder, build, explicit_bias, explicit_weight, load, save, tokenizer, unit_directions
+from tiny import NO_SYSTEM_TEMPLATE, TEMPLATE, Recorder, build, explicit_bias, explicit_weight, load, loud, save, tokenizer, unit_directions
 
 SYSTEM = "you are helpful"
 TEXTS = [
@@ -33,7 +33,9 @@ TEXTS = [
     "my dog my cat my bike my mat",
 ]
 PROMPTS = [Prompt(SYSTEM if i % 3 else "", text) for i, text in enumerate(TEXTS)]
-FEW = PROMPTS[3:8]
+# Prompts that all begin in the same way, and prompts that do not.
+FEW = [Prompt(SYSTEM, text) for text in TEXTS[3:8]]
+SETS = {"alike": FEW, "mixed": PROMPTS}
 LENGTH = 24
 # Types whose masks, positions or caches differ.
 TYPES = {
@@ -127,15 +129,16 @@ def either_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
 
 
+@pytest.mark.parametrize("prompts", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("max_batch_size", [3, 128])
-def test_residuals(any_plain: Plain, max_batch_size: int) -> None:
+def test_residuals(any_plain: Plain, max_batch_size: int, prompts: list[Prompt]) -> None:
     """Equal to the hidden states of each prompt alone, so left padding does not matter; the last before the final norm."""
     model = load(any_plain.folder, max_batch_size=max_batch_size)
-    batches = list(model.residuals(PROMPTS))
+    batches = list(model.residuals(prompts))
     assert (len(batches) > 1) == (max_batch_size == 3)
     residuals = torch.cat(batches)
-    assert (residuals.shape, residuals.dtype) == ((len(PROMPTS), 3, 32), torch.float32)
-    for prompt, residual in zip(PROMPTS, residuals, strict=True):
+    assert (residuals.shape, residuals.dtype) == ((len(prompts), 3, 32), torch.float32)
+    for prompt, residual in zip(prompts, residuals, strict=True):
         expected = any_plain.hidden_states(prompt)
         torch.testing.assert_close(residual[:2], expected[:2], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(any_plain.final_norm(residual[2]), expected[2], rtol=1e-4, atol=1e-4)
@@ -143,22 +146,24 @@ def test_residuals(any_plain: Plain, max_batch_size: int) -> None:
     assert (residuals[0] - residuals[1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("prompts", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("max_batch_size", [3, 128])
-def test_first_token_logprobs(any_plain: Plain, max_batch_size: int) -> None:
+def test_first_token_logprobs(any_plain: Plain, max_batch_size: int, prompts: list[Prompt]) -> None:
     model = load(any_plain.folder, max_batch_size=max_batch_size)
-    logprobs = model.first_token_logprobs(PROMPTS)
-    assert (logprobs.shape, logprobs.dtype) == ((len(PROMPTS), 33), torch.float32)
-    expected = torch.stack([any_plain.logprobs(prompt) for prompt in PROMPTS])
+    logprobs = model.first_token_logprobs(prompts)
+    assert (logprobs.shape, logprobs.dtype) == ((len(prompts), 33), torch.float32)
+    expected = torch.stack([any_plain.logprobs(prompt) for prompt in prompts])
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.5
 
 
+@pytest.mark.parametrize("prompts", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("max_batch_size", [4, 128])
-def test_responses(any_plain: Plain, max_batch_size: int) -> None:
+def test_responses(any_plain: Plain, max_batch_size: int, prompts: list[Prompt]) -> None:
     """Greedy, whatever else is in the batch, whichever rows end early."""
     model = load(any_plain.folder, max_batch_size=max_batch_size)
-    expected = [any_plain.response(prompt) for prompt in PROMPTS]
-    assert model.responses(PROMPTS, LENGTH) == expected
+    expected = [any_plain.response(prompt) for prompt in prompts]
+    assert model.responses(prompts, LENGTH) == expected
     assert len(set(expected)) > len(expected) // 2
 
 
@@ -296,11 +301,11 @@ def test_logits_that_are_not_finite_fail_the_trial(plain: Plain, value: float) -
 
 
 @pytest.mark.usefixtures("either_decoder")
-def test_a_trial_that_overflows_spoils_no_other(plain: Plain) -> None:
-    model = load(plain.folder, dtypes=["float16"])
+def test_a_trial_that_overflows_spoils_no_other(tmp_path: Path) -> None:
+    model = load(save(tmp_path, loud(build("llama"))))
     model.use_directions(unit_directions(3, 32), "none")
     expected = model.responses(PROMPTS, LENGTH, ABLATIONS[1])
-    broken = Ablation(None, {"mlp.down_proj": ComponentParameters(1e20, 1.0, 1e20, 1.0)})
+    broken = Ablation(None, {"mlp.down_proj": ComponentParameters(1e38, 1.0, 1e38, 1.0)})
     rows = list(model.responses_of_trials(model.rows_of(PROMPTS, 3), LENGTH, [broken, ABLATIONS[1], broken]))
     assert len(rows) == 3 * len(PROMPTS)
     assert {row.finite for row in rows if row.trial != 1} == {False}

@@ -150,6 +150,15 @@ def load(folder: Path | str, progress: Any = None, **changes: Any) -> Any:
     return Model(load_model(chosen, model_source(chosen), progress), chosen, progress)
 
 
+def loud(model: Any) -> Any:
+    """A model whose MLPs write so much that a strength of 1e38 takes float32 beyond its range, and no ordinary one does."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("down_proj.weight"):
+                parameter *= 1000
+    return model
+
+
 class Recorder:
     """A progress that keeps what is told."""
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id
 
 from .config import Settings
 from .errors import ExportError, UsageError

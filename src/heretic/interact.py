@@ -109,7 +109,7 @@ class Workbench:
             self._run_more()
 
     def _run_more(self) -> None:
-        text = questionary.text("How many more trials?", default="50", validate=_is_count).ask()
+        text = questionary.text("How many more trials?", default="50", validate=is_count).ask()
         if text is not None:
             self.run_trials(int(text))
 
@@ -208,7 +208,8 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _is_count(text: str) -> bool | str:
+def is_count(text: str) -> bool | str:
+    """True for a number of trials, else what to say."""
     return (text.isdecimal() and int(text) > 0) or "A whole number above 0, please."
 
 
