@@ -7,6 +7,7 @@ number format, whatever format or quantization the search used.
 import contextlib
 import importlib.metadata
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -132,6 +133,16 @@ def _write(model: Model, result: Result, strategy: Strategy, original: Any, fold
     AutoTokenizer.from_pretrained(source.path, **source.arguments).save_pretrained(folder)
     (folder / "README.md").write_text(model_card(model, result, strategy), encoding="utf-8")
     (folder / "heretic.json").write_text(json.dumps(record(model, result, strategy), indent=2) + "\n", encoding="utf-8")
+    _share(folder)
+
+
+def _share(folder: Path) -> None:
+    """Give every file the permissions that new files usually have: safetensors writes its own for the owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _edits(model: Model, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
