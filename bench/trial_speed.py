@@ -34,10 +34,10 @@ from heretic.config import Settings
 from heretic.directions import mean_residual, refusal_directions
 from heretic.editing import AblationHooks
 from heretic.evaluator import Evaluator, kl_divergence
-from heretic.generation import Row, left_padded
 from heretic.loading import load_model
 from heretic.model import Model
 from heretic.prompts import load_prompts
+from heretic.rows import Row, left_padded
 from heretic.source import model_source
 from heretic.utils import SilentProgress
 
@@ -287,7 +287,7 @@ class Reference:
 
 def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock) -> list[tuple[int, float]]:
     """(b), with its parts timed."""
-    forward = generation.Decoder._forward
+    forward = generation.Decoder.forward
 
     def counted(decoder: Any, tokens: Tensor, *args: Any) -> Tensor:
         clock.tokens += tokens.numel()
@@ -296,7 +296,7 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock) -> lis
 
     make_maps = AblationHooks._make_maps
     with (
-        patch.object(generation.Decoder, "_forward", counted),
+        patch.object(generation.Decoder, "forward", counted),
         patch.object(AblationHooks, "_make_maps", clock.timed("setup", make_maps)),
     ):
         return work.ours(ablations)

@@ -71,11 +71,15 @@ def test_gains_of_norms_between_a_writer_and_the_stream(model_type: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("model_type", ["llama", "granite", "gpt_neox"])
 def test_no_gain_where_nothing_follows(model_type: str, dtype: torch.dtype) -> None:
-    """Weights that need no gradient and many layers: the allocator then uses addresses again, which must not be taken for a norm's."""
-    model = build(model_type, dtype, num_hidden_layers=6, hidden_size=64).requires_grad_(False)
-    assert [w.gain for w in discover(model).writers] == [None] * 12
+    """Memory that a norm's input has left is used again, for a writer's output too, which must not be taken for that input.
+
+    Whether it happens is up to the allocator: in some of these sizes it does.
+    """
+    for hidden_size in (32, 64, 96, 128, 256):
+        model = build(model_type, dtype, num_hidden_layers=8, hidden_size=hidden_size).requires_grad_(False)
+        assert [w.gain for w in discover(model).writers] == [None] * 16
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi", "gemma3_text", "olmo2", "glm4", "qwen2_5_vl"])

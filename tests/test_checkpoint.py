@@ -141,6 +141,17 @@ def test_a_damaged_line_in_the_middle_is_an_error(heretic: Heretic, workplace: P
     assert JOURNAL.with_name("m.jsonl.old").read_bytes() == damaged
 
 
+def test_a_trial_without_its_score_is_an_error(heretic: Heretic, workplace: Path) -> None:
+    assert heretic().code == 0
+    lines = JOURNAL.read_text().splitlines(keepends=True)
+    for name in ("refusals", "kl_divergence", "direction_index", "parameters"):
+        number = next(i for i, line in enumerate(lines) if f'{{"{name}":' in line)
+        JOURNAL.write_text("".join([*lines[:number], *lines[number + 1 :]]))
+        outcome = heretic()
+        assert outcome.code == 1
+        assert outcome.err.startswith(f"Error: The study {JOURNAL} is damaged: trial 0 has no {name}. Put a good copy in its place")
+
+
 @pytest.fixture
 def small_disk(workplace: Path) -> Iterator[Path]:
     """A file system of 24 KiB, where the system lets us make one."""

@@ -571,3 +571,11 @@ def test_generation_config_of_the_running_model_is_untouched_by_saving(original:
     assert isinstance(model.model.generation_config, GenerationConfig)
     assert all(torch.equal(p, weights[name]) for name, p in model.model.named_parameters())
     assert model.tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("strategy", ["merge", "adapter"])
+def test_saved_files_can_be_read_by_whoever_may_read_new_files(original: Path, tmp_path: Path, strategy: Strategy) -> None:
+    """safetensors creates its files for the owner only."""
+    (new := tmp_path / "new").touch()
+    export(original, tmp_path / "out", strategy=strategy)
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {new.stat().st_mode}

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import tiny
-from heretic import generation
-from heretic.generation import Decoder, PlainDecoder, Row, TextWatch, supports
+from heretic import pool
+from heretic.generation import Decoder, PlainDecoder, supports
+from heretic.rows import Row, TextWatch
 
 LENGTH = 30
 TYPES = [
@@ -71,11 +72,11 @@ def test_responses_and_logits_are_those_of_generate(model_type: str, changes: di
 
 def test_columns_are_forgotten_when_the_block_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """With hardly any slack and few rows at a time, rows that follow share blocks that have to be shifted again and again."""
-    monkeypatch.setattr(generation, "SLACK_COLUMNS", 2)
+    monkeypatch.setattr(pool, "SLACK_COLUMNS", 2)
     model, prompts = tiny.build(dtype=torch.float64), random_prompts(40)
     shifts = []
-    shift = generation._Pool._shift
-    monkeypatch.setattr(generation._Pool, "_shift", lambda pool: (shifts.append(1), shift(pool))[1])
+    shift = pool.Pool._shift
+    monkeypatch.setattr(pool.Pool, "_shift", lambda self: (shifts.append(1), shift(self))[1])
     assert decoded(make(model, Decoder, 3), prompts) == {i: by_generate(model, prompt)[0] for i, prompt in enumerate(prompts)}
     assert shifts
 

@@ -33,9 +33,9 @@ TEXTS = [
     "my dog my cat my bike my mat",
 ]
 PROMPTS = [Prompt(SYSTEM if i % 3 else "", text) for i, text in enumerate(TEXTS)]
-# Prompts that all begin in the same way, and prompts that do not.
-FEW = [Prompt(SYSTEM, text) for text in TEXTS[3:8]]
-SETS = {"alike": FEW, "mixed": PROMPTS}
+ALIKE = [Prompt(SYSTEM, text) for text in TEXTS]  # what all begin with is computed once
+SETS = {"alike": ALIKE, "mixed": PROMPTS}
+FEW = ALIKE[3:8]
 LENGTH = 24
 # Types whose masks, positions or caches differ.
 TYPES = {

@@ -159,11 +159,13 @@ class Checkpoint:
         try:
             return JournalStorage(_JournalFile(str(self.path), lock_obj=_JournalLock(self.path)))
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:  # Optuna has no error of its own for this
-            damage = _damage(self.path.read_bytes()) or str(error).rstrip(".")
-            raise CheckpointError(
-                f"The study {self.path} is damaged: {damage}. Put a good copy in its place, or begin anew with "
-                "--checkpoint-action restart (the file is kept)."
-            ) from error
+            raise self._damaged(_damage(self.path.read_bytes()) or str(error).rstrip(".")) from error
+
+    def _damaged(self, damage: str) -> CheckpointError:
+        return CheckpointError(
+            f"The study {self.path} is damaged: {damage}. Put a good copy in its place, or begin anew with --checkpoint-action restart "
+            "(the file is kept)."
+        )
 
     def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
         """Begin a study, described by its settings. A journal that is there is kept beside it, unless no trial of ours was finished."""
@@ -187,8 +189,9 @@ class Checkpoint:
         Raises `CheckpointError` naming what must not differ, and `UsageError` where the two do not go together.
         """
         attributes = self._attributes()
+        self._check_trials()
         kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in OF_ONE_RUN]
-        stored = {name: attributes["settings"][name] for name in kept}
+        stored = {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
         given = settings.model_dump(mode="json", include=settings.model_fields_set)
         try:
             before = Settings.model_validate(stored)
@@ -208,6 +211,14 @@ class Checkpoint:
         ]
         self._refuse(differences)
         return result
+
+    def _check_trials(self) -> None:
+        """Raise `CheckpointError` where a complete trial lacks what every complete trial has."""
+        assert self.study is not None
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            missing = [name for name in ("refusals", "kl_divergence", "direction_index", "parameters") if name not in trial.user_attrs]
+            if missing:
+                raise self._damaged(f"trial {trial.number} has no {missing[0]}")
 
     def check_identity(self, identity: dict[str, str]) -> None:
         """Raise `CheckpointError` where the model's files or the prompts are no longer those of the study."""

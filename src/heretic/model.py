@@ -14,9 +14,10 @@ from .architecture import Architecture, discover, first_tensor
 from .config import Settings
 from .editing import AblationHooks
 from .errors import ModelError, PromptError, TrialError
-from .generation import Decoder, Row, TextWatch, make_decoder
+from .generation import Decoder, make_decoder
 from .loading import LoadedModel
 from .prompts import Prompt
+from .rows import Row, TextWatch
 from .trunk import Trunk
 from .utils import Progress, SilentProgress
 

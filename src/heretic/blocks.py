@@ -1,0 +1,132 @@
+"""Keys and values of many rows in blocks that are allocated once: a transformers cache whose rows can come and go."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .rows import Row
+
+
+class BlockLayer(DynamicLayer):
+    """Keys and values of one layer in blocks `(row, head, column, dim)` of fixed size; `length` columns are in use."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, n_rows: int, n_columns: int) -> None:
+        super().__init__()
+        self.n_rows, self.n_columns, self.length = n_rows, n_columns, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+
+        def block(states: Tensor) -> Tensor:
+            return states.new_zeros(self.n_rows, states.shape[1], self.n_columns, states.shape[3])
+
+        self.keys, self.values = block(key_states), block(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n, end = len(key_states), self.length + key_states.shape[2]
+        self.keys[:n, :, self.length : end] = key_states
+        self.values[:n, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:n, :, :end], self.values[:n, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def begin_with(self, keys: Tensor, values: Tensor, n_rows: int) -> None:
+        """Take the same few columns `(1 or row, head, column, dim)` as the beginning of every row."""
+        self.lazy_initialization(keys, values)
+        self.update(keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
+
+    def adopt(self, keys: Tensor, values: Tensor) -> None:
+        """Take over full blocks that were computed before."""
+        self.keys, self.values, self.length = keys, values, keys.shape[2]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def grow(self, n_columns: int) -> None:
+        """Make room for more columns."""
+        self.n_columns += n_columns
+        if self.is_initialized:
+            self.keys, self.values = (nn.functional.pad(block, (0, 0, 0, n_columns)) for block in (self.keys, self.values))
+
+
+class Blocks(Cache):
+    """A cache of `BlockLayer`s, and the moves that keep it full of living rows."""
+
+    def __init__(self, n_layers: int, n_rows: int, n_columns: int) -> None:
+        self.blocks = [BlockLayer(n_rows, n_columns) for _ in range(n_layers)]
+        super().__init__(layers=list(self.blocks))
+        self.n_rows = n_rows
+
+    @property
+    def used(self) -> Iterator["BlockLayer"]:
+        """Layers that hold anything: some models share keys and values between layers."""
+        return (layer for layer in self.blocks if layer.is_initialized)
+
+    def move_rows(self, sources: Tensor, targets: Tensor) -> None:
+        for layer in self.used:
+            here, there = sources.to(layer.device), targets.to(layer.device)
+            layer.keys[there] = layer.keys[here]
+            layer.values[there] = layer.values[here]
+
+    def put(self, other: "Blocks", first_row: int, length: int) -> None:
+        """Copy the rows of `other`, from row `first_row` on, so that they end in column `length` as all rows do."""
+        for own, new in zip(self.blocks, other.blocks, strict=True):
+            if not new.is_initialized:
+                continue
+            if not own.is_initialized:
+                own.lazy_initialization(new.keys, new.values)
+            last_row, start = first_row + new.n_rows, length - new.length
+            own.keys[first_row:last_row, :, start:length] = new.keys
+            own.values[first_row:last_row, :, start:length] = new.values
+            own.length = length
+
+    def shift(self, n_columns: int, n_rows: int) -> None:
+        """Forget the first columns."""
+        for layer in self.used:
+            for block in (layer.keys, layer.values):
+                block[:n_rows, :, : layer.length - n_columns] = block[:n_rows, :, n_columns : layer.length].clone()
+            layer.length -= n_columns
+
+    def grow(self, n_columns: int) -> None:
+        """Make room for more columns."""
+        for layer in self.blocks:
+            layer.grow(n_columns)
+
+    def widen(self, n_columns: int, n_rows: int) -> None:
+        """Move everything to the right, leaving empty columns on the left."""
+        for layer in self.used:
+            for block in (layer.keys, layer.values):
+                block[:n_rows, :, n_columns : layer.length + n_columns] = block[:n_rows, :, : layer.length].clone()
+            layer.length += n_columns
+
+    @property
+    def bytes_per_position(self) -> int:
+        """What one token of one row takes over all layers."""
+        return sum(2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in self.used)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of the tokens that all rows begin with, one row for each trial."""
+
+    length: int
+    row_of_trial: dict[int, int]
+    cache: Blocks
+
+    def begin(self, cache: Blocks, rows: Sequence[Row]) -> None:
+        """Put the prefix at the beginning of every row of an empty cache."""
+        sources = torch.tensor([self.row_of_trial[row.trial] for row in rows])
+        for own, new in zip(self.cache.blocks, cache.blocks, strict=True):
+            if own.is_initialized:
+                there = sources.to(own.device)
+                new.begin_with(own.keys[there], own.values[there], len(rows))

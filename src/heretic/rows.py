@@ -1,0 +1,69 @@
+"""Rows: one prompt under one trial's ablation, and when its text is decided."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Characters of a response's end in which a marker is looked for when a token is added: more than any marker has.
+OVERLAP = 120
+
+
+@dataclass(eq=False)
+class Row:
+    """One response in the making. `tokens` is prompt number `prompt`; `trial` says which ablation of the batch it is computed under."""
+
+    trial: int
+    tokens: Sequence[int]
+    prompt: int = 0
+    generated: list[int] = field(default_factory=list)
+    finite: bool = True
+    begun: bool = False
+    tail: str = ""
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + len(self.generated)
+
+
+class TextWatch:
+    """Whether a row's text so far is decided, looked for only in what is new and the overlap before it.
+
+    A find in the tail is confirmed on the whole text; one that only the whole text shows (a long run of blanks inside a
+    marker, say) costs nothing but the steps to the row's end.
+    """
+
+    def __init__(self, tokenizer: Any, is_decided: Callable[[str], bool], overlap: int = OVERLAP) -> None:
+        self.tokenizer = tokenizer
+        self.is_decided = is_decided
+        self.overlap = overlap
+        self._pieces: dict[int, str] = {}
+        # A token's text depends on whether it stands at the beginning: some tokenizers drop the first blank.
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._anchor_text = self._decode(self._anchor)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _piece(self, token: int) -> str:
+        if token not in self._pieces:
+            self._pieces[token] = self._decode([*self._anchor, token])[len(self._anchor_text) :]
+        return self._pieces[token]
+
+    def __call__(self, row: Row) -> bool:
+        row.tail = (row.tail + self._piece(row.generated[-1]))[-self.overlap :]
+        return self.is_decided(row.tail) and self.is_decided(self._decode(row.generated))
+
+
+def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `(row, column)` on the CPU, all rows ending in the last column."""
+    width = max(map(len, sequences))
+    tokens = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for i, ids in enumerate(sequences):
+        tokens[i, width - len(ids) :] = torch.tensor(ids)
+        mask[i, width - len(ids) :] = True
+    return tokens, mask
