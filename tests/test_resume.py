@@ -99,9 +99,10 @@ def test_killed_at_ten_random_moments(unhurried: Path) -> None:
 @pytest.mark.slow
 def test_the_demonstration_killed_at_ten_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["--demo", "--seed", "1", "--n-trials", "60"]
-    trials = kill_and_resume(arguments, Path("checkpoints/heretic-demo.jsonl"), 60, pause=3)
-    assert min(trial.user_attrs["refusals"] for trial in trials) <= 20
+    fewer = ["--good-evaluation-prompts.split=[:40]", "--bad-evaluation-prompts.split=[:40]", "--trials-per-batch", "4"]
+    arguments = ["--demo", "--seed", "1", "--n-trials", "60", *fewer]
+    trials = kill_and_resume(arguments, Path("checkpoints/heretic-demo.jsonl"), 60, pause=2)
+    assert min(trial.user_attrs["refusals"] for trial in trials) <= 8
 
 
 def interrupted(moment: str, again: bool = False) -> tuple[int, str]:

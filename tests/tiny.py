@@ -155,7 +155,7 @@ def loud(model: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("down_proj.weight"):
-                parameter *= 1000
+                parameter.mul_(1000)
     return model
 
 
