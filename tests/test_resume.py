@@ -49,7 +49,7 @@ def wait_for(text: str, n_times: int = 1, output: Path = Path("output.txt")) -> 
 def kill_and_resume(arguments: list[str], journal: Path, n_trials: int, pause: float) -> list[FrozenTrial]:
     """Kill a study at ten random moments, start it again each time, then let it end. Checks that nothing finished is ever lost.
 
-    A moment is up to `pause` seconds after up to five trials of this start: while it loads, in a trial, or between two.
+    A moment is up to `pause` seconds after up to four trials of this start: while it loads, in a trial, or between two.
     """
     generator = random.Random(0)
     output = Path("output.txt")
@@ -57,7 +57,7 @@ def kill_and_resume(arguments: list[str], journal: Path, n_trials: int, pause: f
     for _ in range(10):
         output.write_text("")
         pid = process.start(arguments, str(output))
-        wait_for("\nTrial ", generator.randrange(6))
+        wait_for("\nTrial ", generator.randrange(5))
         time.sleep(generator.uniform(0, pause))
         os.kill(pid, signal.SIGKILL)
         assert process.wait(pid) == -signal.SIGKILL, "it was still at work"
@@ -101,7 +101,7 @@ def test_the_demonstration_killed_at_ten_random_moments(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     fewer = ["--good-evaluation-prompts.split=[:40]", "--bad-evaluation-prompts.split=[:40]", "--trials-per-batch", "4"]
     arguments = ["--demo", "--seed", "1", "--n-trials", "60", *fewer]
-    trials = kill_and_resume(arguments, Path("checkpoints/heretic-demo.jsonl"), 60, pause=2)
+    trials = kill_and_resume(arguments, Path("checkpoints/heretic-demo.jsonl"), 60, pause=0.5)
     assert min(trial.user_attrs["refusals"] for trial in trials) <= 8
 
 

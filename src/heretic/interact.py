@@ -31,9 +31,10 @@ def ask_checkpoint_action(path: str, n_done: int) -> str | None:
     )
 
 
-def select(question: str, choices: Sequence[tuple[str, Any]]) -> Any:
-    """One of several titled values, chosen with the arrow keys; None where the question is left with Ctrl+C."""
-    answer = questionary.select(question, choices=[questionary.Choice(t, value=(v,)) for t, v in choices]).ask()
+def select(question: str, choices: Sequence[tuple[str, Any]], header: str | None = None) -> Any:
+    """One of several titled values, chosen with the arrow keys, below a line that heads them; None where it is left with Ctrl+C."""
+    heads = [] if header is None else [questionary.Separator(header)]
+    answer = questionary.select(question, choices=[*heads, *(questionary.Choice(t, value=(v,)) for t, v in choices)]).ask()
     return None if answer is None else answer[0]
 
 
@@ -100,10 +101,11 @@ class Workbench:
         while True:
             front = self.search.front
             headers, rows = trial_rows(front, self._last_layer, self.evaluator.base_refusals)
-            header, *lines = align([headers, *rows])
+            width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
+            header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
             self.console.heading("Pareto front")
-            choice = select(f"Which trial?\n   {header}", choices)
+            choice = select("Which trial?", choices, header)
             if choice != "more":
                 return choice
             self._run_more()
