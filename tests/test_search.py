@@ -122,9 +122,8 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(trials_per_batch: i
             run(broken, 16, trials_per_batch, interrupted_at(n))
     trials = run(broken, 16, trials_per_batch)
     assert proposals(trials) == whole
-    cut_off = [trial for trial in trials if trial.state == TrialState.FAIL]
-    assert len(cut_off) == 6 * trials_per_batch, "each interruption is on record"
-    assert all("failure" not in trial.user_attrs for trial in cut_off)
+    assert [trial.number for trial in trials] == list(range(16)), "trials that were cut off are finished, not replaced"
+    assert all(trial.state == TrialState.COMPLETE for trial in trials)
 
 
 def test_a_search_killed_between_two_records_of_a_shared_pass_repeats_nothing(tmp_path: Path) -> None:
@@ -137,7 +136,18 @@ def test_a_search_killed_between_two_records_of_a_shared_pass_repeats_nothing(tm
             run(path, 12, 4, on_trial=kill)
     trials = proposals(run(path, 12, 4))
     assert len({str(p) for p in trials}) == 12
-    assert trials[:5] == proposals(run(tmp_path / "whole.jsonl", 5)), "startup trials are the same in whatever passes they run"
+    assert trials == proposals(run(tmp_path / "whole.jsonl", 12, 4))
+    assert trials[:5] == proposals(run(tmp_path / "single.jsonl", 5)), "startup trials are the same in whatever passes they run"
+
+
+def test_a_trial_cut_off_while_it_was_drawn_is_closed_and_drawn_again(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    opened = search(path)
+    opened.run(2, score, scaled)
+    opened.study.ask()  # nothing more is written
+    trials = run(path, 4)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2 + [TrialState.FAIL] + [TrialState.COMPLETE] * 2
+    assert proposals(trials) == proposals(run(tmp_path / "whole.jsonl", 4))
 
 
 def test_a_search_that_is_continued_proposes_what_a_longer_one_would_have(tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ from . import __version__
 from .ablation import Ablation, adapter_factors, edit_bias, edit_weight
 from .answers import check_target
 from .architecture import Writer
-from .config import Settings
+from .config import PromptSpecification, Settings
 from .errors import ExportError
 from .loading import LoadedModel, auto_class
 from .model import Model
+from .source import dataset_commit
 from .utils import Progress
 
 Strategy = Literal["merge", "adapter"]
@@ -224,6 +225,12 @@ def _save_adapter(model: Model, result: Result, original: Any, folder: Path, pro
     ).save_pretrained(str(folder))
 
 
+def _prompt_source(specification: PromptSpecification) -> dict[str, Any]:
+    """A source of prompts with the commit that was read, where it came from the hub."""
+    commit = dataset_commit(specification.dataset, specification.commit)
+    return specification.model_dump(exclude_none=True) | ({} if commit is None else {"commit": commit})
+
+
 def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
     """`heretic.json`: what was done to what, with which versions, and what came of it."""
     settings, loaded = result.settings, model.loaded
@@ -233,11 +240,11 @@ def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "model": {
             "name": loaded.source.name,
-            "commit": getattr(loaded.config, "_commit_hash", None) or loaded.source.revision,
+            "commit": loaded.source.revision,
             "type": loaded.config.model_type,
             "search_dtype": str(loaded.dtype).removeprefix("torch."),
         },
-        "prompts": {name: getattr(settings, name).model_dump(exclude_none=True) for name in sources},
+        "prompts": {name: _prompt_source(getattr(settings, name)) for name in sources},
         "settings": settings.model_dump(mode="json"),
         "export_strategy": strategy,
         "response_prefix": result.response_prefix,

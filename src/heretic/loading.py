@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from .config import Settings
 from .errors import ModelError
 from .source import ModelSource
-from .utils import Progress, empty_cache
+from .utils import Progress, empty_cache, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,11 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
     Raises `ModelError`, which lists why each format failed.
     """
     config = load_config(source)
+    source = source.pinned()
     tokenizer = _load_tokenizer(source)
     stored = _stored_dtype(config)
     failures: list[str] = []
+    lacks_memory = False
     tried: set[torch.dtype] = set()
     for name in settings.dtypes:
         dtype = _choose_dtype(name, stored, settings, progress)
@@ -114,7 +116,8 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
                 generation_config = _take_generation_config(model, tokenizer)
                 _test_run(model, tokenizer)
         except Exception as error:
-            failures.append(f"{label}: {_line(error)}")
+            failures.append(f"{label}: {_line(error).rstrip('.')}")
+            lacks_memory |= is_out_of_memory(error)
             progress.warning(f"Loading in {label} failed: {_line(error)}")
             if settings.debug:
                 progress.message(repr(error))
@@ -123,11 +126,8 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
             return LoadedModel(source, model, tokenizer, config, generation_config, dtype, stored, quantized)
         model = None
         empty_cache()
-    raise ModelError(
-        f"The model {source.name} could not be loaded in any format. "
-        + "; ".join(failures)
-        + ". For lack of memory try --quantization bnb_4bit."
-    )
+    hint = " Try --quantization bnb_4bit, or --max-memory." if lacks_memory else ""
+    raise ModelError(f"The model {source.name} could not be loaded in any format. {'; '.join(failures)}.{hint}")
 
 
 def _load_tokenizer(source: ModelSource) -> Any:

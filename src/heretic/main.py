@@ -101,8 +101,9 @@ def _prepare_libraries(debug: bool) -> None:
     import logging
     import warnings
 
-    # Threads that wait actively fight for cores where other programs run: ten times slower on a busy machine, no faster on an idle one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's threads spin for milliseconds while they wait. That is as fast as a short spin on an idle machine (see bench/LOG.md), but
+    # on one where other programs run, threads then wait for threads that have no core: many times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if debug:
         return

@@ -49,6 +49,12 @@ class Model:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model can look at, where its configuration says so."""
+        length: int | None = getattr(self.loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return length
+
     def use_directions(self, directions: Tensor, mode: RowNormalization) -> None:
         """Prepare ablations along `directions (layer + 1, d)`."""
         if self.hooks is not None:
@@ -101,14 +107,15 @@ class Model:
 
     def check_lengths(self, prompts: Sequence[Prompt], setting: str, n_new_tokens: int) -> None:
         """Raise `PromptError` for the first prompt that, with its response, is longer than the model's context."""
-        context = getattr(self.loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = self.context_length
         if context is None:
             return
         for i, ids in enumerate(self._token_ids(prompts)):
             if len(ids) + n_new_tokens > context:
+                lower = ", or lower max_response_length" if n_new_tokens > 1 else ""
                 raise PromptError(
                     f"{setting}: prompt {i + 1} has {len(ids)} tokens, which with {n_new_tokens} new ones is more than the model's "
-                    f"context of {context}. Shorten it, or lower max_response_length. It begins: {prompts[i].user[:60]!r}"
+                    f"context of {context}. Shorten it{lower}. It begins: {prompts[i].user[:60]!r}"
                 )
 
     @contextmanager
@@ -217,10 +224,17 @@ class Model:
     def stream_response(
         self, messages: Sequence[Message], max_new_tokens: int, ablation: Ablation | None, write: Callable[[str], None]
     ) -> str:
-        """Answer a conversation, handing each piece of text to `write` as it comes; returns the whole answer."""
+        """Answer a conversation, handing each piece of text to `write` as it comes; returns the whole answer.
+
+        Raises `ModelError` where the conversation fills the model's context.
+        """
         text = self.render(messages)
         inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self._template.exists).to(self.device)
         inputs.pop("token_type_ids", None)
+        if self.context_length is not None:
+            max_new_tokens = min(max_new_tokens, self.context_length - inputs["input_ids"].shape[1])
+            if max_new_tokens < 1:
+                raise ModelError(f"The conversation fills the model's context of {self.context_length} tokens. Begin a new one.")
         streamer = _CallbackStreamer(self.tokenizer, write)
         with self._edited([] if ablation is None else [ablation]):
             self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)

@@ -95,7 +95,7 @@ class Search:
     """Asks the study for trials and tells it their scores.
 
     The sampler is made anew for each trial, seeded with `seed` and the number of trials done. So a resumed run goes on exactly as it
-    would have, and the trial that was cut off is drawn again.
+    would have: trials that were cut off are scored as they were drawn, and the ones after them are drawn from the same history.
     """
 
     def __init__(
@@ -107,12 +107,18 @@ class Search:
         self.last_layer = last_layer
         self.seed = seed
         self.n_startup_trials = n_startup_trials
-        self._close_cut_off_trials()
+        self._cut_off = self._find_cut_off_trials()
 
-    def _close_cut_off_trials(self) -> None:
+    def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
+        """Trials that an earlier process asked for and did not finish. Those that were not drawn to the end are closed."""
+        found = []
         with journal_errors(self.path):
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                self.study.tell(trial.number, state=TrialState.FAIL)
+            for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if "parameters" in frozen.user_attrs:
+                    found.append((Trial(self.study, frozen._trial_id), ablation_of(frozen)))
+                else:
+                    self.study.tell(frozen.number, state=TrialState.FAIL)
+        return found
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -178,9 +184,9 @@ class Search:
         """
         while (n_done := self.n_done) < n_trials and not should_stop():
             # A batch that was cut off is completed, so that the ones that follow are those of an uninterrupted run.
-            end = (n_done // trials_per_batch + 1) * trials_per_batch
-            numbers = range(n_done, min(end, n_trials))
-            asked = [self._ask(number) for number in numbers]
+            asked, self._cut_off = self._cut_off, []
+            end = min((n_done // trials_per_batch + 1) * trials_per_batch, n_trials)
+            asked += [self._ask(number) for number in range(n_done + len(asked), end)]
             start = time.perf_counter()
             limit = refusal_limit(self.trials if stop_dominated else [])
             results = _scored([ablation for _, ablation in asked], limit, score_trials)

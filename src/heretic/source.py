@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ class ModelSource:
     def is_local(self) -> bool:
         """Whether it is a folder on this machine."""
         return Path(self.path).is_dir()
+
+    def pinned(self) -> "ModelSource":
+        """The same at the commit that was loaded, so that what is read later is what was read then."""
+        return replace(self, revision=hub_commit(self) or self.revision)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -68,10 +72,24 @@ def hub_commit(source: ModelSource) -> str | None:
     """The commit of a hub model that was loaded; None for a folder."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(source.path).is_dir():
+    if source.is_local:
         return None
     file = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
     return Path(file).parent.name if isinstance(file, str) else None  # .../snapshots/<commit>/config.json
+
+
+def dataset_commit(dataset: str, revision: str | None) -> str | None:
+    """The commit of a hub dataset that was loaded, from the cache's note of it; None for files and folders."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    if dataset.startswith(demo.PREFIX) or expand(dataset).exists():
+        return None
+    repository = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
+    note = repository / "refs" / (revision or "main")
+    if note.is_file():
+        return note.read_text(encoding="utf-8").strip()
+    return revision
 
 
 def fingerprint(source: ModelSource) -> str:
