@@ -75,7 +75,7 @@ class Terminal:
 @pytest.fixture
 def talkative(workplace: Path) -> Path:
     """The working directory with a model whose answers never end by themselves."""
-    model = tiny.build()
+    model = tiny.build(max_position_embeddings=65536)
     with torch.no_grad():
         model.lm_head.weight[model.config.eos_token_id] = 0.0
     shutil.rmtree("m")

@@ -181,6 +181,5 @@ def test_a_model_that_is_quantized_already(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_4bit(original)
     assert str(caught.value) == (
-        f"The model {original} could not be loaded in any format. float32: the model is already quantized; leave out --quantization. "
-        "For lack of memory try --quantization bnb_4bit."
+        f"The model {original} could not be loaded in any format. float32: the model is already quantized; leave out --quantization."
     )
