@@ -44,6 +44,8 @@ class Ablation:
 class OutputMap:
     """The edit of one writer as a map of its output: `y' = edited_bias + scale * (y0 - left (right . y0))`, `y0 = y - bias`.
 
+    Of fused experts every tensor has an axis `expert` before `d_out`.
+
     `left`, `right`, `scale`, `edited_bias` `(trial, d_out)`, `bias (d_out,)`, all float32 (float64 in tests). `scale` None means 1.
     `bias` None means that none has to be taken off: there is none, or (mode `none`) the map is the same for it.
     """
@@ -72,12 +74,12 @@ def inverse_norms(norms: Tensor) -> Tensor:
 
 
 def row_gram(weight: Tensor, norms: Tensor, directions: Tensor) -> Tensor:
-    """`c = What What^T r` for each row of `directions (k, d_out)`, as `(k, d_out)`.
+    """`c = What What^T r` for each row of `directions (k, d_out)`, as `(k, d_out)`; for experts `(expert, k, d_out)`.
 
     `c` is linear in `r`, so one call at load time serves every mixture of these directions.
     """
-    inverse = inverse_norms(norms)
-    return ((directions * inverse) @ weight @ weight.T) * inverse
+    inverse = inverse_norms(norms).unsqueeze(-2)
+    return ((directions * inverse) @ weight @ weight.mT) * inverse
 
 
 def row_rescaling(strength: Tensor, r: Tensor, c: Tensor) -> Tensor:
@@ -102,9 +104,10 @@ def output_map(
     """The edit of `edit_weight` and `edit_bias` as a map of the output, exact in all three modes, for a batch of trials.
 
     `strength (trial,)`, `r (trial, d_out)`; `norms (d_out,)` in modes `pre` and `full`, `c (trial, d_out)` from `row_gram`
-    in mode `full`. No weight is needed, so quantized and offloaded ones work as they are.
+    in mode `full`. For experts `r (trial, 1, d_out)`, `norms` and `bias` `(expert, d_out)`, `c (trial, expert, d_out)`.
+    No weight is needed, so quantized and offloaded ones work as they are.
     """
-    strength = strength[:, None]
+    strength = strength.view(-1, *[1] * (r.dim() - 1))
     if mode == "none":
         return OutputMap(strength * r, r)
     if norms is None:
@@ -149,6 +152,19 @@ def apply_output_map(y: Tensor, edit: OutputMap, membership: Tensor | None = Non
     return edited.view(y.shape).to(y.dtype)
 
 
+def apply_output_map_by_expert(y: Tensor, edit: OutputMap, trial: Tensor, expert: Tensor) -> Tensor:
+    """`y (pair, d_out)` edited, where pair `k` is the output of expert `expert[k]` under trial `trial[k]`."""
+    y0 = y.to(edit.left.dtype)
+    if edit.bias is not None:
+        y0 = y0 - edit.bias[expert]
+    edited = y0 - edit.left[trial, expert] * (edit.right[trial, expert] * y0).sum(dim=-1, keepdim=True)
+    if edit.scale is not None:
+        edited = edited * edit.scale[trial, expert]
+    if edit.edited_bias is not None:
+        edited = edited + edit.edited_bias[trial, expert]
+    return edited
+
+
 def edit_weight(weight: Tensor, r: Tensor, strength: float, mode: RowNormalization) -> Tensor:
     """The edited `W' (d_out, d_in)`, computed in float32 (float64 for float64 input), not rounded back."""
     W = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -165,10 +181,10 @@ def edit_weight(weight: Tensor, r: Tensor, strength: float, mode: RowNormalizati
 
 
 def edit_bias(bias: Tensor, r: Tensor, strength: float) -> Tensor:
-    """`b' = b - strength r (r . b)` in float32 (float64 for float64 input), not rounded back."""
+    """`b' = b - strength r (r . b)` for `(..., d_out)` in float32 (float64 for float64 input), not rounded back."""
     b = bias.to(torch.promote_types(bias.dtype, torch.float32))
     r = r.to(b)
-    return b - strength * r * (r @ b)
+    return b - strength * r * (b @ r)[..., None]
 
 
 def adapter_factors(weight: Tensor, r: Tensor, strength: float, mode: RowNormalization, rank: int) -> tuple[Tensor, Tensor, float]:

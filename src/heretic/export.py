@@ -24,10 +24,11 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from . import __version__
-from .ablation import Ablation, adapter_factors, edit_bias, edit_weight
+from .ablation import Ablation, adapter_factors, edit_bias
 from .answers import check_target
 from .architecture import Writer
 from .config import PromptSpecification, Settings
+from .editing import edit_stored
 from .errors import ExportError
 from .loading import LoadedModel, auto_class
 from .model import Model
@@ -162,9 +163,12 @@ def _merge(model: Model, result: Result, original: Any, progress: Progress) -> N
     with progress.task("Editing weights", len(edits)) as advance:
         for writer, r, strength in edits:
             module = original.get_submodule(writer.name)
-            module.weight.copy_(edit_weight(module.weight, r, strength, mode))
-            if module.bias is not None:
-                module.bias.copy_(edit_bias(module.bias, r, strength))
+            if writer.storage.weight is not None:
+                weight = getattr(module, writer.storage.weight)
+                weight.copy_(edit_stored(writer.storage, weight, r, strength, mode))
+            if writer.storage.bias is not None:
+                bias = getattr(module, writer.storage.bias)
+                bias.copy_(edit_bias(bias, r, strength))
             advance(1)
 
 
