@@ -52,7 +52,8 @@ COMPONENTS = ("attn.o_proj", "mixer.out_proj", "mlp.down_proj")
 class Storage:
     """How a writer's weight lies in its module: the parameter's name, the axis of its outputs, and its bias, if any.
 
-    Without a `weight` the writer is a bias that the layer adds by itself. With `n_experts` the weight holds a matrix for each expert, along its first axis or (two axes) one below the other.
+    Without a `weight` the writer is a bias that the layer adds by itself. With `n_experts` the weight holds a matrix for each expert,
+    along its first axis or (two axes) one below the other.
     """
 
     weight: str | None = "weight"
@@ -93,12 +94,17 @@ class Writer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an ablation needs to know of a model. `layers_name` is the path of the list of layers."""
+    """What an ablation needs to know of a model. `layers_name` is the path of the list of layers.
+
+    `stream_axis` is that of several residual streams in a layer's output: 0 before the rows, 2 after the tokens; None: one stream, or all
+    side by side in the last axis.
+    """
 
     hidden_size: int
     layers_name: str
     layers: tuple[nn.Module, ...]
     writers: tuple[Writer, ...]
+    stream_axis: int | None = None
 
     @property
     def components(self) -> dict[str, int]:
@@ -129,13 +135,11 @@ def discover(model: Any) -> Architecture:
     writes to the residual stream cannot be edited, and where no layers or writers are found at all.
     """
     model_type = model.config.model_type
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"Models of type {model_type} are not supported: it is an encoder with a decoder; only decoders that stand alone can be edited."
-        )
+    refuse_encoder_decoder(model.config)
     hidden_size = _hidden_size(model)
     tokens = probe_tokens(model)
-    layers_name, layers, ran = _find_layers(model, tokens, hidden_size)
+    layers_name, layers, shapes = _find_layers(model, tokens, hidden_size)
+    ran = set(shapes)
     _check_causality(model, [layers[i] for i in sorted(ran)], tokens)
 
     names = {module: name for name, module in model.named_modules()}
@@ -161,7 +165,18 @@ def discover(model: Any) -> Architecture:
             f"Models of type {model_type} are not supported: in layer {bare[0]} of {layers_name} nothing was found that writes to the "
             "residual stream."
         )
-    return Architecture(hidden_size, layers_name, tuple(layers), tuple(writers))
+    shape = next(iter(shapes.values()))
+    stream_axis = None if len(shape) == 3 else 0 if shape[-2] == PROBE_TOKENS else 2
+    return Architecture(hidden_size, layers_name, tuple(layers), tuple(writers), stream_axis)
+
+
+def refuse_encoder_decoder(config: Any) -> None:
+    """Raise `UnsupportedModelError` for a configuration that has an encoder beside the decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"Models of type {config.model_type} are not supported: it is an encoder with a decoder; only decoders that stand alone can be "
+            "edited."
+        )
 
 
 def _hidden_size(model: Any) -> int:
@@ -187,17 +202,17 @@ def _run(model: Any, tokens: Tensor) -> None:
     model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
 
 
-def _find_layers(model: Any, tokens: Tensor, hidden_size: int) -> tuple[str, list[nn.Module], set[int]]:
-    """The path of the layers' list, the layers, and which of them text runs through (not those for pictures alone)."""
-    passes: set[nn.Module] = set()
+def _find_layers(model: Any, tokens: Tensor, hidden_size: int) -> tuple[str, list[nn.Module], dict[int, torch.Size]]:
+    """The path of the layers' list, the layers, and the shape of the hidden states of those that text runs through."""
+    passes: dict[nn.Module, torch.Size] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         result = first_tensor(output)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not isinstance(result, Tensor) or not result.is_floating_point() or all(t.shape != result.shape for t in tensors):
             return
-        if result.dim() >= 3 and result.shape[-1] % hidden_size == 0:
-            passes.add(module)
+        if result.dim() >= 3 and result.shape[-1] % hidden_size == 0 and result.numel() >= tokens.numel() * hidden_size:
+            passes[module] = result.shape
 
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
     with ExitStack() as stack, torch.no_grad():
@@ -209,7 +224,7 @@ def _find_layers(model: Any, tokens: Tensor, hidden_size: int) -> tuple[str, lis
     if outer:
         name = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
         layers = list(outer[name])
-        return name, layers, {i for i, layer in enumerate(layers) if layer in passes}
+        return name, layers, {i: passes[layer] for i, layer in enumerate(layers) if layer in passes}
     raise UnsupportedModelError(
         f"Models of type {model.config.model_type} are not supported: no list of decoder layers was found that take and give "
         f"hidden states of size {hidden_size}."
@@ -232,7 +247,7 @@ def _check_causality(model: Any, layers: list[nn.Module], tokens: Tensor) -> Non
     before, after = hidden_states(tokens), hidden_states(changed)
     axis = next((i for i, size in enumerate(before.shape) if size >= PROBE_TOKENS), 1)
     before, after = (h.narrow(axis, 0, h.shape[axis] - 1) for h in (before, after))
-    noise = LOOKS_AHEAD if model.dtype == torch.float32 else LOOKS_AHEAD_HALF
+    noise = LOOKS_AHEAD if model.get_input_embeddings().weight.dtype == torch.float32 else LOOKS_AHEAD_HALF
     if torch.linalg.vector_norm(after - before) > noise * torch.linalg.vector_norm(before):
         raise UnsupportedModelError(
             f"Models of type {model.config.model_type} are not supported: it is an encoder, in which every token sees those after it; "
@@ -351,8 +366,10 @@ def _find_biases(
     direction = probe_direction(hidden_size)
     stream: list[Tensor] = []
 
-    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+    def note(module: nn.Module, args: Any, output: Any) -> None:
         stream.append(first_tensor(output))
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
         leaf = first_tensor(output).detach()
         return type(output)((leaf, *output[1:])) if isinstance(output, (tuple, list)) else leaf
 
@@ -363,7 +380,9 @@ def _find_biases(
             p.requires_grad_(True)
         with ExitStack() as stack, torch.enable_grad():
             for layer in layers:
-                stack.enter_context(_removed(layer.register_forward_hook(cut)))
+                stack.enter_context(_removed(layer.register_forward_hook(note)))
+            for module in [*layers, *(w.module for w in writers)]:
+                stack.enter_context(_removed(module.register_forward_hook(cut)))
             _run(model, tokens)
             loss = torch.stack([(h.float().cpu().unflatten(-1, (-1, hidden_size)) @ direction).sum() for h in stream]).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)

@@ -14,6 +14,7 @@ import os.path
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -203,7 +204,10 @@ class Decoder:
 
 
 class PlainDecoder:
-    """The same by transformers' own `generate`, for models whose cache holds more than keys and values: rows leave only together."""
+    """The same by transformers' own `generate`, for models whose cache holds more than keys and values: rows leave only together.
+
+    Unless `pads`, only rows of one length share a batch.
+    """
 
     def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Tensor], None]) -> None:
         self.model = model
@@ -211,6 +215,7 @@ class PlainDecoder:
         self.batch_size = rows_per_trial
         self.assign_rows = assign_rows
         self.first_layers: Sequence[int] = ()
+        self.pads = True
         self.device: torch.device = model.get_input_embeddings().weight.device
 
     def first_logits(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], Tensor]]:
@@ -236,6 +241,8 @@ class PlainDecoder:
         start = 0
         while start < len(rows):
             part = list(rows[start : start + self.batch_size])
+            if not self.pads:
+                part = next(list(group) for _, group in groupby(part, key=lambda row: row.length))
             try:
                 output = self._generate(part, is_finished, arguments)
             except (RuntimeError, MemoryError) as error:

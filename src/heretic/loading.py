@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import utils as hub_utils
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,8 +18,10 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM
 from transformers.utils import logging as transformers_logging
 
+from .architecture import refuse_encoder_decoder
 from .config import Settings
 from .errors import ModelError
 from .source import ModelSource
@@ -86,9 +89,11 @@ def _line(error: BaseException) -> str:
 
 
 def auto_class(config: Any) -> Any:
-    """The auto class that loads a configuration: with a vision part image-text-to-text, else causal."""
+    """The auto class that loads a configuration: image-text-to-text with a vision part, causal, or any that gives text."""
     if hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
     return AutoModelForCausalLM
 
 
@@ -98,6 +103,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
     Raises `ModelError`, which lists why each format failed.
     """
     config = load_config(source)
+    refuse_encoder_decoder(config)
     source = source.pinned()
     tokenizer = _load_tokenizer(source)
     stored = _stored_dtype(config)

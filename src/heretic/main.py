@@ -170,6 +170,9 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
     )
 
     n_together = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts)))
+    if not model.batches_trials:
+        n_together = 1
+        console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
 
     def run_trials(n_more: int) -> None:
         checkpoint.note(target=search.n_done + n_more)
@@ -273,7 +276,21 @@ def _load_model(settings: "Settings", console: "Console", name: str | None = Non
         f"{loaded.source.name}: {loaded.config.model_type}, {len(model.architecture.layers)} layers, "
         f"{'4-bit, computed in ' if loaded.quantized else ''}{dtype}; writing to the residual stream: {found}"
     )
+    _report_completeness(model, console)
     return model
+
+
+def _report_completeness(model: "Model", console: "Console") -> None:
+    """Tell where edits of weights cannot reach all of the residual stream."""
+    from .completeness import ROUNDING, remaining_share
+
+    share = remaining_share(model.model, model.architecture)
+    if share > ROUNDING.get(model.loaded.dtype.itemsize, 0.05):
+        console.warning(
+            f"After an ablation of full strength {min(share, 1):.0%} of a direction stays in the residual stream: this model normalizes, "
+            "gates or weighs its stream in a way that no edit of weights can follow, or something that writes to it was not found. "
+            "Ablation works on it, but only approximately."
+        )
 
 
 def _evaluator(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any]) -> "Evaluator":

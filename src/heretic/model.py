@@ -12,12 +12,13 @@ from transformers import TextStreamer
 from .ablation import Ablation, RowNormalization
 from .architecture import Architecture, discover, first_tensor
 from .config import Settings
-from .editing import AblationHooks
+from .editing import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
-from .generation import Decoder, make_decoder
+from .generation import Decoder
 from .loading import LoadedModel
 from .prompts import Prompt
 from .rows import Row, TextWatch
+from .selfcheck import choose_decoder, resumes_well
 from .trunk import Trunk
 from .utils import Progress, SilentProgress
 
@@ -40,7 +41,8 @@ class Model:
         self.response_prefix = ""
         self.architecture: Architecture = discover(self.model)
         self.hooks: AblationHooks | None = None
-        self.decoder = make_decoder(self.model, self.tokenizer, settings.batch_size or settings.max_batch_size, self._assign_rows)
+        rows_per_trial = settings.batch_size or settings.max_batch_size
+        self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self._assign_rows, self.progress)
         self._template = _ChatTemplate(self.tokenizer, self.progress)
 
     @property
@@ -61,6 +63,11 @@ class Model:
             self.hooks.remove()
         self.hooks = AblationHooks(self.architecture, directions, mode)
 
+    @property
+    def batches_trials(self) -> bool:
+        """Whether several ablations may be computed together."""
+        return self.hooks is None or batches_trials(self.architecture, self.hooks.mode)
+
     @contextmanager
     def _edited(self, ablations: Sequence[Ablation]) -> Iterator[None]:
         if ablations and self.hooks is None:
@@ -73,7 +80,7 @@ class Model:
     @contextmanager
     def recording_trunk(self) -> Iterator[None]:
         """Within, passes of the original are recorded, so that trials on the same prompts need not repeat what they do not change."""
-        if not isinstance(self.decoder, Decoder):
+        if not isinstance(self.decoder, Decoder) or not resumes_well(self.decoder, self.architecture):
             yield
             return
         bytes_per_token = self.architecture.hidden_size * self.model.dtype.itemsize
@@ -130,27 +137,34 @@ class Model:
         """Residual stream at the last prompt position: batches `(prompt, layer + 1, d)` in float32, in the order of the prompts.
 
         Index 0 is the embedding output, the input of the first layer; index `i + 1` what layer `i` gives, before any final norm.
-        Raises `ModelError` where a layer gives something else than one stream of hidden states.
+        Where the model has several residual streams, their mean. A layer that text does not run through gives what went into it.
         """
-        kept: list[Tensor] = []
+        n_layers = len(self.architecture.layers)
+        hidden_size, axis = self.architecture.hidden_size, self.architecture.stream_axis
+        kept: dict[int, Tensor] = {}
 
-        def keep(hidden: Any) -> None:
-            if hidden.dim() != 3 or hidden.shape[-1] != self.architecture.hidden_size:
-                raise ModelError(f"Layers of this model give hidden states of shape {tuple(hidden.shape)}, not one stream.")
-            kept.append(hidden[:, -1].float())
+        def keep(index: int, hidden: Tensor) -> None:
+            streams = hidden if axis is None else hidden.mean(dim=axis)
+            kept[index] = streams[:, -1].float().unflatten(-1, (-1, hidden_size)).mean(dim=-2)
+
+        def stacked() -> Tensor:
+            for index in range(1, n_layers + 1):
+                kept.setdefault(index, kept[index - 1])
+            return torch.stack([kept[index].to(kept[0].device) for index in range(n_layers + 1)], dim=1)
 
         def before_first(module: Any, args: Any, kwargs: Any) -> None:
             kept.clear()
-            keep(args[0] if args else kwargs["hidden_states"])
+            keep(0, args[0] if args else kwargs["hidden_states"])
 
         layers = self.architecture.layers
         handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
-        handles += [layer.register_forward_hook(lambda m, a, output: keep(first_tensor(output))) for layer in layers]
+        for i, layer in enumerate(layers, 1):
+            handles.append(layer.register_forward_hook(lambda m, a, output, i=i: keep(i, first_tensor(output))))
         try:
             with self._edited([]), self._task(description, len(prompts)) as advance:
                 for part, _ in self.decoder.first_logits(self.rows_of(prompts, 1)):
                     advance(len(part))
-                    yield torch.stack([hidden.to(kept[0].device) for hidden in kept], dim=1)
+                    yield stacked()
         finally:
             for handle in handles:
                 handle.remove()
