@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
+from heretic.loading import auto_class
 from heretic.twin import shrink
 
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -29,8 +30,17 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "hunyuan_v1_dense": {"rope_parameters": _ROPE, "head_dim": 128},
     "hunyuan_v1_moe": {"rope_parameters": _ROPE, "head_dim": 128},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [16, 24, 24]}, "head_dim": 128}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64},
+    },
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
     "ministral": {"rope_parameters": _ROPE, "head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "bamba": {"attn_layer_indices": [2]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "nemotron": {"num_key_value_heads": 12},
     **{t: _sections([8, 12, 12], 0.5) for t in ("glm4v", "glm46v", "glmga")},
     "glm_ocr": _sections([4, 6, 6], 0.5),
@@ -45,19 +55,103 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-LAYERS: dict[str, int | None] = {"zamba": None, "zamba2": None}
+LAYERS: dict[str, int | None] = {"zamba": None, "zamba2": None, "jamba": 6}
 
 
 def build(model_type: str, max_layers: int | None = 4) -> Any:
     config = CONFIG_MAPPING[model_type](**ARGUMENTS.get(model_type, {}))
-    if model_type in CAUSAL:
-        auto: Any = AutoModelForCausalLM
-    else:
-        auto = AutoModelForImageTextToText if model_type in IMAGE else modeling_auto.AutoModelForMultimodalLM
     torch.manual_seed(0)
-    model = auto.from_config(shrink(config, LAYERS.get(model_type, max_layers))).float().eval()
+    model = auto_class(config).from_config(shrink(config, LAYERS.get(model_type, max_layers))).float().eval()
     with torch.no_grad():  # gains that are not 1 and biases that are not 0, as in trained models
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "bias" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+# What no edit of weights can follow: the ablation works on these types, but only approximately.
+_NORMALIZES = "the stream itself is normalized, with a gain and a bias"
+INEXACT = {
+    "doge": "the stream's channels are weighed",
+    "gemma3n_text": "the normalized stream is added to the stream",
+    "git": _NORMALIZES,
+    "inkling2": "a convolution follows the writers",
+    "inkling2_text": "a convolution follows the writers",
+    "inkling_mm_model": "a convolution follows the writers",
+    "inkling_text": "a convolution follows the writers",
+    "longcat_flash": "some experts pass their input on",
+    "minimax": "the normalized stream is added to the stream",
+    "muse_spark": "a gate follows the writers",
+    "openai-gpt": _NORMALIZES,
+    "roc_bert": _NORMALIZES,
+    "rwkv": "a gate follows the feed-forward's writer",
+    "trocr": _NORMALIZES,
+    "zaya": "the stream's channels are weighed",
+}
+
+# Many layers, or large parts beside the decoder.
+SLOW = {"emu3", "muse_spark", "nemo_speechlm", "vibevoice_asr", "zamba", "zamba2"}
+# `generate` itself fails on these, as they are built here.
+NOT_GENERATED = {"hrm_text", "xlstm"}
+
+# Types that transformers does not build from its own default configuration made small, and words from what it says.
+NOT_BUILT = {
+    "diffusion_gemma": "argument 'size'",
+    "dots3_note": "SWA head_dim",
+    "dots3_note_text": "SWA head_dim",
+    "evolla": "Unrecognized configuration class",
+    "fast_vlm": "requires the PIL library",
+    "fun_asr_nano": "intermediate_size",
+    "gemma3n": "requires the PIL library",
+    "gemma4_assistant": "hidden_size_per_layer_input",
+    "gemma4_unified_assistant": "layer types",
+    "granite4_vision": "NoneType",
+    "kyutai_speech_to_text": "in_channels",
+    "molmo2": "vision_feature_layer",
+    "musicgen": "dropout",
+    "musicgen_melody": "dropout",
+    "perception_lm": "requires the PIL library",
+    "qwen3_omni_moe": "shared_expert_intermediate_size",
+    "reformer": "is_decoder",
+}
+# Types that do not run on text alone, as they are built here, and words from what they say.
+NOT_RUN = {
+    "blip": "pixel_values",
+    "blip-2": "pixel_values",
+    "instructblip": "pixel_values",
+    "instructblipvideo": "pixel_values",
+    "kosmos-2": "pixel_values",
+    "idefics": "pixel_values",
+    "pi0": "state",
+    "voxtral_realtime": "input_features",
+    "qwen2_5_omni": "get_input_embeddings",
+    "qwen2_5_omni_thinker": "vision_start_token_id",
+    "qwen3_omni_moe_thinker": "vision_start_token_id",
+    "xmod": "Input language unknown",
+    "blt": "cannot be multiplied",
+}
+# In these every token sees those after it.
+ENCODERS = [
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "cpmant",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "prophetnet",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roformer",
+    "xlm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xlnet",
+]
+ENCODER_DECODERS = [t for t in TYPES if t not in {*NOT_BUILT, *ENCODERS} and getattr(CONFIG_MAPPING[t](), "is_encoder_decoder", False)]
+# A classifier of pictures on top of a decoder, which transformers does not load again from what it saves.
+NOT_TEXT = ["shieldgemma2"]
+DECODERS = [t for t in TYPES if t not in {*NOT_BUILT, *NOT_RUN, *NOT_TEXT, *ENCODERS, *ENCODER_DECODERS}]

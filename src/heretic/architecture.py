@@ -146,7 +146,7 @@ def discover(model: Any) -> Architecture:
     writers = []
     for found in _with_siblings(_find_writers(model, layers, tokens, hidden_size), layers):
         name = names[found.module]
-        storage = _storage(found, hidden_size)
+        storage = _storage(model, found, tokens, hidden_size)
         if storage is None:
             raise UnsupportedModelError(
                 f"Models of type {model_type} are not supported: {name} ({type(found.module).__name__}) writes to the residual stream, "
@@ -430,13 +430,13 @@ def _same_shape(module: nn.Module, other: nn.Module) -> bool:
     return [p.shape for p in module.parameters()] == [p.shape for p in other.parameters()]
 
 
-def _storage(found: _Found, hidden_size: int) -> Storage | None:
+def _storage(model: Any, found: _Found, tokens: Tensor, hidden_size: int) -> Storage | None:
     """Which parameters of the module make its output; None where none was found to."""
     module = found.module
     if isinstance(module, nn.Linear):
         return Storage(bias=None if module.bias is None else "bias")
     own = {name: p for name, p in module.named_parameters(recurse=False) if p.is_floating_point() and p.dim() <= 3}
-    shares = _parameter_shares(found, own, hidden_size)
+    shares = _parameter_shares(model, found, own, tokens, hidden_size)
     weights = [(name, axis) for (name, axis) in shares if own[name].dim() >= 2 and not _is_bias(own, name, hidden_size)]
     if len(weights) != 1:
         return None
@@ -462,18 +462,27 @@ def _stacked_experts(module: nn.Module, weight: Tensor, axis: int) -> int | None
     return count if isinstance(count, int) and count > 1 and weight.shape[1 - axis] % count == 0 else None
 
 
-def _parameter_shares(found: _Found, own: Mapping[str, Tensor], hidden_size: int) -> list[tuple[str, int]]:
-    """Parameters, with the axis, whose gradient for `<r, output>` lies along `r`: a backward pass through the module alone."""
+def _parameter_shares(model: Any, found: _Found, own: Mapping[str, Tensor], tokens: Tensor, hidden_size: int) -> list[tuple[str, int]]:
+    """Parameters, with the axis, whose gradient for `<r, output>` lies along `r`: a backward pass through the module alone.
+
+    Where the module is handed its own weights by the one around it, the whole model is run.
+    """
     direction = probe_direction(hidden_size)
+    outputs: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(first_tensor(output))
+
     required = {name: p.requires_grad for name, p in own.items()}
-    args, kwargs = _detached(found.args), _detached(found.kwargs)
     try:
         for p in own.values():
             p.requires_grad_(True)
-        with torch.enable_grad():
-            loss = (
-                first_tensor(found.module(*args, **kwargs)).float() @ direction.to(first_tensor(args or tuple(kwargs.values())).device)
-            ).sum()
+        with torch.enable_grad(), _removed(found.module.register_forward_hook(note)):
+            found.module(*_detached(found.args), **_detached(found.kwargs))
+            if not outputs[0].requires_grad:
+                outputs.clear()
+                _run(model, tokens)
+        loss = torch.stack([(output.float().cpu() @ direction).sum() for output in outputs]).sum()
         gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
     finally:
         for name, p in own.items():
@@ -520,10 +529,16 @@ def _is_sum(found: _Found, storage: Storage) -> bool:
         for p in parameters:
             p.data = torch.zeros_like(p.data)
         with torch.no_grad():
-            return not bool(first_tensor(found.module(*found.args, **found.kwargs)).any())
+            output = first_tensor(found.module(*found.args, **found.kwargs))
+        # A module that is handed its own weights got the old ones here; it is made of nothing else.
+        return not bool(output.any()) or any(_shares_memory(value, kept) for value in found.args)
     finally:
         for p, data in zip(parameters, kept, strict=True):
             p.data = data
+
+
+def _shares_memory(value: Any, tensors: list[Tensor]) -> bool:
+    return isinstance(value, Tensor) and any(value.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors)
 
 
 def as_pairs(hidden: Tensor, index: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,8 +89,9 @@ def _line(error: BaseException) -> str:
 
 
 def auto_class(config: Any) -> Any:
-    """The auto class that loads a configuration: image-text-to-text with a vision part, causal, or any that gives text."""
-    if hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    """The auto class that loads a configuration: image-text-to-text where text is one part of several, causal, or any that gives text."""
+    has_parts = config.get_text_config(decoder=True) is not config
+    if has_parts and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForMultimodalLM

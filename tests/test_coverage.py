@@ -1,0 +1,220 @@
+"""Every type of decoder that transformers can build: what writes to its stream is found, edited, exported and loaded again.
+
+The independent answers: the explicit edit of every matrix in float64, and the stream itself, which carries nothing of a direction
+that every writer has lost.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+import tiny
+import zoo
+from heretic.ablation import Ablation, ComponentParameters
+from heretic.architecture import Architecture, discover, probe_tokens, refuse_encoder_decoder
+from heretic.completeness import remaining_share
+from heretic.editing import AblationHooks, batches_trials
+from heretic.errors import UnsupportedModelError
+from heretic.export import Result, save
+from heretic.loading import LoadedModel, auto_class, load_config
+from heretic.model import Model
+from heretic.rows import Row
+from heretic.source import model_source
+from heretic.utils import SilentProgress
+
+MODES = ["none", "pre", "full"]
+# Rounding of float32, relative to the largest logit.
+ROUNDING = 2e-5
+
+
+def parameters(strength: float) -> Ablation:
+    """Strong in the last layer, weaker in the others, and another direction for every layer."""
+    return Ablation(None, dict.fromkeys(("attn.o_proj", "mixer.out_proj", "mlp.down_proj"), ComponentParameters(strength, 1.0, 0.3, 1.5)))
+
+
+ABLATIONS = [parameters(1.1), parameters(0.6)]
+
+
+def directions(architecture: Architecture) -> Tensor:
+    return tiny.unit_directions(len(architecture.layers) + 1, architecture.hidden_size).float()
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    return output.float()
+
+
+def check_close(actual: Tensor, expected: Tensor) -> None:
+    assert float((actual - expected).abs().max() / expected.abs().max()) < ROUNDING
+
+
+def explicit(hooks: AblationHooks, writer: Any, ablation: Ablation, mode: str) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Name and edited value, in float64, of each of a writer's parameters."""
+    r, strength = hooks.edit_of(writer, ablation)
+    storage, module = writer.storage, writer.module
+    if storage.bias is not None:
+        bias = getattr(module, storage.bias).detach().double().numpy()
+        yield storage.bias, np.stack([tiny.explicit_bias(b, r, strength) for b in bias.reshape(-1, len(r))]).reshape(bias.shape)
+    if storage.weight is None:
+        return
+    weight = getattr(module, storage.weight).detach().double().numpy()
+    if storage.n_experts is None:
+        edited = tiny.explicit_weight(weight if storage.axis == 0 else weight.T, r, strength, mode)
+        yield storage.weight, edited if storage.axis == 0 else edited.T
+    else:
+        shape = weight.shape
+        weight = weight.reshape(storage.n_experts, -1, shape[-1])  # some stack their experts' matrices one below the other
+        axis = storage.axis + 3 - len(shape)
+        stored = [tiny.explicit_weight(W if axis == 1 else W.T, r, strength, mode) for W in weight]
+        yield storage.weight, np.stack([W if axis == 1 else W.T for W in stored]).reshape(shape)
+
+
+@contextmanager
+def explicitly_edited(architecture: Architecture, hooks: AblationHooks, ablation: Ablation, mode: str) -> Iterator[dict[str, Tensor]]:
+    """Within, the weights themselves are edited; their values by name."""
+    kept, values = [], {}
+    for writer in architecture.writers:
+        for name, value in list(explicit(hooks, writer, ablation, mode)):
+            parameter = getattr(writer.module, name)
+            kept.append((parameter, parameter.data))
+            parameter.data = torch.from_numpy(value).to(parameter.dtype)
+            values[f"{writer.name}.{name}"] = parameter.data
+    try:
+        yield values
+    finally:
+        for parameter, data in reversed(kept):
+            parameter.data = data
+
+
+def check_edits(model: Any, architecture: Architecture) -> None:
+    tokens = torch.randint(6, 30, (4, 9), generator=torch.Generator().manual_seed(0))
+    for mode in MODES:
+        hooks = AblationHooks(architecture, directions(architecture), mode)  # type: ignore[arg-type]
+        expected = []
+        for ablation in ABLATIONS:
+            with explicitly_edited(architecture, hooks, ablation, mode):
+                expected.append(logits(model, tokens))
+            with hooks.active([ablation]):
+                check_close(logits(model, tokens), expected[-1])
+        assert float((expected[0] - expected[1]).abs().max() / expected[0].abs().max()) > 10 * ROUNDING, "the edits show in the logits"
+        if batches_trials(architecture, mode):  # type: ignore[arg-type]
+            with hooks.active(ABLATIONS):
+                trial_of_row = torch.tensor([0, 1, 1, 0])
+                hooks.assign_rows(trial_of_row)
+                check_close(logits(model, tokens), torch.stack([expected[t][i] for i, t in enumerate(trial_of_row.tolist())]))
+        hooks.remove()
+
+
+def load(model_type: str, folder: Path, mode: str) -> Model:
+    """A tiny model as the program holds it, from files; its tokenizer is made for no type in particular."""
+    original = zoo.build(model_type)
+    original.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    tiny.save(folder, original)
+    settings = tiny.settings(folder, row_normalization=mode)
+    source = model_source(settings)
+    config = load_config(source)
+    inner = auto_class(config).from_pretrained(folder, dtype="float32").eval()
+    inner.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    loaded = LoadedModel(source, inner, tiny.tokenizer(), config, inner.generation_config, torch.float32, torch.float32, False)
+    model = Model(loaded, settings)
+    model.use_directions(directions(model.architecture), mode)  # type: ignore[arg-type]
+    return model
+
+
+PROMPTS = [[6, 9, 12, 7, 20, 11, 8], [10, 25, 7], [13, 14, 15, 16, 21]]
+
+
+def check_responses(model: Model, mode: str) -> None:
+    """Greedy responses of two trials: every token is the best one, to rounding, for weights that are edited and no cache."""
+    trials = range(2 if model.batches_trials else 1)
+    rows = [Row(trial, tokens, i) for trial in trials for i, tokens in enumerate(PROMPTS)]
+    done = list(model.responses_of_trials(rows, 4, ABLATIONS[: len(trials)]))
+    assert len(done) == len(rows)
+    assert model.hooks is not None
+    for trial in trials:
+        with explicitly_edited(model.architecture, model.hooks, ABLATIONS[trial], mode):
+            for row in (row for row in done if row.trial == trial):
+                answer = [*row.generated, 2] if len(row.generated) < 4 else row.generated
+                scores = logits(model.model, torch.tensor([[*row.tokens, *answer]]))[0, len(row.tokens) - 1 : -1]
+                chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
+                assert float((scores.max(dim=1).values - chosen).max()) < 1e-3 * float(scores.abs().max())
+
+
+def check_export(loaded: Model, folder: Path, mode: str) -> None:
+    """Through the program's own saving, and back through transformers."""
+    settings = tiny.settings(folder / "original", row_normalization=mode)
+    result = Result(settings, 0, ABLATIONS[0], refusals=0, kl_divergence=0.0, base_refusals=0, n_bad_prompts=1, response_prefix="")
+    target = save(loaded, result, "merge", str(folder / "edited"), False, SilentProgress())
+    after = auto_class(loaded.loaded.config).from_pretrained(target, dtype="float32")
+    before, tensors = loaded.model.state_dict(), after.state_dict()
+    tokens = probe_tokens(after) % 30
+    assert loaded.hooks is not None
+    with explicitly_edited(loaded.architecture, loaded.hooks, ABLATIONS[0], mode) as values:
+        check_close(logits(after, tokens), logits(loaded.model, tokens))
+        assert tensors.keys() == before.keys()
+        assert values.keys() <= tensors.keys()
+        # Tensors under several names (tied) hold what is written to any of them.
+        edited = {tensors[name].data_ptr() for name in values}
+        for name, tensor in tensors.items():
+            if name in values:
+                torch.testing.assert_close(tensor, values[name], rtol=1e-5, atol=1e-6)
+            elif tensor.data_ptr() not in edited:
+                assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(t, marks=pytest.mark.slow) if t in zoo.SLOW else t for t in zoo.DECODERS])
+def test_decoder(model_type: str, tmp_path: Path) -> None:
+    model = zoo.build(model_type)
+    architecture = discover(model)
+    share = remaining_share(model, architecture)
+    assert (share > 0.01) if model_type in zoo.INEXACT else (share < 2e-4)
+    check_edits(model, architecture)
+    loaded = load(model_type, tmp_path / "original", "full")
+    if model_type not in zoo.NOT_GENERATED:
+        check_responses(loaded, "full")
+    check_export(loaded, tmp_path, "full")
+
+
+@pytest.mark.parametrize("model_type", zoo.ENCODERS)
+def test_encoders_are_refused(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        discover(zoo.build(model_type))
+    name = model_type
+    assert str(caught.value) == (
+        f"Models of type {name} are not supported: it is an encoder, in which every token sees those after it; only decoders, which write "
+        "text from left to right, can be edited."
+    )
+
+
+@pytest.mark.parametrize("model_type", zoo.ENCODER_DECODERS)
+def test_encoders_with_decoders_are_refused(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        refuse_encoder_decoder(zoo.CONFIG_MAPPING[model_type]())
+    assert "it is an encoder with a decoder; only decoders that stand alone can be edited." in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", zoo.NOT_BUILT)
+def test_what_transformers_does_not_build(model_type: str) -> None:
+    with pytest.raises(Exception, match=zoo.NOT_BUILT[model_type]):
+        zoo.build(model_type)
+
+
+@pytest.mark.parametrize("model_type", zoo.NOT_RUN)
+def test_what_does_not_run_on_text(model_type: str) -> None:
+    model = zoo.build(model_type)
+    with pytest.raises(Exception, match=zoo.NOT_RUN[model_type]):
+        discover(model)
+
+
+def test_every_type_has_its_place() -> None:
+    places = [zoo.DECODERS, zoo.ENCODERS, zoo.ENCODER_DECODERS, zoo.NOT_BUILT, zoo.NOT_RUN, zoo.NOT_TEXT]
+    assert sorted(t for place in places for t in place) == zoo.TYPES
+    assert zoo.INEXACT.keys() <= set(zoo.DECODERS) and len(zoo.DECODERS) >= 200
