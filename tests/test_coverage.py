@@ -27,6 +27,7 @@ from heretic.loading import LoadedModel, auto_class, load_config
 from heretic.model import Model
 from heretic.rows import Row
 from heretic.source import model_source
+from heretic.twin import discover_by_twin
 from heretic.utils import SilentProgress
 
 MODES = ["none", "pre", "full"]
@@ -218,3 +219,28 @@ def test_every_type_has_its_place() -> None:
     places = [zoo.DECODERS, zoo.ENCODERS, zoo.ENCODER_DECODERS, zoo.NOT_BUILT, zoo.NOT_RUN, zoo.NOT_TEXT]
     assert sorted(t for place in places for t in place) == zoo.TYPES
     assert zoo.INEXACT.keys() <= set(zoo.DECODERS) and len(zoo.DECODERS) >= 200
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("qwen3_moe", {"num_hidden_layers": 48, "num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048}),
+        ("gpt_oss", {"num_hidden_layers": 36, "num_local_experts": 128}),
+        ("llama", {"num_hidden_layers": 80, "hidden_size": 8192, "num_attention_heads": 64}),
+    ],
+)
+def test_a_model_that_is_too_large_to_run_is_found_by_its_twin(model_type: str, sizes: dict[str, int]) -> None:
+    config = zoo.CONFIG_MAPPING[model_type](**sizes)
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    found = discover_by_twin(model)
+    names = [(w.name, w.layer, w.component, w.storage.weight, w.storage.axis, w.storage.bias) for w in found.writers]
+    small = discover(zoo.build(model_type, max_layers=2))
+    expected = {(w.name, w.component, w.storage.weight, w.storage.axis, w.storage.bias) for w in small.writers if w.layer == 0}
+    assert {(name, *rest) for name, layer, *rest in names if layer == 0} == expected
+    assert len(found.layers) == sizes["num_hidden_layers"] and len(names) == len(expected) * len(found.layers)
+    for writer in found.writers:
+        weight = getattr(writer.module, writer.storage.weight or "")
+        assert weight.is_meta and weight.shape[writer.storage.axis] == found.hidden_size
+        assert writer.storage.n_experts in (None, sizes.get("num_experts") or sizes.get("num_local_experts"))
+    assert found.components["mlp.down_proj"] == len(found.layers) * (sizes.get("num_experts") or sizes.get("num_local_experts") or 1)

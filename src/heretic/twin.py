@@ -6,7 +6,11 @@ no pattern is right has its exceptions in `EXCEPTIONS`.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
+
+from .architecture import Architecture, discover
+from .loading import auto_class
 
 HIDDEN = 64
 HEADS = 4
@@ -70,6 +74,23 @@ def shrink(config: Any, max_layers: int | None = None) -> Any:
     With `max_layers` it has fewer layers too: the first of every kind that per-layer lists tell apart, and at least two.
     """
     return type(config).from_dict(_shrunk(config.to_dict(), max_layers))
+
+
+def discover_by_twin(model: Any) -> Architecture:
+    """The architecture of a model that cannot be run (on the meta device, or too large), found on its tiny twin.
+
+    Gains are those of the model's own norms and cannot be measured without it: they are None. Raises as `discover` does.
+    """
+    found = discover(auto_class(model.config).from_config(shrink(model.config)).float().eval())
+    layers = model.get_submodule(found.layers_name)
+    writers = []
+    for writer in found.writers:
+        module, storage = model.get_submodule(writer.name), writer.storage
+        if storage.n_experts is not None and storage.weight is not None and getattr(module, storage.weight).dim() == 3:
+            storage = replace(storage, n_experts=len(getattr(module, storage.weight)))
+        writers.append(replace(writer, module=module, storage=storage, gain=None))
+    hidden_size = model.config.get_text_config(decoder=True).hidden_size
+    return Architecture(hidden_size, found.layers_name, tuple(layers), tuple(writers), found.stream_axis)
 
 
 def _shrunk(values: dict[str, Any], max_layers: int | None) -> dict[str, Any]:
