@@ -32,8 +32,10 @@ from heretic.ablation import Ablation, ComponentParameters, edit_weight
 from heretic.architecture import Architecture, discover
 from heretic.config import Settings
 from heretic.directions import mean_residual, refusal_directions
+from heretic.drafts import Drafts
 from heretic.editing import AblationHooks
 from heretic.evaluator import Evaluator, kl_divergence
+from heretic.generation import Savings
 from heretic.loading import load_model
 from heretic.model import Model
 from heretic.prompts import load_prompts
@@ -113,6 +115,8 @@ class Workload:
     verdict: Callable[[list[int]], bool]
     # (b): scores of several ablations at once, as (refusals, divergence).
     ours: Callable[[Sequence[Ablation]], list[tuple[int, float]]]
+    # Turns savings of (b) on and off.
+    use: Callable[[Savings], None]
 
 
 def random_trials(n: int, components: Sequence[str], seed: int) -> list[Ablation]:
@@ -146,6 +150,13 @@ def real_workload(settings: Settings) -> Workload:
         scores = evaluator.score_trials(ablations)
         return [(score.refusals, score.kl_divergence) for score in scores]  # type: ignore[union-attr]
 
+    def use(savings: Savings) -> None:
+        if isinstance(model.decoder, generation.Decoder):
+            model.decoder.savings, model.decoder.trunk, model.decoder.drafts = savings, None, Drafts()
+            with model.recording_trunk():
+                model.first_token_logprobs(evaluator.good_prompts)
+                evaluator.count_refusals()
+
     return Workload(
         model.model,
         model.architecture,
@@ -156,6 +167,7 @@ def real_workload(settings: Settings) -> Workload:
         model.decoder.end_tokens,
         lambda tokens: evaluator.rule.is_refusal(model.tokenizer.decode(tokens, skip_special_tokens=True)),
         ours,
+        use,
     )
 
 
@@ -195,10 +207,13 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
                 pass
         return [(0, float(total) / n_prompts) for total in sums]
 
+    def use(savings: Savings) -> None:
+        decoder.savings, decoder.drafts = savings, Drafts()
+
     with torch.inference_mode(), hooks.active([Ablation(None, {})]):
         rows = [Row(0, ids, i) for i, ids in enumerate(good)]
         base.append(torch.cat([torch.log_softmax(logits.float(), dim=-1) for _, logits in decoder.first_logits(rows)]))
-    return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda tokens: False, ours)
+    return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda tokens: False, ours, use)
 
 
 class Reference:
@@ -290,7 +305,7 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock) -> lis
     forward = generation.Decoder.forward
 
     def counted(decoder: Any, tokens: Tensor, *args: Any) -> Tensor:
-        clock.tokens += tokens.numel()
+        clock.tokens += tokens.numel()  # a draft that is checked counts as prefill
         with clock.part("prefill" if tokens.shape[1] > 1 else "decode"):
             return forward(decoder, tokens, *args)
 
@@ -300,6 +315,34 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock) -> lis
         patch.object(AblationHooks, "_make_maps", clock.timed("setup", make_maps)),
     ):
         return work.ours(ablations)
+
+
+SAVINGS = {
+    "none": Savings(prefix=False, trunk=False, drafts=False),
+    "prefix": Savings(prefix=True, trunk=False, drafts=False),
+    "trunk": Savings(prefix=False, trunk=True, drafts=False),
+    "drafts": Savings(prefix=False, trunk=False, drafts=True),
+    "prefix and trunk": Savings(prefix=True, trunk=True, drafts=False),
+    "all": Savings(prefix=True, trunk=True, drafts=True),
+}
+
+
+def measure_savings(work: Workload, trials: Sequence[Ablation], trials_per_batch: int, repeats: int = 2) -> dict[str, dict[str, float]]:
+    """Seconds per trial (of the processor, where the model is on it) and tokens with each saving alone and with several, alternating."""
+    on_cpu = work.model.device.type == "cpu"
+    result = {name: {"seconds": 0.0, "tokens": 0.0} for name in SAVINGS}
+    for _ in range(repeats):
+        for name, savings in SAVINGS.items():
+            work.use(savings)
+            clock = Clock(work.model.device)
+            start = time.process_time() if on_cpu else clock.now()
+            for i in range(0, len(trials), trials_per_batch):
+                run_ours(work, trials[i : i + trials_per_batch], clock)
+            seconds = (time.process_time() if on_cpu else clock.now()) - start
+            result[name]["seconds"] += seconds / len(trials) / repeats
+            result[name]["tokens"] += clock.tokens / len(trials) / repeats
+    work.use(Savings())
+    return result
 
 
 def measure_floor(work: Workload, trials_per_batch: int) -> dict[str, float]:
@@ -349,6 +392,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--mix", action="store_true", help="half of a shape's rows are decided within 15 tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--savings", action="store_true", help="also measure each saving alone and together")
     return parser.parse_args()
 
 
@@ -416,6 +460,8 @@ def main() -> None:
         "reference_shares": shares(theirs, reference_s),
         "ours_shares": shares(ours, ours_s),
     }
+    if options.savings:
+        result["savings"] = measure_savings(work, trials, options.trials_per_batch)
     if options.model in SHAPES:
         floor = measure_floor(work, options.trials_per_batch)
         result |= {**floor, "times_floor": ours_s / n / floor["floor_s"]}

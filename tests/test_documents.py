@@ -12,8 +12,8 @@ from heretic.config import PromptSpecification, Settings, command_parser, load_s
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/*.md")])
 
-# Options of other programs that the documents mention.
-FOREIGN_OPTIONS = {"--help", "--version", "--check", "--no-project", "--model"}
+# Options of other programs, those in bench/ included, that the documents mention.
+FOREIGN_OPTIONS = {"--help", "--version", "--check", "--no-project", "--model", "--savings", "--trials"}
 
 
 def text_of(path: Path) -> str:
@@ -36,7 +36,9 @@ def test_the_documents_are_there() -> None:
 def test_options_exist(path: Path) -> None:
     parser, _ = command_parser()
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z_]+)?", text_of(path).replace("--no-...", "")))
-    assert named <= {*parser._option_string_actions, *FOREIGN_OPTIONS}
+    benches = "".join(script.read_text(encoding="utf-8") for script in ROOT.glob("bench/*.py"))
+    of_benches = re.findall(r'add_argument\("(--[a-z][\w-]*)"', benches)
+    assert named <= {*parser._option_string_actions, *FOREIGN_OPTIONS, *of_benches}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -14,6 +14,7 @@ import os.path
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .blocks import Blocks, Prefix
+from .drafts import Drafts
 from .pool import Pool
 from .rows import Row, left_padded
 from .trunk import Trunk, pass_key
@@ -34,6 +36,23 @@ PREFILL_TOKENS_ACCELERATOR = 65536
 # A common beginning is computed once per trial if it has so many tokens and rows: below that the extra pass costs more.
 MIN_PREFIX_TOKENS = 4
 MIN_PREFIX_ROWS = 8
+
+
+# A pass over drafts gives logits at all of their positions; these may take so many bytes.
+DRAFT_LOGITS_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What the decoder need not compute again; set only to measure or test one.
+
+    `prefix`: the common start of the prompts, once per trial. `trunk`: layers below a trial's first edited one, once per run.
+    `drafts`: an earlier trial's response is checked in one pass; None: not on a CPU, where that is no faster (see bench/LOG.md).
+    """
+
+    prefix: bool = True
+    trunk: bool = True
+    drafts: bool | None = None
 
 
 Done = TypeVar("Done")
@@ -59,12 +78,14 @@ class Decoder:
         self.end_tokens = end_tokens
         self.rows_per_trial = rows_per_trial
         self.assign_rows = assign_rows
+        self.savings = Savings()
         self.trunk: Trunk | None = None
+        self.drafts = Drafts()
         self.first_layers: Sequence[int] = ()
         self.device: torch.device = model.get_input_embeddings().weight.device
         config = model.config.get_text_config(decoder=True)
         self.n_layers = len(DynamicCache(config=config).layers)
-        self.shares_prefix = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
         self.max_rows: int | None = None
         self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ACCELERATOR)
 
@@ -103,7 +124,9 @@ class Decoder:
                     raise
                 self.max_rows = max(1, len(pool.living) // 2)
             else:
-                yield from done
+                for row in done:
+                    self.drafts.note(row)
+                    yield row
                 if cancelled:
                     waiting = deque(row for row in waiting if row.trial not in cancelled)
                     pool.drop(cancelled)
@@ -149,7 +172,7 @@ class Decoder:
 
         Not where layers have a sliding window: rows then have a hole between prefix and prompt, which the window would count.
         """
-        if not self.shares_prefix or len(rows) < MIN_PREFIX_ROWS:
+        if not (self.savings.prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
             return None
         tokens = os.path.commonprefix([list(row.tokens[:-1]) for row in rows])
         if len(tokens) < MIN_PREFIX_TOKENS:
@@ -175,7 +198,7 @@ class Decoder:
         self.assign_rows(self.trials_of(rows))
         mask = mask.to(self.device)
         with self._reuse(sequences, rows[0].trial, cache):
-            return self.forward(tokens.to(self.device), mask, positions.to(self.device), cache), mask
+            return self.forward(tokens.to(self.device), mask, positions.to(self.device), cache)[:, -1], mask
 
     def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: Blocks | None) -> AbstractContextManager[None]:
         """Record the pass, or begin it where the trial's edits begin."""
@@ -190,16 +213,42 @@ class Decoder:
     def trials_of(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([row.trial for row in rows], device=self.device)
 
-    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None) -> Tensor:
+    @property
+    def checks_drafts(self) -> bool:
+        """Whether drafts are used. Not where layers have a sliding window: what is not accepted of a draft leaves a hole."""
+        drafts = self.device.type != "cpu" if self.savings.drafts is None else self.savings.drafts
+        return drafts and self.allows_holes
+
+    def check(self, drafts: Sequence[Sequence[int]], mask: Tensor, lengths: Sequence[int], cache: Blocks) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens `(row, draft token)` after each token of the drafts, -1 where logits are not finite, and the longer mask.
+
+        The drafts go on from `cache`, whose rows hold `lengths` tokens under `mask`; their keys and values are added to it.
+        """
+        n_draft = max(map(len, drafts))
+        tokens = torch.tensor([[*draft, *[0] * (n_draft - len(draft))] for draft in drafts], device=self.device)
+        used = torch.tensor([[j < len(draft) for j in range(n_draft)] for draft in drafts], device=self.device)
+        positions = torch.tensor(lengths, device=self.device)[:, None] + torch.arange(n_draft, device=self.device)
+        cache.grow(n_draft)
+        mask = torch.cat([mask, used], dim=1)
+        best, likeliest = self.forward(tokens, mask, positions, cache, n_draft).max(dim=-1)
+        return torch.where(torch.isfinite(best), likeliest, -1), mask
+
+    def longest_draft(self, n_rows: int) -> int:
+        """Tokens of a draft that fit into one pass over so many rows."""
+        vocabulary, size = self.model.get_input_embeddings().weight.shape[0], self.model.dtype.itemsize
+        return max(1, DRAFT_LOGITS_BYTES // (n_rows * vocabulary * size))
+
+    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None, n_logits: int = 1) -> Tensor:
+        """Logits `(row, position, vocabulary)` at the last `n_logits` positions."""
         output = self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
-            logits_to_keep=1,
+            logits_to_keep=n_logits,
         )
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = output.logits[:, -n_logits:]
         return logits
 
 
@@ -212,6 +261,7 @@ class PlainDecoder:
     def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Tensor], None]) -> None:
         self.model = model
         self.end_tokens = end_tokens
+        self.savings = Savings()  # of no use here
         self.batch_size = rows_per_trial
         self.assign_rows = assign_rows
         self.first_layers: Sequence[int] = ()

@@ -1,5 +1,6 @@
 """The command: reads, validates, calls, renders. Library errors become one line and an exit code here and nowhere else."""
 
+import gc
 import io
 import os
 import signal
@@ -83,7 +84,8 @@ def run(settings: "Settings") -> int:
     model_source(settings)  # a mistyped path is told before anything heavy is imported or a study is locked
     _prepare_libraries(settings.debug)
 
-    from .console import Console
+    with _collector_paused():
+        from .console import Console
 
     console = Console()
     console.message(f"heretic {__version__}")
@@ -115,6 +117,18 @@ def _prepare_libraries(debug: bool) -> None:
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Within, the garbage collector rests: imports make many objects, of which it would find none to be garbage, again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> int:
@@ -186,14 +200,18 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
         return _no_trial(search)
 
     # 6. The Pareto front, and what to do with it
+    asks = settings.model_action is None and console.can_ask
+    if not asks:
+        _show_outcome(settings, console, checkpoint)
+        if settings.model_action in (None, "none"):
+            return 0
+
     from .interact import Workbench
 
     bench = Workbench(settings, console, model, evaluator, search, run_trials)
-    if settings.model_action is None and console.can_ask:
+    if settings.model_action is None:
         bench.menu()
-        return 0
-    _show_outcome(settings, console, checkpoint)
-    if settings.model_action not in (None, "none"):
+    else:
         bench.act(settings.model_action)
     return 0
 
@@ -268,7 +286,8 @@ def _load_model(settings: "Settings", console: "Console", name: str | None = Non
     from .model import Model
     from .source import model_source
 
-    loaded = load_model(settings, model_source(settings, name), console)
+    with _collector_paused():  # transformers imports the model's own file only now
+        loaded = load_model(settings, model_source(settings, name), console)
     model = Model(loaded, settings, console)
     found = ", ".join(f"{count} {component}" for component, count in model.architecture.components.items())
     dtype = str(loaded.dtype).removeprefix("torch.")

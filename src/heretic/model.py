@@ -14,7 +14,7 @@ from .architecture import Architecture, discover, first_tensor
 from .config import Settings
 from .editing import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
-from .generation import Decoder
+from .generation import Decoder, Savings
 from .loading import LoadedModel
 from .prompts import Prompt
 from .rows import Row, TextWatch
@@ -33,7 +33,7 @@ class Model:
     `response_prefix` is put after every prompt; evaluation begins behind it.
     """
 
-    def __init__(self, loaded: LoadedModel, settings: Settings, progress: Progress | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, settings: Settings, progress: Progress | None = None, savings: Savings | None = None) -> None:
         self.loaded = loaded
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -43,6 +43,7 @@ class Model:
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
         self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self._assign_rows, self.progress)
+        self.decoder.savings = savings or Savings()
         self._template = _ChatTemplate(self.tokenizer, self.progress)
 
     @property
@@ -80,7 +81,7 @@ class Model:
     @contextmanager
     def recording_trunk(self) -> Iterator[None]:
         """Within, passes of the original are recorded, so that trials on the same prompts need not repeat what they do not change."""
-        if not isinstance(self.decoder, Decoder) or not resumes_well(self.decoder, self.architecture):
+        if not isinstance(self.decoder, Decoder) or not self.decoder.savings.trunk or not resumes_well(self.decoder, self.architecture):
             yield
             return
         bytes_per_token = self.architecture.hidden_size * self.model.dtype.itemsize

@@ -102,7 +102,7 @@ def decodes_well(decoder: Decoder) -> bool:
     tokens = torch.full((len(rows), 1), next_token, device=decoder.device)
     positions = torch.tensor([[row.length] for row in rows], device=decoder.device)
     mask = torch.nn.functional.pad(mask, (0, 1), value=True)
-    logits = decoder.forward(tokens, mask, positions, cache)
+    logits = decoder.forward(tokens, mask, positions, cache)[:, -1]
     return all(_agree(got, _plain_logits(model, [*row.tokens, next_token])) for row, got in zip(rows, logits, strict=True))
 
 

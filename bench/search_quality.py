@@ -1,0 +1,151 @@
+"""Does sharing passes, or stopping dominated trials, cost the search anything? Hypervolume of the front on the demonstration model.
+
+Every run is a whole search from one seed. The settings of one seed follow each other, so that whatever number of seeds is done is a
+complete comparison. A trial's score is a function of its parameters, so one that was computed to the end before (startup trials are
+the same in all runs of a seed) is looked up; a trial that is stopped is computed.
+
+    uv run python bench/search_quality.py --seeds 10 --output /tmp/quality.jsonl     # one line for each run, as they come
+    uv run python bench/search_quality.py --summary /tmp/quality.jsonl
+
+The hypervolume is that of (share of refusals left, KL divergence) below (1, 0.02), as a share of the whole rectangle. The last line is
+one JSON object: mean and standard deviation over seeds for every setting.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+
+from heretic.ablation import Ablation
+from heretic.config import Settings
+from heretic.directions import mean_residual, refusal_directions
+from heretic.errors import TrialError
+from heretic.evaluator import Evaluator, Score
+from heretic.loading import load_model
+from heretic.model import Model
+from heretic.prompts import load_prompts
+from heretic.search import Search, pareto_front
+from heretic.source import model_source
+from heretic.utils import SilentProgress
+
+# Trials per batch, and whether dominated trials are stopped.
+RUNS = [(1, True), (4, True), (8, True), (16, True), (4, False)]
+N_TRIALS = (50, 100)
+REFERENCE_KL = 0.02
+
+
+def hypervolume(points: Sequence[tuple[float, float]]) -> float:
+    """The share of the rectangle below (1, `REFERENCE_KL`) that points (refusals left, divergence) dominate."""
+    area, lowest = 0.0, REFERENCE_KL
+    for refusals, kl in sorted(points):
+        if refusals < 1 and kl < lowest:
+            area += (1 - refusals) * (lowest - kl)
+            lowest = kl
+    return area / REFERENCE_KL
+
+
+class Scores:
+    """The evaluator, and what it has said before."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self.known: dict[str, Score] = {}
+        self.n_computed = 0
+
+    def __call__(self, ablations: Sequence[Ablation], limit: Callable[[float], float]) -> list[Score | TrialError]:
+        results: dict[str, Score | TrialError] = {}
+        for ablation in ablations:
+            score = self.known.get(repr(ablation))
+            if score is not None and score.refusals <= limit(score.kl_divergence):
+                results[repr(ablation)] = score
+        rest = [ablation for ablation in ablations if repr(ablation) not in results]
+        if rest:
+            self.n_computed += len(rest)
+            for ablation, result in zip(rest, self.evaluator.score_trials(rest, limit), strict=True):
+                results[repr(ablation)] = result
+                if isinstance(result, Score) and not result.bounded:
+                    self.known[repr(ablation)] = result
+        return [results[repr(ablation)] for ablation in ablations]
+
+
+def demo_evaluator() -> tuple[Settings, Evaluator]:
+    """The demonstration model, ready to be searched."""
+    settings = Settings(demo=True)  # type: ignore[call-arg]
+    model = Model(load_model(settings, model_source(settings), SilentProgress()), settings)
+    names = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
+    prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names}
+    good, bad = (mean_residual(model.residuals(prompts[name]), settings.winsorization_quantile) for name in names[:2])
+    model.use_directions(refusal_directions(good, bad, settings.orthogonalize_direction), settings.row_normalization)
+    return settings, Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"])
+
+
+def one_run(scores: Scores, settings: Settings, seed: int, trials_per_batch: int, stops: bool) -> dict[str, Any]:
+    """A search, and what its front was after so many trials."""
+    evaluator = scores.evaluator
+    architecture = evaluator.model.architecture
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    last_layer = len(architecture.layers) - 1
+    search = Search(study, Path("memory"), list(architecture.components), last_layer, seed, settings.n_startup_trials)
+    start, before = time.process_time(), scores.n_computed
+    volumes = {}
+    for n_trials in N_TRIALS:
+        search.run(n_trials, scores, evaluator.objectives, trials_per_batch, stops)
+        front = [(t.user_attrs["refusals"] / evaluator.base_refusals, t.user_attrs["kl_divergence"]) for t in pareto_front(search.trials)]
+        volumes[f"after_{n_trials}"] = hypervolume(front)
+    n_bounded = sum(trial.user_attrs.get("bounded", False) for trial in search.trials)
+    cost = {"computed": scores.n_computed - before, "bounded": n_bounded, "cpu_s": round(time.process_time() - start, 1)}
+    return {"seed": seed, "trials_per_batch": trials_per_batch, "stop_dominated": stops, **volumes, **cost}
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds for which every setting was run."""
+    by_seed: dict[int, int] = {}
+    for run in runs:
+        by_seed[run["seed"]] = by_seed.get(run["seed"], 0) + 1
+    complete = {seed for seed, n in by_seed.items() if n == len(RUNS)}
+    result: dict[str, Any] = {"seeds": len(complete)}
+    for trials_per_batch, stops in RUNS:
+        own = [r for r in runs if r["seed"] in complete and (r["trials_per_batch"], r["stop_dominated"]) == (trials_per_batch, stops)]
+        for key in (f"after_{n}" for n in N_TRIALS):
+            values = [run[key] for run in own]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            name = f"{trials_per_batch} per batch, {'stopping' if stops else 'to the end'}, {key}"
+            result[name] = [round(statistics.fmean(values), 4) if values else None, round(spread, 4)]
+    return result
+
+
+def main() -> None:
+    """Measure, or sum up what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--output", type=Path, help="file that gets a line for each run")
+    parser.add_argument("--summary", type=Path, help="only sum up this file")
+    options = parser.parse_args()
+    if options.summary:
+        print(json.dumps(summary([json.loads(line) for line in options.summary.read_text().splitlines()])))
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings, evaluator = demo_evaluator()
+    runs = []
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        scores = Scores(evaluator)
+        for trials_per_batch, stops in RUNS:
+            runs.append(one_run(scores, settings, seed, trials_per_batch, stops))
+            print(json.dumps(runs[-1]), flush=True)
+            if options.output:
+                with options.output.open("a") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
+    print(json.dumps(summary(runs)))
+
+
+if __name__ == "__main__":
+    main()

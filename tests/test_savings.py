@@ -1,0 +1,209 @@
+"""No saving changes a score: trials of the demonstration model against `generate`, one prompt at a time, on edited copies of it."""
+
+import copy
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+import tiny
+from heretic.ablation import Ablation, ComponentParameters
+from heretic.config import Settings
+from heretic.directions import mean_residual, refusal_directions
+from heretic.evaluator import Evaluator
+from heretic.generation import Decoder, Savings
+from heretic.loading import load_model
+from heretic.model import Model
+from heretic.prompts import Prompt, load_prompts
+from heretic.rows import Row
+from heretic.source import model_source
+from heretic.utils import SilentProgress
+
+N_PROMPTS = 16
+EACH = [Savings(*switches) for switches in itertools.product([False, True], repeat=3)]
+
+
+def kernel(weight: float, position: float, distance: float) -> ComponentParameters:
+    return ComponentParameters(weight, position, 0.3 * weight, distance)
+
+
+TRIALS = [
+    Ablation(0.7, {"attn.o_proj": kernel(1.2, 0.7, 0.5), "mlp.down_proj": kernel(0.9, 0.8, 0.6)}),
+    Ablation(None, {"attn.o_proj": kernel(1.0, 0.9, 0.2), "mlp.down_proj": kernel(0.8, 1.0, 0.2)}),
+    Ablation(0.55, {"attn.o_proj": kernel(0.5, 0.6, 0.3), "mlp.down_proj": kernel(0.4, 0.7, 0.3)}),
+    Ablation(0.7, {"attn.o_proj": kernel(1.1, 0.7, 0.5), "mlp.down_proj": kernel(0.9, 0.8, 0.6)}),
+    Ablation(0.8, {"attn.o_proj": kernel(0.8, 0.7, 0.4), "mlp.down_proj": kernel(0.3, 0.7, 0.4)}),
+]
+
+
+class Demo:
+    """The demonstration model in float32 with some of its prompts."""
+
+    def __init__(self) -> None:
+        self.settings = Settings(demo=True, dtypes=["float32"], max_response_length=40)  # type: ignore[call-arg]
+        self.loaded = load_model(self.settings, model_source(self.settings), SilentProgress())
+        self.prompts = {
+            name: load_prompts(getattr(self.settings, name), self.settings.system_prompt, name)
+            for name in ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
+        }
+        self.good: list[Prompt] = self.prompts["good_evaluation_prompts"][:N_PROMPTS]
+        self.bad: list[Prompt] = self.prompts["bad_evaluation_prompts"][:N_PROMPTS]
+
+        model = Model(self.loaded, self.settings, savings=EACH[0])
+        good, bad = (mean_residual(model.residuals(self.prompts[name][:100])) for name in ("good_prompts", "bad_prompts"))
+        self.directions = refusal_directions(good, bad)
+
+    def evaluator(self, savings: Savings) -> Evaluator:
+        model = Model(self.loaded, self.settings, savings=savings)
+        model.use_directions(self.directions, "none")
+        return Evaluator(self.settings, model, self.good, self.bad)
+
+    def plain_scores(self) -> list[tuple[int, float]]:
+        """By `generate`, full length, on copies of the model whose weights were multiplied by `I - strength r r^T` in float64."""
+        evaluator = self.evaluator(EACH[0])
+        model, rule = evaluator.model, evaluator.rule
+        original = self._logprobs(model, model.model)
+        scores = []
+        for ablation in TRIALS:
+            edited = copy.deepcopy(model.model)
+            for module in edited.modules():
+                module._forward_hooks.clear()
+            for writer in model.architecture.writers:
+                assert model.hooks is not None
+                r, strength = model.hooks.edit_of(writer, ablation)
+                weight = edited.get_submodule(writer.name).weight
+                matrix = torch.eye(len(r), dtype=torch.float64) - strength * torch.outer(r.double(), r.double())
+                weight.data = (matrix @ weight.double() if writer.component != "embed" else weight.double() @ matrix.T).to(weight.dtype)
+            logprobs = self._logprobs(model, edited)
+            divergence = float((np.exp(original) * (original - logprobs)).sum(axis=1).mean())
+            responses = [self._generate(model, edited, row, self.settings.max_response_length) for row in model.rows_of(self.bad, 1)]
+            scores.append((sum(rule.is_refusal(model.tokenizer.decode(r, skip_special_tokens=True)) for r in responses), divergence))
+        return scores
+
+    def _logprobs(self, model: Model, network: Any) -> np.ndarray[Any, Any]:
+        with torch.inference_mode():
+            logits = [network(torch.tensor([row.tokens])).logits[0, -1].double().numpy() for row in model.rows_of(self.good, 1)]
+        values: np.ndarray[Any, Any] = log_softmax(np.stack(logits), axis=-1)
+        return values
+
+    @staticmethod
+    def _generate(model: Model, network: Any, row: Row, length: int) -> list[int]:
+        ids = torch.tensor([row.tokens])
+        output = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
+        tokens: list[int] = output[0, len(row.tokens) :].tolist()
+        return tokens
+
+
+@pytest.fixture(scope="module")
+def demo() -> Demo:
+    return Demo()
+
+
+@pytest.fixture(scope="module")
+def expected(demo: Demo) -> list[tuple[int, float]]:
+    return demo.plain_scores()
+
+
+def test_the_trials_differ_from_one_another(expected: list[tuple[int, float]]) -> None:
+    refusals = [refusals for refusals, _ in expected]
+    assert min(refusals) < max(refusals)
+    assert all(divergence > 1e-4 for _, divergence in expected)
+
+
+@pytest.mark.parametrize("savings", EACH, ids=str)
+def test_scores_are_those_of_generate_on_edited_weights(savings: Savings, demo: Demo, expected: list[tuple[int, float]]) -> None:
+    evaluator = demo.evaluator(savings)
+    for trials_per_batch in (1, 4):
+        scores = []
+        for start in range(0, len(TRIALS), trials_per_batch):
+            scores += evaluator.score_trials(TRIALS[start : start + trials_per_batch])
+        assert [score.refusals for score in scores] == [refusals for refusals, _ in expected]  # type: ignore[union-attr]
+        assert [score.kl_divergence for score in scores] == pytest.approx(  # type: ignore[union-attr]
+            [divergence for _, divergence in expected], abs=1e-5
+        )
+    decoder = evaluator.model.decoder
+    assert isinstance(decoder, Decoder)
+    assert (decoder.trunk is not None) == savings.trunk
+    assert (decoder.drafts.n_accepted > 0) == savings.drafts
+
+
+LENGTH = 24
+
+
+def decoder_with_drafts(model: Any) -> Decoder:
+    decoder = Decoder(model, frozenset([2]), 128, lambda trials: None)
+    decoder.savings = Savings(drafts=True)
+    return decoder
+
+
+def rows_of(prompts: list[list[int]]) -> list[Row]:
+    return [Row(0, prompt, i) for i, prompt in enumerate(prompts)]
+
+
+def responses(decoder: Decoder, prompts: list[list[int]]) -> dict[int, list[int]]:
+    with torch.inference_mode():
+        return {
+            row.prompt: list(row.generated) for row in decoder.run(rows_of(prompts), LENGTH, lambda row: len(row.generated) > row.prompt)
+        }
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    generator = random.Random(3)
+    return [[generator.randrange(6, 30) for _ in range(generator.randrange(3, 20))] for _ in range(23)]
+
+
+@pytest.mark.parametrize("spoilt_from", [1, 2, 5, 11, LENGTH])
+def test_a_draft_that_is_wrong_from_somewhere_on_changes_nothing(spoilt_from: int, prompts: list[list[int]]) -> None:
+    model = tiny.build("llama", torch.float64)
+    decoder = decoder_with_drafts(model)
+    decoder.savings = Savings(drafts=False)
+    expected = responses(decoder, prompts)
+    decoder.savings = Savings(drafts=True)
+    drafted = 0
+    for row in rows_of(prompts):
+        known = expected[row.prompt]
+        row.generated = [*known[:spoilt_from], *((token + 1) % 30 for token in known[spoilt_from:]), 7, 7]
+        drafted += len(row.generated) > 1
+        decoder.drafts.note(row)
+    assert responses(decoder, prompts) == expected
+    assert decoder.drafts.n_checked >= drafted
+    accepted = decoder.drafts.n_accepted
+    assert accepted >= sum(max(0, min(len(known), spoilt_from) - 1) for known in expected.values() if 2 not in known)
+    assert accepted < decoder.drafts.n_checked
+
+
+def test_with_few_rows_in_a_pass_drafts_leave_room_for_all_columns(prompts: list[list[int]]) -> None:
+    model = tiny.build("llama", torch.float64)
+    decoder = decoder_with_drafts(model)
+    first = responses(decoder, prompts)
+    decoder.max_rows = 3
+    assert responses(decoder, prompts) == first
+    assert decoder.drafts.n_accepted > 0
+
+
+def test_out_of_memory_while_drafts_are_checked_loses_no_row(prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama", torch.float64)
+    decoder = decoder_with_drafts(model)
+    first = responses(decoder, prompts)
+    check, failed = Decoder.check, []
+
+    def too_large(self: Decoder, drafts: Any, *arguments: Any) -> Any:
+        if len(drafts) > 5:
+            failed.append(len(drafts))
+            raise MemoryError
+        return check(self, drafts, *arguments)
+
+    monkeypatch.setattr(Decoder, "check", too_large)
+    assert responses(decoder, prompts) == first
+    assert failed
+    assert decoder.max_rows is not None
+
+
+def test_layers_with_a_sliding_window_get_no_drafts() -> None:
+    model = tiny.build("mistral", torch.float64, sliding_window=16)
+    assert not decoder_with_drafts(model).checks_drafts
