@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+import zoo
 from heretic import __version__
 from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import Settings
@@ -408,6 +409,37 @@ def test_adapter_of_rank_one_is_the_merged_model(tmp_path: Path, mode: str, mode
     assert adapted.peft_config["default"].r == 1
     assert len(tensors_of(tmp_path / "adapter")) == 6
     assert (recorder.messages, recorder.warnings) == ([], [])
+
+
+def test_adapter_of_transposed_weights(tmp_path: Path) -> None:
+    model = zoo.build("gpt2", max_layers=2)
+    with torch.no_grad():
+        for layer in model.transformer.h:  # no adapter holds biases
+            layer.attn.c_proj.bias.zero_()
+            layer.mlp.c_proj.bias.zero_()
+    original = save_original(tmp_path / "original", model)
+    for strategy in ("merge", "adapter"):
+        loaded = load(original, row_normalization="pre")
+        chosen = settings(original, row_normalization="pre")
+        loaded.use_directions(unit_directions(3, 64), "pre")
+        save(loaded, result_for(chosen), strategy, str(tmp_path / strategy), False, SilentProgress())  # type: ignore[arg-type]
+    merged, adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "merge"), with_adapter(original, tmp_path / "adapter")
+    scale = logits(merged).abs().max()
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=0, atol=float(1e-5 * scale))
+    assert (logits(merged) - logits(AutoModelForCausalLM.from_pretrained(original))).abs().max() > 1e-3 * scale
+
+
+def test_adapter_of_fused_experts_is_refused(tmp_path: Path) -> None:
+    original = save_original(tmp_path / "original", zoo.build("mixtral", max_layers=2))
+    loaded = load(original)
+    loaded.use_directions(unit_directions(3, 64), "none")
+    with pytest.raises(ExportError) as caught:
+        save(loaded, result_for(settings(original)), "adapter", str(tmp_path / "adapter"), False, SilentProgress())
+    assert str(caught.value) == (
+        "An adapter cannot hold the edits of fused experts (model.layers.1.mlp.experts and 0 more). Save a merged model: "
+        "--export-strategy merge."
+    )
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("rank", [3, 32, 40])

@@ -192,17 +192,22 @@ def _save_adapter(model: Model, result: Result, original: Any, folder: Path, pro
     rank = result.settings.full_normalization_lora_rank if mode == "full" else 1
     tensors: dict[str, Tensor] = {}
     errors: list[float] = []
-    biased: list[str] = []
     edits = list(_edits(model, result.ablation))
+    fused = [writer.name for writer, _, _ in edits if writer.storage.n_experts is not None]
+    if fused:
+        raise ExportError(
+            f"An adapter cannot hold the edits of fused experts ({fused[0]} and {len(fused) - 1} more). Save a merged model: "
+            "--export-strategy merge."
+        )
+    biased = [writer.name for writer, _, _ in edits if writer.storage.bias is not None]
+    edits = [(writer, r, strength) for writer, r, strength in edits if writer.storage.weight is not None]
     with progress.task("Computing the adapter", len(edits)) as advance:
         for writer, r, strength in edits:
-            module = original.get_submodule(writer.name)
-            A, B, error = adapter_factors(module.weight, r, strength, mode, rank)
+            weight = writer.storage.matrices(getattr(original.get_submodule(writer.name), writer.storage.weight or ""))
+            A, B, error = adapter_factors(weight, r, strength, mode, rank)
             tensors[f"base_model.model.{writer.name}.lora_A.weight"] = A.contiguous()
             tensors[f"base_model.model.{writer.name}.lora_B.weight"] = B.contiguous()
             errors.append(error)
-            if module.bias is not None:
-                biased.append(writer.name)
             advance(1)
     if mode == "full":
         mean = sum(errors) / max(len(errors), 1)
@@ -221,6 +226,7 @@ def _save_adapter(model: Model, result: Result, original: Any, folder: Path, pro
         lora_alpha=rank,
         lora_dropout=0.0,
         bias="none",
+        fan_in_fan_out=any(writer.storage.axis == 1 for writer, _, _ in edits),  # GPT-2's weights are stored transposed
         target_modules=[writer.name for writer, _, _ in edits],
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=str(Path(source.path).absolute()) if Path(source.path).is_dir() else source.path,
