@@ -349,7 +349,7 @@ def test_a_run_without_a_terminal_ends_with_the_front_and_commands_that_work(her
         lines[3],
     ]
     assert lines[3].startswith("Seed 1; ")
-    assert "m: llama, 2 layers, float32; writing to the residual stream: 2 attn.o_proj, 2 mlp.down_proj" in lines
+    assert "m: llama, 2 layers, float32; writing to the residual stream: 2 attn.o_proj, 2 mlp.down_proj, all edited" in lines
     assert "The original refuses 5 of 5 harmful evaluation prompts." in lines
     assert "Search: 3 trials, 0 done" in lines
     assert sum(line.startswith("Trial ") and "/3: " in line for line in lines) == 3

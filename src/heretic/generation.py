@@ -47,12 +47,13 @@ class Savings:
     """What the decoder need not compute again; set only to measure or test one.
 
     `prefix`: the common start of the prompts, once per trial. `trunk`: layers below a trial's first edited one, once per run.
-    `drafts`: an earlier trial's response is checked in one pass; None: not on a CPU, where that is no faster (see bench/LOG.md).
+    `drafts`: an earlier trial's response is checked in one pass; off, since on a CPU it is no faster and no accelerator has been tried
+    (see bench/LOG.md).
     """
 
     prefix: bool = True
     trunk: bool = True
-    drafts: bool | None = None
+    drafts: bool = False
 
 
 Done = TypeVar("Done")
@@ -216,8 +217,7 @@ class Decoder:
     @property
     def checks_drafts(self) -> bool:
         """Whether drafts are used. Not where layers have a sliding window: what is not accepted of a draft leaves a hole."""
-        drafts = self.device.type != "cpu" if self.savings.drafts is None else self.savings.drafts
-        return drafts and self.allows_holes
+        return self.savings.drafts and self.allows_holes
 
     def check(self, drafts: Sequence[Sequence[int]], mask: Tensor, lengths: Sequence[int], cache: Blocks) -> tuple[Tensor, Tensor]:
         """The likeliest tokens `(row, draft token)` after each token of the drafts, -1 where logits are not finite, and the longer mask.

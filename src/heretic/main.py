@@ -293,7 +293,7 @@ def _load_model(settings: "Settings", console: "Console", name: str | None = Non
     dtype = str(loaded.dtype).removeprefix("torch.")
     console.message(
         f"{loaded.source.name}: {loaded.config.model_type}, {len(model.architecture.layers)} layers, "
-        f"{'4-bit, computed in ' if loaded.quantized else ''}{dtype}; writing to the residual stream: {found}"
+        f"{'4-bit, computed in ' if loaded.quantized else ''}{dtype}; writing to the residual stream: {found}, all edited"
     )
     _report_completeness(model, console)
     return model
