@@ -4,8 +4,8 @@ Every run is a whole search from one seed. The settings of one seed follow each 
 complete comparison. A trial's score is a function of its parameters, so one that was computed to the end before (startup trials are
 the same in all runs of a seed) is looked up; a trial that is stopped is computed.
 
-    uv run python bench/search_quality.py --seeds 10 --output /tmp/quality.jsonl     # one line for each run, as they come
-    uv run python bench/search_quality.py --summary /tmp/quality.jsonl
+    uv run python bench/search_quality.py --seeds 10 --output quality.jsonl     # one line for each run, as they come
+    uv run python bench/search_quality.py --summary quality.jsonl
 
 The hypervolume is that of (share of refusals left, KL divergence) below (1, 0.02), as a share of the whole rectangle. The last line is
 one JSON object: mean and standard deviation over seeds for every setting.

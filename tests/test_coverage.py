@@ -4,6 +4,7 @@ The independent answers: the explicit edit of every matrix in float64, and the s
 that every writer has lost.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -248,7 +249,7 @@ def test_a_model_that_is_too_large_to_run_is_found_by_its_twin(model_type: str, 
     assert found.components["mlp.down_proj"] == len(found.layers) * (sizes.get("num_experts") or sizes.get("num_local_experts") or 1)
 
 
-def whole_run(heretic: Callable[..., Outcome], folder: Path, model_type: str, mode: str) -> Outcome:
+def whole_run(heretic: Callable[..., Outcome], folder: Path, model_type: str, mode: str, *more: object) -> Outcome:
     original = zoo.build(model_type)
     original.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     tiny.save(folder / "m", original)
@@ -262,7 +263,7 @@ def whole_run(heretic: Callable[..., Outcome], folder: Path, model_type: str, mo
     search += ["--refusal-markers", '["a", "e", "i", "o", "?", "."]']  # in nearly everything that is said at random
     saving = ["--trial-index", 0, "--model-action", "save", "--export-strategy", "merge", "--save-directory", folder / "out"]
     studies = ["--study-checkpoint-dir", folder / "studies"]
-    return heretic(folder / "m", *prompts, *search, "--dtypes", "float32", *studies, *saving)
+    return heretic(folder / "m", *prompts, *search, "--dtypes", "float32", *studies, *saving, *more)
 
 
 TOGETHER = "Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to."
@@ -307,3 +308,13 @@ def test_what_stays_in_the_stream_is_told(tmp_path: Path, heretic: Callable[...,
         "this model normalizes, gates or weighs its stream in a way that no edit of weights can follow, or something that writes to it was "
         "not found."
     )
+
+
+def test_experts_may_have_kernels_of_their_own(tmp_path: Path, heretic: Callable[..., Outcome]) -> None:
+    outcome = whole_run(heretic, tmp_path, "qwen2_moe", "none", "--split-experts")
+    assert outcome.code == 0
+    found = "2 attn.o_proj, 8 mlp.experts.down_proj, 2 mlp.shared_experts.down_proj, all edited"
+    assert f"writing to the residual stream: {found}" in outcome.out
+    parameters = json.loads((tmp_path / "out" / "heretic.json").read_text())["trial"]["parameters"]
+    assert parameters.keys() == {"attn.o_proj", "mlp.experts.down_proj", "mlp.shared_experts.down_proj"}
+    assert parameters["mlp.experts.down_proj"] != parameters["mlp.shared_experts.down_proj"]

@@ -20,7 +20,7 @@ cannot be edited is an error; what is edited but comes out of a gate or convolut
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ COMPONENT_WORDS = {
     "mlp.down_proj": ("mlp", "ffn", "feed_forward", "feedforward", "moe", "expert", "fc2", "fc_out", "ff."),
     "attn.o_proj": ("att", "self_"),
 }
-COMPONENTS = ("attn.o_proj", "mixer.out_proj", "mlp.down_proj")
+COMPONENTS = ("attn.o_proj", "mixer.out_proj", "mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_experts.down_proj")
 
 
 @dataclass(frozen=True)
@@ -407,6 +407,18 @@ def _share_along(gradient: Tensor, direction: Tensor, axis: int) -> float:
     """Which share of the norm of `gradient` lies along `direction` on an axis."""
     total = torch.linalg.vector_norm(gradient)
     return float(torch.linalg.vector_norm(gradient.movedim(axis, -1) @ direction) / total) if total > 0 else 0.0
+
+
+def split_experts(architecture: Architecture) -> Architecture:
+    """The same with routed and shared experts as components of their own: `mlp.experts.down_proj`, `mlp.shared_experts.down_proj`."""
+
+    def component(writer: Writer) -> str:
+        if writer.component != "mlp.down_proj" or "expert" not in writer.name:
+            return writer.component
+        return "mlp.shared_experts.down_proj" if "shared" in writer.name else "mlp.experts.down_proj"
+
+    writers = tuple(replace(writer, component=component(writer)) for writer in architecture.writers)
+    return replace(architecture, writers=writers)
 
 
 def _with_siblings(found: list[_Found], layers: list[nn.Module]) -> list[_Found]:

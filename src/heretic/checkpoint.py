@@ -37,6 +37,7 @@ DEFINING = (
     "kl_divergence_target",
     "orthogonalize_direction",
     "row_normalization",
+    "split_experts",
     "winsorization_quantile",
     "refusal_markers",
     "good_prompts",

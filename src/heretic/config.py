@@ -175,6 +175,9 @@ class Settings(BaseModel):
     row_normalization: Literal["none", "pre", "full"] = Field(
         "none", description="none, pre (edit normalized rows), or full (and keep each row's magnitude)."
     )
+    split_experts: bool = Field(
+        False, description="Give routed and shared experts kernels of their own: mlp.experts.down_proj, mlp.shared_experts.down_proj."
+    )
     full_normalization_lora_rank: int = Field(
         3, ge=1, description='Rank of an exported adapter in mode "full"; higher is closer and larger.'
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from .ablation import Ablation, RowNormalization
-from .architecture import Architecture, discover, first_tensor
+from .architecture import Architecture, discover, first_tensor, split_experts
 from .config import Settings
 from .editing import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
@@ -39,7 +39,8 @@ class Model:
         self.tokenizer = loaded.tokenizer
         self.progress = progress or SilentProgress()
         self.response_prefix = ""
-        self.architecture: Architecture = discover(self.model)
+        found = discover(self.model)
+        self.architecture: Architecture = split_experts(found) if settings.split_experts else found
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
         self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self._assign_rows, self.progress)
