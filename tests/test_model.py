@@ -1,6 +1,7 @@
 """A loaded model at work, against plain transformers: one prompt at a time, no padding, no cache of ours, weights edited by hand."""
 
 import copy
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
@@ -545,3 +547,17 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> 
     assert (model.tokenizer.pad_token, model.tokenizer.padding_side) == ("<end>", "left")
     plain = Plain(tmp_path)
     assert model.responses(PROMPTS, LENGTH) == [plain.response(prompt) for prompt in PROMPTS]
+
+
+def test_weights_that_are_not_in_the_files_are_told(plain: Plain, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(plain.folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    recorder = Recorder()
+    load(folder, recorder)
+    assert recorder.warnings == [
+        "Missing in the model's files and set at random: model.layers.0.mlp.up_proj.weight. "
+        "Are the files complete, and is it the right model type?"
+    ]

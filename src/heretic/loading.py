@@ -119,7 +119,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
         label = str(dtype).removeprefix("torch.")
         try:
             with progress.task(f"Loading {source.name} ({label})"):
-                model = _load_weights(settings, source, config, dtype)
+                model = _load_weights(settings, source, config, dtype, progress)
                 generation_config = _take_generation_config(model, tokenizer)
                 _test_run(model, tokenizer)
         except Exception as error:
@@ -191,7 +191,7 @@ def _bfloat16_is_slower() -> bool:
         torch.set_num_threads(n_threads)
 
 
-def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
+def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": settings.device_map, **source.arguments}
     if settings.max_memory:
         arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
@@ -207,7 +207,12 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
     transformers_logging.disable_progress_bar()  # the weights' bars; loading is a task of ours
     if sys.stdout.isatty():
         hub_utils.enable_progress_bars()  # downloads' bars, which the line above turned off too
-    model = auto_class(config).from_pretrained(source.path, **arguments)
+    model, report = auto_class(config).from_pretrained(source.path, output_loading_info=True, **arguments)
+    if missing := sorted(report["missing_keys"]):
+        progress.warning(
+            f"Missing in the model's files and set at random: {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}. "
+            "Are the files complete, and is it the right model type?"
+        )
     for module in model.modules():
         # Some CPUs would have 4-bit weights repacked at the first pass: only shapes of certain multiples can be, and none read back.
         if hasattr(module, "support_avx512bf16_for_cpu"):
