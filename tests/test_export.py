@@ -429,14 +429,33 @@ def test_adapter_of_transposed_weights(tmp_path: Path) -> None:
     assert (logits(merged) - logits(AutoModelForCausalLM.from_pretrained(original))).abs().max() > 1e-3 * scale
 
 
-def test_adapter_of_fused_experts_is_refused(tmp_path: Path) -> None:
-    original = save_original(tmp_path / "original", zoo.build("mixtral", max_layers=2))
+@pytest.mark.parametrize("mode", ["none", "pre"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_adapter_of_fused_experts(tmp_path: Path, model_type: str, mode: str) -> None:
+    model = zoo.build(model_type, max_layers=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # no adapter holds biases
+            if name.endswith(("o_proj.bias", "down_proj_bias")):
+                parameter.zero_()
+    original = save_original(tmp_path / "original", model)
+    for strategy in ("merge", "adapter"):
+        loaded = load(original, row_normalization=mode)
+        loaded.use_directions(unit_directions(3, 64), mode)
+        save(loaded, result_for(settings(original, row_normalization=mode)), strategy, str(tmp_path / strategy), False, SilentProgress())  # type: ignore[arg-type]
+    merged, adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "merge"), with_adapter(original, tmp_path / "adapter")
+    scale = logits(merged).abs().max()
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=0, atol=float(1e-5 * scale))
+    assert (logits(merged) - logits(AutoModelForCausalLM.from_pretrained(original))).abs().max() > 1e-4 * scale
+
+
+def test_adapter_of_experts_that_peft_takes_for_others_is_refused(tmp_path: Path) -> None:
+    original = save_original(tmp_path / "original", zoo.build("llama4_text", max_layers=2))
     loaded = load(original)
     loaded.use_directions(unit_directions(3, 64), "none")
     with pytest.raises(ExportError) as caught:
         save(loaded, result_for(settings(original)), "adapter", str(tmp_path / "adapter"), False, SilentProgress())
     assert str(caught.value) == (
-        "An adapter cannot hold the edits of fused experts (model.layers.1.mlp.experts and 0 more). Save a merged model: "
+        "An adapter cannot hold the edits of these experts (model.layers.1.feed_forward.experts and 0 more). Save a merged model: "
         "--export-strategy merge."
     )
     assert not (tmp_path / "adapter").exists()

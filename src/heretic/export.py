@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the base of all its HTTP client raises
 from safetensors import SafetensorError
@@ -193,21 +194,27 @@ def _save_adapter(model: Model, result: Result, original: Any, folder: Path, pro
     tensors: dict[str, Tensor] = {}
     errors: list[float] = []
     edits = list(_edits(model, result.ablation))
-    fused = [writer.name for writer, _, _ in edits if writer.storage.n_experts is not None]
-    if fused:
+    unsaid = [writer.name for writer, _, _ in edits if not _peft_can_hold(writer)]
+    if unsaid:
         raise ExportError(
-            f"An adapter cannot hold the edits of fused experts ({fused[0]} and {len(fused) - 1} more). Save a merged model: "
+            f"An adapter cannot hold the edits of these experts ({unsaid[0]} and {len(unsaid) - 1} more). Save a merged model: "
             "--export-strategy merge."
         )
     biased = [writer.name for writer, _, _ in edits if writer.storage.bias is not None]
     edits = [(writer, r, strength) for writer, r, strength in edits if writer.storage.weight is not None]
     with progress.task("Computing the adapter", len(edits)) as advance:
         for writer, r, strength in edits:
-            weight = writer.storage.matrices(getattr(original.get_submodule(writer.name), writer.storage.weight or ""))
-            A, B, error = adapter_factors(weight, r, strength, mode, rank)
+            weights = writer.storage.matrices(getattr(original.get_submodule(writer.name), writer.storage.weight or ""))
+            factors = [
+                adapter_factors(weight, r, strength, mode, rank)
+                for weight in (weights[None] if writer.storage.n_experts is None else weights)
+            ]
+            # PEFT's layout for experts: A's rows expert by expert, B's columns rank by rank. For one matrix both are as usual.
+            A = torch.cat([A for A, _, _ in factors])
+            B = torch.stack([B for _, B, _ in factors], dim=2).flatten(1)
             tensors[f"base_model.model.{writer.name}.lora_A.weight"] = A.contiguous()
             tensors[f"base_model.model.{writer.name}.lora_B.weight"] = B.contiguous()
-            errors.append(error)
+            errors += [error for _, _, error in factors]
             advance(1)
     if mode == "full":
         mean = sum(errors) / max(len(errors), 1)
@@ -226,13 +233,26 @@ def _save_adapter(model: Model, result: Result, original: Any, folder: Path, pro
         lora_alpha=rank,
         lora_dropout=0.0,
         bias="none",
-        fan_in_fan_out=any(writer.storage.axis == 1 for writer, _, _ in edits),  # GPT-2's weights are stored transposed
-        target_modules=[writer.name for writer, _, _ in edits],
+        fan_in_fan_out=any(
+            writer.storage.axis == 1 and writer.storage.n_experts is None for writer, _, _ in edits
+        ),  # GPT-2's weights are stored transposed
+        target_modules=[writer.name for writer, _, _ in edits if writer.storage.n_experts is None],
+        target_parameters=[f"{writer.name}.{writer.storage.weight}" for writer, _, _ in edits if writer.storage.n_experts is not None]
+        or None,
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=str(Path(source.path).absolute()) if Path(source.path).is_dir() else source.path,
         revision=source.revision,
         inference_mode=True,
     ).save_pretrained(str(folder))
+
+
+def _peft_can_hold(writer: Writer) -> bool:
+    """PEFT takes a parameter of three axes as `(expert, out, in)`, unless the module says that it is stored transposed."""
+    storage = writer.storage
+    if storage.n_experts is None or storage.weight is None:
+        return True
+    transposed = bool(getattr(writer.module, "is_transposed", False))
+    return getattr(writer.module, storage.weight).dim() == 3 and storage.n_experts > 1 and transposed == (storage.axis == 2)
 
 
 def _prompt_source(specification: PromptSpecification) -> dict[str, Any]:
