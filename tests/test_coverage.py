@@ -25,9 +25,10 @@ from heretic.architecture import Architecture, discover, probe_tokens, refuse_en
 from heretic.completeness import remaining_share
 from heretic.editing import AblationHooks, batches_trials
 from heretic.errors import UnsupportedModelError
-from heretic.export import Result, save
+from heretic.export import save
 from heretic.loading import LoadedModel, auto_class, load_config
 from heretic.model import Model
+from heretic.record import Result
 from heretic.rows import Row
 from heretic.source import model_source
 from heretic.twin import discover_by_twin

@@ -22,10 +22,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import zoo
 from heretic import __version__
 from heretic.ablation import Ablation, ComponentParameters
+from heretic.card import model_card
 from heretic.config import Settings
 from heretic.errors import ExportError
-from heretic.export import Result, Strategy, model_card, save, upload
+from heretic.export import save
+from heretic.record import Result, Strategy
 from heretic.source import ModelSource
+from heretic.upload import upload
 from heretic.utils import SilentProgress
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions
 from tiny import save as save_original

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from heretic.ablation import Ablation, ComponentParameters, RowNormalization
 from heretic.editing import dense_weight
 from heretic.errors import ModelError
-from heretic.export import Result, save
+from heretic.export import save
 from heretic.model import Model
 from heretic.prompts import Prompt
+from heretic.record import Result
 from heretic.utils import SilentProgress
 from test_export import tensors_of
 from tiny import build, explicit_bias, explicit_weight, load, settings, unit_directions

@@ -111,6 +111,13 @@ class AblationHooks:
         r, _ = self._direction(constants, writer.layer, ablation)
         return r.cpu(), self._strength(writer, ablation)
 
+    def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
+        """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
+        for writer in self.architecture.writers:
+            r, strength = self.edit_of(writer, ablation)
+            if strength:
+                yield writer, r, strength
+
     def first_layer(self, ablation: Ablation) -> int:
         """The first layer that the ablation edits; the number of layers where it edits none."""
         edited = (writer.layer for writer in self.architecture.writers if self._strength(writer, ablation))

@@ -15,9 +15,11 @@ from .config import Settings
 from .console import Console, trial_rows
 from .errors import HereticError
 from .evaluator import Evaluator
-from .export import Result, Strategy, save, upload
+from .export import save
 from .model import Message, Model, prompt_messages
+from .record import Result, Strategy
 from .search import Search, ablation_of
+from .upload import upload
 
 COMPARED_PROMPTS = 5
 CHAT_TOKENS = 2048

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from .ablation import Ablation, RowNormalization
-from .architecture import Architecture, discover, first_tensor, split_experts
+from .architecture import Architecture, Writer, discover, first_tensor, split_experts
 from .config import Settings
 from .editing import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
@@ -64,6 +64,12 @@ class Model:
         if self.hooks is not None:
             self.hooks.remove()
         self.hooks = AblationHooks(self.architecture, directions, mode)
+
+    def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
+        """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
+        if self.hooks is None:
+            raise ValueError("call use_directions first")
+        return self.hooks.edits(ablation)
 
     @property
     def batches_trials(self) -> bool:

@@ -1,0 +1,73 @@
+"""`heretic.json`: what was done to what, with which versions, and what came of it."""
+
+import importlib.metadata
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from . import __version__
+from .ablation import Ablation
+from .config import PromptSpecification, Settings
+from .model import Model
+from .source import dataset_commit
+
+Strategy = Literal["merge", "adapter"]
+
+LIBRARIES = ("torch", "transformers", "accelerate", "optuna", "peft", "bitsandbytes", "huggingface-hub")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trial that was chosen, with everything its record says."""
+
+    settings: Settings
+    trial_number: int
+    ablation: Ablation
+    refusals: int
+    kl_divergence: float
+    base_refusals: int
+    n_bad_prompts: int
+    response_prefix: str
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """As `heretic.json` holds them."""
+        return {
+            "refusals": self.refusals,
+            "n_bad_prompts": self.n_bad_prompts,
+            "base_refusals": self.base_refusals,
+            "kl_divergence": self.kl_divergence,
+        }
+
+
+def _prompt_source(specification: PromptSpecification) -> dict[str, Any]:
+    """A source of prompts with the commit that was read, where it came from the hub."""
+    commit = dataset_commit(specification.dataset, specification.commit)
+    return specification.model_dump(exclude_none=True) | ({} if commit is None else {"commit": commit})
+
+
+def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
+    """`heretic.json`: what was done to what, with which versions, and what came of it."""
+    settings, loaded = result.settings, model.loaded
+    sources = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
+    return {
+        "program": {"name": "heretic-llm", "version": __version__},
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "model": {
+            "name": loaded.source.name,
+            "commit": loaded.source.revision,
+            "type": loaded.config.model_type,
+            "search_dtype": str(loaded.dtype).removeprefix("torch."),
+        },
+        "prompts": {name: _prompt_source(getattr(settings, name)) for name in sources},
+        "settings": settings.model_dump(mode="json"),
+        "export_strategy": strategy,
+        "response_prefix": result.response_prefix,
+        "trial": {
+            "number": result.trial_number,
+            "direction_index": result.ablation.direction_index,
+            "parameters": {name: asdict(p) for name, p in result.ablation.parameters.items()},
+            "n_layers": len(model.architecture.layers),
+            "modules": model.architecture.components,
+        },
+        "scores": result.scores,
+    }
