@@ -12,7 +12,7 @@ from .rows import Row
 
 
 class BlockLayer(DynamicLayer):
-    """Keys and values of one layer in blocks `(row, head, column, dim)` of fixed size; `length` columns are in use."""
+    """Keys and values of one layer in blocks `(row, head, column, dim)` of fixed size; `length` columns are in use, the others unset."""
 
     keys: Tensor
     values: Tensor
@@ -25,7 +25,7 @@ class BlockLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
 
         def block(states: Tensor) -> Tensor:
-            return states.new_zeros(self.n_rows, states.shape[1], self.n_columns, states.shape[3])
+            return states.new_empty(self.n_rows, states.shape[1], self.n_columns, states.shape[3])
 
         self.keys, self.values = block(key_states), block(value_states)
         self.is_initialized = True
@@ -85,9 +85,10 @@ class Blocks(Cache):
                 continue
             if not own.is_initialized:
                 own.lazy_initialization(new.keys, new.values)
-            last_row, start = first_row + new.n_rows, length - new.length
-            own.keys[first_row:last_row, :, start:length] = new.keys
-            own.values[first_row:last_row, :, start:length] = new.values
+            rows, start = slice(first_row, first_row + new.n_rows), length - new.length
+            for block, columns in ((own.keys, new.keys), (own.values, new.values)):
+                block[rows, :, :start] = 0  # what is masked is weighed with zero, which only a finite number survives
+                block[rows, :, start:length] = columns
             own.length = length
 
     def shift(self, n_columns: int, n_rows: int) -> None:

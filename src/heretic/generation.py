@@ -33,6 +33,9 @@ from .utils import empty_cache, is_out_of_memory
 # Tokens in one prefill pass, which bounds the memory of its hidden states.
 PREFILL_TOKENS = {"cpu": 8192}
 PREFILL_TOKENS_ACCELERATOR = 65536
+# Padding that one prefill pass may hold, in tokens: a pass of its own for the shorter rows costs about as much.
+PADDING_TOKENS = {"cpu": 128}
+PADDING_TOKENS_ACCELERATOR = 1024
 # A common beginning is computed once per trial if it has so many tokens and rows: below that the extra pass costs more.
 MIN_PREFIX_TOKENS = 4
 MIN_PREFIX_ROWS = 8
@@ -89,13 +92,17 @@ class Decoder:
         self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
         self.max_rows: int | None = None
         self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ACCELERATOR)
+        self.padding_tokens = PADDING_TOKENS.get(self.device.type, PADDING_TOKENS_ACCELERATOR)
 
-    def first_logits(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], Tensor]]:
-        """Logits `(row, vocabulary)` after each row's last token, for as many rows at a time as fit, in the order given."""
-        waiting = deque(rows)
+    def first_logits(self, rows: Sequence[Row], in_order: bool = False) -> Iterator[tuple[list[Row], Tensor]]:
+        """Logits `(row, vocabulary)` after each row's last token, for as many rows of similar length at a time as fit.
+
+        With `in_order` rows of any length share a pass, and come in the order given.
+        """
+        waiting = deque(rows if in_order else sorted(rows, key=self._order))
         prefix = self._share_prefix(rows)
         while waiting:
-            chunk = self.take(waiting, self._row_limit(rows))
+            chunk = self.take(waiting, self._row_limit(rows), None if in_order else self.padding_tokens)
             logits = self.retry(waiting, chunk, lambda part: self.prefill(part, None, prefix)[0])
             if logits is not None:
                 yield chunk, logits
@@ -145,13 +152,15 @@ class Decoder:
         n_trials = len({row.trial for row in rows})
         return min(len(rows), n_trials * self.rows_per_trial)
 
-    def take(self, waiting: "deque[Row]", n_rows: int) -> list[Row]:
-        """The next rows, as many as a prefill pass holds; with a trunk, of one trial only."""
+    def take(self, waiting: "deque[Row]", n_rows: int, padding_tokens: int | None) -> list[Row]:
+        """The next rows, as many as a prefill pass holds with so much padding (None: any); with a trunk, of one trial only."""
         chunk: list[Row] = []
-        width = 0
+        width = padding = 0
         while waiting and len(chunk) < n_rows and (not chunk or self.trunk is None or waiting[0].trial == chunk[0].trial):
             width = max(width, waiting[0].length)
-            if chunk and width * (len(chunk) + 1) > self.prefill_tokens:
+            padding += width - waiting[0].length
+            too_wide = width * (len(chunk) + 1) > self.prefill_tokens or (padding_tokens is not None and padding > padding_tokens)
+            if chunk and too_wide:
                 break
             chunk.append(waiting.popleft())
         return chunk
@@ -268,8 +277,8 @@ class PlainDecoder:
         self.pads = True
         self.device: torch.device = model.get_input_embeddings().weight.device
 
-    def first_logits(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], Tensor]]:
-        """As `Decoder.first_logits`."""
+    def first_logits(self, rows: Sequence[Row], in_order: bool = False) -> Iterator[tuple[list[Row], Tensor]]:
+        """As `Decoder.first_logits`, always in the order given."""
         for part, output in self._batches(rows, max_new_tokens=1, output_logits=True):
             yield part, output.logits[0]
 

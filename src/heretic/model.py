@@ -46,6 +46,7 @@ class Model:
         self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self._assign_rows, self.progress)
         self.decoder.savings = savings or Savings()
         self._template = _ChatTemplate(self.tokenizer, self.progress)
+        self._ids: dict[tuple[str, tuple[Prompt, ...]], list[list[int]]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -111,9 +112,12 @@ class Model:
         return self.render(prompt_messages(prompt))
 
     def _token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        texts = [self._render_prompt(prompt) for prompt in prompts]
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self._template.exists)["input_ids"]
-        return ids
+        """Token ids of the rendered prompts, which are the same in every trial."""
+        key = (self.response_prefix, tuple(prompts))
+        if key not in self._ids:
+            texts = [self._render_prompt(prompt) for prompt in prompts]
+            self._ids[key] = self.tokenizer(texts, add_special_tokens=not self._template.exists)["input_ids"]
+        return self._ids[key]
 
     def rows_of(self, prompts: Sequence[Prompt], n_trials: int) -> list[Row]:
         """A row for every prompt under every trial, trial after trial."""
@@ -170,7 +174,7 @@ class Model:
             handles.append(layer.register_forward_hook(lambda m, a, output, i=i: keep(i, first_tensor(output))))
         try:
             with self._edited([]), self._task(description, len(prompts)) as advance:
-                for part, _ in self.decoder.first_logits(self.rows_of(prompts, 1)):
+                for part, _ in self.decoder.first_logits(self.rows_of(prompts, 1), in_order=True):
                     advance(len(part))
                     yield stacked()
         finally:
@@ -179,8 +183,12 @@ class Model:
 
     def first_token_logprobs(self, prompts: Sequence[Prompt], ablation: Ablation | None = None, description: str | None = None) -> Tensor:
         """Log-probabilities `(prompt, vocabulary)` of the first response token, float32. Raises `TrialError` where not finite."""
-        batches = self.logprobs_of_trials(prompts, [] if ablation is None else [ablation], description)
-        logprobs = torch.cat([batch for _, batch in batches])
+        rows: list[Row] = []
+        batches = []
+        for part, batch in self.logprobs_of_trials(prompts, [] if ablation is None else [ablation], description):
+            rows += part
+            batches.append(batch)
+        logprobs = torch.cat(batches)[sorted(range(len(rows)), key=lambda i: rows[i].prompt)]
         if not torch.isfinite(logprobs).all():
             raise TrialError(NOT_FINITE)
         return logprobs
@@ -190,7 +198,7 @@ class Model:
     ) -> Iterator[tuple[list[Row], Tensor]]:
         """Log-probabilities of the first response token of every prompt under every ablation (none: the original).
 
-        Yields rows, which tell trial and prompt, and their log-probabilities `(row, vocabulary)` in float32, trial after trial.
+        Yields rows, which tell trial and prompt, and their log-probabilities `(row, vocabulary)` in float32, in any order.
         """
         rows = self.rows_of(prompts, max(1, len(ablations)))
         with self._edited(ablations), self._task(description, len(rows)) as advance:

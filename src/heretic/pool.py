@@ -14,7 +14,7 @@ from .utils import free_memory
 if TYPE_CHECKING:
     from .generation import Decoder
 
-# New rows are prefilled when at least this share of the pass is free: prefills of single rows are inefficient.
+# New rows are prefilled when at least this share of the pass is free, or all that wait fit in: prefills of single rows are inefficient.
 REFILL_SHARE = 0.25
 # Rows that have left are replaced when they make up this share of the pass.
 COMPACT_SHARE = 0.1
@@ -52,7 +52,7 @@ class Pool:
     def advance(self, waiting: "deque[Row]", prefix: Prefix | None) -> list[Row]:
         """One step: let waiting rows in where there is room, or decode one token of every row. Returns the rows that finished."""
         room = self.limit - len(self.rows) + len(self._gone)
-        if waiting and (room >= self.limit * REFILL_SHARE or len(self._gone) == len(self.rows)):
+        if waiting and (room >= min(len(waiting), self.limit * REFILL_SHARE) or len(self._gone) == len(self.rows)):
             self._compact()
             return self._admit(waiting, room, prefix)
         if len(self._gone) > len(self.rows) * COMPACT_SHARE:
@@ -77,7 +77,7 @@ class Pool:
 
     def _admit(self, waiting: "deque[Row]", room: int, prefix: Prefix | None) -> list[Row]:
         decoder = self.decoder
-        chunk = decoder.take(waiting, room)
+        chunk = decoder.take(waiting, room, decoder.padding_tokens)
         fresh = Blocks(decoder.n_layers, len(chunk), max(row.length for row in chunk))
         prefilled = decoder.retry(waiting, chunk, lambda part: decoder.prefill(part, fresh, prefix))
         if prefilled is None:
