@@ -28,8 +28,10 @@ from .drafts import Drafts
 from .pool import Pool
 from .rows import Row, left_padded
 from .trunk import Trunk, pass_key
-from .utils import empty_cache, is_out_of_memory
+from .utils import empty_cache, free_memory, is_out_of_memory
 
+# The share of free memory that keys and values may take; the rest is for everything else.
+MEMORY_SHARE = 0.6
 # Tokens in one prefill pass, which bounds the memory of its hidden states.
 PREFILL_TOKENS = {"cpu": 8192}
 PREFILL_TOKENS_ACCELERATOR = 65536
@@ -91,6 +93,8 @@ class Decoder:
         self.n_layers = len(DynamicCache(config=config).layers)
         self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
         self.max_rows: int | None = None
+        self.bytes_per_row: int | None = None  # keys and values of a whole response, once one was decoded
+        self.n_tokens = 0  # computed so far, padding included
         self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ACCELERATOR)
         self.padding_tokens = PADDING_TOKENS.get(self.device.type, PADDING_TOKENS_ACCELERATOR)
 
@@ -151,6 +155,10 @@ class Decoder:
     def _row_limit(self, rows: Sequence[Row]) -> int:
         n_trials = len({row.trial for row in rows})
         return min(len(rows), n_trials * self.rows_per_trial)
+
+    def rows_that_fit(self) -> int | None:
+        """Rows whose keys and values have room in the memory that is free; None before anything was decoded."""
+        return None if self.bytes_per_row is None else int(free_memory(self.device) * MEMORY_SHARE / self.bytes_per_row)
 
     def take(self, waiting: "deque[Row]", n_rows: int, padding_tokens: int | None) -> list[Row]:
         """The next rows, as many as a prefill pass holds with so much padding (None: any); with a trunk, of one trial only."""
@@ -249,6 +257,7 @@ class Decoder:
 
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None, n_logits: int = 1) -> Tensor:
         """Logits `(row, position, vocabulary)` at the last `n_logits` positions."""
+        self.n_tokens += tokens.numel()
         output = self.model(
             input_ids=tokens,
             attention_mask=mask,

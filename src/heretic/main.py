@@ -15,6 +15,7 @@ from . import __version__
 from .errors import HereticError
 
 if TYPE_CHECKING:
+    from .batching import BatchSize
     from .checkpoint import Checkpoint
     from .config import Settings
     from .console import Console
@@ -133,6 +134,7 @@ def _collector_paused() -> Iterator[None]:
 
 def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> int:
     # 1. Settings and seed
+    seed_is_given = settings.seed is not None
     opened = _open_study(settings, console, checkpoint)
     if opened is None:
         return 0
@@ -164,7 +166,7 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
     _compute_directions(settings, console, model, prompts)
 
     # 5. The study
-    from .search import Search, automatic_trials_per_batch
+    from .search import Search
 
     identity["the model"] = fingerprint(model.loaded.source)
     if is_new:
@@ -183,19 +185,16 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
         settings.n_startup_trials,
     )
 
-    n_together = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts)))
-    if not model.batches_trials:
-        n_together = 1
-        console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
+    batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure=is_new and not seed_is_given)
 
     def run_trials(n_more: int) -> None:
         checkpoint.note(target=search.n_done + n_more)
-        _search(console, evaluator, search, search.n_done + n_more, n_together)
+        _search(console, evaluator, search, search.n_done + n_more, batch_size)
 
     target = checkpoint.target(settings, search.n_done, is_new)
     checkpoint.note(target=target)
     console.heading(f"Search: {target} trials, {search.n_done} done")
-    _search(console, evaluator, search, target, n_together)
+    _search(console, evaluator, search, target, batch_size)
     if not search.front:
         return _no_trial(search)
 
@@ -339,7 +338,33 @@ def _compute_directions(settings: "Settings", console: "Console", model: "Model"
     model.use_directions(directions, settings.row_normalization)
 
 
-def _search(console: "Console", evaluator: "Evaluator", search: "Search", target: int, n_together: int) -> None:
+def _batch_size(
+    settings: "Settings", console: "Console", checkpoint: "Checkpoint", model: "Model", evaluator: "Evaluator", may_measure: bool
+) -> "BatchSize":
+    """How many trials are computed together. It is measured only where the run was not asked to be an exact repetition of another."""
+    from .batching import BatchSize, automatic_trials_per_batch
+    from .generation import Decoder
+
+    if not model.batches_trials:
+        console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
+        return BatchSize(1)
+    decoder = model.decoder
+    if not isinstance(decoder, Decoder):
+        return BatchSize(checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts))))
+    fitting = decoder.rows_that_fit()
+    value = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts), fitting))
+    if settings.trials_per_batch or not may_measure:
+        return BatchSize(value)
+
+    def settle(settled: int) -> None:
+        checkpoint.note(trials_per_batch=settled)
+        if settled != value:
+            console.message(f"{settled} trials share a pass from here on: that is faster here than {value}.")
+
+    return BatchSize(value, lambda: decoder.n_tokens, settings.n_startup_trials, settle)
+
+
+def _search(console: "Console", evaluator: "Evaluator", search: "Search", target: int, batch_size: "BatchSize") -> None:
     """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial."""
     from .console import StudyView
 
@@ -354,7 +379,7 @@ def _search(console: "Console", evaluator: "Evaluator", search: "Search", target
                 target,
                 evaluator.score_trials,
                 evaluator.objectives,
-                n_together,
+                batch_size,
                 evaluator.settings.stop_dominated_trials,
                 should_stop,
                 lambda trial: view.show(trial, search.trials, search.n_done),

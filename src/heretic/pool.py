@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .blocks import Blocks, Prefix
 from .rows import Row
-from .utils import free_memory
 
 if TYPE_CHECKING:
     from .generation import Decoder
@@ -21,8 +20,6 @@ COMPACT_SHARE = 0.1
 # Columns beyond what the rows need at present: blocks begin with so many and grow by as many, up to the longest row and as many more,
 # so that they are not shifted at every step.
 SLACK_COLUMNS = 48
-# The share of free memory that keys and values may take; the rest is for everything else.
-MEMORY_SHARE = 0.6
 
 
 class Pool:
@@ -66,9 +63,8 @@ class Pool:
     def _allocate(self, fresh: Blocks) -> Blocks:
         """Room for as many rows as memory allows, now that it is known what a row takes."""
         decoder = self.decoder
-        bytes_per_row = max(1, fresh.bytes_per_position * self.most_columns)
-        fitting = int(free_memory(decoder.device) * MEMORY_SHARE / bytes_per_row)
-        self.limit = max(1, fresh.n_rows, min(self.limit, fitting))
+        decoder.bytes_per_row = max(1, fresh.bytes_per_position * self.most_columns)
+        self.limit = max(1, fresh.n_rows, min(self.limit, decoder.rows_that_fit() or 0))
         self.n_columns = min(fresh.blocks[0].n_columns + SLACK_COLUMNS, self.most_columns)
         self.mask = torch.zeros(self.limit, self.n_columns, dtype=torch.bool, device=decoder.device)
         self.next_tokens = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-import torch
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .ablation import Ablation, ComponentParameters
+from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
 from .evaluator import Score
 
@@ -25,11 +25,6 @@ MIN_WEIGHT = (0.0, 1.0)  # of max_weight, because multivariate TPE wants fixed r
 MIN_WEIGHT_DISTANCE = 0.6  # at most; at least one layer
 
 N_EI_CANDIDATES = 128
-
-# Rows that keep a device busy, and the most trials that are asked for at once (see bench/LOG.md).
-CPU_ROWS = 400
-ACCELERATOR_ROWS = 1600
-MAX_TRIALS_PER_BATCH = 16
 
 Limit = Callable[[float], float]
 ScoreTrials = Callable[[list[Ablation], Limit], Sequence[Score | Exception]]
@@ -62,12 +57,6 @@ def ablation_of(trial: FrozenTrial) -> Ablation:
     """The ablation that a finished trial stands for, from its user attributes."""
     parameters = {name: ComponentParameters(**values) for name, values in trial.user_attrs["parameters"].items()}
     return Ablation(trial.user_attrs["direction_index"], parameters)
-
-
-def automatic_trials_per_batch(n_prompts: int) -> int:
-    """How many trials share a pass where nothing is said: enough rows to keep the device busy, few enough for the sampler to learn."""
-    rows = ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS
-    return max(1, min(MAX_TRIALS_PER_BATCH, rows // n_prompts))
 
 
 def is_finished(trial: FrozenTrial) -> bool:
@@ -172,7 +161,7 @@ class Search:
         n_trials: int,
         score_trials: ScoreTrials,
         objectives: Objectives,
-        trials_per_batch: int = 1,
+        trials_per_batch: int | BatchSize = 1,
         stop_dominated: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
         on_trial: Callable[[FrozenTrial], None] = lambda trial: None,
@@ -182,18 +171,20 @@ class Search:
         A trial that cannot be scored is recorded as failed, and the search goes on. Raises `CheckpointError` where the journal cannot
         be written.
         """
+        batch = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
         while (n_done := self.n_done) < n_trials and not should_stop():
             # A batch that was cut off is completed, so that the ones that follow are those of an uninterrupted run.
             asked, self._cut_off = self._cut_off, []
-            end = min((n_done // trials_per_batch + 1) * trials_per_batch, n_trials)
+            end = min((n_done // batch.value + 1) * batch.value, n_trials)
             asked += [self._ask(number) for number in range(n_done + len(asked), end)]
             start = time.perf_counter()
             limit = refusal_limit(self.trials if stop_dominated else [])
             results = _scored([ablation for _, ablation in asked], limit, score_trials)
-            seconds = (time.perf_counter() - start) / len(asked)
+            seconds = time.perf_counter() - start
             for (trial, _), result in zip(asked, results, strict=True):
-                self._tell(trial, result, seconds, objectives)
+                self._tell(trial, result, seconds / len(asked), objectives)
                 on_trial(self.trials[trial.number])
+            batch.note(self.n_done, seconds)
 
 
 def _scored(ablations: list[Ablation], limit: Limit, score_trials: ScoreTrials) -> Sequence[Score | Exception]:
