@@ -8,13 +8,15 @@ the KL divergence. (b) Output maps, `--trials-per-batch` trials in one pass. Sam
     uv run python bench/trial_speed.py --model path/to/model --good g.txt --bad b.txt
     uv run python bench/trial_speed.py --model llama-8b      # random weights of that shape, on the accelerator; prints the floor
 
-The last line is one JSON object; `ratio` is reference_s / ours_s.
+The last line is one JSON object; `ratio` is reference_s / ours_s, with every trial scored to its end. `ratio_stopping` is the same with
+trials that can no longer be on the front stopped, as in a search.
 """
 
 import argparse
 import contextlib
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from heretic import generation
 from heretic.ablation import Ablation, ComponentParameters, edit_weight
@@ -33,7 +35,7 @@ from heretic.architecture import Architecture, discover
 from heretic.config import Settings
 from heretic.directions import mean_residual, refusal_directions
 from heretic.drafts import Drafts
-from heretic.editing import AblationHooks
+from heretic.editing import AblationHooks, stored_weight
 from heretic.evaluator import Evaluator, kl_divergence
 from heretic.generation import Savings
 from heretic.loading import load_model
@@ -41,11 +43,23 @@ from heretic.model import Model
 from heretic.prompts import load_prompts
 from heretic.rows import Row, left_padded
 from heretic.source import model_source
+from heretic.trunk import Trunk
 from heretic.utils import SilentProgress
 
 SHAPES: dict[str, Callable[[], Any]] = {
     "tiny": lambda: LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    ),
+    "tiny-moe": lambda: Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
     ),
     "llama-8b": lambda: LlamaConfig(
         vocab_size=128256,
@@ -67,11 +81,37 @@ SHAPES: dict[str, Callable[[], Any]] = {
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     ),
+    "moe-30b-a3b": lambda: Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        max_position_embeddings=8192,
+    ),
 }
 SHAPE_PROMPT_TOKENS = 55
 RANK, SVD_Q, SVD_ITERATIONS = 3, 10, 6
-# A realistic mix: this share of the rows is decided after so many tokens.
+# A realistic mix: this share of the rows is decided after so many tokens, and this share of a draft's tokens is accepted.
 EARLY_SHARE, EARLY_TOKENS = 0.5, 15
+ACCEPTED_SHARE = 2 / 3
+
+
+Limit = Callable[[float], float]
+
+
+def unlimited(divergence: float) -> float:
+    """No trial is stopped."""
+    return math.inf
+
+
+def limit_by(finished: Sequence[tuple[float, int]]) -> Limit:
+    """The fewest refusals of the finished trials (divergence, refusals) at no greater divergence."""
+    return lambda kl: min((refusals for other, refusals in finished if other <= kl), default=math.inf)
 
 
 @dataclass
@@ -113,8 +153,8 @@ class Workload:
     length: int
     end_tokens: frozenset[int]
     verdict: Callable[[list[int]], bool]
-    # (b): scores of several ablations at once, as (refusals, divergence).
-    ours: Callable[[Sequence[Ablation]], list[tuple[int, float]]]
+    # (b): scores of several ablations at once, as (refusals, divergence, whether it was stopped), with a limit of refusals by divergence.
+    ours: Callable[[Sequence[Ablation], Limit], list[tuple[int, float, bool]]]
     # Turns savings of (b) on and off.
     use: Callable[[Savings], None]
 
@@ -146,9 +186,9 @@ def real_workload(settings: Settings) -> Workload:
     model.use_directions(directions, settings.row_normalization)
     evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"])
 
-    def ours(ablations: Sequence[Ablation]) -> list[tuple[int, float]]:
-        scores = evaluator.score_trials(ablations)
-        return [(score.refusals, score.kl_divergence) for score in scores]  # type: ignore[union-attr]
+    def ours(ablations: Sequence[Ablation], limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
+        scores = evaluator.score_trials(ablations, limit)
+        return [(score.refusals, score.kl_divergence, score.bounded) for score in scores]  # type: ignore[union-attr]
 
     def use(savings: Savings) -> None:
         if isinstance(model.decoder, generation.Decoder):
@@ -186,6 +226,8 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
     directions = torch.nn.functional.normalize(torch.randn(config.num_hidden_layers + 1, config.hidden_size), dim=-1)
     hooks = AblationHooks(architecture, directions, "none")
     decoder = generation.Decoder(model, frozenset(), n_prompts, hooks.assign_rows)
+    if mix:
+        force_acceptance(decoder)
     prompts = torch.randint(1, config.vocab_size, (2 * n_prompts, SHAPE_PROMPT_TOKENS)).tolist()
     good, bad = prompts[:n_prompts], prompts[n_prompts:]
     base: list[Tensor] = []
@@ -193,8 +235,9 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
     def decided(row: Row) -> bool:
         return mix and row.prompt % 2 < 2 * EARLY_SHARE - 0.5 and len(row.generated) >= EARLY_TOKENS
 
-    def ours(ablations: Sequence[Ablation]) -> list[tuple[int, float]]:
+    def ours(ablations: Sequence[Ablation], limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
         n = len(ablations)
+        decoder.first_layers = [hooks.first_layer(ablation) for ablation in ablations]
         with torch.inference_mode(), hooks.active(ablations):
             sums = torch.zeros(n)
             rows = [Row(t, ids, i) for t in range(n) for i, ids in enumerate(good)]
@@ -205,15 +248,43 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
             rows = [Row(t, ids, i) for t in range(n) for i, ids in enumerate(bad)]
             for _ in decoder.run(rows, length, decided):
                 pass
-        return [(0, float(total) / n_prompts) for total in sums]
+        return [(0, float(total) / n_prompts, False) for total in sums]
 
     def use(savings: Savings) -> None:
+        """Turn savings on and take the original's figures, as a run does before its first trial."""
         decoder.savings, decoder.drafts = savings, Drafts()
+        decoder.trunk = Trunk(architecture.layers, config.hidden_size * model.dtype.itemsize, device) if savings.trunk else None
+        decoder.first_layers = []
+        with torch.inference_mode(), hooks.active([Ablation(None, {})]):
+            if decoder.trunk is not None:
+                decoder.trunk.recording = True
+            base[:] = [torch.cat([torch.log_softmax(logits.float(), dim=-1) for _, logits in decoder.first_logits(rows_of(good))])]
+            for _ in decoder.run(rows_of(bad), length, decided):
+                pass
+            if decoder.trunk is not None:
+                decoder.trunk.recording = False
 
-    with torch.inference_mode(), hooks.active([Ablation(None, {})]):
-        rows = [Row(0, ids, i) for i, ids in enumerate(good)]
-        base.append(torch.cat([torch.log_softmax(logits.float(), dim=-1) for _, logits in decoder.first_logits(rows)]))
+    use(Savings())
     return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda tokens: False, ours, use)
+
+
+def rows_of(prompts: Sequence[list[int]]) -> list[Row]:
+    """Rows of one trial."""
+    return [Row(0, ids, i) for i, ids in enumerate(prompts)]
+
+
+def force_acceptance(decoder: Any) -> None:
+    """Have two thirds of each draft accepted, whatever the random model would say; the passes that check them are made all the same."""
+    check = decoder.check
+
+    def checked(drafts: Sequence[Sequence[int]], *args: Any) -> tuple[Tensor, Tensor]:
+        likeliest, mask = check(drafts, *args)
+        for row, draft in zip(likeliest, drafts, strict=True):
+            n_right = int(ACCEPTED_SHARE * (len(draft) - 1))
+            row[:n_right] = torch.tensor(draft[1 : 1 + n_right], device=row.device)
+        return likeliest, mask
+
+    decoder.check = checked
 
 
 class Reference:
@@ -221,11 +292,19 @@ class Reference:
 
     def __init__(self, work: Workload) -> None:
         self.work = work
-        names = [writer.name for writer in work.architecture.writers]
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, lora_dropout=0.0, bias="none")
-        for writer in work.architecture.writers:
+        writers = work.architecture.writers
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=RANK,
+            target_modules=[writer.name for writer in writers if writer.storage.n_experts is None],
+            target_parameters=[f"{w.name}.{w.storage.weight}" for w in writers if w.storage.n_experts is not None] or None,
+            lora_dropout=0.0,
+            bias="none",
+        )
+        for writer in writers:
             writer.module._forward_hooks.clear()  # the copy must not carry ours
-        self.model = get_peft_model(copy.deepcopy(work.model), config).eval()
+        shared = {id(tensor): tensor for tensor in [*work.model.parameters(), *work.model.buffers()]}
+        self.model = get_peft_model(copy.deepcopy(work.model, shared), config).eval()  # type: ignore[arg-type]
         self.hooks = AblationHooks(work.architecture, work.directions, "none")
         for handle in self.hooks._handles:
             handle.remove()
@@ -275,12 +354,14 @@ class Reference:
             if not strength:
                 B.data.zero_()
                 continue
-            W = layer.base_layer.weight
-            change = edit_weight(W, r.to(W.device), strength, "none") - W.float()
+            W = writer.storage.matrices(stored_weight(writer))
+            weights = W[None] if writer.storage.n_experts is None else W
+            change = torch.stack([edit_weight(one, r.to(W.device), strength, "none") - one.float() for one in weights])
             U, S, V = torch.svd_lowrank(change, q=SVD_Q, niter=SVD_ITERATIONS)
-            root = S[:RANK].clamp(min=0).sqrt()
-            A.data.copy_(root[:, None] * V[:, :RANK].T)
-            B.data.copy_(U[:, :RANK] * root)
+            root = S[:, None, :RANK].clamp(min=0).sqrt()
+            # PEFT's layout for experts: A's rows expert by expert, B's columns rank by rank.
+            A.data.copy_((root * V[..., :RANK]).mT.flatten(end_dim=1))
+            B.data.copy_((U[..., :RANK] * root).permute(1, 2, 0).flatten(1))
 
     def score(self, ablation: Ablation, clock: Clock) -> tuple[int, float]:
         """Refusals and divergence of one trial."""
@@ -300,7 +381,7 @@ class Reference:
         return refusals, divergence
 
 
-def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock) -> list[tuple[int, float]]:
+def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock, limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
     """(b), with its parts timed."""
     forward = generation.Decoder.forward
 
@@ -314,7 +395,7 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock) -> lis
         patch.object(generation.Decoder, "forward", counted),
         patch.object(AblationHooks, "_make_maps", clock.timed("setup", make_maps)),
     ):
-        return work.ours(ablations)
+        return work.ours(ablations, limit)
 
 
 SAVINGS = {
@@ -365,9 +446,13 @@ def measure_floor(work: Workload, trials_per_batch: int) -> dict[str, float]:
     bandwidth = 2 * block.numel() / best(block.clone)
     config = work.model.config
     weights = sum(p.numel() for name, p in work.model.named_parameters() if "embed_tokens" not in name)
+    experts = sum(p.numel() for name, p in work.model.named_parameters() if ".experts." in name)
+    at_work = weights - experts
+    if experts:
+        at_work += experts * config.num_experts_per_tok // config.num_experts
     prompt_tokens = sum(map(len, work.good)) + sum(map(len, work.bad))
     new_tokens = len(work.bad) * work.length
-    operations = 2 * weights * (prompt_tokens + new_tokens)
+    operations = 2 * at_work * (prompt_tokens + new_tokens)
     kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     read_per_row = sum(SHAPE_PROMPT_TOKENS + step for step in range(work.length))
     n_bytes = len(work.bad) * read_per_row * kv_bytes + weights * dtype.itemsize * work.length / trials_per_batch
@@ -420,11 +505,13 @@ def main() -> None:
 
     device = work.model.device
     theirs, ours = Clock(device), Clock(device)
-    work.ours(trials[:1])  # neither side's first pass is counted
+    work.ours(trials[:1], unlimited)  # neither side's first pass is counted
     reference.score(trials[0], Clock(device))
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
-    reference_s = ours_s = 0.0
+    reference_s = ours_s = stopping_s = 0.0
+    finished: list[tuple[float, int]] = []
+    n_stopped = 0
     differences: list[int] = []
     largest_kl = 0.0
     for start in range(0, len(trials), options.trials_per_batch):
@@ -432,7 +519,13 @@ def main() -> None:
         begin = ours.now()
         mine = run_ours(work, batch, ours)
         ours_s += ours.now() - begin
-        for ablation, (refusals, divergence) in zip(batch, mine, strict=True):
+        if options.model not in SHAPES:
+            begin = ours.now()
+            stopping = work.ours(batch, limit_by(list(finished)))
+            stopping_s += ours.now() - begin
+            n_stopped += sum(stopped for _, _, stopped in stopping)
+            finished += [(divergence, refusals) for refusals, divergence, stopped in stopping if not stopped]
+        for ablation, (refusals, divergence, _) in zip(batch, mine, strict=True):
             begin = theirs.now()
             other_refusals, other_divergence = reference.score(ablation, theirs)
             reference_s += theirs.now() - begin
@@ -460,6 +553,8 @@ def main() -> None:
         "reference_shares": shares(theirs, reference_s),
         "ours_shares": shares(ours, ours_s),
     }
+    if options.model not in SHAPES:
+        result |= {"stopping_s": stopping_s / n, "ratio_stopping": reference_s / stopping_s, "stopped": n_stopped}
     if options.savings:
         result["savings"] = measure_savings(work, trials, options.trials_per_batch)
     if options.model in SHAPES:

@@ -23,12 +23,12 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-@pytest.mark.parametrize("mix", [[], ["--mix"]])
+@pytest.mark.parametrize(("shape", "mix"), [("tiny", []), ("tiny", ["--mix"]), ("tiny-moe", [])])
 def test_trial_speed_on_a_small_shape(
-    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mix: list[str]
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shape: str, mix: list[str]
 ) -> None:
     module = script("trial_speed")
-    options = ["--model", "tiny", "--trials", "3", "--trials-per-batch", "2", "--prompts", "8", "--length", "20", *mix]
+    options = ["--model", shape, "--trials", "3", "--trials-per-batch", "2", "--prompts", "8", "--length", "20", *mix]
     monkeypatch.setattr("sys.argv", ["trial_speed.py", *options])
     module.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
