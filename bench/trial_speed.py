@@ -9,7 +9,7 @@ the KL divergence. (b) Output maps, `--trials-per-batch` trials in one pass. Sam
     uv run python bench/trial_speed.py --model llama-8b      # random weights of that shape, on the accelerator; prints the floor
 
 The last line is one JSON object; `ratio` is reference_s / ours_s, with every trial scored to its end. `ratio_stopping` is the same with
-trials that can no longer be on the front stopped, as in a search.
+trials that can no longer be on the front stopped, as in a search; `ratio_workers` that in several processes (`--workers`).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import contextlib
 import copy
 import json
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,9 +110,14 @@ def unlimited(divergence: float) -> float:
     return math.inf
 
 
-def limit_by(finished: Sequence[tuple[float, int]]) -> Limit:
+@dataclass
+class LimitBy:
     """The fewest refusals of the finished trials (divergence, refusals) at no greater divergence."""
-    return lambda kl: min((refusals for other, refusals in finished if other <= kl), default=math.inf)
+
+    finished: Sequence[tuple[float, int]]
+
+    def __call__(self, divergence: float) -> float:
+        return min((refusals for other, refusals in self.finished if other <= divergence), default=math.inf)
 
 
 @dataclass
@@ -473,6 +479,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--bad", help="text file of harmful prompts, for a folder")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--trials-per-batch", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=1, help="also measure so many processes of one thread each; not for a shape")
     parser.add_argument("--prompts", type=int, default=100, help="prompts of each kind, for a shape")
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--mix", action="store_true", help="half of a shape's rows are decided within 15 tokens")
@@ -498,6 +505,7 @@ def main() -> None:
     work = make_workload(options)
     components = list(work.architecture.components)
     trials = random_trials(options.trials, components, options.seed)
+    workers = Workers(work, options.workers) if options.workers > 1 else None
     hooks_by_module = {w.module: dict(w.module._forward_hooks) for w in work.architecture.writers}
     reference = Reference(work)
     for module, hooks in hooks_by_module.items():
@@ -509,22 +517,23 @@ def main() -> None:
     reference.score(trials[0], Clock(device))
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
-    reference_s = ours_s = stopping_s = 0.0
-    finished: list[tuple[float, int]] = []
-    n_stopped = 0
+    reference_s = ours_s = 0.0
+    searches = {}
+    if options.model not in SHAPES:
+        searches["stopping"] = AsInSearch(work.ours)
+        if workers is not None:
+            workers.ours([trials[0]] * options.workers, unlimited)
+            searches["workers"] = AsInSearch(workers.ours)
     differences: list[int] = []
     largest_kl = 0.0
-    for start in range(0, len(trials), options.trials_per_batch):
-        batch = trials[start : start + options.trials_per_batch]
+    together = options.trials_per_batch
+    for start in range(0, len(trials), together * options.workers):
+        batch = trials[start : start + together * options.workers]
         begin = ours.now()
-        mine = run_ours(work, batch, ours)
+        mine = [score for i in range(0, len(batch), together) for score in run_ours(work, batch[i : i + together], ours)]
         ours_s += ours.now() - begin
-        if options.model not in SHAPES:
-            begin = ours.now()
-            stopping = work.ours(batch, limit_by(list(finished)))
-            stopping_s += ours.now() - begin
-            n_stopped += sum(stopped for _, _, stopped in stopping)
-            finished += [(divergence, refusals) for refusals, divergence, stopped in stopping if not stopped]
+        for name, search in searches.items():
+            search.score(batch, together * options.workers if name == "workers" else together, ours)
         for ablation, (refusals, divergence, _) in zip(batch, mine, strict=True):
             begin = theirs.now()
             other_refusals, other_divergence = reference.score(ablation, theirs)
@@ -553,14 +562,61 @@ def main() -> None:
         "reference_shares": shares(theirs, reference_s),
         "ours_shares": shares(ours, ours_s),
     }
-    if options.model not in SHAPES:
-        result |= {"stopping_s": stopping_s / n, "ratio_stopping": reference_s / stopping_s, "stopped": n_stopped}
+    for name, search in searches.items():
+        result |= {f"{name}_s": search.seconds / n, f"ratio_{name}": reference_s / search.seconds, f"stopped_{name}": search.n_stopped}
     if options.savings:
         result["savings"] = measure_savings(work, trials, options.trials_per_batch)
     if options.model in SHAPES:
         floor = measure_floor(work, options.trials_per_batch)
         result |= {**floor, "times_floor": ours_s / n / floor["floor_s"]}
     print(json.dumps(result))
+
+
+class AsInSearch:
+    """(b) as a search does it: trials that can no longer be on the front of those that finished are stopped."""
+
+    def __init__(self, ours: Callable[[Sequence[Ablation], Limit], list[tuple[int, float, bool]]]) -> None:
+        self.ours = ours
+        self.seconds = 0.0
+        self.n_stopped = 0
+        self.finished: list[tuple[float, int]] = []
+
+    def score(self, trials: Sequence[Ablation], together: int, clock: Clock) -> None:
+        """Score trials, so many at a time."""
+        for start in range(0, len(trials), together):
+            begin = clock.now()
+            scores = self.ours(trials[start : start + together], LimitBy(list(self.finished)))
+            self.seconds += clock.now() - begin
+            self.n_stopped += sum(stopped for _, _, stopped in scores)
+            self.finished += [(divergence, refusals) for refusals, divergence, stopped in scores if not stopped]
+
+
+class Workers:
+    """(b) in several processes with a copy of the model and one thread each, as `--workers` has it, on a CPU."""
+
+    def __init__(self, work: Workload, n: int) -> None:
+        context = multiprocessing.get_context("fork")  # only the measured part has to be like the program's
+        self.pipes = []
+        for _ in range(n):
+            here, there = context.Pipe()
+            context.Process(target=self._serve, args=(work, there), daemon=True).start()
+            self.pipes.append(here)
+
+    @staticmethod
+    def _serve(work: Workload, pipe: Any) -> None:
+        torch.set_num_threads(1)
+        while True:
+            trials, limits = pipe.recv()
+            pipe.send(work.ours(trials, limits))
+
+    def ours(self, trials: Sequence[Ablation], limit: Limit) -> list[tuple[int, float, bool]]:
+        """Scores of trials, shared out evenly."""
+        share = math.ceil(len(trials) / len(self.pipes))
+        at_work = []
+        for pipe, start in zip(self.pipes, range(0, len(trials), share), strict=False):
+            pipe.send((trials[start : start + share], limit))
+            at_work.append(pipe)
+        return [score for pipe in at_work for score in pipe.recv()]
 
 
 def shares(clock: Clock, total: float) -> dict[str, float]:
