@@ -75,8 +75,8 @@ class Blocks(Cache):
     def move_rows(self, sources: Tensor, targets: Tensor) -> None:
         for layer in self.used:
             here, there = sources.to(layer.device), targets.to(layer.device)
-            layer.keys[there] = layer.keys[here]
-            layer.values[there] = layer.values[here]
+            for block in (layer.keys, layer.values):
+                block[there, :, : layer.length] = block[here, :, : layer.length]
 
     def put(self, other: "Blocks", first_row: int, length: int) -> None:
         """Copy the rows of `other`, from row `first_row` on, so that they end in column `length` as all rows do."""
