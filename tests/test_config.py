@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from heretic import config
+from heretic import config, rebuild
 from heretic.config import PromptSpecification, Settings, load_settings
 from heretic.errors import UsageError
 
@@ -347,6 +347,8 @@ def test_default_file_lists_every_setting_with_its_default() -> None:
 def test_help_names_every_option_and_only_those() -> None:
     text = (ROOT / "src/heretic/help.txt").read_text(encoding="utf-8")
     named = set(re.findall(r"^ +(?:-h, )?(--[\w-]+)", text, re.MULTILINE)) - {"--help", "--version"}
+    assert named >= set(rebuild.FLAGS)
+    named -= set(rebuild.FLAGS)
     parser, _ = config.command_parser()
     options = {option for option in parser._option_string_actions if "." not in option and not option.startswith("--no-")}
     assert named == options

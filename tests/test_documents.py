@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from heretic import rebuild
 from heretic.config import PromptSpecification, Settings, command_parser, load_settings
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/*.md")])
 
 # Options of other programs, those in bench/ included, that the documents mention.
-FOREIGN_OPTIONS = {"--help", "--version", "--check", "--no-project", "--model", "--savings", "--trials"}
+FOREIGN_OPTIONS = {"--help", "--version", "--check", "--no-project", "--model", "--savings", "--trials", "--outfile", "--outtype"}
 
 
 def text_of(path: Path) -> str:
@@ -38,7 +39,7 @@ def test_options_exist(path: Path) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z_]+)?", text_of(path).replace("--no-...", "")))
     benches = "".join(script.read_text(encoding="utf-8") for script in ROOT.glob("bench/*.py"))
     of_benches = re.findall(r'add_argument\("(--[a-z][\w-]*)"', benches)
-    assert named <= {*parser._option_string_actions, *FOREIGN_OPTIONS, *of_benches}
+    assert named <= {*parser._option_string_actions, *rebuild.FLAGS, *FOREIGN_OPTIONS, *of_benches}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

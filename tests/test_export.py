@@ -1,6 +1,5 @@
 """What is saved, reopened with transformers and PEFT alone, against the explicit edit in float64."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -8,27 +7,21 @@ import resource
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 import zoo
 from heretic import __version__
 from heretic.ablation import Ablation, ComponentParameters
-from heretic.card import model_card
 from heretic.config import Settings
 from heretic.errors import ExportError
 from heretic.export import save
 from heretic.record import Result, Strategy
-from heretic.source import ModelSource
-from heretic.upload import upload
 from heretic.utils import SilentProgress
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions
 from tiny import save as save_original
@@ -223,7 +216,10 @@ def test_record(tmp_path: Path) -> None:
     assert record["program"] == {"name": "heretic-llm", "version": __version__}
     assert torch.__version__.startswith(record["versions"]["torch"])
     assert set(record["versions"]) >= {"torch", "transformers", "accelerate", "optuna", "peft", "bitsandbytes", "huggingface-hub"}
-    assert record["model"] == {"name": str(original), "commit": None, "type": "llama", "search_dtype": "float32"}
+    fingerprint = record["model"].pop("fingerprint")
+    assert [part.partition(":")[0] for part in fingerprint.split()] == sorted(path.name for path in original.glob("*[ns]"))
+    assert record["model"] == {"name": "original", "commit": None, "type": "llama", "search_dtype": "float32"}
+    assert record["hardware"].keys() == {"devices", "cpu_threads", "cpu_capability", "machine", "system"}
     assert record["trial"] == {
         "number": 17,
         "direction_index": 0.3,
@@ -234,7 +230,8 @@ def test_record(tmp_path: Path) -> None:
         "n_layers": 2,
         "modules": {"attn.o_proj": 2, "mlp.down_proj": 2},
     }
-    assert record["settings"] == settings(original, row_normalization="pre", winsorization_quantile=0.9).model_dump(mode="json")
+    wanted = settings("original", row_normalization="pre", winsorization_quantile=0.9)  # no path of this machine
+    assert record["settings"] == wanted.model_dump(mode="json")
     assert record["export_strategy"] == "merge"
     assert record["response_prefix"] == "yes "
     assert record["prompts"]["bad_prompts"] == {
@@ -245,39 +242,6 @@ def test_record(tmp_path: Path) -> None:
         "suffix": "",
     }
     assert set(record["prompts"]) == {"good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts"}
-
-
-@pytest.mark.parametrize(
-    ("strategy", "library", "what"), [("merge", "transformers", "a modified copy of"), ("adapter", "peft", "an adapter for")]
-)
-def test_model_card(tmp_path: Path, strategy: Strategy, library: str, what: str) -> None:
-    original, target = tmp_path / "original", tmp_path / "out"
-    save_original(original, build("llama"))
-    export(original, target, strategy, row_normalization="pre")
-    card = (target / "README.md").read_text()
-    assert card.startswith(
-        f"---\nlibrary_name: {library}\ntags:\n- heretic\n- abliterated\n- decensored\n---\n\n# original, refusals removed\n"
-    )
-    assert f"This is {what} `{original}`." in card
-    assert "| refusals on 100 prompts that are to be refused | 95 | 3 |" in card
-    assert "| first-token KL divergence on harmless prompts (nats) | 0 | 0.0123 |" in card
-    assert "| direction | one for all layers, index 0.3000 of the last layer |" in card
-    assert "| mlp.down_proj.max_weight | 1.3000 |" in card
-    assert "Row normalization `pre`." in card
-    assert "2 `attn.o_proj` modules and 2 `mlp.down_proj` modules" in card
-    responsible = card.partition("## Responsible use")[2]
-    assert "safeguards that the original's makers trained into it have been weakened on purpose" in responsible
-    assert "licence and terms of use still apply" in responsible
-
-
-def test_base_model_of_a_card(original: Path) -> None:
-    """The hub refuses a card that names anything but a repository."""
-    model = load(original)
-    result = result_for(settings(original))
-    assert "base_model" not in model_card(model, result, "merge")
-    model.loaded = dataclasses.replace(model.loaded, source=ModelSource("owner/name", "owner/name", None, False))
-    assert "\nbase_model: owner/name\nbase_model_relation: finetune\n" in model_card(model, result, "merge")
-    assert "\nbase_model: owner/name\nbase_model_relation: adapter\n" in model_card(model, result, "adapter")
 
 
 # Targets
@@ -327,11 +291,10 @@ def test_a_full_disk_leaves_nothing_behind(original: Path, tmp_path: Path, repla
         target.mkdir()
         (target / "precious.txt").write_text("mine")
 
-    def fail(self: Any, folder: Path, **arguments: Any) -> None:
-        (folder / "model-00001-of-00002.safetensors").write_bytes(b"part")
+    def fail(descriptor: int) -> None:  # where a full disk is noticed at the latest
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    monkeypatch.setattr("heretic.stored.os.fsync", fail)
     with pytest.raises(ExportError) as caught:
         export(original, target, overwrite=True)
     assert str(caught.value) == cannot_be_written(target, "No space left on device")
@@ -349,7 +312,8 @@ def test_a_file_that_the_system_refuses(tmp_path: Path, strategy: Strategy) -> N
             export(source, target, strategy, row_normalization="full", full_normalization_lora_rank=8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(caught.value) == cannot_be_written(target, "Error while serializing: I/O error: File too large (os error 27)")
+    reason = {"merge": "File too large", "adapter": "Error while serializing: I/O error: File too large (os error 27)"}
+    assert str(caught.value) == cannot_be_written(target, reason[strategy])
     assert list(target.parent.iterdir()) == []
 
 
@@ -381,8 +345,10 @@ def test_an_original_that_is_gone(tmp_path: Path) -> None:
     (source / "model.safetensors").unlink()
     with pytest.raises(ExportError) as caught:
         save(model, result_for(settings(source)), "merge", str(tmp_path / "out"), False, SilentProgress())
-    assert str(caught.value).startswith(f"The weights of {source} cannot be read again: ")
-    assert str(caught.value).endswith("The study is safe.")
+    assert str(caught.value) == (
+        f"The files of {source} cannot be read again: The model's weights are not in its folder: none of model.safetensors, "
+        "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json is there. The study is safe."
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -411,7 +377,8 @@ def test_adapter_of_rank_one_is_the_merged_model(tmp_path: Path, mode: str, mode
     assert (logits(merged) - logits(auto.from_pretrained(original))).abs().max() > 0.1
     assert adapted.peft_config["default"].r == 1
     assert len(tensors_of(tmp_path / "adapter")) == 6
-    assert (recorder.messages, recorder.warnings) == ([], [])
+    assert len(recorder.messages) == 1  # by which name the original goes in its configuration
+    assert recorder.warnings == []
 
 
 def test_adapter_of_transposed_weights(tmp_path: Path) -> None:
@@ -480,10 +447,16 @@ def test_adapter_of_mode_full(tmp_path: Path, original: Path, rank: int) -> None
         change = exact - before[name].double().numpy()
         missed.append(np.linalg.norm(B @ A - change) / np.linalg.norm(change))
     assert len(missed) == 3
-    assert recorder.messages == [
+    assert recorder.messages[:1] == [
         f"Adapter of rank {rank}: it misses {np.mean(missed):.1%} of the change on average, {max(missed):.1%} at most (Frobenius norm). "
         "A higher --full-normalization-lora-rank is closer; a merged model is exact."
     ]
+    assert json.loads((tmp_path / "adapter" / "heretic.json").read_text())["adapter"] == {
+        "rank": rank,
+        "mean_relative_error": pytest.approx(np.mean(missed), abs=1e-5),
+        "max_relative_error": pytest.approx(max(missed), abs=1e-5),
+        "biases_left": 0,
+    }
     wanted, plain = (
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")),
         logits(AutoModelForCausalLM.from_pretrained(original)),
@@ -518,10 +491,10 @@ def test_adapter_of_biased_modules(tmp_path: Path, mode: str) -> None:
     torch.testing.assert_close(logits(adapted), logits(merged), rtol=0, atol=1e-4)
 
 
-def test_adapter_folder(tmp_path: Path, original: Path) -> None:
+def test_adapter_folder(tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(original, tmp_path / "adapter", "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(original)
+    assert config["base_model_name_or_path"] == "original"
     assert sorted(config["target_modules"]) == [
         "model.layers.0.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
@@ -529,90 +502,12 @@ def test_adapter_folder(tmp_path: Path, original: Path) -> None:
     ]
     assert json.loads((tmp_path / "adapter" / "heretic.json").read_text())["export_strategy"] == "adapter"
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
-    # PEFT's way of opening it without naming the original.
+    # PEFT's way of opening it without naming the original, which it finds by its folder's name.
+    monkeypatch.chdir(original.parent)
     from peft import AutoPeftModelForCausalLM
 
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(adapted), logits(with_adapter(original, tmp_path / "adapter")), rtol=0, atol=0)
-
-
-# Upload, with the hub's client replaced
-
-TOKEN = "hf_SecretSecretSecret"
-
-
-class Hub:
-    """What the hub's client was asked, and what it answers."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
-        self.calls, self.error, self.files = [], error, {}
-        hub = self
-
-        def create_repo(self: Any, repo_id: str, **arguments: Any) -> None:
-            hub.calls.append(("create_repo", self.token, repo_id, arguments))
-
-        def upload_folder(self: Any, *, repo_id: str, folder_path: Path, **arguments: Any) -> Any:
-            hub.calls.append(("upload_folder", self.token, repo_id, arguments))
-            if hub.error is not None:
-                raise hub.error
-            hub.files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
-            return type("Commit", (), {"repo_url": f"https://huggingface.co/{repo_id}"})()
-
-        monkeypatch.setattr(HfApi, "create_repo", create_repo)
-        monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-
-
-def do_upload(original: Path, strategy: Strategy = "merge", private: bool = True) -> str:
-    model = load(original)
-    model.use_directions(DIRECTIONS, "none")
-    return upload(model, result_for(settings(original)), strategy, "me/model", private, TOKEN, SilentProgress())
-
-
-@pytest.mark.parametrize("private", [True, False])
-@pytest.mark.parametrize("strategy", ["merge", "adapter"])
-def test_upload(original: Path, strategy: Strategy, private: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub = Hub(monkeypatch)
-    assert do_upload(original, strategy, private) == "https://huggingface.co/me/model"
-    assert hub.calls == [
-        ("create_repo", TOKEN, "me/model", {"private": private, "exist_ok": True}),
-        ("upload_folder", TOKEN, "me/model", {"commit_message": "Upload the edited model"}),
-    ]
-    export(original, tmp_path / "saved", strategy)
-    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
-    assert all(TOKEN.encode() not in content for content in hub.files.values())
-
-
-def response(status: int, message: str) -> httpx2.Response:
-    return httpx2.Response(status, request=httpx2.Request("POST", "https://huggingface.co/api/repos/create"), text=message)
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (
-            HfHubHTTPError(f"403 Forbidden: {TOKEN} has no right.\nRequest ID: x", response=response(403, "no")),
-            "403 Forbidden: [token] has no right.",
-        ),
-        (httpx2.ConnectError("[Errno -2] Name or service not known"), "[Errno -2] Name or service not known"),
-        (httpx2.ReadTimeout(""), "ReadTimeout"),
-        (ConnectionError("connection lost"), "connection lost"),
-        (
-            ValueError("Repo id must be in the form 'repo_name' or 'namespace/repo_name'"),
-            "Repo id must be in the form 'repo_name' or 'namespace/repo_name'",
-        ),
-    ],
-)
-def test_upload_that_fails(original: Path, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    Hub(monkeypatch, error)
-    with pytest.raises(ExportError) as caught:
-        do_upload(original)
-    assert str(caught.value) == (
-        f"The upload to me/model failed: {reason}. Check the repository's name, the token's right to write and the network, "
-        "then upload again; the study is safe."
-    )
-    assert TOKEN not in repr(caught.value)
-    assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__
 
 
 def test_generation_config_of_the_running_model_is_untouched_by_saving(original: Path, tmp_path: Path) -> None:

@@ -182,5 +182,6 @@ def test_a_model_that_is_quantized_already(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_4bit(original)
     assert str(caught.value) == (
-        f"The model {original} could not be loaded in any format. float32: the model is already quantized; leave out --quantization."
+        f"The files of {original} hold weights quantized by bitsandbytes, which cannot be edited. Give the model that they were made from "
+        "(its card names it); --quantization bnb_4bit searches it in as little memory, and what is saved has its full precision."
     )

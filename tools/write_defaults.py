@@ -22,6 +22,8 @@ TOML_HEADER = """\
 HELP_HEADER = """\
 Usage: heretic [MODEL] [--config PATH] [OPTIONS]
        heretic --demo
+       heretic --export-from RESULT --save-directory FOLDER
+       heretic --reproduce RESULT
 
 Removes refusals from a transformer language model by directional ablation, without training, and keeps
 the rest of the model as it was. MODEL is a hub id or a local folder.
@@ -30,6 +32,15 @@ Settings come from the command line, the environment (HERETIC_N_TRIALS=100), .en
 (config.toml in the working directory, or --config PATH); the first one given wins. Lists and tables are
 written as JSON. Parts of prompt sources are options of their own: --good-prompts.dataset prompts.txt
 Switches are turned off by --no-..., such as --no-stop-dominated-trials.
+
+A RESULT is a folder that heretic saved, its heretic.json, or the address of one:
+  --export-from RESULT
+      Make the saved model again from its original, into --save-directory; no prompts or search needed.
+      --model names the original where it is elsewhere; --overwrite and --trust-remote-code as below.
+  --reproduce RESULT
+      List what differs from when it was saved, make it again and compare the files.
+  --reproduce-search RESULT
+      Run the study again with the stored settings and seed, and compare the trial.
 
 Options:
   --config PATH

@@ -192,7 +192,9 @@ class Settings(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**32, description="Random seed; drawn, shown and stored if not given.")
     study_checkpoint_dir: str = Field("checkpoints", description="Folder of the studies' journals.")
     refusal_markers: list[str] = Field(REFUSAL_MARKERS, min_length=1, description="Texts that mark a response as a refusal, in any case.")
-    max_shard_size: str | int = Field("5GB", description="Largest file of a saved model.")
+    max_shard_size: str | int | None = Field(
+        None, description="Largest file of a saved model, such as 5GB; as the original's if not given."
+    )
     checkpoint_action: Literal["continue", "restart"] | None = Field(
         None, description="What to do with a study found on disk: continue or restart; asked if not given."
     )
@@ -336,9 +338,10 @@ def command_parser() -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
     return parser, source
 
 
-def load_settings(arguments: Sequence[str] | None = None) -> Settings:
+def load_settings(arguments: Sequence[str] | None = None, stored: dict[str, Any] | None = None) -> Settings:
     """Settings from the command line `arguments` (default: this process's), the environment, `.env` and a TOML file.
 
+    With `stored` settings there are only those, below the command line.
     `model_fields_set` of the result tells which settings were given at all. Raises `UsageError`, whose text names the
     setting, where it was given, and the nearest known name where it is unknown.
     """
@@ -358,6 +361,8 @@ def load_settings(arguments: Sequence[str] | None = None) -> Settings:
     with _reading("in .env"):
         env_file = DotEnvSettingsSource(_CommandSettings, dotenv_filtering="match_prefix")()
     sources = {"on the command line": command_line, "in the environment": environment, "in .env": env_file, **_toml_source(config_path)}
+    if stored is not None:  # a study that is repeated is its own configuration
+        sources = {"on the command line": command_line, "in the record": stored}
 
     merged: dict[str, Any] = {}
     says_demo = next((values for values in sources.values() if "demo" in values), {})

@@ -168,8 +168,7 @@ class AblationHooks:
                 if writer.storage.weight is not None:
                     parameter = stored_weight(writer)
                     originals.append((parameter, parameter.data))
-                    edited = edit_stored(writer.storage, parameter.data, r.to(parameter.device), strength, self.mode)
-                    parameter.data = edited.to(parameter.dtype)
+                    parameter.data = edit_stored(writer.storage, parameter.data, r.to(parameter.device), strength, self.mode)
                 if writer.storage.bias is not None:
                     bias = getattr(writer.module, writer.storage.bias)
                     originals.append((bias, bias.data))
@@ -276,8 +275,8 @@ def dense_weight(module: nn.Module, storage: Storage = LINEAR) -> Tensor:
 
 
 def edit_stored(storage: Storage, weight: Tensor, r: Tensor, strength: float, mode: RowNormalization) -> Tensor:
-    """A writer's weight as it is stored, edited, in float32 (float64 for float64 input), not rounded back."""
-    edited = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    """A writer's weight as it is stored, edited in float32 (float64 for float64 input) one matrix at a time, each rounded once."""
+    edited = torch.empty_like(weight)
     before, after = storage.matrices(weight), storage.matrices(edited)
     if storage.n_experts is None:
         before, after = before[None], after[None]

@@ -1,68 +1,124 @@
 """What a run leaves: a model folder or an adapter, with card and record.
 
-The edit is computed exactly in float32 from the original weights, read again from their source, and rounded once to their own
-number format, whatever format or quantization the search used.
+A model folder is the original's with only the edited tensors rewritten: each is read from the original's files, edited in float32
+and rounded once to its own number format, whatever format or quantization the search used. Everything else is copied byte for byte. No
+model is loaded for it.
 """
 
 import contextlib
+import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
-from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
+import torch
+from accelerate.utils import align_module_device
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils import CONFIG_NAME
 
-from .ablation import edit_bias
+from .ablation import RowNormalization, edit_bias
 from .adapter import save_adapter
 from .answers import check_target
-from .card import model_card
+from .card import write_card
 from .editing import edit_stored
+from .edits import DIRECTIONS_FILE, Edit, edits_of, save_edits
 from .errors import ExportError
-from .loading import LoadedModel, auto_class
 from .model import Model
+from .original import Original, open_original
+from .placement import Piece
 from .record import Result, Strategy, record
+from .source import expand
+from .staging import clean_up, staged
+from .stored import bytes_of, copy_file, resharded, sha256, write_stored
 from .utils import Progress
 
-PROCESSOR_FILES = (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME)
+# How much of a file that is read again may stay in memory before it is opened anew.
+REOPEN_BYTES = 2**29
+COMPARED_ROWS = 16
+DEQUANTIZED_ROUNDING = 2**-7
 
 
-def save(model: Model, result: Result, strategy: Strategy, directory: str, overwrite: bool, progress: Progress) -> Path:
-    """Write the model or adapter to a temporary folder beside the target, and rename it when it is complete.
+def save(
+    model: Model,
+    result: Result,
+    strategy: Strategy,
+    directory: str,
+    overwrite: bool,
+    progress: Progress,
+    check: Callable[[Path], dict[str, Any]] = lambda folder: {},
+) -> Path:
+    """Write the model or adapter to a folder beside the target, and rename it when it is complete and checked.
 
-    Raises `ExportError` where the target must not be replaced or cannot be written; then nothing is left behind.
+    `check` is given the written model's folder, and gives what the record is to say of it.
+    Raises `ExportError` where the target must not be replaced or cannot be written, and where an edited parameter is not found in
+    the original's files; then nothing is left behind.
     """
+    clean_up(expand(directory))
     target = check_target(directory, overwrite)
-    original = _read_original(model.loaded, progress)
-    with _file_errors(target):
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as temporary:
-            folder = Path(temporary) / target.name
-            folder.mkdir()
-            _write(model, result, strategy, original, folder, progress)
-            _put_in_place(folder, target, Path(temporary) / "replaced")
+    settings = result.settings
+    original = open_original(model.loaded.source, progress)
+    edits = edits_of(model, result.ablation)
+    assert model.hooks is not None
+    with file_errors(target), staged(target) as folder:
+        if strategy == "merge":
+            compare_with_loaded(original, edits, model)
+        hashes, more = write_export(
+            original,
+            edits,
+            settings.row_normalization,
+            strategy,
+            settings.full_normalization_lora_rank,
+            settings.max_shard_size,
+            folder,
+            progress,
+        )
+        if strategy == "merge":
+            more |= check(folder)
+        save_edits(edits, model.hooks.directions, folder / DIRECTIONS_FILE)
+        write_card(model, result, strategy, folder, progress)
+        write_record({**record(model, result, strategy), **more}, folder, hashes)
+        share(folder)
     return target
 
 
-def _put_in_place(folder: Path, target: Path, replaced: Path) -> None:
-    """Move `folder` to `target`; what was there goes to `replaced`, and back again where that fails."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    target.rename(replaced)
-    try:
-        folder.rename(target)
-    except OSError:
-        replaced.rename(target)
-        raise
+def write_export(
+    original: Original,
+    edits: Sequence[Edit],
+    mode: RowNormalization,
+    strategy: Strategy,
+    rank: int,
+    max_shard_size: str | int | None,
+    folder: Path,
+    progress: Progress,
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Write the edited model, or its adapter, with all files of the original's that belong to it.
+
+    Returns the SHA-256 of files that were hashed while they were written, and what the record says of an adapter.
+    """
+    if strategy == "merge":
+        changes = Changes(original, edits, mode)
+        return write_model(original, changes, folder, max_shard_size, progress), {}
+    adapter = save_adapter(original, edits, mode, rank, folder, progress)
+    # The tokenizer anew: ours pads on the left.
+    AutoTokenizer.from_pretrained(original.source.path, **original.source.arguments).save_pretrained(folder)
+    return {}, {"adapter": adapter}
+
+
+def write_record(content: dict[str, Any], folder: Path, hashes: dict[str, str]) -> dict[str, str]:
+    """Write `heretic.json` with the SHA-256 of every other file, which are returned; `hashes` are those that are known."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "heretic.json")
+    files = {name: hashes.get(name) or sha256(path) for path in paths for name in [path.relative_to(folder).as_posix()]}
+    (folder / "heretic.json").write_text(json.dumps({**content, "files": files}, indent=2) + "\n", encoding="utf-8")
+    return files
 
 
 @contextlib.contextmanager
-def _file_errors(target: Path) -> Iterator[None]:
+def file_errors(target: Path) -> Iterator[None]:
+    """Errors of writing as `ExportError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -76,66 +132,138 @@ def _file_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_original(loaded: LoadedModel, progress: Progress) -> Any:
-    """The model as it is stored: in its own number format, on the CPU, whatever the search used."""
-    source = loaded.source
-    try:
-        with progress.task("Reading the original weights"):
-            original = auto_class(loaded.config).from_pretrained(source.path, dtype="auto", device_map="cpu", **source.arguments)
-    except (OSError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"The weights of {source.name} cannot be read again: {reason} The study is safe.") from error
-    return original.requires_grad_(False)
+class Changes:
+    """The stored tensors that edits change, each computed when it is asked for.
+
+    Raises `ExportError` where an edited parameter is not in the original's files. `digests` are the SHA-256 of those computed so far.
+    """
+
+    def __init__(self, original: Original, edits: Sequence[Edit], mode: RowNormalization) -> None:
+        self.digests: dict[str, str] = {}
+        self._placements = original.placements
+        self._mode = mode
+        self._changed: dict[str, tuple[Piece, list[Callable[[Tensor], Tensor]]]] = {}
+        self._latest: dict[str, Tensor] = {}  # what one piece gave, for tensors that are converted together
+        for edit in edits:
+            for parameter, change in ((edit.weight, self._weight_change(edit)), (edit.bias, self._bias_change(edit))):
+                for piece in () if parameter is None else self._placements.place(parameter).pieces:
+                    self._add(piece, change)
+
+    def _weight_change(self, edit: Edit) -> Callable[[Tensor], Tensor]:
+        return lambda weight: edit_stored(edit.storage, weight, edit.direction, edit.strength, self._mode)
+
+    def _bias_change(self, edit: Edit) -> Callable[[Tensor], Tensor]:
+        return lambda bias: edit_bias(bias, edit.direction, edit.strength).to(bias.dtype)
+
+    def _add(self, piece: Piece, change: Callable[[Tensor], Tensor]) -> None:
+        entry: tuple[Piece, list[Callable[[Tensor], Tensor]]] = (piece, [])
+        for name in piece.names:
+            entry = self._changed.setdefault(name, entry)
+            if entry[0].parameter != piece.parameter:
+                raise ExportError(
+                    f"{entry[0].parameter} and {piece.parameter} are stored as one tensor, {name}, and both are edited, which cannot be "
+                    "saved. Nothing was written; the study is safe."
+                )
+        entry[1].append(change)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the stored tensors that change."""
+        return set(self._changed)
+
+    def __call__(self, name: str) -> Tensor | None:
+        """The tensor that is to be stored in place of the original's, None where that stays."""
+        if name not in self._changed:
+            return None
+        if name not in self._latest:
+            piece, changes = self._changed[name]
+            value = self._placements.read(piece)
+            for change in changes:
+                value = change(value)
+            self._latest = self._placements.stored(piece, value)
+        tensor = self._placements.tensors[name].round(self._latest.pop(name)).contiguous()
+        self.digests[name] = hashlib.sha256(bytes_of(tensor)).hexdigest()
+        return tensor
 
 
-def _write(model: Model, result: Result, strategy: Strategy, original: Any, folder: Path, progress: Progress) -> None:
-    """Edit `original`, a fresh copy, in place, and write it or its adapter with all that belongs to it."""
-    source = model.loaded.source
-    if strategy == "merge":
-        _merge(model, result, original, progress)
-        with progress.task("Writing the model"):
-            _save_model(model, original, folder, result.settings.max_shard_size)
-    else:
-        save_adapter(model, result, original, folder, progress)
-    # The tokenizer anew: ours pads on the left.
-    AutoTokenizer.from_pretrained(source.path, **source.arguments).save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(model, result, strategy), encoding="utf-8")
-    (folder / "heretic.json").write_text(json.dumps(record(model, result, strategy), indent=2) + "\n", encoding="utf-8")
-    _share(folder)
+def write_model(original: Original, changes: Changes, folder: Path, max_shard_size: str | int | None, progress: Progress) -> dict[str, str]:
+    """Write the model's files and check them; the SHA-256 of each. The original's files are kept as they are without `max_shard_size`."""
+    stored = original.stored if max_shard_size is None else resharded(original.stored, max_shard_size)
+    n_tensors = sum(len(shard.tensors) for shard in stored.shards)
+    with progress.task(f"Writing {n_tensors} tensors, {len(changes.names)} of them edited", n_tensors) as advance:
+        hashes = write_stored(stored, folder, changes, advance)
+    for name in original.files:
+        hashes[name] = copy_file(original.folder / name, folder / name)
+    if original.dequantized:
+        path = folder / CONFIG_NAME
+        config = json.loads(path.read_bytes())
+        config.pop("quantization_config", None)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        hashes[path.name] = sha256(path)
+    with progress.task("Checking what was written", len(changes.names)) as advance:
+        check_written(folder, {shard.name: {t.name for t in shard.tensors} for shard in stored.shards}, changes.digests, advance)
+    return hashes
 
 
-def _share(folder: Path) -> None:
+def check_written(folder: Path, shards: dict[str, set[str]], digests: dict[str, str], advance: Callable[[int], None]) -> None:
+    """Open the files again and compare every edited tensor with what was to be written. Raises `ExportError` where they differ."""
+    for name, tensors in shards.items():
+        todo = sorted(tensors & digests.keys())
+        while True:
+            with safe_open(folder / name, "pt") as file:
+                if set(file.keys()) != tensors:
+                    raise ExportError(f"{name} does not hold the tensors that were written to it. Is the disk sound? The study is safe.")
+                n_bytes = 0
+                while todo and n_bytes < REOPEN_BYTES:
+                    content = bytes_of(file.get_tensor(todo[0]))
+                    n_bytes += len(content)
+                    if hashlib.sha256(content).hexdigest() != digests[todo[0]]:
+                        raise ExportError(f"{todo[0]} is not in {name} as it was written. Is the disk sound? The study is safe.")
+                    del content, todo[0]
+                    advance(1)
+            if not todo:
+                break
+
+
+def compare_with_loaded(original: Original, edits: Sequence[Edit], model: Model) -> None:
+    """Compare a part of every edited parameter in the files with the loaded model's, where that is not quantized.
+
+    Raises `ExportError` where they differ: then the parameter was not found where it lies, or the files have changed.
+    """
+    for edit in edits:
+        module = model.model.get_submodule(edit.module)
+        with align_module_device(module):
+            for parameter in (edit.weight, edit.bias):
+                if parameter is None:
+                    continue
+                loaded = getattr(module, parameter.rpartition(".")[2]).detach()
+                if loaded.is_floating_point() and loaded.element_size() > 1 and not _agrees(original, parameter, loaded):
+                    raise ExportError(
+                        f"{parameter} is not the same in the files of {model.loaded.source.name} as in the model that was searched: they "
+                        "have changed since, or are laid out in a way that is not known. Nothing was written; the study is safe."
+                    )
+
+
+def _agrees(original: Original, parameter: str, loaded: Tensor) -> bool:
+    pieces = original.pieces(parameter)
+    for piece in {pieces[0], pieces[-1]}:
+        if piece.converter is None:
+            n_rows = None if loaded.dim() == 1 else COMPARED_ROWS if loaded.dim() == 2 else 1
+            value, part = original.placements.tensors[piece.names[0]].read(slice(0, n_rows)), loaded[slice(0, n_rows)]
+        else:
+            value = original.placements.read(piece)
+            part = loaded if piece.index is None else loaded[piece.index][None]
+        # A dequantized weight is rounded to its number format in the files and not in a search in another one.
+        rtol = DEQUANTIZED_ROUNDING if original.dequantized else 0.0
+        if not torch.allclose(value.to(loaded.dtype), part.cpu(), rtol=rtol, atol=0, equal_nan=True):
+            return False
+    return True
+
+
+def share(folder: Path) -> None:
     """Give every file the permissions that new files usually have: safetensors writes its own for the owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~mask)
-
-
-def _merge(model: Model, result: Result, original: Any, progress: Progress) -> None:
-    """Edit the weights of `original`, a fresh copy, in place."""
-    mode = result.settings.row_normalization
-    edits = list(model.edits(result.ablation))
-    with progress.task("Editing weights", len(edits)) as advance:
-        for writer, r, strength in edits:
-            module = original.get_submodule(writer.name)
-            if writer.storage.weight is not None:
-                weight = getattr(module, writer.storage.weight)
-                weight.copy_(edit_stored(writer.storage, weight, r, strength, mode))
-            if writer.storage.bias is not None:
-                bias = getattr(module, writer.storage.bias)
-                bias.copy_(edit_bias(bias, r, strength))
-            advance(1)
-
-
-def _save_model(model: Model, original: Any, folder: Path, max_shard_size: str | int) -> None:
-    source = model.loaded.source
-    original.generation_config = GenerationConfig()  # saving would reject unusual values
-    original.save_pretrained(folder, max_shard_size=max_shard_size)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    # The files themselves: a processor need not be loadable here, where the library for its images may be missing.
-    for name in ("generation_config.json", *(PROCESSOR_FILES if auto_class(model.loaded.config) is AutoModelForImageTextToText else ())):
-        file = cached_file(source.path, name, revision=source.revision, _raise_exceptions_for_missing_entries=False)
-        if file is not None:
-            shutil.copyfile(file, folder / name)

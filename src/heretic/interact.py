@@ -17,9 +17,11 @@ from .errors import HereticError
 from .evaluator import Evaluator
 from .export import save
 from .model import Message, Model, prompt_messages
+from .privacy import without_token
 from .record import Result, Strategy
 from .search import Search, ablation_of
 from .upload import upload
+from .verify import divergence_check
 
 COMPARED_PROMPTS = 5
 CHAT_TOKENS = 2048
@@ -93,8 +95,8 @@ class Workbench:
                     self.console.message("Interrupted.")
                 except Exception as error:  # told, and every other action stays usable
                     if self.settings.debug:
-                        self.console.message(traceback.format_exc())
-                    self.console.error(str(error) if isinstance(error, HereticError) else f"{type(error).__name__}: {error}")
+                        self.console.message(without_token(traceback.format_exc()))
+                    self.console.error(without_token(str(error) if isinstance(error, HereticError) else f"{type(error).__name__}: {error}"))
                 if action == "more":
                     break
 
@@ -147,7 +149,8 @@ class Workbench:
                 overwrite = questionary.confirm(f"{directory} is not empty. Replace it?", default=False).ask() or False
                 if not overwrite:
                     return
-        target = save(self.model, self.result_of(trial), strategy, directory, overwrite, self.console)
+        check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
+        target = save(self.model, self.result_of(trial), strategy, directory, overwrite, self.console, check)
         self.console.message(f"Saved trial {trial.number} to {target}")
 
     def _upload(self, trial: FrozenTrial) -> None:
@@ -161,7 +164,8 @@ class Workbench:
         token = get_token() or questionary.password("Access token of the hub (not stored):").ask()
         if private is None or not token:
             return
-        url = upload(self.model, self.result_of(trial), strategy, repo_id, private, token, self.console)
+        check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
+        url = upload(self.model, self.result_of(trial), strategy, repo_id, private, token, self.console, check)
         self.console.message(f"Uploaded trial {trial.number} to {url}")
 
     def _compare(self, trial: FrozenTrial) -> None:

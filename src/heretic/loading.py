@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from .architecture import refuse_encoder_decoder
 from .config import Settings
+from .dequantize import loading_arguments, refuse_method, stored_method, unify
 from .errors import ModelError
 from .source import ModelSource
 from .utils import Progress, empty_cache, is_out_of_memory
@@ -105,9 +106,10 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
     """
     config = load_config(source)
     refuse_encoder_decoder(config)
+    refuse_method(source.name, config)
     source = source.pinned()
     tokenizer = _load_tokenizer(source)
-    stored = _stored_dtype(config)
+    stored = stored_dtype(config)
     failures: list[str] = []
     lacks_memory = False
     tried: set[torch.dtype] = set()
@@ -129,7 +131,13 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
             if settings.debug:
                 progress.message(repr(error))
         else:
-            quantized = getattr(model, "is_quantized", False)
+            if method := stored_method(config):
+                saved_in = str(stored).removeprefix("torch.")
+                progress.message(
+                    f"{source.name} is stored in {method.upper()}. Its weights are dequantized: the search computes in {label}, and what "
+                    f"is saved is in {saved_in}."
+                )
+            quantized = settings.quantization == "bnb_4bit"
             return LoadedModel(source, model, tokenizer, config, generation_config, dtype, stored, quantized)
         model = None
         empty_cache()
@@ -150,7 +158,8 @@ def _load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def _stored_dtype(config: Any) -> torch.dtype:
+def stored_dtype(config: Any) -> torch.dtype:
+    """The number format of a model's files, of dequantized ones the one it computes in."""
     for part in (config, config.get_text_config(decoder=True)):
         dtype = getattr(part, "dtype", None)
         if dtype is not None:
@@ -195,8 +204,9 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": settings.device_map, **source.arguments}
     if settings.max_memory:
         arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
+    arguments |= loading_arguments(config)
     if settings.quantization == "bnb_4bit":
-        if getattr(config, "quantization_config", None) is not None:
+        if stored_method(config) is not None:
             raise ModelError("the model is already quantized; leave out --quantization")
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -213,6 +223,8 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
             f"Missing in the model's files and set at random: {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}. "
             "Are the files complete, and is it the right model type?"
         )
+    if stored_method(config) is not None:
+        unify(model, dtype)
     for module in model.modules():
         # Some CPUs would have 4-bit weights repacked at the first pass: only shapes of certain multiples can be, and none read back.
         if hasattr(module, "support_avx512bf16_for_cpu"):

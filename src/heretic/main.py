@@ -50,6 +50,11 @@ def run_command(arguments: Sequence[str]) -> int:
         return 0
     debug = "--debug" in arguments
     try:
+        from . import rebuild
+
+        if rebuild.is_asked(arguments):
+            _prepare_libraries(debug)
+            return rebuild.run_command(arguments)
         from .config import load_settings
 
         settings = load_settings(arguments)
@@ -70,9 +75,11 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _tell(text: str, debug: bool) -> None:
+    from .privacy import without_token
+
     if debug:
-        traceback.print_exc()
-    for line in text.splitlines():
+        print(without_token(traceback.format_exc()), end="", file=sys.stderr)
+    for line in without_token(text).splitlines():
         print(f"Error: {line}", file=sys.stderr)
 
 
@@ -93,10 +100,25 @@ def run(settings: "Settings") -> int:
     if settings.evaluate_model is not None:
         return _evaluate(settings, console)
 
+    if settings.model_action == "upload":
+        _check_upload(settings, console)
+
     from .checkpoint import Checkpoint
 
     with Checkpoint(settings) as checkpoint:
         return _run_study(settings, console, checkpoint)
+
+
+def _check_upload(settings: "Settings", console: "Console") -> None:
+    """Ask the hub whether the upload at the end of the run can be, as far as the settings say what it will be."""
+    from huggingface_hub import get_token
+
+    from .upload import check_destination
+
+    token = get_token()
+    if settings.upload_repo_id is not None and settings.upload_repo_private is not None and token is not None:
+        with console.task(f"Asking the hub about {settings.upload_repo_id}"):
+            check_destination(settings.upload_repo_id, settings.upload_repo_private, token, console)
 
 
 def _prepare_libraries(debug: bool) -> None:

@@ -8,7 +8,9 @@ from . import __version__
 from .ablation import Ablation
 from .config import PromptSpecification, Settings
 from .model import Model
-from .source import dataset_commit
+from .privacy import public_name, public_settings
+from .source import dataset_commit, fingerprint
+from .utils import hardware
 
 Strategy = Literal["merge", "adapter"]
 
@@ -39,27 +41,34 @@ class Result:
         }
 
 
-def _prompt_source(specification: PromptSpecification) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def prompt_source(specification: PromptSpecification) -> dict[str, Any]:
     """A source of prompts with the commit that was read, where it came from the hub."""
     commit = dataset_commit(specification.dataset, specification.commit)
-    return specification.model_dump(exclude_none=True) | ({} if commit is None else {"commit": commit})
+    return public_settings(specification.model_dump(exclude_none=True)) | ({} if commit is None else {"commit": commit})
 
 
 def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
-    """`heretic.json`: what was done to what, with which versions, and what came of it."""
+    """`heretic.json`: what was done to what, with which versions, and what came of it. Names no path of this machine."""
     settings, loaded = result.settings, model.loaded
     sources = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
     return {
         "program": {"name": "heretic-llm", "version": __version__},
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": versions(),
         "model": {
-            "name": loaded.source.name,
+            "name": public_name(loaded.source.name),
             "commit": loaded.source.revision,
             "type": loaded.config.model_type,
+            "fingerprint": fingerprint(loaded.source),
             "search_dtype": str(loaded.dtype).removeprefix("torch."),
         },
-        "prompts": {name: _prompt_source(getattr(settings, name)) for name in sources},
-        "settings": settings.model_dump(mode="json"),
+        "hardware": hardware(),
+        "prompts": {name: prompt_source(getattr(settings, name)) for name in sources},
+        "settings": public_settings(settings.model_dump(mode="json")),
         "export_strategy": strategy,
         "response_prefix": result.response_prefix,
         "trial": {

@@ -11,6 +11,7 @@ from .config import DEMO_MODEL, Settings
 from .errors import ModelError
 
 _HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
+_GGUF = "GGUF files hold a model converted for llama.cpp, which cannot be edited. Give the model that it was made from."
 SAMPLE_BYTES = 2**20
 
 
@@ -59,10 +60,11 @@ def model_source(settings: Settings, name: str | None = None) -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = " It holds an adapter, not a model." if (path / "adapter_config.json").is_file() else ""
+            hint = f" {_GGUF}" if any(path.glob("*.gguf")) else hint
             raise ModelError(f"{name} is no model folder: it has no config.json.{hint}")
         return ModelSource(str(path), name, revision, settings.trust_remote_code)
     if path.is_file():
-        raise ModelError(f"{name} is a file. Give the folder that holds the model, or a hub id.")
+        raise ModelError(f"{name} is a file. {_GGUF if path.suffix == '.gguf' else 'Give the folder that holds the model, or a hub id.'}")
     if not _HUB_ID.fullmatch(name):
         raise ModelError(f"There is no folder {name}. Check the path (a hub id has the form owner/name).")
     return ModelSource(name, name, revision, settings.trust_remote_code)
@@ -83,7 +85,7 @@ def dataset_commit(dataset: str, revision: str | None) -> str | None:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
-    if dataset.startswith(demo.PREFIX) or expand(dataset).exists():
+    if dataset.startswith(demo.PREFIX) or expand(dataset).exists() or not _HUB_ID.fullmatch(dataset):
         return None
     repository = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
     note = repository / "refs" / (revision or "main")

@@ -2,8 +2,9 @@
 
 import contextlib
 import gc
+import platform
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -48,6 +49,18 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
+def format_size(n_bytes: int) -> str:
+    """`512 B`, `2.4 MB`, `4.9 GB`: powers of 1000, as the hub counts."""
+    if n_bytes < 1000:
+        return f"{n_bytes} B"
+    size = n_bytes / 1000
+    for unit in ("kB", "MB"):
+        if size < 999.95:
+            return f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an accelerator's allocator, or the CPU's, found no room."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
@@ -87,6 +100,22 @@ def describe_device() -> str:
         else:
             parts.append(f"{name} ({kind}:{i}), {_gib(free)} of {_gib(total)} GiB memory free")
     return "; ".join(parts)
+
+
+def hardware() -> dict[str, Any]:
+    """What results may depend on beyond versions, and nothing that tells whose machine it is."""
+    devices: list[str] = []
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+        devices = [name_of(i) if name_of else str(device) for i in range(torch.accelerator.device_count())]
+    return {
+        "devices": devices,
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
 
 
 def _gib(n_bytes: int) -> str:

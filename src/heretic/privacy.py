@@ -1,0 +1,57 @@
+"""What must not leave this machine: access tokens, and paths, which hold user names. Imports nothing heavy."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .source import ModelSource, expand
+
+# Settings that are texts of the user's own making; every other text may be a path or an address.
+TEXTS = ("system_prompt", "prefix", "suffix", "response_prefix", "refusal_markers", "chain_of_thought_skips")
+# What one run did with its result: where to is nobody's business.
+WITHHELD = ("save_directory", "upload_repo_id")
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+
+
+def without_token(text: str, token: str | None = None) -> str:
+    """A text in which an access token (default: the one that the hub's client would use) is replaced by `[token]`."""
+    if token is None:
+        from huggingface_hub import get_token
+
+        token = get_token()
+    return text.replace(token, "[token]") if token else text
+
+
+def public_name(name: str) -> str:
+    """The name of a model, dataset or file that others may be told: of an absolute path, or one that leads out of the working folder,
+    the last part; of an address (`postgresql://...`) the scheme; a hub id or relative path as it is.
+    """
+    if address := _ADDRESS.match(name):
+        return f"{address[1]}://..."
+    path = expand(name)
+    return _last_part(path) if path.is_absolute() or ".." in path.parts else name
+
+
+def public_model_name(source: ModelSource) -> str:
+    """The name of a model that others may be told: its hub id, or the name of its folder."""
+    return _last_part(expand(source.name)) if source.is_local else source.name
+
+
+def _last_part(path: Path) -> str:
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
+def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings (as `model_dump` gives them) that others may be told: no paths and addresses of this machine, nor whose account it is."""
+    return {name: None if name in WITHHELD else value if name in TEXTS else _public(value) for name, value in settings.items()}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, str):
+        return public_name(value)
+    if isinstance(value, dict):
+        return public_settings(value)
+    if isinstance(value, (list, tuple)):
+        return [_public(item) for item in value]
+    return value

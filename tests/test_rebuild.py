@@ -1,0 +1,207 @@
+"""A result made again from its record, and a search run again from it."""
+
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import zoo
+from conftest import Outcome
+from heretic.export import save
+from heretic.record import Strategy
+from heretic.utils import SilentProgress
+from test_export import result_for
+from tiny import build, load, settings, unit_directions
+from tiny import save as save_original
+
+Heretic = Callable[..., Outcome]
+SAVE = ["--trial-index", 0, "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an original `m` and a saved result `out`."""
+    monkeypatch.chdir(tmp_path)
+    save_original(tmp_path / "m", build("llama", torch.bfloat16))
+    return make(tmp_path / "m", tmp_path / "out")
+
+
+def make(original: Path, target: Path, strategy: Strategy = "merge", size: int = 32, n_layers: int = 2, **changes: Any) -> Path:
+    model = load(original, **changes)
+    model.use_directions(unit_directions(n_layers + 1, size), changes.get("row_normalization", "none"))
+    return save(model, result_for(settings(original, **changes)), strategy, str(target), False, SilentProgress())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on no model can be loaded, and no prompts."""
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("nothing may be loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr("heretic.loading.load_model", fail)
+    monkeypatch.setattr("heretic.prompts.load_prompts", fail)
+
+
+@pytest.mark.parametrize("strategy", ["merge", "adapter"])
+@pytest.mark.parametrize("mode", ["none", "pre", "full"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "mixtral"])
+def test_the_same_bytes(
+    tmp_path: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch, model_type: str, mode: str, strategy: Strategy
+) -> None:
+    """Norms behind the writers, experts that are stored one by one; every file is the same."""
+    original = zoo.build(model_type, max_layers=2) if model_type == "mixtral" else build(model_type)
+    save_original(tmp_path / "m", original)
+    make(tmp_path / "m", tmp_path / "out", strategy, 64 if model_type == "mixtral" else 32, row_normalization=mode)
+    forbid_models(monkeypatch)
+    outcome = heretic("--export-from", tmp_path / "out", "--save-directory", tmp_path / "again", "--model", tmp_path / "m")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[-1] == f"Rebuilt trial 17 in {tmp_path / 'again'}"
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+@pytest.fixture
+def address(saved: Path) -> Iterator[str]:
+    """Where a server on this machine has the result."""
+    handler = partial(_Quiet, directory=str(saved.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_from_an_address(saved: Path, address: str, heretic: Heretic) -> None:
+    outcome = heretic("--export-from", f"{address}/out/heretic.json", "--save-directory", "again")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert contents(Path("again")) == contents(saved)
+    outcome = heretic(f"--reproduce={address}/out/heretic.json")
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1] == f"{len(contents(saved)) - 1} of {len(contents(saved)) - 1} files are the same, bit by bit."
+
+
+def test_addresses_that_lead_nowhere(saved: Path, address: str, heretic: Heretic) -> None:
+    assert heretic("--reproduce", f"{address}/out").err == f"Error: The address {address}/out does not end in /heretic.json.\n"
+    outcome = heretic("--reproduce", f"{address}/nothing/heretic.json")
+    assert (outcome.code, outcome.err) == (
+        1,
+        f"Error: {address}/nothing/heretic.json cannot be fetched: HTTP Error 404: File not found\n",
+    )
+
+
+def test_records_that_are_none(saved: Path, heretic: Heretic) -> None:
+    outcome = heretic("--export-from", "nowhere", "--save-directory", "again")
+    told = "Error: There is no nowhere. Give a folder that heretic saved, its heretic.json, or the address of one.\n"
+    assert (outcome.code, outcome.err) == (1, told)
+    Path("odd.json").write_text('{"model": 1}')
+    outcome = heretic("--reproduce", "odd.json")
+    assert outcome.err == (
+        "Error: odd.json is no record that a model can be made from: it lacks settings, trial, versions, export_strategy, files.\n"
+    )
+    Path("odd.json").write_text("{")
+    assert heretic("--reproduce", "odd.json").err.startswith("Error: odd.json cannot be read as a record of heretic: ")
+    (saved / "heretic.directions").unlink()
+    outcome = heretic("--export-from", "out", "--save-directory", "again")
+    assert outcome.err == "Error: out/heretic.directions is missing. It holds the directions; it was saved beside heretic.json.\n"
+    (saved / "heretic.directions").write_bytes(b"nonsense")
+    assert heretic("--export-from", "out", "--save-directory", "again").err.startswith("Error: out/heretic.directions cannot be read: ")
+    assert not Path("again").exists()
+
+
+def test_wrong_usage(saved: Path, heretic: Heretic) -> None:
+    assert heretic("--export-from", "out") == Outcome(2, "", "Error: --export-from needs --save-directory.\n")
+    outcome = heretic("--export-from", "out", "--save-directory", "again", "--n-trials", "3")
+    told = "Error: Unknown option --n-trials beside --export-from or --reproduce. heretic --help lists all options.\n"
+    assert outcome == Outcome(2, "", told)
+    outcome = heretic("--export-from", "out", "--reproduce", "out")
+    assert (outcome.code, outcome.err.startswith("Error: Wrong usage: argument --reproduce: not allowed with argument")) == (2, True)
+    outcome = heretic("--export-from", "out", "--save-directory", "m")
+    assert outcome.err == "Error: The folder m is not empty. Choose another --save-directory, or add --overwrite to replace it.\n"
+
+
+def test_an_original_elsewhere(saved: Path, heretic: Heretic) -> None:
+    shutil.move("m", "moved")
+    told = (
+        "Error: The original was a folder named m, which is not here; a record does not say where it was. Give the original with --model.\n"
+    )
+    for arguments in (["--export-from", "out", "--save-directory", "again"], ["--reproduce", "out"], ["--reproduce-search", "out"]):
+        assert heretic(*arguments).err.endswith(told)
+    outcome = heretic("--export-from", "out", "--save-directory", "again", "--model", "moved")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert contents(Path("again")) == contents(saved)
+
+
+def test_another_original(saved: Path, heretic: Heretic) -> None:
+    tensors = load_file("m/model.safetensors")
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, "m/model.safetensors", {"format": "pt"})
+    outcome = heretic("--export-from", "out", "--save-directory", "again")
+    told = "Error: m is not the model that was edited: model.safetensors differs. Give the original with --model.\n"
+    assert (outcome.code, outcome.err) == (1, told)
+
+
+def test_an_original_with_other_settings(saved: Path, heretic: Heretic) -> None:
+    config = json.loads(Path("m/generation_config.json").read_text())
+    Path("m/generation_config.json").write_text(json.dumps(config))
+    outcome = heretic("--reproduce", "out")
+    assert outcome.code == 1
+    assert "Files of the original have changed, which the rebuilt folder shows: generation_config.json" in outcome.out + outcome.err
+    assert "Not the same: generation_config.json (another SHA-256)" in outcome.out
+    n = len(contents(saved)) - 1
+    assert outcome.out.splitlines()[-1] == f"{n - 1} of {n} files are the same, bit by bit."
+
+
+def test_what_differs_is_listed_with_what_it_means(saved: Path, heretic: Heretic) -> None:
+    record = json.loads((saved / "heretic.json").read_text())
+    torch_version, threads = record["versions"]["torch"], record["hardware"]["cpu_threads"]
+    record["versions"] |= {"torch": "1.0", "optuna": "2.0", "peft": "0.1"}
+    record["hardware"] |= {"devices": ["Abacus"], "cpu_threads": 1000}
+    record["prompts"]["good_prompts"]["commit"] = "abc"
+    (saved / "heretic.json").write_text(json.dumps(record))
+    lines = heretic("--reproduce", "out").out.splitlines()
+    differing = [line.removeprefix("Different: ") for line in lines if line.startswith("Different: ")]
+    assert f"torch: 1.0 then, {torch_version} now (the last digits may differ)" in differing
+    assert any(line.startswith("optuna: 2.0 then, ") and line.endswith("a repeated search may take another way)") for line in differing)
+    assert any(line.startswith("peft: 0.1 then, ") and line.endswith(" now (nothing)") for line in differing)
+    assert f"cpu_threads: 1000 then, {threads} now (the last digits may differ)" in differing
+    assert any(line.startswith("devices: ['Abacus'] then, ") for line in differing)
+    assert not any(line.startswith("good_prompts: ") for line in differing)
+    assert any("no commit is known" in line for line in differing if line.startswith("bad_prompts: "))
+
+
+def test_a_search_again(workplace: Path, heretic: Heretic) -> None:
+    """With the stored settings and seed, not those that the working directory has meanwhile."""
+    assert heretic(*SAVE).code == 0
+    with Path("config.toml").open("a") as file:
+        file.write("kl_divergence_target = 0.5\n")
+    outcome = heretic("--reproduce-search", "out")
+    assert outcome.code == 0, outcome
+    trial = json.loads(Path("out/heretic.json").read_text())["trial"]
+    assert outcome.out.splitlines()[-1].startswith(f"Trial {trial['number']} is the same again: ")
+    assert list(Path("checkpoints/reproduced").glob("*.jsonl"))
+
+
+def test_a_search_that_goes_another_way(workplace: Path, heretic: Heretic) -> None:
+    assert heretic(*SAVE).code == 0
+    number = json.loads(Path("out/heretic.json").read_text())["trial"]["number"]
+    outcome = heretic("--reproduce-search", "out", "--seed", "2")
+    assert outcome.code == 1
+    assert f"Not the same in trial {number}: attn.o_proj.max_weight was " in outcome.out
