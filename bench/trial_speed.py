@@ -96,6 +96,8 @@ SHAPES: dict[str, Callable[[], Any]] = {
     ),
 }
 SHAPE_PROMPT_TOKENS = 55
+# Scores that the reference path does not have are not computed.
+AS_REFERENCE = {"kl_tokens": 1}
 RANK, SVD_Q, SVD_ITERATIONS = 3, 10, 6
 # A realistic mix: this share of the rows is decided after so many tokens, and this share of a draft's tokens is accepted.
 EARLY_SHARE, EARLY_TOKENS = 0.5, 15
@@ -196,12 +198,18 @@ def real_workload(settings: Settings) -> Workload:
         scores = evaluator.score_trials(ablations, limit)
         return [(score.refusals, score.kl_divergence, score.bounded) for score in scores]  # type: ignore[union-attr]
 
+    def verdict(tokens: list[int]) -> bool:
+        text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+        return evaluator.rule.classify(text, is_cut_off=not model.decoder.end_tokens & set(tokens)) != "compliance"
+
     def use(savings: Savings) -> None:
         if isinstance(model.decoder, generation.Decoder):
             model.decoder.savings, model.decoder.trunk, model.decoder.drafts = savings, None, Drafts()
             with model.recording_trunk():
-                model.first_token_logprobs(evaluator.good_prompts)
-                evaluator.count_refusals()
+                evaluator.answers.record(model)
+                rows = model.rows_of(evaluator.bad_prompts, 1)
+                for _ in model.responses_of_trials(rows, settings.max_response_length, [], evaluator.rule.has_marker):
+                    pass
 
     return Workload(
         model.model,
@@ -211,7 +219,7 @@ def real_workload(settings: Settings) -> Workload:
         [list(row.tokens) for row in model.rows_of(prompts["bad_evaluation_prompts"], 1)],
         settings.max_response_length,
         model.decoder.end_tokens,
-        lambda tokens: evaluator.rule.is_refusal(model.tokenizer.decode(tokens, skip_special_tokens=True)),
+        verdict,
         ours,
         use,
     )
@@ -493,10 +501,12 @@ def make_workload(options: argparse.Namespace) -> Workload:
     if options.model in SHAPES:
         return shape_workload(options.model, options.length, options.prompts, options.mix)
     if options.model == "demo":
-        return real_workload(Settings(demo=True, max_response_length=options.length))  # type: ignore[call-arg]
+        return real_workload(Settings.model_validate({"demo": True, "max_response_length": options.length, **AS_REFERENCE}))
     good, bad = {"dataset": options.good}, {"dataset": options.bad}
     sources = {"good_prompts": good, "bad_prompts": bad, "good_evaluation_prompts": good, "bad_evaluation_prompts": bad}
-    return real_workload(Settings.model_validate({"model": options.model, "max_response_length": options.length, **sources}))
+    return real_workload(
+        Settings.model_validate({"model": options.model, "max_response_length": options.length, **sources, **AS_REFERENCE})
+    )
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ def test_how_it_was_measured(tmp_path: Path) -> None:
     assert "- System prompt: ``You `help`.``\n" in text
     assert "- Responses: greedy, at most 12 tokens\n" in text
     assert "- Response prefix, after which evaluation begins: ` yes  `\n" in text
-    assert "it holds one of 3 markers\n" in text
+    assert "3 markers, or where it is empty, loops, is mostly symbols or breaks off by itself\n" in text
     assert "- `sorry`\n- ``i ca`n't``\n- `no|way`\n" in text
     assert "- Number format of the search: float32\n" in text
 

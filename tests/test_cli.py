@@ -310,8 +310,8 @@ HALVES = {
         "--model-action upload needs an access token: set HF_TOKEN, or log in with `hf auth login`."
     ),
     ("--model-action", "chat"): "model_action = chat needs a terminal. Use --model-action save, or run it in one.",
-    ("--trial-index", "0"): "--trial-index is given, but not what to do with the trial. Add --model-action save or upload.",
-    ("--save-directory", "out"): "--save-directory is given, but not what to do with the trial. Add --model-action save or upload.",
+    ("--trial-index", "0"): "--trial-index is given, but not what to do with the trial. Add --model-action save, upload or scores.",
+    ("--save-directory", "out"): "--save-directory is given, but not what to do with the trial. Add --model-action save, upload or scores.",
 }
 
 

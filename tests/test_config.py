@@ -146,7 +146,7 @@ COMMAND_LINES = {
         "Setting row_normalization (on the command line): Input should be 'none', 'pre' or 'full', got 'ful'."
     ),
     ("m", "--model-action", "sav"): (
-        "Setting model_action (on the command line): Input should be 'save', 'upload', 'chat' or 'none', got 'sav'."
+        "Setting model_action (on the command line): Input should be 'save', 'upload', 'chat', 'scores' or 'none', got 'sav'."
     ),
     ("m", "--dtypes", '["float33"]'): (
         "Setting dtypes.0 (on the command line): Input should be 'auto', 'float16', 'bfloat16' or 'float32', got 'float33'."

@@ -278,15 +278,16 @@ def test_printed_responses(folder: Path) -> None:
     whole = made.model.responses(BAD, 12)
 
     def text(prompt: Prompt, response: str) -> str:
-        refused = not response.strip() or any(marker in response for marker in MARKERS)
-        return f"Prompt: {prompt.user}\n{'Refused' if refused else 'Answered'}: {response.strip()}\n"
+        refused = any(marker in response for marker in MARKERS)
+        verdict = "Refused" if refused else "Answered" if response.strip() else "Degenerate"
+        return f"Prompt: {prompt.user}\n{verdict}: {response.strip()}\n"
 
     assert recorder.messages == [text(prompt, response) for prompt, response in zip(BAD, whole, strict=True)]
     recorder.messages.clear()
     edited = made.model.responses(BAD, 12, ABLATIONS[0])
     score = made.score(ABLATIONS[0])
     assert sorted(recorder.messages) == sorted(text(prompt, response) for prompt, response in zip(BAD, edited, strict=True))
-    assert score.refusals == sum("\nRefused: " in message for message in recorder.messages)
+    assert score.refusals == sum("\nAnswered: " not in message for message in recorder.messages)
 
 
 def test_another_model_scored_against_the_original(folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from heretic.prompts import Prompt
 
 DOWN = "\x1b[B"
 CLEAR_LINE = "\x15"
-SAVE, UPLOAD, CHAT, COMPARE, CHOOSE, MORE, LEAVE = range(7)
+SAVE, UPLOAD, CHAT, COMPARE, SCORES, CHOOSE, MORE, LEAVE = range(8)
 
 
 class Terminal:
@@ -96,7 +96,7 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     terminal = Terminal()
     live = terminal.see("Which trial?")
     assert "Best so far" in live and "Trials" in live, "the live view was shown"
-    terminal.see("#  Trial  Refusals  KL divergence  Direction")
+    terminal.see("#  Trial  Refusals  KL divergence  Sequence KL  Direction")
     time.sleep(0.3)
     terminal.terminal.send("\r")
 
@@ -104,6 +104,13 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     terminal.act(COMPARE)
     terminal.see("Before and after")
     terminal.see("how do i fix bread")
+
+    # All figures of the trial, those of scoring it again included.
+    terminal.act(SCORES)
+    terminal.see("Scored again (95 % interval)")
+    terminal.see("Harmless refusals")
+    terminal.see("Responses: degenerate")
+    terminal.see("Prompts that moved most")
 
     # Two turns, an answer that is interrupted, and back.
     terminal.act(CHAT)

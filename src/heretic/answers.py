@@ -29,6 +29,7 @@ _FLAG_OF = {
 _NEEDED = {
     "save": ("trial_index", "export_strategy", "save_directory"),
     "upload": ("trial_index", "export_strategy", "upload_repo_id", "upload_repo_private"),
+    "scores": ("trial_index",),
 }
 
 
@@ -56,7 +57,9 @@ def check_answers(settings: Settings, somebody_is_there: bool) -> None:
             name for name in ("trial_index", "export_strategy", "save_directory", "upload_repo_id") if getattr(settings, name) is not None
         ]
         if given:
-            raise UsageError(f"{_FLAG_OF[given[0]]} is given, but not what to do with the trial. Add --model-action save or upload.")
+            raise UsageError(
+                f"{_FLAG_OF[given[0]]} is given, but not what to do with the trial. Add --model-action save, upload or scores."
+            )
         return
     missing = [_FLAG_OF[name] for name in _NEEDED.get(action, ()) if getattr(settings, name) is None]
     if missing:

@@ -143,6 +143,7 @@ def _measured(result: Result) -> str:
         (f"refusals on {scores['n_bad_prompts']} prompts that are to be refused", str(scores["base_refusals"]), str(scores["refusals"])),
         ("first-token KL divergence on harmless prompts (nats)", "0", f"{scores['kl_divergence']:.4f}"),
     ]
+    rows += _more_measured(result)
     told = ("refusals", "n_bad_prompts", "base_refusals", "kl_divergence")
     for name, value in scores.items():
         if name not in told and value is not None:
@@ -151,8 +152,24 @@ def _measured(result: Result) -> str:
 
 {_table(("", "original", "this model"), rows)}
 
-Refusals are counted by keywords, so an answer that changes the subject counts as an answer. The divergence looks at the first token only.
-Neither says that the model's abilities are unharmed. The scores are those of the search, on the prompts that the search saw."""
+Refusals are counted by keywords, so an answer that changes the subject counts as an answer. None of these figures says that the model's
+abilities are unharmed. The scores are those of the search, on the prompts that the search saw."""
+
+
+def _more_measured(result: Result) -> list[Sequence[str]]:
+    """Rows of figures that not every trial has."""
+    known, again = result.measurements, result.measurements.get("again", {})
+    rows: list[Sequence[str]] = []
+    if "response_classes" in known:
+        rows.append(("of these refusals: empty, looping or broken off", "", str(known["response_classes"]["degenerate"])))
+    if "sequence_kl_divergence" in known:
+        tokens = result.settings.kl_tokens
+        figure = f"{known['sequence_kl_divergence']:.4f}"
+        rows.append((f"KL divergence along the original's answers, {tokens} tokens (nats)", "0", figure))
+    if "harmless_refusals" in again.get("scores", {}):
+        before, after = (f"{entry['scores']['harmless_refusals']:.0f}" for entry in (again["base"], again))
+        rows.append((f"refusals on {again['n_good_prompts']} harmless prompts", before, after))
+    return rows
 
 
 def _figures(value: Any) -> str:
@@ -190,8 +207,8 @@ def _how_measured(result: Result, model: Model) -> str:
 - System prompt: {_code(settings.system_prompt) if settings.system_prompt else "none"}
 - Responses: greedy, at most {settings.max_response_length} tokens
 - Response prefix, after which evaluation begins: {_code(result.response_prefix) if result.response_prefix else "none"}
-- A response counts as a refusal where it is empty, or where, in lower case, without asterisks, with plain apostrophes and single spaces,
-  it holds one of {len(settings.refusal_markers)} markers
+- A response counts as a refusal where, in lower case, without asterisks, with plain apostrophes and single spaces, it holds one of
+  {len(settings.refusal_markers)} markers, or where it is empty, loops, is mostly symbols or breaks off by itself
 - Number format of the search: {searched}
 
 <details><summary>The markers</summary>

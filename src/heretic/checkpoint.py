@@ -35,6 +35,8 @@ DEFINING = (
     "system_prompt",
     "kl_divergence_scale",
     "kl_divergence_target",
+    "kl_tokens",
+    "scorers",
     "orthogonalize_direction",
     "row_normalization",
     "split_experts",
@@ -177,11 +179,12 @@ class Checkpoint:
                     self.path.unlink()
                 else:
                     self.path.rename(_free_name(self.path))
-            directions = [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
+            directions = [StudyDirection[direction.upper()] for _, direction in settings.objectives]
             self.study = optuna.create_study(storage=self._storage(), study_name=STUDY_NAME, directions=directions)
             self.study.set_user_attr("settings", settings.model_dump(mode="json"))
             self.study.set_user_attr("given", sorted(settings.model_fields_set))
             self.study.set_user_attr("identity", identity)
+            self.study.set_user_attr("objectives", settings.objectives)
         return self.study
 
     def restored(self, settings: Settings) -> Settings:
@@ -217,7 +220,9 @@ class Checkpoint:
         """Raise `CheckpointError` where a complete trial lacks what every complete trial has."""
         assert self.study is not None
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            missing = [name for name in ("refusals", "kl_divergence", "direction_index", "parameters") if name not in trial.user_attrs]
+            names = ["refusals", "kl_divergence", "direction_index", "parameters"]
+            names += [name for name, _ in self.study.user_attrs.get("objectives", ()) if name not in trial.user_attrs.get("scores", {})]
+            missing = [name for name in names if name not in trial.user_attrs]
             if missing:
                 raise self._damaged(f"trial {trial.number} has no {missing[0]}")
 

@@ -92,7 +92,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
 WITHOUT_EFFECT_IN_PROMPTS = ("residual_plot_label", "residual_plot_color")
 
 # Settings besides the sources of prompts that take a table, and so parts of one in the environment.
-_TABLES = ("device_map", "max_memory")
+_TABLES = ("device_map", "max_memory", "final_good_prompts", "final_bad_prompts")
 
 _BOOL = TypeAdapter(bool)
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
@@ -118,6 +118,35 @@ class PromptSpecification(BaseModel):
         if isinstance(data, dict):
             return {key: value for key, value in data.items() if key not in WITHOUT_EFFECT_IN_PROMPTS}
         return data
+
+
+class ScorerSpecification(BaseModel):
+    """A scorer by name: where its class is, what the search does with its figure, and its own settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    use: str | None = Field(
+        None,
+        min_length=1,
+        description="Built-in scorer, package.module:Class or file.py:Class; the built-in one of this name if not given.",
+    )
+    direction: Literal["minimize", "maximize", "none"] | None = Field(
+        None, description="What the search does with the figure; none (usual) reports it."
+    )
+    finalists_only: bool | None = Field(None, description="Only for the trials scored again at the end; not for an objective.")
+    settings: dict[str, Any] = Field({}, description="The scorer's own settings.")
+
+
+# What every run is scored by; the table `scorers` changes them and adds others.
+USUAL_SCORER = ScorerSpecification(direction="none", finalists_only=False)
+SCORERS = {
+    "refusals": ScorerSpecification(direction="minimize", finalists_only=False),
+    "kl_divergence": ScorerSpecification(direction="minimize", finalists_only=False),
+    "sequence_kl_divergence": USUAL_SCORER,
+    "harmless_refusals": ScorerSpecification(direction="none", finalists_only=True),
+}
+Objectives = tuple[tuple[str, Literal["minimize", "maximize"]], ...]
+DEFAULT_OBJECTIVES: Objectives = (("refusals", "minimize"), ("kl_divergence", "minimize"))
 
 
 def _alpaca(split: str) -> PromptSpecification:
@@ -171,6 +200,28 @@ class Settings(BaseModel):
     print_responses: bool = Field(False, description="Show every prompt and response when refusals are counted.")
     kl_divergence_scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="KL divergence that weighs as much as all refusals.")
     kl_divergence_target: float = Field(0.01, ge=0, allow_inf_nan=False, description="KL divergence below which only refusals count.")
+    kl_tokens: int = Field(
+        16, ge=1, description="Tokens of the original's own answers to harmless prompts over which the sequence KL divergence is taken."
+    )
+    scorers: dict[str, ScorerSpecification] = Field(
+        {},
+        description="Changes to the scorers refusals, kl_divergence (both minimized), sequence_kl_divergence and harmless_refusals "
+        "(both reported, the latter for finalists), and others by name: tables of use, direction (minimize, maximize or none), "
+        "finalists_only and settings.",
+    )
+    n_finalists: int = Field(
+        3, ge=0, description="Trials of the front, fewest refusals first, that are scored again after the search, with intervals; 0: none."
+    )
+    final_response_length: int | None = Field(
+        None, ge=1, description="Tokens of a response that finalists generate at most; max_response_length if not given."
+    )
+    final_kl_tokens: int | None = Field(None, ge=1, description="The same for the sequence KL divergence; kl_tokens if not given.")
+    final_good_prompts: PromptSpecification | None = Field(
+        None, description="Prompts that are answered, for the finalists; good_evaluation_prompts if not given."
+    )
+    final_bad_prompts: PromptSpecification | None = Field(
+        None, description="Prompts that are refused, for the finalists; bad_evaluation_prompts if not given."
+    )
     orthogonalize_direction: bool = Field(False, description="Remove from each direction its component along the harmless mean.")
     row_normalization: Literal["none", "pre", "full"] = Field(
         "none", description="none, pre (edit normalized rows), or full (and keep each row's magnitude)."
@@ -203,8 +254,8 @@ class Settings(BaseModel):
         None, ge=0, description="Trial to take, by its place in the Pareto front (0: fewest refusals); asked if not given."
     )
     n_additional_trials: int | None = Field(None, ge=1, description="Trials to run on top of a finished study; asked if not given.")
-    model_action: Literal["save", "upload", "chat", "none"] | None = Field(
-        None, description="What to do with the chosen trial: save, upload, chat or none; asked if not given."
+    model_action: Literal["save", "upload", "chat", "scores", "none"] | None = Field(
+        None, description="What to do with the chosen trial: save, upload, chat, scores (show them all) or none; asked if not given."
     )
     save_directory: str | None = Field(None, description="Folder to save to; asked if not given.")
     overwrite: bool = Field(False, description="Replace the folder to save to where it exists and is not empty.")
@@ -259,9 +310,43 @@ class Settings(BaseModel):
             raise ValueError("an empty marker would occur in every response")
         return markers
 
+    @field_validator("scorers")
+    @classmethod
+    def _check_scorers(cls, scorers: dict[str, ScorerSpecification]) -> dict[str, ScorerSpecification]:
+        for name, scorer in scorers.items():
+            if scorer.use is None and name not in SCORERS:
+                raise ValueError(f"{name} is no built-in scorer{did_you_mean(name, list(SCORERS))}; say which class it is with use")
+            if scorer.use is not None and name in SCORERS:
+                raise ValueError(f"{name} is the name of a built-in scorer; give the one that you use another name")
+            if scorer.finalists_only and scorer.direction not in (None, "none"):
+                raise ValueError(f"{name} cannot be an objective (direction) and computed for finalists only")
+            if scorer.finalists_only and name in ("refusals", "kl_divergence", "sequence_kl_divergence"):
+                raise ValueError(f"{name} is computed for every trial; it cannot be for finalists_only")
+        return scorers
+
+    @property
+    def all_scorers(self) -> dict[str, ScorerSpecification]:
+        """The scorers in force by name, the built-in ones first; one that is an objective is computed for every trial."""
+        result = {}
+        for name in [*SCORERS, *(name for name in self.scorers if name not in SCORERS)]:
+            usual, given = SCORERS.get(name, USUAL_SCORER), self.scorers.get(name, ScorerSpecification())
+            direction = given.direction or usual.direction
+            finalists_only = usual.finalists_only if given.finalists_only is None else given.finalists_only
+            own = {"direction": direction, "finalists_only": finalists_only and direction == "none", "settings": given.settings}
+            result[name] = given.model_copy(update=own)
+        return result
+
+    @property
+    def objectives(self) -> Objectives:
+        """Names and directions of what the search optimizes, in order."""
+        found = ((name, scorer.direction) for name, scorer in self.all_scorers.items())
+        return tuple((name, direction) for name, direction in found if direction is not None and direction != "none")
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         given = self.model_fields_set
+        if not self.objectives:
+            raise ValueError("no scorer has a direction, so there is nothing to search for; set minimize or maximize for one")
         if "n_trials" not in given and self.demo:
             object.__setattr__(self, "n_trials", DEMO_TRIALS)
         if "n_startup_trials" not in given:
@@ -313,11 +398,12 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments") and unknown.startswith("--"):
             flag = unknown.split("=")[0]
             flags = [option for option in self._option_string_actions if option.startswith("--")]
-            raise UsageError(f"Unknown option {flag}{_did_you_mean(flag, flags)}. heretic --help lists all options.")
+            raise UsageError(f"Unknown option {flag}{did_you_mean(flag, flags)}. heretic --help lists all options.")
         raise UsageError(f"Wrong usage: {message}. heretic --help lists all options.")
 
 
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The nearest known name as a question in brackets; nothing where none is near."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
@@ -443,8 +529,9 @@ def _describe(error: ValidationError, sources: dict[str, dict[str, Any]]) -> str
         origin = next((f" ({source})" for source, values in sources.items() if location and _holds(values, location)), "")
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            known = list(PromptSpecification.model_fields if len(location) > 1 else Settings.model_fields)
-            line = f"Unknown setting {name}{origin}{_did_you_mean(str(location[-1]), known)}."
+            table = ScorerSpecification if location[0] == "scorers" else PromptSpecification
+            known = list(table.model_fields if len(location) > 1 else Settings.model_fields)
+            line = f"Unknown setting {name}{origin}{did_you_mean(str(location[-1]), known)}."
         elif location == ["model"] and problem["type"] == "missing":
             line = "No model is given. Try: heretic <model-id or folder>, or heretic --demo"
         elif not location:

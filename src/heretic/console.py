@@ -3,7 +3,8 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console as RichConsole
@@ -15,7 +16,9 @@ from rich.table import Table
 
 from .ablation import Ablation
 from .answers import can_ask
-from .search import ablation_of, pareto_front
+from .config import DEFAULT_OBJECTIVES, Objectives
+from .score_tables import finalist_rows, format_figure, refusals_text, title_of
+from .search import ablation_of, pareto_front, score_of
 from .utils import format_duration
 
 # Steps shorter than this are not worth a second line where the output is no terminal.
@@ -63,9 +66,32 @@ class Console:
         if seconds >= WORTH_SAYING_SECONDS:
             self.message(f"{description}: done in {format_duration(seconds)}")
 
-    def front(self, front: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None) -> None:
+    def front(
+        self,
+        front: Sequence[FrozenTrial],
+        last_layer: int | None,
+        base_refusals: int | None,
+        objectives: Objectives = DEFAULT_OBJECTIVES,
+    ) -> None:
         """The Pareto front as a table."""
-        self.rich.print(front_table(front, last_layer, base_refusals))
+        self.rich.print(front_table(front, last_layer, base_refusals, objectives))
+
+    def finalists(self, front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> None:
+        """What came of scoring trials of the front again, where that was done (`finalists.known_finalists`)."""
+        headers, rows = finalist_rows(front, known)
+        if not rows:
+            return
+        conditions = known["conditions"]
+        title = (
+            f"Scored again on {known['n_bad_prompts']} harmful and {known['n_good_prompts']} harmless prompts, "
+            f"{conditions['max_response_length']} tokens at most (in brackets 95 % bootstrap intervals)"
+        )
+        table = Table(title=title, title_justify="left")
+        for header in headers:
+            table.add_column(escape(header), justify="right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.rich.print(table)
 
     def columns(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table of texts, wrapped in their columns."""
@@ -100,26 +126,39 @@ def describe_component(ablation: Ablation, component: str, last_layer: int | Non
     return f"{p.max_weight:.2f} at {place}, {p.min_weight:.2f} at ±{reach}"
 
 
-def trial_rows(trials: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None) -> tuple[list[str], list[list[str]]]:
+def other_scores(trials: Sequence[FrozenTrial], objectives: Objectives) -> list[str]:
+    """Scores shown beside the usual two: the sequence KL divergence where all trials have it, and what else is an objective."""
+    known = trials and all("sequence_kl_divergence" in trial.user_attrs for trial in trials)
+    names = (["sequence_kl_divergence"] if known else []) + [name for name, _ in objectives]
+    return [name for name in dict.fromkeys(names) if name not in ("refusals", "kl_divergence")]
+
+
+def trial_rows(
+    trials: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None, objectives: Objectives = DEFAULT_OBJECTIVES
+) -> tuple[list[str], list[list[str]]]:
     """Headers and rows that describe trials: scores, then what was done."""
+    others = other_scores(trials, objectives)
     components = list(ablation_of(trials[0]).parameters) if trials else []
-    headers = ["#", "Trial", "Refusals", "KL divergence", "Direction", *components]
+    headers = ["#", "Trial", "Refusals", "KL divergence", *map(title_of, others), "Direction", *components]
     rows = []
     for i, trial in enumerate(trials):
         ablation = ablation_of(trial)
-        refusals = str(trial.user_attrs["refusals"]) + (f"/{base_refusals}" if base_refusals else "")
         kernels = [describe_component(ablation, component, last_layer) for component in components]
-        scores = [str(i), str(trial.number), refusals, f"{trial.user_attrs['kl_divergence']:.4f}"]
+        scores = [str(i), str(trial.number), refusals_text(trial, base_refusals), f"{trial.user_attrs['kl_divergence']:.4f}"]
+        scores += [format_figure(score_of(trial, name)) for name in others]
         rows.append([*scores, describe_direction(ablation, last_layer), *kernels])
     return headers, rows
 
 
-def front_table(front: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None) -> Table:
+def front_table(
+    front: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None, objectives: Objectives = DEFAULT_OBJECTIVES
+) -> Table:
     """The Pareto front; the first column is what `--trial-index` counts."""
-    headers, rows = trial_rows(front, last_layer, base_refusals)
+    headers, rows = trial_rows(front, last_layer, base_refusals, objectives)
     table = Table(title="Pareto front (# is the trial index)", title_justify="left")
+    numbers = headers[: headers.index("Direction")]
     for header in headers:
-        table.add_column(escape(header), justify="right" if header in headers[:4] else "left", no_wrap=header in headers[:4])
+        table.add_column(escape(header), justify="right" if header in numbers else "left", no_wrap=header in numbers)
     for row in rows:
         table.add_row(*row)
     return table
@@ -128,8 +167,11 @@ def front_table(front: Sequence[FrozenTrial], last_layer: int | None, base_refus
 class StudyView:
     """The search as it goes: a live table in a terminal, a line for each trial elsewhere."""
 
-    def __init__(self, console: Console, n_trials: int, n_done: int, base_refusals: int) -> None:
+    def __init__(
+        self, console: Console, n_trials: int, n_done: int, base_refusals: int, objectives: Objectives = DEFAULT_OBJECTIVES
+    ) -> None:
         self.console = console
+        self.objectives = objectives
         self.n_trials = n_trials
         self.n_done = n_done
         self.base_refusals = base_refusals
@@ -155,12 +197,27 @@ class StudyView:
         if latest.state == TrialState.FAIL:
             self.console.warning(f"Trial {latest.number} failed: {latest.user_attrs.get('failure', 'cut off')}")
         elif self._live is None:
-            front = ", ".join(f"{t.user_attrs['refusals']} at {t.user_attrs['kl_divergence']:.4f}" for t in self._front())
-            about = "about " if latest.user_attrs.get("bounded") else ""
+            front = ", ".join(map(self._point, self._front()))
+            attributes = latest.user_attrs
+            known = attributes.get("sequence_kl_divergence")
+            sequence = "" if known is None else f" (sequence {known:.4f})"
+            others = [f"{title_of(name)} {format_figure(score_of(latest, name))}" for name in self._others]
             self.console.message(
-                f"Trial {self.n_done}/{self.n_trials}: {about}{latest.user_attrs['refusals']}/{self.base_refusals} refusals, "
-                f"KL divergence {latest.user_attrs['kl_divergence']:.4f}; {self._times()}; front: {front}"
+                f"Trial {self.n_done}/{self.n_trials}: {_refusals(latest, self.base_refusals)}, "
+                f"KL divergence {attributes['kl_divergence']:.4f}{sequence}; {''.join(f'{text}; ' for text in others)}{self._times()}; "
+                f"front: {front}"
             )
+
+    @property
+    def _others(self) -> list[str]:
+        """Objectives that a trial's line would not show."""
+        return [name for name, _ in self.objectives if name not in ("refusals", "kl_divergence", "sequence_kl_divergence")]
+
+    def _point(self, trial: FrozenTrial) -> str:
+        """A trial's objectives in short: the usual two as refusals at a divergence."""
+        if self.objectives == DEFAULT_OBJECTIVES:
+            return f"{trial.user_attrs['refusals']} at {trial.user_attrs['kl_divergence']:.4f}"
+        return " / ".join(format_figure(score_of(trial, name)) for name, _ in self.objectives)
 
     def say(self, note: str) -> None:
         """A remark that stays on the screen."""
@@ -169,7 +226,7 @@ class StudyView:
             self.console.message(note)
 
     def _front(self) -> list[FrozenTrial]:
-        return pareto_front(self.trials)
+        return pareto_front(self.trials, self.objectives)
 
     def _times(self) -> str:
         elapsed = time.monotonic() - self._start
@@ -186,20 +243,26 @@ class StudyView:
         front = self._front()
         last = [trial for trial in self.trials if trial.state == TrialState.COMPLETE][-LAST_TRIALS:]
         if front:
-            parts.append(_scores_table("Best so far", front[:FRONT_ROWS], self.base_refusals, len(front)))
-            parts.append(_scores_table("Last trials", last, self.base_refusals, len(last)))
+            parts.append(_scores_table("Best so far", front[:FRONT_ROWS], self.base_refusals, len(front), self.objectives))
+            parts.append(_scores_table("Last trials", last, self.base_refusals, len(last), self.objectives))
         parts.append(self.note or "[dim]Ctrl+C stops after the running trials; everything finished is kept.[/]")
         return Group(*parts)  # type: ignore[arg-type]
 
 
-def _scores_table(title: str, trials: Sequence[FrozenTrial], base_refusals: int, n_all: int) -> Table:
+def _refusals(trial: FrozenTrial, base_refusals: int) -> str:
+    """`9/100 refusals`, with how many of them are degenerate where any is."""
+    text, bracket, degenerate = refusals_text(trial, base_refusals).partition(" (")
+    return f"{text} refusals{bracket}{degenerate}"
+
+
+def _scores_table(title: str, trials: Sequence[FrozenTrial], base_refusals: int, n_all: int, objectives: Objectives) -> Table:
     more = f" ({n_all - len(trials)} more)" if n_all > len(trials) else ""
     table = Table(title=title + more, title_justify="left")
-    for header in ("Trial", "Refusals", "KL divergence", "Direction"):
-        table.add_column(header, justify="right")
+    others = other_scores(trials, objectives)
+    for header in ("Trial", "Refusals", "KL divergence", *map(title_of, others), "Direction"):
+        table.add_column(escape(header), justify="right")
     for trial in trials:
-        about = "about " if trial.user_attrs.get("bounded") else ""
-        refusals = f"{about}{trial.user_attrs['refusals']}/{base_refusals}"
+        figures = [f"{trial.user_attrs['kl_divergence']:.4f}", *(format_figure(score_of(trial, name)) for name in others)]
         direction = describe_direction(ablation_of(trial), None)
-        table.add_row(str(trial.number), refusals, f"{trial.user_attrs['kl_divergence']:.4f}", direction)
+        table.add_row(str(trial.number), refusals_text(trial, base_refusals), *figures, direction)
     return table

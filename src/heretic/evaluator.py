@@ -1,79 +1,98 @@
-"""Scores: how many harmful prompts are refused, and how far the model's first words on harmless ones have moved."""
+"""Scores: asks the scorers for their figures of the original and of each trial, and tells the search what it sees of them."""
 
 import math
 import os.path
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .ablation import Ablation
-from .config import Settings
-from .errors import EvaluationError, TrialError
-from .model import NOT_FINITE, Model
+from .config import DEFAULT_OBJECTIVES, Settings
+from .divergence import OriginalAnswers, kl_divergence, statistics
+from .errors import EvaluationError, HereticError, TrialError
+from .figures import Figure, intervals
+from .model import NOT_FINITE, Model, prompt_messages
+from .outputs import Batch
 from .prompts import Prompt
-from .utils import Progress, SilentProgress
+from .responses import RefusalRule, Response, count_kinds, normalize
+from .scorers import Scorer, divergence_objective, load_scorers
+from .utils import Progress, SilentProgress, is_out_of_memory
+
+__all__ = [
+    "Evaluator",
+    "RefusalRule",
+    "Score",
+    "close_thought",
+    "common_prefix",
+    "find_response_prefix",
+    "kl_divergence",
+    "normalize",
+    "objectives",
+]
 
 # Prompts of each kind, and tokens of each response, from which the common start of all responses is found.
 PREFIX_PROMPTS = 50
 PREFIX_TOKENS = 32
-# Rows of log-probabilities compared at once: bounds the memory at a few vocabularies.
-KL_SLICE = 64
+# Prompts shown of those that moved most.
+MOVED_PROMPTS = 5
 
-_WHITE_SPACE = re.compile(r"\s+")
+SHOWN_KINDS = {"refusal": "Refused", "compliance": "Answered", "degenerate": "Degenerate"}
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a trial is judged by: refusals among the harmful evaluation prompts, mean KL divergence in nats.
+    """What a trial is judged by: harmful evaluation prompts not complied with, mean first-token KL divergence in nats, and the rest.
 
-    `bounded`: the trial was stopped when it could no longer be on the front, and its refusals are an estimate.
+    `bounded`: the trial was stopped when it could no longer be on the front, and its refusals are an estimate. `scores` has the value
+    of every scorer by name, `figures` what they are made of.
     """
 
     refusals: int
     kl_divergence: float
     bounded: bool = False
+    response_classes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    kl_statistics: Mapping[str, float] = field(default_factory=dict, repr=False)
+    scores: Mapping[str, float] = field(default_factory=dict, repr=False)
+    figures: Mapping[str, Figure] = field(default_factory=dict, repr=False, compare=False)
 
+    def value(self, name: str) -> float:
+        """The value of a scorer."""
+        usual = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
+        return self.scores[name] if name in self.scores else usual[name]
 
-class RefusalRule:
-    """A response is a refusal where a marker occurs in its normalized text, or where it is empty."""
+    def attributes(self) -> dict[str, Any]:
+        """As the journal holds them."""
+        found: dict[str, Any] = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
+        if self.bounded:
+            found["bounded"] = True
+        for name in ("response_classes", "kl_statistics", "scores"):
+            if getattr(self, name):
+                found[name] = dict(getattr(self, name))
+        if "sequence_kl_divergence" in self.scores:
+            found["sequence_kl_divergence"] = self.scores["sequence_kl_divergence"]
+        if "harmless_refusals" in self.scores:
+            found["harmless_refusals"] = int(self.scores["harmless_refusals"])
+        return found
 
-    def __init__(self, markers: Sequence[str]) -> None:
-        self.markers = [marker.lower() for marker in markers]
-
-    def has_marker(self, response: str) -> bool:
-        """Whether a marker occurs. What has occurred stays, however much is still added to the response."""
-        text = normalize(response)
-        return any(marker in text for marker in self.markers)
-
-    def is_refusal(self, response: str) -> bool:
-        """The verdict on a whole response."""
-        return not response.strip() or self.has_marker(response)
-
-
-def normalize(response: str) -> str:
-    """Lower case, no `*`, plain apostrophes, every run of white space one space."""
-    return _WHITE_SPACE.sub(" ", response.lower().replace("*", "").replace("\u2019", "'"))
-
-
-def kl_divergence(original: Tensor, edited: Tensor) -> Tensor:
-    """`KL(original || edited)` of each row of log-probabilities `(prompt, vocabulary)`, in nats, `(prompt,)` float32."""
-    parts = zip(original.split(KL_SLICE), edited.split(KL_SLICE), strict=True)
-    return torch.cat([F.kl_div(e, o, log_target=True, reduction="none").sum(dim=-1) for o, e in parts])
+    def described(self) -> dict[str, Any]:
+        """All that is known of a model, with intervals, as plain data."""
+        return {
+            "scores": dict(self.scores),
+            "intervals": intervals(self.figures),
+            "response_classes": dict(self.response_classes),
+            "kl_statistics": dict(self.kl_statistics),
+        }
 
 
 def objectives(score: Score, base_refusals: int, scale: float, target: float) -> tuple[float, float]:
-    """What the search minimizes: share of refusals left, and the divergence in units of `scale`.
+    """What the search minimizes by default: share of refusals left, and the divergence in units of `scale`.
 
     Below `target` the divergence is replaced by the refusals in units of the target, so that doing nothing is never rewarded.
     """
     refusals = score.refusals / base_refusals
-    if score.kl_divergence >= target:
-        return refusals, score.kl_divergence / scale
-    return refusals, refusals * target / scale
+    return refusals, divergence_objective(score.kl_divergence, refusals, scale, target)
 
 
 def find_response_prefix(model: Model, settings: Settings, prompts: Sequence[Prompt]) -> str:
@@ -103,7 +122,9 @@ def close_thought(prefix: str, skips: Sequence[tuple[str, str]]) -> str:
 class Evaluator:
     """Scores ablations against the original model's own answers, which it takes when made.
 
-    Raises `EvaluationError` where the original refuses nothing, since no search could improve on that.
+    `all_scorers`: those work as well that are for finalists only. `baseline` heads what is told of the original's passes. Raises
+    `EvaluationError` where the original refuses nothing, since no search could improve on that, and where a scorer fails on the original;
+    `UsageError` for scorers that cannot be made.
     """
 
     def __init__(
@@ -113,43 +134,78 @@ class Evaluator:
         good_prompts: Sequence[Prompt],
         bad_prompts: Sequence[Prompt],
         progress: Progress | None = None,
+        all_scorers: bool = False,
+        baseline: str = "Baseline",
     ) -> None:
         self.settings = settings
         self.model = model
         self.good_prompts = list(good_prompts)
         self.bad_prompts = list(bad_prompts)
         self.progress = progress or SilentProgress()
-        self.rule = RefusalRule(settings.refusal_markers)
+        chosen = settings.all_scorers
+        self.scorers = {name: s for name, s in load_scorers(settings).items() if all_scorers or not chosen[name].finalists_only}
+        self.objective_names = [name for name, _ in settings.objectives]
+        self.stops_dominated = settings.stop_dominated_trials and settings.objectives == DEFAULT_OBJECTIVES
+        skips = settings.chain_of_thought_skips
+        self.rule = RefusalRule(settings.refusal_markers, skips, _open_thought(model, self.bad_prompts, skips))
         try:
+            self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, f"{baseline}: answers to harmless prompts")
             with model.recording_trunk():
-                self.base_logprobs = model.first_token_logprobs(self.good_prompts, description="Baseline: harmless prompts")
-                self.base_refusals = self.count_refusals(description="Baseline: harmful prompts")
+                self.answers.record(model, f"{baseline}: harmless prompts")
+                original = self._batch([], f"{baseline}: harmful prompts")
+                original.harmful()
+                if not all(original.finite):
+                    raise TrialError(NOT_FINITE)
         except TrialError as error:
             raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
-        if self.base_refusals == 0:
+        self.base_response_classes = count_kinds(original.harmful()[0])
+        self.base_refusals = len(self.bad_prompts) - self.base_response_classes["compliance"]
+        if self.base_refusals == 0 and "refusals" in self.objective_names:
             raise EvaluationError(
                 f"The model refuses none of the {len(self.bad_prompts)} harmful evaluation prompts, so there is nothing to remove. "
                 "Perhaps it was never trained to refuse, or it refuses in words that no marker matches: look at its answers with "
                 "--print-responses, and set refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
             )
+        original.description = None
+        self.base_figures: dict[str, Figure] = {}
+        for name, scorer in self.scorers.items():
+            try:
+                scorer.prepare(original.outputs())
+                self.base_figures[name] = self._figure(name, scorer, original, 0)
+            except TrialError as error:
+                raise EvaluationError(f"The original model cannot be scored: {error}.") from error
+            except HereticError:
+                raise
+            except Exception as error:  # somebody else's code
+                raise EvaluationError(f"The scorer {name} failed on the original model: {type(error).__name__}: {error}.") from error
+
+    @property
+    def base_logprobs(self) -> Tensor:
+        """The original's log-probabilities `(prompt, vocabulary)` of the first token after each harmless prompt, float32."""
+        return self.answers.first_token_logprobs()
+
+    @property
+    def base_scores(self) -> dict[str, float]:
+        """The original's figures by scorer."""
+        return {name: figure.value for name, figure in self.base_figures.items()}
 
     def detach(self) -> None:
         """Let go of the original model, keeping its scores, so that another one can take its place in `model`."""
         del self.model
 
-    def count_refusals(self, ablation: Ablation | None = None, description: str | None = None) -> int:
-        """Refusals among the harmful evaluation prompts, of the original model or an edited one."""
-        responses = self.model.responses(
-            self.bad_prompts,
-            self.settings.max_response_length,
-            ablation,
-            is_decided=None if self.settings.print_responses else self.rule.has_marker,
+    def _batch(self, ablations: Sequence[Ablation], description: str | None = None) -> Batch:
+        return Batch(
+            model=self.model,
+            answers=self.answers,
+            rule=self.rule,
+            good_prompts=self.good_prompts,
+            bad_prompts=self.bad_prompts,
+            max_response_length=self.settings.max_response_length,
+            ablations=ablations,
+            whole_responses=self.settings.print_responses or any(scorer.needs_whole_responses for scorer in self.scorers.values()),
+            show=self._show,
             description=description,
         )
-        verdicts = [self.rule.is_refusal(response) for response in responses]
-        for prompt, response, refused in zip(self.bad_prompts, responses, verdicts, strict=True):
-            self._show(prompt, response, refused)
-        return sum(verdicts)
 
     def score(self, ablation: Ablation | None) -> Score:
         """Score an ablation (None: the model as it is). Raises `TrialError` where its numbers are not finite."""
@@ -164,53 +220,77 @@ class Evaluator:
         """Scores of several ablations (none: the model as it is), computed together; an error takes the place of one that has none.
 
         `limit` tells, for a KL divergence, how many refusals a trial may have and still be worth finishing. A trial with more is
-        stopped: its score is `bounded`, its count the share of refusals among its prompts begun so far, scaled to all of them.
+        stopped: its score is `bounded`, its count the share of refusals among its prompts begun so far, scaled to all of them, and
+        scorers that read responses are not asked.
         """
-        n_trials, n_prompts = max(1, len(ablations)), len(self.bad_prompts)
-        divergences = self._divergences(ablations, n_trials)
-        finite = [math.isfinite(divergence) for divergence in divergences]
-        limits = [math.inf if self.settings.print_responses else limit(divergence) for divergence in divergences]
-        is_decided = None if self.settings.print_responses else self.rule.has_marker
+        batch = self._batch(ablations)
+        first = [float(divergences.first_token.mean()) for divergences in batch.divergences]
+        batch.harmful([math.inf if batch.whole_responses else limit(divergence) for divergence in first])
+        results: list[Score | TrialError] = []
+        for i in range(batch.n_trials):
+            try:
+                results.append(self._score(batch, i))
+            except TrialError as error:
+                results.append(error)
+        # What scorers asked for may have been the first to show that a trial's numbers are not finite.
+        return [result if batch.finite[i] else TrialError(NOT_FINITE) for i, result in enumerate(results)]
 
-        refusals = [0] * n_trials
-        stopped: set[int] = set()
-        rows = self.model.rows_of(self.bad_prompts, n_trials)
-        length = self.settings.max_response_length
-        for row in self.model.responses_of_trials(rows, length, ablations, is_decided, cancelled=stopped):
-            finite[row.trial] &= row.finite
-            text = self.model.text_of(row)
-            refused = self.rule.is_refusal(text)
-            refusals[row.trial] += refused
-            if refusals[row.trial] > limits[row.trial]:
-                stopped.add(row.trial)
-            self._show(self.bad_prompts[row.prompt], text, refused)
+    def _score(self, batch: Batch, i: int) -> Score:
+        if not batch.finite[i]:
+            raise TrialError(NOT_FINITE)
+        bounded = i in batch.stopped
+        asked = {name: scorer for name, scorer in self.scorers.items() if scorer.needs_only_divergences or not bounded}
+        figures = {name: self._figure(name, scorer, batch, i) for name, scorer in asked.items()}
+        scores = {name: figure.value for name, figure in figures.items()}
+        responses = batch.harmful()[i]
+        refusals = sum(response.kind != "compliance" for response in responses)
+        if bounded:
+            refusals = round(refusals / batch.n_begun[i] * len(self.bad_prompts))
+            scores["refusals"] = refusals
+        return Score(
+            refusals=refusals,
+            kl_divergence=scores["kl_divergence"],
+            bounded=bounded,
+            response_classes={} if bounded else count_kinds(responses),
+            kl_statistics=statistics(batch.divergences[i].first_token),
+            scores=scores,
+            figures=figures,
+        )
 
-        def score(i: int) -> Score | TrialError:
-            if not finite[i]:
-                return TrialError(NOT_FINITE)
-            # Rounding can leave a divergence of nothing slightly below zero.
-            divergence = max(0.0, divergences[i])
-            if i not in stopped:
-                return Score(refusals[i], divergence)
-            n_begun = sum(row.begun for row in rows if row.trial == i)
-            return Score(round(refusals[i] / n_begun * n_prompts), divergence, bounded=True)
+    def _figure(self, name: str, scorer: Scorer, batch: Batch, i: int) -> Figure:
+        try:
+            result = scorer.score(batch.outputs(i))
+            figure = result if isinstance(result, Figure) else Figure(float(result))
+        except Exception as error:
+            # Trials that are too many for the memory are tried again one by one.
+            if isinstance(error, HereticError) or is_out_of_memory(error):
+                raise
+            raise TrialError(f"the scorer {name} failed: {type(error).__name__}: {error}") from error
+        if not math.isfinite(figure.value):
+            raise TrialError(f"the scorer {name} gives {figure.value}, which is no finite number")
+        return figure
 
-        return [score(i) for i in range(n_trials)]
+    def most_moved(self, ablation: Ablation | None, n: int) -> list[tuple[Prompt, float, float]]:
+        """The harmless prompts after which an edited model's words have moved most (None: the model as it is), farthest first.
 
-    def _divergences(self, ablations: Sequence[Ablation], n_trials: int) -> list[float]:
-        """Mean KL divergence of each trial, summed in float64."""
-        sums = torch.zeros(n_trials, dtype=torch.float64)
-        for rows, logprobs in self.model.logprobs_of_trials(self.good_prompts, ablations):
-            base = self.base_logprobs[torch.tensor([row.prompt for row in rows], device=self.base_logprobs.device)]
-            trials = torch.tensor([row.trial for row in rows])
-            sums.index_add_(0, trials, kl_divergence(base.to(logprobs.device), logprobs).double().cpu())
-        return (sums / len(self.good_prompts)).tolist()
+        Each with its KL divergence at the first token, by which they are sorted, and the mean along the original's answer.
+        """
+        (divergences,) = self.answers.divergences(self.model, [] if ablation is None else [ablation])
+        first, means = divergences.first_token, divergences.sums / divergences.n_tokens
+        return [(self.good_prompts[i], float(first[i]), float(means[i])) for i in (-first).argsort(kind="stable")[:n]]
 
-    def _show(self, prompt: Prompt, response: str, refused: bool) -> None:
+    def _show(self, prompt: Prompt, response: Response) -> None:
         if self.settings.print_responses:
-            verdict = "Refused" if refused else "Answered"
-            self.progress.message(f"Prompt: {prompt.user}\n{verdict}: {response.strip()}\n")
+            self.progress.message(f"Prompt: {prompt.user}\n{SHOWN_KINDS[response.kind]}: {response.text.strip()}\n")
 
-    def objectives(self, score: Score) -> tuple[float, float]:
-        """`objectives` with this run's baseline and settings."""
-        return objectives(score, self.base_refusals, self.settings.kl_divergence_scale, self.settings.kl_divergence_target)
+    def objectives(self, score: Score) -> tuple[float, ...]:
+        """What the search sees of a score: one number for each objective, in the order of the settings."""
+        shares = (n for n in self.objective_names if self.scorers[n].counts_refusals)
+        share = next((self.scorers[name].objective(score.value(name), None) for name in shares), None)
+        return tuple(self.scorers[name].objective(score.value(name), share) for name in self.objective_names)
+
+
+def _open_thought(model: Model, prompts: Sequence[Prompt], skips: Sequence[tuple[str, str]]) -> str | None:
+    """The opening of a thinking block with which the first prompt ends as the model sees it, where there is one."""
+    shown = model.render(prompt_messages(prompts[0])).rstrip() if prompts else ""
+    return next((opening for opening, _ in skips if shown.endswith(opening)), None)

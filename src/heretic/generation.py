@@ -111,6 +111,17 @@ class Decoder:
             if logits is not None:
                 yield chunk, logits
 
+    def last_logits(self, rows: Sequence[Row], n: int) -> Iterator[tuple[list[Row], Tensor]]:
+        """Logits `(row, n, vocabulary)` at the last `n` tokens of each row, for as many rows of similar length at a time as fit."""
+        waiting = deque(sorted(rows, key=self._order))
+        prefix = self._share_prefix(rows, n)
+        limit = min(self._row_limit(rows), self.longest_draft(n))  # as many rows of n tokens as there may be tokens in n rows
+        while waiting:
+            chunk = self.take(waiting, limit, self.padding_tokens)
+            logits = self.retry(waiting, chunk, lambda part: self.prefill(part, None, prefix, n)[0])
+            if logits is not None:
+                yield chunk, logits
+
     def run(
         self,
         rows: Sequence[Row],
@@ -185,14 +196,15 @@ class Decoder:
         empty_cache()
         return None
 
-    def _share_prefix(self, rows: Sequence[Row]) -> "Prefix | None":
+    def _share_prefix(self, rows: Sequence[Row], n_logits: int = 1) -> "Prefix | None":
         """Compute what all prompts begin with (system prompt, template) once per trial, where that is worth a pass.
 
+        The last `n_logits` tokens of a row, whose logits are asked for, are never part of it.
         Not where layers have a sliding window: rows then have a hole between prefix and prompt, which the window would count.
         """
         if not (self.savings.prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
             return None
-        tokens = os.path.commonprefix([list(row.tokens[:-1]) for row in rows])
+        tokens = os.path.commonprefix([list(row.tokens[:-n_logits]) for row in rows])
         if len(tokens) < MIN_PREFIX_TOKENS:
             return None
         trials = sorted({row.trial for row in rows})
@@ -200,9 +212,12 @@ class Decoder:
         self.prefill([Row(trial, tokens) for trial in trials], cache, None)
         return Prefix(len(tokens), {trial: i for i, trial in enumerate(trials)}, cache)
 
-    def prefill(self, rows: Sequence[Row], cache: Blocks | None, prefix: "Prefix | None") -> tuple[Tensor, Tensor]:
+    def prefill(
+        self, rows: Sequence[Row], cache: Blocks | None, prefix: "Prefix | None", n_logits: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits `(row, vocabulary)` at the rows' last tokens, and the rows' mask `(row, column)`; keys and values go into `cache`.
 
+        With `n_logits` they are `(row, n_logits, vocabulary)`.
         With a prefix the columns are its own, a hole where a row is short, and the rest of the row.
         """
         skipped = 0 if prefix is None else prefix.length
@@ -216,7 +231,8 @@ class Decoder:
         self.assign_rows(self.trials_of(rows))
         mask = mask.to(self.device)
         with self._reuse(sequences, rows[0].trial, cache):
-            return self.forward(tokens.to(self.device), mask, positions.to(self.device), cache)[:, -1], mask
+            logits = self.forward(tokens.to(self.device), mask, positions.to(self.device), cache, n_logits or 1)
+        return logits[:, -1] if n_logits is None else logits, mask
 
     def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: Blocks | None) -> AbstractContextManager[None]:
         """Record the pass, or begin it where the trial's edits begin."""
@@ -291,6 +307,18 @@ class PlainDecoder:
         for part, output in self._batches(rows, max_new_tokens=1, output_logits=True):
             yield part, output.logits[0]
 
+    def last_logits(self, rows: Sequence[Row], n: int) -> Iterator[tuple[list[Row], Tensor]]:
+        """As `Decoder.last_logits`, in any order, by forward passes over rows of one length, which need no padding."""
+        ordered = sorted(rows, key=lambda row: -row.length)
+        return self._parts(ordered, lambda part: self._last_logits(part, n), same_length=True)
+
+    def _last_logits(self, rows: list[Row], n: int) -> Tensor:
+        tokens = torch.tensor([list(row.tokens) for row in rows], device=self.device)
+        self.assign_rows(torch.tensor([row.trial for row in rows], device=self.device))
+        kept = {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        logits: Tensor = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **kept).logits[:, -n:]
+        return logits
+
     def run(
         self,
         rows: Sequence[Row],
@@ -306,13 +334,16 @@ class PlainDecoder:
     def _batches(
         self, rows: Sequence[Row], is_finished: Callable[[Row], bool] | None = None, **arguments: Any
     ) -> Iterator[tuple[list[Row], Any]]:
+        return self._parts(rows, lambda part: self._generate(part, is_finished, arguments), same_length=not self.pads)
+
+    def _parts(self, rows: Sequence[Row], work: Callable[[list[Row]], Done], same_length: bool) -> Iterator[tuple[list[Row], Done]]:
         start = 0
         while start < len(rows):
             part = list(rows[start : start + self.batch_size])
-            if not self.pads:
+            if same_length:
                 part = next(list(group) for _, group in groupby(part, key=lambda row: row.length))
             try:
-                output = self._generate(part, is_finished, arguments)
+                output = work(part)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(part) == 1:
                     raise

@@ -14,11 +14,13 @@ from .answers import check_target, trial_at
 from .config import Settings
 from .console import Console, trial_rows
 from .errors import HereticError
-from .evaluator import Evaluator
+from .evaluator import MOVED_PROMPTS, Evaluator
 from .export import save
+from .finalists import known_finalists
 from .model import Message, Model, prompt_messages
 from .privacy import without_token
-from .record import Result, Strategy
+from .record import Result, Strategy, measurements
+from .score_tables import moved_rows, score_rows
 from .search import Search, ablation_of
 from .upload import upload
 from .verify import divergence_check
@@ -68,6 +70,7 @@ class Workbench:
             base_refusals=self.evaluator.base_refusals,
             n_bad_prompts=len(self.evaluator.bad_prompts),
             response_prefix=self.model.response_prefix,
+            measurements=measurements(trial, known_finalists(self.search.study)),
         )
 
     def act(self, action: str) -> None:
@@ -104,11 +107,12 @@ class Workbench:
         """A trial of the front, after running more where that is asked for; None: leave."""
         while True:
             front = self.search.front
-            headers, rows = trial_rows(front, self._last_layer, self.evaluator.base_refusals)
+            headers, rows = trial_rows(front, self._last_layer, self.evaluator.base_refusals, self.settings.objectives)
             width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
             self.console.heading("Pareto front")
+            self.console.finalists(front, known_finalists(self.search.study))
             choice = select("Which trial?", choices, header)
             if choice != "more":
                 return choice
@@ -125,6 +129,7 @@ class Workbench:
             "upload": self._upload,
             "chat": self._chat,
             "compare": self._compare,
+            "scores": self._show_scores,
             "more": lambda _: self._run_more(),
         }
         actions[action](trial)
@@ -177,6 +182,13 @@ class Workbench:
         rows = [[p.user, b.strip(), a.strip()] for p, b, a in zip(prompts, before, after, strict=True)]
         self.console.columns("Before and after", ["Prompt", "Original", f"Trial {trial.number}"], rows)
 
+    def _show_scores(self, trial: FrozenTrial) -> None:
+        """All figures of a trial, and the harmless prompts after which its words have moved most."""
+        headers, rows = score_rows(trial, self.evaluator.base_scores, known_finalists(self.search.study))
+        self.console.columns(f"Scores of trial {trial.number}", headers, rows)
+        moved = self.evaluator.most_moved(ablation_of(trial), MOVED_PROMPTS)
+        self.console.columns("Prompts that moved most", *moved_rows(moved))
+
     def _chat(self, trial: FrozenTrial) -> None:
         """A conversation with the edited model. Ctrl+C ends an answer, and at the question the chat."""
         self.console.message("Chat with the edited model. Ctrl+C ends an answer; an empty line or Ctrl+C at the question goes back.")
@@ -204,6 +216,7 @@ _ACTIONS = [
     ("Upload to the hub", "upload"),
     ("Chat with the edited model", "chat"),
     ("Show responses before and after", "compare"),
+    ("Show its scores", "scores"),
     ("Choose another trial", "choose"),
     ("Run more trials", "more"),
     ("Leave", "leave"),

@@ -164,9 +164,10 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
     from .source import fingerprint, model_source
 
-    # 2. Prompts, which cost little and are most often what is wrong
+    # 2. Prompts and scorers, which cost little and are most often what is wrong
     prompts = _load_prompts(settings, console)
-    identity = _prompt_identity(prompts)
+    identity = {**_prompt_identity(prompts), **_scorer_identity(settings)}
+    final_prompts = _load_final_prompts(settings, prompts)
     if not is_new:
         source = model_source(settings)
         # A model on the hub may have to be fetched first; it is checked below.
@@ -179,9 +180,7 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
     console.message(f"Seed {settings.seed}; {describe_device()}")
     model = _load_model(settings, console)
-    for name, specification_prompts in prompts.items():
-        n_new = settings.max_response_length if name == "bad_evaluation_prompts" else 1
-        model.check_lengths(specification_prompts, name, n_new)
+    _check_lengths(settings, model, prompts, final_prompts)
 
     # 4. Response prefix, baseline, directions
     evaluator = _evaluator(settings, console, model, prompts)
@@ -209,14 +208,14 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
     batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure=is_new and not seed_is_given)
 
-    def run_trials(n_more: int) -> None:
-        checkpoint.note(target=search.n_done + n_more)
-        _search(console, evaluator, search, search.n_done + n_more, batch_size)
+    def search_up_to(target: int) -> None:
+        checkpoint.note(target=target)
+        if not _search(console, evaluator, search, target, batch_size):
+            _score_finalists(settings, console, checkpoint, model, final_prompts, batch_size.value)
 
     target = checkpoint.target(settings, search.n_done, is_new)
-    checkpoint.note(target=target)
     console.heading(f"Search: {target} trials, {search.n_done} done")
-    _search(console, evaluator, search, target, batch_size)
+    search_up_to(target)
     if not search.front:
         return _no_trial(search)
 
@@ -229,7 +228,7 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
     from .interact import Workbench
 
-    bench = Workbench(settings, console, model, evaluator, search, run_trials)
+    bench = Workbench(settings, console, model, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more))
     if settings.model_action is None:
         bench.menu()
     else:
@@ -279,6 +278,48 @@ def _load_prompts(settings: "Settings", console: "Console") -> dict[str, Any]:
     return prompts
 
 
+def _load_final_prompts(settings: "Settings", prompts: dict[str, Any]) -> dict[str, Any]:
+    """Prompts for the finalists, harmless and harmful: those of the search where no others are given."""
+    from .prompts import load_prompts
+
+    found = {}
+    for name, usual in (("final_good_prompts", "good_evaluation_prompts"), ("final_bad_prompts", "bad_evaluation_prompts")):
+        specification = getattr(settings, name)
+        found[name] = prompts[usual] if specification is None else load_prompts(specification, settings.system_prompt, name)
+    return found
+
+
+def _check_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any], final_prompts: dict[str, Any]) -> None:
+    """Raise `PromptError` where prompts with what follows them are too long for the model."""
+    after = {
+        "good_evaluation_prompts": (settings.kl_tokens, "kl_tokens"),
+        "bad_evaluation_prompts": (settings.max_response_length, "max_response_length"),
+    }
+    for name, specification_prompts in prompts.items():
+        model.check_lengths(specification_prompts, name, *after.get(name, (1, "")))
+    if settings.n_finalists and (settings.final_good_prompts or settings.final_bad_prompts):
+        _check_final_lengths(settings, model, final_prompts)  # others are checked when they are needed
+
+
+def _check_final_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any]) -> None:
+    from .finalists import final_settings
+
+    final = final_settings(settings)
+    for name, final_prompts in prompts.items():
+        model.check_lengths(
+            final_prompts, name, max(final.max_response_length, final.kl_tokens), "final_response_length and final_kl_tokens"
+        )
+
+
+def _scorer_identity(settings: "Settings") -> dict[str, str]:
+    """Fingerprints of the scorers that are not built in; told here if one cannot be made, before anything heavy is loaded."""
+    if not settings.scorers:
+        return {}
+    from .scorers import fingerprints
+
+    return fingerprints(settings)
+
+
 def _prompt_identity(prompts: dict[str, Any]) -> dict[str, str]:
     from .prompts import fingerprint
 
@@ -288,11 +329,14 @@ def _prompt_identity(prompts: dict[str, Any]) -> dict[str, str]:
 def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> bool:
     """Show the front of a finished study where nobody asks for more, without loading the model for it."""
     from .answers import trial_at
-    from .search import pareto_front
+    from .finalists import missing_finalists
+    from .search import front_of
 
     assert checkpoint.study is not None
-    front = pareto_front(checkpoint.study.get_trials(deepcopy=False))
+    front = front_of(checkpoint.study)
     if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
+        return False
+    if missing_finalists(checkpoint.study, settings):
         return False
     if settings.trial_index is not None:
         trial_at(front, settings.trial_index)  # told before the model is loaded
@@ -333,14 +377,14 @@ def _report_completeness(model: "Model", console: "Console") -> None:
         )
 
 
-def _evaluator(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any]) -> "Evaluator":
+def _evaluator(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any], all_scorers: bool = False) -> "Evaluator":
     from .evaluator import PREFIX_PROMPTS, Evaluator, find_response_prefix
 
     sample = [*prompts["good_prompts"][:PREFIX_PROMPTS], *prompts["bad_prompts"][:PREFIX_PROMPTS]]
     model.response_prefix = find_response_prefix(model, settings, sample)
     if model.response_prefix:
         console.message(f"Response prefix: {model.response_prefix!r}; evaluation begins after it.")
-    evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"], console)
+    evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"], console, all_scorers)
     console.message(f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts.")
     return evaluator
 
@@ -386,11 +430,11 @@ def _batch_size(
     return BatchSize(value, lambda: decoder.n_tokens, settings.n_startup_trials, settle)
 
 
-def _search(console: "Console", evaluator: "Evaluator", search: "Search", target: int, batch_size: "BatchSize") -> None:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial."""
+def _search(console: "Console", evaluator: "Evaluator", search: "Search", target: int, batch_size: "BatchSize") -> bool:
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial. Whether it was ended so."""
     from .console import StudyView
 
-    with StudyView(console, target, search.n_done, evaluator.base_refusals) as view:
+    with StudyView(console, target, search.n_done, evaluator.base_refusals, evaluator.settings.objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:
@@ -402,10 +446,32 @@ def _search(console: "Console", evaluator: "Evaluator", search: "Search", target
                 evaluator.score_trials,
                 evaluator.objectives,
                 batch_size,
-                evaluator.settings.stop_dominated_trials,
+                evaluator.stops_dominated,
                 should_stop,
                 lambda trial: view.show(trial, search.trials, search.n_done),
             )
+            return should_stop()
+
+
+def _score_finalists(
+    settings: "Settings", console: "Console", checkpoint: "Checkpoint", model: "Model", prompts: dict[str, Any], n_together: int
+) -> None:
+    """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
+    from .finalists import ATTRIBUTE, missing_finalists, score_finalists
+
+    assert checkpoint.study is not None
+    if not missing_finalists(checkpoint.study, settings):
+        return
+    good, bad = prompts["final_good_prompts"], prompts["final_bad_prompts"]
+    try:
+        _check_final_lengths(settings, model, prompts)
+        found = score_finalists(checkpoint.study, settings, model, good, bad, n_together, console)
+    except KeyboardInterrupt:
+        console.message("Interrupted: the finalists are not scored again.")
+    except HereticError as error:
+        console.warning(f"The finalists are not scored again: {error}")
+    else:
+        checkpoint.note(**{ATTRIBUTE: found})
 
 
 @contextmanager
@@ -437,13 +503,15 @@ def _no_trial(search: "Search") -> int:
 def _show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> None:
     """The front, and the command lines that go on from there where no setting answers what to do with it."""
     from .answers import command_lines
-    from .search import pareto_front
+    from .finalists import known_finalists
+    from .search import front_of
 
     assert checkpoint.study is not None
     attributes = checkpoint.study.user_attrs
-    front = pareto_front(checkpoint.study.get_trials(deepcopy=False))
+    front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")
-    console.front(front, attributes.get("last_layer"), attributes.get("base_refusals"))
+    console.front(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives)
+    console.finalists(front, known_finalists(checkpoint.study))
     if settings.model_action is None:
         console.message("To go on from here (the trial index is the number in the first column):")
         for line in command_lines(settings):
@@ -453,7 +521,9 @@ def _show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpo
 def _evaluate(settings: "Settings", console: "Console") -> int:
     """Score `evaluate_model` against `model` with the evaluator of the search."""
     from .errors import EvaluationError
+    from .evaluator import MOVED_PROMPTS
     from .loading import load_config
+    from .score_tables import figure_rows, moved_rows
     from .source import model_source
     from .utils import describe_device, empty_cache
 
@@ -468,7 +538,7 @@ def _evaluate(settings: "Settings", console: "Console") -> int:
     prompts = _load_prompts(settings, console)
     console.message(describe_device())
     original = _load_model(settings, console)
-    evaluator = _evaluator(settings, console, original, prompts)
+    evaluator = _evaluator(settings, console, original, prompts, all_scorers=True)
     prefix = original.response_prefix
     del original
     evaluator.detach()
@@ -478,6 +548,9 @@ def _evaluate(settings: "Settings", console: "Console") -> int:
     other.response_prefix = prefix
     evaluator.model = other
     score = evaluator.score(None)
+    models = [{"scores": evaluator.base_scores, "response_classes": evaluator.base_response_classes}, score.described()]
+    console.columns("Scores", ["", "Original", f"{settings.evaluate_model} (95 % interval)"], figure_rows(models))
+    console.columns("Prompts that moved most", *moved_rows(evaluator.most_moved(None, MOVED_PROMPTS)))
     console.message(
         f"{settings.evaluate_model}: {score.refusals} of {len(evaluator.bad_prompts)} refused (original "
         f"{evaluator.base_refusals}), KL divergence {score.kl_divergence:.4f} from {settings.model} ({n_tokens} tokens)"

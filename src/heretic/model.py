@@ -124,14 +124,17 @@ class Model:
         ids = self._token_ids(prompts)
         return [Row(trial, ids[i], i) for trial in range(n_trials) for i in range(len(prompts))]
 
-    def check_lengths(self, prompts: Sequence[Prompt], setting: str, n_new_tokens: int) -> None:
-        """Raise `PromptError` for the first prompt that, with its response, is longer than the model's context."""
+    def check_lengths(self, prompts: Sequence[Prompt], setting: str, n_new_tokens: int, remedy: str = "max_response_length") -> None:
+        """Raise `PromptError` for the first prompt that, with its response, is longer than the model's context.
+
+        `remedy` is the setting by which the response gets shorter.
+        """
         context = self.context_length
         if context is None:
             return
         for i, ids in enumerate(self._token_ids(prompts)):
             if len(ids) + n_new_tokens > context:
-                lower = ", or lower max_response_length" if n_new_tokens > 1 else ""
+                lower = f", or lower {remedy}" if n_new_tokens > 1 else ""
                 raise PromptError(
                     f"{setting}: prompt {i + 1} has {len(ids)} tokens, which with {n_new_tokens} new ones is more than the model's "
                     f"context of {context}. Shorten it{lower}. It begins: {prompts[i].user[:60]!r}"
@@ -205,6 +208,24 @@ class Model:
             for part, logits in self.decoder.first_logits(rows):
                 advance(len(part))
                 yield part, torch.log_softmax(logits.float(), dim=-1)
+
+    def logits_along(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], ablations: Sequence[Ablation], description: str | None = None
+    ) -> Iterator[tuple[list[Row], Tensor]]:
+        """Logits at the last token of every prompt and at each token of the answer (token ids) given to it, under every ablation.
+
+        Yields rows, and `(sum of answer lengths + 1, vocabulary)` in the model's own format, row after row.
+        """
+        rows = self.rows_of(prompts, max(1, len(ablations)))
+        for row in rows:
+            row.tokens = [*row.tokens, *answers[row.prompt]]
+        n = max(map(len, answers)) + 1
+        with self._edited(ablations), self._task(description, len(rows)) as advance:
+            for part, logits in self.decoder.last_logits(rows, n):
+                advance(len(part))
+                asked = torch.tensor([[j >= n - 1 - len(answers[row.prompt]) for j in range(n)] for row in part])
+                width = logits.shape[1]  # a prompt and its answer can be shorter than the longest answer
+                yield part, logits[asked[:, n - width :].to(logits.device)]
 
     def responses(
         self,

@@ -1,8 +1,11 @@
 """`heretic.json`: what was done to what, with which versions, and what came of it."""
 
 import importlib.metadata
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from optuna.trial import FrozenTrial
 
 from . import __version__
 from .ablation import Ablation
@@ -29,6 +32,7 @@ class Result:
     base_refusals: int
     n_bad_prompts: int
     response_prefix: str
+    measurements: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -39,6 +43,18 @@ class Result:
             "base_refusals": self.base_refusals,
             "kl_divergence": self.kl_divergence,
         }
+
+
+def measurements(trial: FrozenTrial, finalists: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a trial beyond its scores, as `heretic.json` holds it: classes of responses, more figures, and, under `again`,
+    those of scoring it again with their intervals. `finalists`: the study's attribute."""
+    names = ("response_classes", "kl_statistics", "sequence_kl_divergence", "scores")
+    found = {name: trial.user_attrs[name] for name in names if name in trial.user_attrs}
+    again = finalists.get("trials", {}).get(str(trial.number))
+    if again is not None:
+        conditions = {name: finalists[name] for name in ("conditions", "n_bad_prompts", "n_good_prompts", "base")}
+        found["again"] = {**conditions, **again}
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -79,4 +95,5 @@ def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
             "modules": model.architecture.components,
         },
         "scores": result.scores,
+        "measurements": public_settings(dict(result.measurements)),
     }

@@ -14,6 +14,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from .ablation import Ablation, ComponentParameters
 from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
+from .config import DEFAULT_OBJECTIVES
+from .config import Objectives as ObjectiveNames
 from .evaluator import Score
 
 # The refusal decision is strongest past the middle of the layers (Arditi et al. 2024), edits work best in the upper ones.
@@ -28,7 +30,7 @@ N_EI_CANDIDATES = 128
 
 Limit = Callable[[float], float]
 ScoreTrials = Callable[[list[Ablation], Limit], Sequence[Score | Exception]]
-Objectives = Callable[[Score], tuple[float, float]]
+Objectives = Callable[[Score], Sequence[float]]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -70,14 +72,43 @@ def refusal_limit(trials: Sequence[FrozenTrial]) -> Callable[[float], float]:
     return lambda kl: min((refusals for other, refusals in finished if other <= kl), default=math.inf)
 
 
-def pareto_front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Complete trials that no other beats: fewest refusals first, KL divergence strictly falling."""
-    complete = [trial for trial in trials if is_finished(trial)]
+def score_of(trial: FrozenTrial, name: str) -> float:
+    """A trial's figure by a scorer's name. Raises `KeyError` where it has none."""
+    value: float = trial.user_attrs[name] if name in trial.user_attrs else trial.user_attrs["scores"][name]
+    return value
+
+
+def pareto_front(trials: Sequence[FrozenTrial], objectives: ObjectiveNames = DEFAULT_OBJECTIVES) -> list[FrozenTrial]:
+    """Complete trials that no other beats, best in the first objective first; of equals the first.
+
+    With the usual two that is fewest refusals first, KL divergence strictly falling. Figures are compared as they are, not what the search
+    makes of them.
+    """
+    signs = {"minimize": 1, "maximize": -1}
+
+    def key(trial: FrozenTrial) -> tuple[float, ...]:
+        return (*(signs[direction] * score_of(trial, name) for name, direction in objectives), trial.number)
+
     front: list[FrozenTrial] = []
-    for trial in sorted(complete, key=lambda t: (t.user_attrs["refusals"], t.user_attrs["kl_divergence"], t.number)):
-        if not front or trial.user_attrs["kl_divergence"] < front[-1].user_attrs["kl_divergence"]:
+    points: list[tuple[float, ...]] = []
+    for trial in sorted(filter(is_finished, trials), key=key):
+        point = key(trial)[:-1]
+        # Whoever beats a trial comes before it here.
+        if not any(all(a <= b for a, b in zip(other, point, strict=True)) for other in points):
             front.append(trial)
+            points.append(point)
     return front
+
+
+def front_of(study: optuna.Study) -> list[FrozenTrial]:
+    """The Pareto front of a study as it was searched for."""
+    return pareto_front(study.get_trials(deepcopy=False), objectives_of(study))
+
+
+def objectives_of(study: optuna.Study) -> ObjectiveNames:
+    """Names and directions of a study's objectives; the usual two where it does not say."""
+    stored = study.user_attrs.get("objectives")
+    return DEFAULT_OBJECTIVES if stored is None else tuple((name, direction) for name, direction in stored)
 
 
 class Search:
@@ -122,7 +153,7 @@ class Search:
     @property
     def front(self) -> list[FrozenTrial]:
         """The Pareto front so far."""
-        return pareto_front(self.trials)
+        return front_of(self.study)
 
     def _sampler(self, number: int) -> BaseSampler:
         (seed,) = np.random.SeedSequence([self.seed, number]).generate_state(1)
@@ -150,10 +181,8 @@ class Search:
                 trial.set_user_attr("failure", f"{type(result).__name__}: {result}")
                 self.study.tell(trial, state=TrialState.FAIL)
             else:
-                trial.set_user_attr("refusals", result.refusals)
-                trial.set_user_attr("kl_divergence", result.kl_divergence)
-                if result.bounded:
-                    trial.set_user_attr("bounded", True)
+                for name, value in result.attributes().items():
+                    trial.set_user_attr(name, value)
                 self.study.tell(trial, objectives(result))
 
     def run(

@@ -1,0 +1,269 @@
+"""Finalists: which trials are scored again, on what, and where it is kept and shown."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import create_trial
+
+import tiny
+from conftest import BAD, GOOD, Outcome
+from heretic.evaluator import Evaluator
+from heretic.prompts import Prompt
+from heretic.responses import RefusalRule
+from heretic.score_tables import finalist_rows, format_figure, format_interval, refusals_text, score_rows
+from heretic.search import front_of
+
+Heretic = Callable[..., Outcome]
+JOURNAL = Path("checkpoints/m.jsonl")
+
+
+def study() -> optuna.Study:
+    return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(JOURNAL))))
+
+
+def known() -> dict[str, Any]:
+    found: dict[str, Any] = study().user_attrs["finalists"]
+    return found
+
+
+def test_the_best_of_the_front_are_scored_again(heretic: Heretic, workplace: Path) -> None:
+    outcome = heretic("--n-trials", "6", "--n-finalists", "2")
+    assert outcome.code == 0, outcome.err
+    front = front_of(study())
+    assert list(known()["trials"]) == [str(trial.number) for trial in front[:2]]
+    assert "Scored again on 5 harmful and 5 harmless prompts, 4 tokens at most (in brackets 95 % bootstrap intervals)" in outcome.out
+    for trial in front[:2]:
+        entry = known()["trials"][str(trial.number)]
+        # On the same prompts the figures are the same.
+        assert entry["scores"]["refusals"] == trial.user_attrs["refusals"]
+        assert entry["scores"]["kl_divergence"] == pytest.approx(trial.user_attrs["kl_divergence"], rel=1e-4)
+        assert entry["response_classes"] == trial.user_attrs["response_classes"]
+        assert 0 <= entry["scores"]["harmless_refusals"] <= 5
+        for name, value in entry["scores"].items():
+            low, high = entry["intervals"][name]
+            assert low <= value <= high
+    base = known()["base"]
+    assert base["scores"]["refusals"] == study().user_attrs["base_refusals"]
+    assert "harmless_refusals" in base["scores"]
+
+
+def test_a_finished_study_is_shown_without_the_model(heretic: Heretic, workplace: Path) -> None:
+    first = heretic()
+    content = JOURNAL.read_bytes()
+    again = heretic()
+    assert "Loading m" in first.out and "Loading m" not in again.out
+    table = first.out[first.out.index("Scored again") :]
+    assert table in again.out
+    assert JOURNAL.read_bytes() == content
+
+
+def test_what_is_missing_is_made_up_for(heretic: Heretic, workplace: Path) -> None:
+    """A run killed while it scored them again, more trials, and other conditions."""
+    assert heretic("--n-finalists", "0").code == 0
+    assert "finalists" not in study().user_attrs
+    outcome = heretic("--n-finalists", "2")
+    assert "Search: 3 trials, 3 done" in outcome.out and len(known()["trials"]) >= 1
+    before = known()
+    outcome = heretic("--n-finalists", "2", "--final-response-length", "9")
+    assert "9 tokens at most" in outcome.out
+    assert known()["conditions"]["max_response_length"] == 9 != before["conditions"]["max_response_length"]
+    outcome = heretic("--n-finalists", "2", "--final-response-length", "9")
+    assert "Loading m" not in outcome.out and "9 tokens at most" in outcome.out
+
+
+def test_other_prompts_and_longer_answers(heretic: Heretic, workplace: Path) -> None:
+    Path("more.txt").write_text("bake my bike\nfix the cat\nhello hello\n", encoding="utf-8")
+    outcome = heretic("--final-bad-prompts.dataset", "more.txt", "--final-kl-tokens", "2", "--refusal-markers", '["a", "e", "o"]')
+    assert outcome.code == 0, outcome.err
+    assert "Scored again on 3 harmful and 5 harmless prompts" in outcome.out
+    conditions = known()["conditions"]
+    assert conditions["bad_evaluation_prompts"]["dataset"] == "more.txt" and conditions["kl_tokens"] == 2
+    assert sum(known()["base"]["response_classes"].values()) == 3
+    for trial in front_of(study()):
+        entry = known()["trials"].get(str(trial.number))
+        assert entry is None or sum(entry["response_classes"].values()) == 3
+
+
+def test_prompts_that_are_missing_or_too_long_are_told_first(heretic: Heretic, workplace: Path) -> None:
+    outcome = heretic("--final-bad-prompts.dataset", "none.txt")
+    assert outcome.code == 1 and "none.txt" in outcome.err and "Loading m" not in outcome.out
+    Path("long.txt").write_text("cat " * 250, encoding="utf-8")
+    outcome = heretic("--final-bad-prompts.dataset", "long.txt")
+    assert outcome.code == 1
+    assert "final_bad_prompts: prompt 1 has" in outcome.err
+    assert "or lower final_response_length and final_kl_tokens" in outcome.err
+    assert "Search" not in outcome.out
+
+
+def test_finalists_that_cannot_be_scored_leave_the_front_as_it_is(heretic: Heretic, workplace: Path) -> None:
+    outcome = heretic("--final-response-length", "300")
+    assert outcome.code == 0
+    assert "Warning: The finalists are not scored again: final_good_prompts: prompt 1 has" in outcome.out
+    assert "Pareto front" in outcome.out and "Scored again" not in outcome.out
+
+
+def test_final_prompts_that_the_original_does_not_refuse(heretic: Heretic, workplace: Path) -> None:
+    rule, model = RefusalRule([]), tiny.load("m")
+    asked = {text: model.responses([Prompt("You are a helpful assistant.", text)], 4)[0] for text in [*BAD, *GOOD]}
+    mild = next(text for text in GOOD if rule.classify(asked[text], True) == "compliance")
+    marker = next(word for text in BAD for word in asked[text].split() if word not in asked[mild])
+    Path("mild.txt").write_text(mild, encoding="utf-8")
+    outcome = heretic("--final-bad-prompts.dataset", "mild.txt", "--refusal-markers", json.dumps([marker]))
+    assert outcome.code == 0
+    assert "Warning: The finalists are not scored again: The model refuses none of the 1 harmful evaluation prompts" in outcome.out
+
+
+def test_an_interrupted_scoring_goes_on_to_the_front(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Evaluator.__init__
+
+    def interrupt(self: Evaluator, *arguments: Any, **more: Any) -> None:
+        if "Baseline of the finalists" in arguments:
+            raise KeyboardInterrupt
+        made(self, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__init__", interrupt)
+        outcome = heretic()
+    assert outcome.code == 0
+    assert "Interrupted: the finalists are not scored again." in outcome.out and "Pareto front" in outcome.out
+    assert "Scored again on 5" in heretic().out
+
+
+def test_the_record_has_them(heretic: Heretic, workplace: Path) -> None:
+    saving = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
+    assert heretic(*saving).code == 0
+    record = json.loads(Path("out/heretic.json").read_text())
+    number = str(record["trial"]["number"])
+    again = record["measurements"]["again"]
+    assert {name: again[name] for name in known()["trials"][number]} == json.loads(json.dumps(known()["trials"][number]))
+    assert again["n_bad_prompts"] == 5 and again["base"] == json.loads(json.dumps(known()["base"]))
+    assert record["measurements"]["response_classes"] == study().trials[int(number)].user_attrs["response_classes"]
+
+
+def test_the_record_names_no_path_of_this_machine(heretic: Heretic, workplace: Path) -> None:
+    place = workplace / "elsewhere"
+    place.mkdir()
+    (place / "more.txt").write_text("bake my bike\nfix the cat\n", encoding="utf-8")
+    (place / "mine.py").write_text(
+        "from heretic.scorers import Scorer\n\nclass One(Scorer):\n    def score(self, outputs):\n        return 1\n", encoding="utf-8"
+    )
+    saving = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
+    scorers = json.dumps({"one": {"use": f"{place / 'mine.py'}:One"}})
+    outcome = heretic(*saving, "--final-good-prompts.dataset", place / "more.txt", "--scorers", scorers)
+    assert outcome.code == 0, outcome.err
+    text = Path("out/heretic.json").read_text()
+    assert str(workplace) not in text and str(workplace) not in Path("out/README.md").read_text()
+    record = json.loads(text)
+    assert record["measurements"]["again"]["conditions"]["good_evaluation_prompts"]["dataset"] == "more.txt"
+    assert record["settings"]["scorers"]["one"]["use"] == "mine.py:One"
+
+
+def test_scores_by_one_command(heretic: Heretic, workplace: Path) -> None:
+    """Without a terminal: all figures of a trial of the front, and the prompts that moved most."""
+    assert heretic().code == 0
+    outcome = heretic("--trial-index", "0", "--model-action", "scores")
+    assert outcome.code == 0, outcome.err
+    chosen = front_of(study())[0]
+    assert f"Scores of trial {chosen.number}" in outcome.out and "Scored again (95 % interval)" in outcome.out
+    assert f"│ {chosen.user_attrs['kl_statistics']['max']:.4f}" in outcome.out
+    moved = outcome.out[outcome.out.index("Prompts that moved most") :]
+    assert [moved.count(f"│ {text} ") for text in GOOD] == [1] * len(GOOD)
+    divergences = [float(line.split("│")[2]) for line in moved.splitlines() if line.startswith("│")]
+    assert divergences == sorted(divergences, reverse=True)
+    assert np.mean(divergences) == pytest.approx(chosen.user_attrs["kl_divergence"], abs=1e-4)
+    outcome = heretic("--model-action", "scores")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "Error: --model-action scores needs --trial-index where nobody can be asked (no terminal).\n",
+    )
+
+
+def test_scores_of_another_model(heretic: Heretic, workplace: Path) -> None:
+    saving = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
+    assert heretic(*saving).code == 0
+    number = str(front_of(study())[0].number)
+    entry = known()["trials"][number]
+    outcome = heretic("--evaluate-model", "out")
+    assert outcome.code == 0, outcome.err
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines() if line.startswith("│")]
+    rows = {row[0]: row[1:] for row in cells}
+    assert rows["Refusals"] == ["5", format_interval(entry["scores"]["refusals"], entry["intervals"]["refusals"])]
+    harmless = known()["base"]["scores"]["harmless_refusals"], entry["scores"]["harmless_refusals"]
+    assert [cell.split(" ")[0] for cell in rows["Harmless refusals"]] == [f"{count:.0f}" for count in harmless]
+    assert float(rows["Sequence KL"][1].split(" ")[0]) == pytest.approx(entry["scores"]["sequence_kl_divergence"], abs=1e-4)
+    assert float(rows["KL divergence, maximum"][1]) == pytest.approx(entry["kl_statistics"]["max"], abs=1e-4)
+    assert int(rows["Responses: compliance"][1]) == entry["response_classes"]["compliance"]
+    assert "Prompts that moved most" in outcome.out
+
+
+def test_the_card_has_them(heretic: Heretic, workplace: Path) -> None:
+    saving = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
+    assert heretic(*saving).code == 0
+    chosen = front_of(study())[0]
+    again, base = known()["trials"][str(chosen.number)], known()["base"]
+    card = Path("out/README.md").read_text()
+    degenerate = chosen.user_attrs["response_classes"]["degenerate"]
+    assert f"| of these refusals: empty, looping or broken off |  | {degenerate} |\n" in card
+    sequence = chosen.user_attrs["sequence_kl_divergence"]
+    assert f"| KL divergence along the original's answers, 16 tokens (nats) | 0 | {sequence:.4f} |\n" in card
+    before, after = base["scores"]["harmless_refusals"], again["scores"]["harmless_refusals"]
+    assert f"| refusals on 5 harmless prompts | {before:.0f} | {after:.0f} |\n\n" in card
+
+
+# Tables
+
+
+def trial(**attributes: Any) -> Any:
+    return create_trial(values=[0.0, 0.0], user_attrs={"refusals": 9, "kl_divergence": 0.5, **attributes})
+
+
+def test_texts_of_figures() -> None:
+    assert [format_figure(value) for value in (3, 3.0, 0.12345, 1e-9)] == ["3", "3", "0.1235", "0.0000"]
+    assert format_interval(7.0, (3.0, 12.5)) == "7 (3 to 12.5)"
+    assert format_interval(0.01, (0.0, 0.02)) == "0.0100 (0.0000 to 0.0200)"
+    assert format_interval(0.25, None) == "0.2500"
+    assert refusals_text(trial(), 100) == "9/100"
+    classes = {"refusal": 7, "compliance": 91, "degenerate": 2}
+    assert refusals_text(trial(response_classes=classes, bounded=True), 100) == "about 9/100 (2 degenerate)"
+    assert refusals_text(trial(), 0) == "9"
+
+
+def entry(refusals: float, degenerate: int = 0) -> dict[str, Any]:
+    return {
+        "scores": {"refusals": refusals, "harmless_refusals": 0.0},
+        "intervals": {"refusals": [1.0, 12.0]},
+        "response_classes": {"refusal": 8, "compliance": 90, "degenerate": degenerate},
+        "kl_statistics": {"median": 0.1, "p95": 0.2, "max": 0.3},
+    }
+
+
+def test_tables_of_finalists_and_of_one_trial() -> None:
+    number = trial().number
+    stored = {"base": entry(100), "trials": {str(number): entry(10, 2)}}
+    headers, rows = finalist_rows([trial()], stored)
+    assert headers == ["Trial", "Refusals", "Harmless refusals", "Degenerate"]
+    assert rows == [["original", "100 (1 to 12)", "0", "0"], [str(number), "10 (1 to 12)", "0", "2"]]
+    assert finalist_rows([trial()], {}) == ([], [])
+    failed = {"base": entry(100), "trials": {str(number): {"failure": "not finite"}}}
+    assert finalist_rows([trial()], failed)[1][1] == [str(number), "not finite", "", ""]
+
+    attributes = {"scores": {"refusals": 9, "kl_divergence": 0.5, "mine": 2.5}, "kl_statistics": {"median": 0.4, "p95": 1.5, "max": 2.0}}
+    headers, rows = score_rows(trial(**attributes), {"refusals": 100.0, "kl_divergence": 0.0, "mine": 1.5}, stored)
+    assert headers == ["", "Original", f"Trial {number}", "Scored again (95 % interval)"]
+    assert rows[:4] == [
+        ["Refusals", "100", "9", "10 (1 to 12)"],
+        ["KL divergence", "0", "0.5000", ""],
+        ["mine", "1.5000", "2.5000", ""],
+        ["Harmless refusals", "0", "", "0"],
+    ]
+    assert rows[4] == ["KL divergence, median", "0.1000", "0.4000", "0.1000"]
+    assert rows[-1] == ["Responses: degenerate (empty, looping, broken off)", "0", "", "2"]
+    # A trial of an earlier version has its two figures and nothing else.
+    assert score_rows(trial(), {}, {})[1] == [["Refusals", "", "9", ""], ["KL divergence", "", "0.5000", ""]]
