@@ -32,6 +32,7 @@ from heretic.model import Model
 from heretic.prompts import load_prompts
 from heretic.search import Search, pareto_front
 from heretic.source import model_source
+from heretic.space import search_space
 from heretic.utils import SilentProgress
 
 # Trials per batch, and whether dominated trials are stopped.
@@ -91,7 +92,8 @@ def one_run(scores: Scores, settings: Settings, seed: int, trials_per_batch: int
     architecture = evaluator.model.architecture
     study = optuna.create_study(directions=["minimize", "minimize"])
     last_layer = len(architecture.layers) - 1
-    search = Search(study, Path("memory"), list(architecture.components), last_layer, seed, settings.n_startup_trials)
+    space = search_space(settings, list(architecture.components), last_layer)
+    search = Search(study, Path("memory"), space, seed, settings.n_startup_trials)
     start, before = time.process_time(), scores.n_computed
     volumes = {}
     for n_trials in N_TRIALS:

@@ -66,7 +66,7 @@ def test_the_journal_is_a_plain_optuna_journal(heretic: Heretic, workplace: Path
         attributes = trial.user_attrs
         assert type(attributes["refusals"]) is int and 0 <= attributes["refusals"] <= 5
         assert type(attributes["kl_divergence"]) is float and attributes["kl_divergence"] >= 0
-        assert attributes["direction_index"] is None or 0.4 <= attributes["direction_index"] <= 0.9
+        assert attributes["direction_index"] is None or 0 <= attributes["direction_index"] <= 0.9
         assert (attributes["direction_index"] is None) == (trial.params["direction_scope"] == "per layer")
         assert set(attributes["parameters"]) == {"attn.o_proj", "mlp.down_proj"}
         for component, values in attributes["parameters"].items():

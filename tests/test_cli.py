@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,13 +40,7 @@ def test_help_is_the_text_and_version_the_version(heretic: Heretic) -> None:
     assert heretic("--version") == Outcome(0, f"heretic {__version__}\n", "")
 
 
-def test_help_comes_at_once_and_imports_nothing_heavy() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        subprocess.run([script(), "--help"], check=True, capture_output=True)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.3
+def test_help_imports_nothing_heavy() -> None:
     code = "import sys; from heretic.main import run_command; run_command(['--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()[-1].split()
     assert not {"torch", "transformers", "pydantic", "optuna", "rich", "huggingface_hub"} & set(loaded)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heretic.directions import LayerMix, mean_residual, mix, mix_at, refusal_directions, winsorize
+from heretic.directions import LayerMix, mean_residual, mix, mix_at, parting_layer, refusal_directions, winsorize
 
 
 def residuals(n: int = 6, layers: int = 3, d: int = 40, seed: int = 0) -> Tensor:
@@ -110,3 +110,24 @@ def test_mix_is_the_weighted_sum_of_neighbours() -> None:
     vectors = np.random.default_rng(3).normal(size=(4, 5))
     mixed = mix(torch.from_numpy(vectors), LayerMix(1, 2, 0.3))
     np.testing.assert_allclose(mixed.numpy(), 0.7 * vectors[1] + 0.3 * vectors[2], rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("distances", "expected"),
+    [
+        ([0.1, 0.2, 0.3, 0.9, 1.0, 1.0], 3),  # decided late
+        ([0.9, 0.9, 1.0, 1.1, 1.1, 1.0], 0),  # decided at once
+        ([0.1, 0.61, 0.2, 1.0], 1),
+        ([0.5], 0),
+        ([0.0, 0.0], 0),  # never
+    ],
+)
+def test_the_layer_in_which_prompts_part(distances: list[float], expected: int) -> None:
+    generator = np.random.default_rng(4)
+    lengths = 2.0 ** np.arange(len(distances) + 1)  # the stream grows, which is no reason
+    good = generator.normal(size=(len(lengths), 6))
+    good *= (lengths / np.linalg.norm(good, axis=1))[:, None]
+    across = np.stack([np.linalg.svd(row[None])[2][1] for row in good])  # unit vectors at right angles: both means have equal lengths
+    half = np.array([5.0, *distances])[:, None] / 2 * lengths[:, None] * across  # the embedding's distance does not count
+    turned = good * np.sqrt(np.clip(1 - (np.array([0.0, *distances]) / 2) ** 2, 0, 1))[:, None]
+    assert parting_layer(torch.from_numpy(turned - half), torch.from_numpy(turned + half)) == expected

@@ -14,12 +14,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from heretic.ablation import Ablation, ComponentParameters
+from heretic.config import Settings
 from heretic.errors import CheckpointError, TrialError
 from heretic.evaluator import Score, objectives
 from heretic.search import Search, ablation_of, pareto_front, refusal_limit
+from heretic.space import search_space
 
 COMPONENTS = ["attn.o_proj", "mlp.down_proj"]
 LAST_LAYER = 10
+SETTINGS = Settings(model="m")
 ScoreTrials = Callable[..., Sequence[Score | Exception]]
 
 
@@ -31,7 +34,7 @@ def search(path: Path, seed: int = 1, n_startup_trials: int = 5) -> Search:
         directions=["minimize", "minimize"],
         load_if_exists=True,
     )
-    return Search(study, path, COMPONENTS, LAST_LAYER, seed, n_startup_trials)
+    return Search(study, path, search_space(SETTINGS, COMPONENTS, LAST_LAYER), seed, n_startup_trials)
 
 
 def made_up(ablation: Ablation) -> Score:
@@ -85,8 +88,8 @@ def test_proposals_lie_in_the_search_ranges(tmp_path: Path) -> None:
         assert (index is None) == (trial.params["direction_scope"] == "per layer")
         assert index is None or 0.4 <= index <= 0.9
         assert list(attributes["parameters"]) == COMPONENTS
-        for p in (ComponentParameters(**values) for values in attributes["parameters"].values()):
-            assert 0.8 <= p.max_weight <= 1.5
+        for component, p in ((c, ComponentParameters(**values)) for c, values in attributes["parameters"].items()):
+            assert (0.0 if component == "mlp.down_proj" else 0.8) <= p.max_weight <= 1.5
             assert 0.6 <= p.max_weight_position <= 1.0
             assert 0.0 <= p.min_weight <= p.max_weight
             assert 1 / LAST_LAYER <= p.min_weight_distance <= 0.6
@@ -97,7 +100,7 @@ def test_proposals_lie_in_the_search_ranges(tmp_path: Path) -> None:
 @pytest.mark.parametrize("last_layer", [0, 1])
 def test_models_of_one_and_two_layers(last_layer: int, tmp_path: Path) -> None:
     opened = search(tmp_path / "j.jsonl")
-    opened.last_layer = last_layer
+    opened.space = search_space(SETTINGS, COMPONENTS, last_layer)
     opened.run(3, score, scaled)
     for trial in opened.trials:
         assert all(values["min_weight_distance"] == 1.0 for values in trial.user_attrs["parameters"].values())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from heretic.config import PromptSpecification, Settings
+from heretic.parameters import Parameters, quoted
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 100
@@ -17,6 +18,16 @@ TOML_HEADER = """\
 # Every setting of heretic with its default. Copy what you change to config.toml in the working directory, or give another
 # file with --config PATH. The same settings are flags (--n-trials 100) and environment variables (HERETIC_N_TRIALS=100).
 # Settings without a default are commented out.
+"""
+
+PARAMETERS_FOOTER = """\
+# Other ways to write them:
+#   max_weight = 1.0                                  a constant, which is then not searched
+#   max_weight = { low = 0.1, high = 1.5, log = true }
+#   max_weight = { "mlp.down_proj" = 0.5 }            one component; the others keep the default
+#   [parameters.max_weight]                           the same as a table of its own
+#   "attn.o_proj" = { low = 1.0, high = 1.5 }
+#   "mlp.down_proj" = 0.5
 """
 
 HELP_HEADER = """\
@@ -57,7 +68,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{quoted(key)} = {toml_value(item)}" for key, item in value.items()) + " }"
     if isinstance(value, (list, tuple)):
         inline = "[" + ", ".join(toml_value(item) for item in value) + "]"
         if len(inline) <= WIDTH:
@@ -73,7 +84,9 @@ def config_default_toml() -> str:
     for name, field in Settings.model_fields.items():
         comment = "".join(f"# {line}\n" for line in textwrap.wrap(field.description or "", WIDTH))
         default = None if field.is_required() else field.default
-        if isinstance(default, PromptSpecification):
+        if isinstance(default, Parameters):
+            tables.append(f"{comment}[{name}]\n{parameters_toml(default)}{PARAMETERS_FOOTER}")
+        elif isinstance(default, PromptSpecification):
             values = default.model_dump(exclude_defaults=True)
             tables.append(f"{comment}[{name}]\n" + "".join(f"{k} = {toml_value(v)}\n" for k, v in values.items()))
         elif default is None:
@@ -84,12 +97,23 @@ def config_default_toml() -> str:
     return "\n".join([*parts, f"# Each source of prompts may have:\n{options}", *tables])
 
 
+def parameters_toml(parameters: Parameters) -> str:
+    """The lines of the table `parameters`, each with its comment."""
+    lines = []
+    for name, value in parameters.as_table().items():
+        lines += [f"# {line}" for line in textwrap.wrap(Parameters.model_fields[name].description or "", WIDTH)]
+        lines.append(f"{name} = {toml_value(value)}")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def kind_of(name: str) -> str:
     """How a setting's value is written on the command line."""
     field = Settings.model_fields[name]
     annotations = [a for a in (get_args(field.annotation) or (field.annotation,)) if a is not type(None)]
     words = [word for word in annotations if isinstance(word, str)]
     words += [word for a in annotations for word in get_args(a) if isinstance(word, str)]
+    if field.annotation is Parameters:
+        return "JSON"
     if field.annotation is bool or bool in annotations:
         return ""
     if words and get_origin(field.annotation) is not list:
@@ -103,7 +127,7 @@ def kind_of(name: str) -> str:
 
 def shown_default(default: Any) -> str:
     """A default in brackets, where it says something in a line."""
-    if default is None or default is False:
+    if default in (None, False, []) or isinstance(default, Parameters):
         return ""
     if isinstance(default, PromptSpecification):
         return f" [{default.dataset}, {default.split}, {default.column}]"
@@ -121,8 +145,12 @@ def help_text() -> str:
         described = (field.description or "") + shown_default(default)
         lines.append(f"  {flag}{kind}".rstrip() + "\n")
         lines.append(textwrap.fill(described, WIDTH, initial_indent="      ", subsequent_indent="      ") + "\n")
-    parts = ", ".join(PromptSpecification.model_fields)
-    lines.append(f"\nA source of prompts has the parts {parts}. config.default.toml in the repository shows all defaults.\n")
+    text = (
+        f"A source of prompts has the parts {', '.join(PromptSpecification.model_fields)}. The parts of --parameters are "
+        f'options too, such as --parameters.max-weight 1.0 or \'{{"low": 0.5, "high": 1.0}}\': {", ".join(Parameters.model_fields)}. '
+        "config.default.toml in the repository shows all defaults."
+    )
+    lines.append("\n" + textwrap.fill(text, WIDTH) + "\n")
     return "".join(lines)
 
 

@@ -15,11 +15,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from .config import PromptSpecification, Settings
+from .config import Settings, as_written
 from .errors import CheckpointError, UsageError
 from .source import expand
+from .space import SearchSpace
 
 STUDY_NAME = "heretic"
 
@@ -46,6 +47,9 @@ DEFINING = (
     "bad_prompts",
     "good_evaluation_prompts",
     "bad_evaluation_prompts",
+    # These leave the scores as they are, but the samplers learn only from trials of one search space.
+    "parameters",
+    "disabled_components",
 )
 
 # Settings that say what one run does with a study; a later run does not take them over.
@@ -267,6 +271,18 @@ class Checkpoint:
         self.note(trials_per_batch=chosen)
         return chosen
 
+    def search_space(self, space: SearchSpace) -> SearchSpace:
+        """The space that the study began with; where it has none yet, `space`, which is then stored.
+
+        Kept, because the samplers learn only from trials of one space, and ranges that follow the model's residuals are computed anew.
+        """
+        assert self.study is not None
+        stored = self.study.user_attrs.get("search_space")
+        if stored is not None:
+            return SearchSpace.model_validate(stored)
+        self.note(search_space=space.model_dump(mode="json"))
+        return space
+
     def _attributes(self) -> dict[str, Any]:
         attributes = {} if self.study is None else self.study.user_attrs
         if not {"settings", "given", "identity"} <= attributes.keys():
@@ -304,11 +320,11 @@ def _free_name(path: Path) -> Path:
 def _reason(error: ValidationError) -> str:
     problem = error.errors()[0]
     message = problem["msg"].removeprefix("Value error, ")
-    return ".".join(map(str, problem["loc"])) + f": {message}" if problem["loc"] else message
+    return f"{as_written(problem['loc'])}: {message}" if problem["loc"] else message
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value.model_dump(exclude_defaults=True)) if isinstance(value, PromptSpecification) else repr(value)
+    text = json.dumps(value.model_dump(exclude_defaults=True)) if isinstance(value, BaseModel) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

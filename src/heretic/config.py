@@ -6,7 +6,6 @@ out (response prefix, batch size) lives elsewhere. `Settings` is a plain model t
 """
 
 import argparse
-import difflib
 import json
 import os
 import re
@@ -28,9 +27,11 @@ from pydantic_settings import (
 )
 
 from .demo import PROMPTS as DEMO_PROMPTS
-from .errors import UsageError
+from .errors import UsageError, did_you_mean
+from .parameters import TAGS, FirstTrial, Parameters, Range, kind, quoted
 
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
+SamplerName = Literal["tpe", "gp", "nsgaii", "random"]
 
 DEMO_MODEL = "heretic-demo"
 ENV_PREFIX = "HERETIC_"
@@ -92,7 +93,16 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
 WITHOUT_EFFECT_IN_PROMPTS = ("residual_plot_label", "residual_plot_color")
 
 # Settings besides the sources of prompts that take a table, and so parts of one in the environment.
-_TABLES = ("device_map", "max_memory", "final_good_prompts", "final_bad_prompts")
+_TABLES = ("device_map", "max_memory", "parameters", "final_good_prompts", "final_bad_prompts")
+
+# What an error shows of a setting whose default shows nothing.
+_EXAMPLES: dict[str, Any] = {
+    "max_memory": {"0": "20GB"},
+    "device_map": {"": "cpu"},
+    "parameters": {"direction_scope": ["global"], "max_weight": 1.0, "min_weight": {"low": 0.5, "high": 1.0}},
+    "first_trials": [{"direction_scope": "per layer", "max_weight": 1.0}],
+    "disabled_components": ["mlp.down_proj"],
+}
 
 _BOOL = TypeAdapter(bool)
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
@@ -240,6 +250,15 @@ class Settings(BaseModel):
         description="Trials drawn at random before the sampler learns from them "
         "(the demonstration: 15; in shorter runs, where nothing is said, three in ten).",
     )
+    sampler: SamplerName = Field(
+        "tpe",
+        description="Optuna's sampler: tpe (multivariate), gp (Gaussian process; needs SciPy), nsgaii (genetic; generations of "
+        "n_startup_trials), or random.",
+    )
+    first_trials: list[FirstTrial] = Field(
+        [], description="Known good points to try before the sampler chooses: tables like parameters, with constants; the rest is drawn."
+    )
+    disabled_components: list[str] = Field([], description='Components that are left as they are, such as ["mlp.down_proj"].')
     seed: int | None = Field(None, ge=0, lt=2**32, description="Random seed; drawn, shown and stored if not given.")
     study_checkpoint_dir: str = Field("checkpoints", description="Folder of the studies' journals.")
     refusal_markers: list[str] = Field(REFUSAL_MARKERS, min_length=1, description="Texts that mark a response as a refusal, in any case.")
@@ -273,13 +292,21 @@ class Settings(BaseModel):
         _behaviors("test[:100]"), description="Prompts that are refused, for counting refusals."
     )
 
+    parameters: Parameters = Field(
+        Parameters(),
+        description="What the search tries. Every number is a constant (max_weight = 1.0), a range with low, high and, if small values "
+        'shall be as likely as large ones, log = true, or a table of those per component ({"mlp.down_proj" = 0.5}); what is left out '
+        "keeps its default.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         data = {key: value for key, value in data.items() if not _has_no_effect(key, value)}
-        prompts = {name: default for name in cls.model_fields if isinstance(default := default_value(name), dict)}
+        sources = [name for name, field in cls.model_fields.items() if isinstance(field.default, PromptSpecification)]
+        prompts = {name: default_value(name) for name in sources}
         if _is_true(data.get("demo")):
             given_model = data.setdefault("model", DEMO_MODEL)
             if given_model != DEMO_MODEL:
@@ -402,12 +429,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"Wrong usage: {message}. heretic --help lists all options.")
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """The nearest known name as a question in brackets; nothing where none is near."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {nearest[0]}?)" if nearest else ""
-
-
 def command_parser() -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
     """The command line's parser, and the settings source bound to it."""
     parser = _Parser(prog="heretic", allow_abbrev=False, add_help=False)
@@ -479,14 +500,17 @@ def _reading(where: str) -> Iterator[None]:
 
 
 def _example(name: str) -> Any:
+    if name in _EXAMPLES:
+        return _EXAMPLES[name]
     value = default_value(name)
-    return value[:2] if isinstance(value, list) else value or {"0": "20GB"}
+    return value[:2] if isinstance(value, list) else value
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
-        both_tables = isinstance(value, dict) and isinstance(result.get(key), dict)
+        # A range and a table per component do not go together: the stronger source's is taken whole.
+        both_tables = isinstance(value, dict) and isinstance(result.get(key), dict) and kind(value) == kind(result[key])
         result[key] = _overlay(result[key], value) if both_tables else value
     return result
 
@@ -525,13 +549,11 @@ def _describe(error: ValidationError, sources: dict[str, dict[str, Any]]) -> str
     lines: list[str] = []
     for problem in error.errors():
         location = [part for part in problem["loc"] if not _is_type_tag(part)]
-        name = ".".join(str(part) for part in location)
+        name = as_written(location)
         origin = next((f" ({source})" for source, values in sources.items() if location and _holds(values, location)), "")
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            table = ScorerSpecification if location[0] == "scorers" else PromptSpecification
-            known = list(table.model_fields if len(location) > 1 else Settings.model_fields)
-            line = f"Unknown setting {name}{origin}{did_you_mean(str(location[-1]), known)}."
+            line = f"Unknown setting {name}{origin}{did_you_mean(str(location[-1]), _known_beside(location))}."
         elif location == ["model"] and problem["type"] == "missing":
             line = "No model is given. Try: heretic <model-id or folder>, or heretic --demo"
         elif not location:
@@ -541,6 +563,22 @@ def _describe(error: ValidationError, sources: dict[str, dict[str, Any]]) -> str
         if line not in lines:
             lines.append(line)
     return "\n".join(lines)
+
+
+def _known_beside(location: Sequence[int | str]) -> list[str]:
+    """The names that could stand at a location where an unknown one was found."""
+    tables: dict[tuple[bool, int], type[BaseModel]] = {(False, 1): Settings, (True, 2): Parameters, (True, 3): Range, (True, 4): Range}
+    if location[0] == "first_trials":
+        return list(FirstTrial.model_fields)
+    if location[0] == "scorers" and len(location) > 1:
+        return list(ScorerSpecification.model_fields)
+    table = tables.get((location[0] == "parameters", len(location)), PromptSpecification)
+    return list(table.model_fields)
+
+
+def as_written(location: Sequence[int | str]) -> str:
+    """The location of an error as the user would write it: `parameters.max_weight."mlp.down_proj".low`."""
+    return ".".join(quoted(part) if isinstance(part, str) else str(part) for part in location if not _is_type_tag(part))
 
 
 def _holds(values: Any, location: Sequence[int | str]) -> bool:
@@ -556,11 +594,13 @@ def _holds(values: Any, location: Sequence[int | str]) -> bool:
 
 def _is_type_tag(part: int | str) -> bool:
     """Whether pydantic added this part of a location to tell the branches of a union apart."""
-    return isinstance(part, str) and (part in ("str", "int", "float") or "[" in part)
+    return isinstance(part, str) and (part in ("str", "int", "float", *TAGS) or "[" in part)
 
 
 def default_value(name: str) -> Any:
     """The default of a setting as plain data; None where there is none or it is required."""
     field = Settings.model_fields[name]
     default = None if field.is_required() else field.default
+    if isinstance(default, Parameters):
+        return default.as_table()
     return default.model_dump(exclude_defaults=True) if isinstance(default, BaseModel) else default

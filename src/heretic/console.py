@@ -17,8 +17,10 @@ from rich.table import Table
 from .ablation import Ablation
 from .answers import can_ask
 from .config import DEFAULT_OBJECTIVES, Objectives
+from .parameters import Choice, Range
 from .score_tables import finalist_rows, format_figure, refusals_text, title_of
 from .search import ablation_of, pareto_front, score_of
+from .space import SearchSpace
 from .utils import format_duration
 
 # Steps shorter than this are not worth a second line where the output is no terminal.
@@ -65,6 +67,11 @@ class Console:
         seconds = time.monotonic() - start
         if seconds >= WORTH_SAYING_SECONDS:
             self.message(f"{description}: done in {format_duration(seconds)}")
+
+    def search_space(self, space: SearchSpace, parting: int, last_layer: int) -> None:
+        """Where the search looks, in fractions with the layers beside."""
+        lines = [f"Harmless and harmful prompts part in layer {parting}. Searched:", *describe_space(space, last_layer)]
+        self.message("\n  ".join(lines))
 
     def front(
         self,
@@ -126,6 +133,29 @@ def describe_component(ablation: Ablation, component: str, last_layer: int | Non
     return f"{p.max_weight:.2f} at {place}, {p.min_weight:.2f} at ±{reach}"
 
 
+def describe_space(space: SearchSpace, last_layer: int) -> list[str]:
+    """What is searched, layers beside the fractions: the direction, then each component's kernel, components alike together."""
+    texts = []
+    if "global" in space.direction_scope:
+        index = space.direction_index
+        texts.append(f"directions at {_between(index)} (layer {_between(index, last_layer)})")
+    kernels: dict[str, list[str]] = {}
+    for component, kernel in space.components.items():
+        place, reach = kernel.max_weight_position, kernel.min_weight_distance
+        text = (
+            f"{_between(kernel.max_weight)} at {_between(place)} (layer {_between(place, last_layer)}), "
+            f"{_between(kernel.min_weight)} of it at ±{_between(reach)} ({_between(reach, last_layer)} layers)"
+        )
+        kernels.setdefault(text, []).append(component)
+    return texts + [f"{', '.join(components)}: {kernel}" for kernel, components in kernels.items()]
+
+
+def _between(choice: Choice, last_layer: int | None = None) -> str:
+    """`0.60 to 1.00`, or a constant; as layers, where the last one's index is given."""
+    ends = (choice.low, choice.high) if isinstance(choice, Range) else (choice,)
+    return " to ".join(dict.fromkeys(f"{end:.2f}" if last_layer is None else f"{end * last_layer:.1f}" for end in ends))
+
+
 def other_scores(trials: Sequence[FrozenTrial], objectives: Objectives) -> list[str]:
     """Scores shown beside the usual two: the sequence KL divergence where all trials have it, and what else is an objective."""
     known = trials and all("sequence_kl_divergence" in trial.user_attrs for trial in trials)
@@ -168,13 +198,20 @@ class StudyView:
     """The search as it goes: a live table in a terminal, a line for each trial elsewhere."""
 
     def __init__(
-        self, console: Console, n_trials: int, n_done: int, base_refusals: int, objectives: Objectives = DEFAULT_OBJECTIVES
+        self,
+        console: Console,
+        n_trials: int,
+        n_done: int,
+        base_refusals: int,
+        last_layer: int | None = None,
+        objectives: Objectives = DEFAULT_OBJECTIVES,
     ) -> None:
         self.console = console
         self.objectives = objectives
         self.n_trials = n_trials
         self.n_done = n_done
         self.base_refusals = base_refusals
+        self.last_layer = last_layer
         self.trials: list[FrozenTrial] = []
         self.note = ""
         self._start = time.monotonic()
@@ -243,8 +280,8 @@ class StudyView:
         front = self._front()
         last = [trial for trial in self.trials if trial.state == TrialState.COMPLETE][-LAST_TRIALS:]
         if front:
-            parts.append(_scores_table("Best so far", front[:FRONT_ROWS], self.base_refusals, len(front), self.objectives))
-            parts.append(_scores_table("Last trials", last, self.base_refusals, len(last), self.objectives))
+            parts.append(_scores_table("Best so far", front[:FRONT_ROWS], self.base_refusals, self.last_layer, len(front), self.objectives))
+            parts.append(_scores_table("Last trials", last, self.base_refusals, self.last_layer, len(last), self.objectives))
         parts.append(self.note or "[dim]Ctrl+C stops after the running trials; everything finished is kept.[/]")
         return Group(*parts)  # type: ignore[arg-type]
 
@@ -255,7 +292,9 @@ def _refusals(trial: FrozenTrial, base_refusals: int) -> str:
     return f"{text} refusals{bracket}{degenerate}"
 
 
-def _scores_table(title: str, trials: Sequence[FrozenTrial], base_refusals: int, n_all: int, objectives: Objectives) -> Table:
+def _scores_table(
+    title: str, trials: Sequence[FrozenTrial], base_refusals: int, last_layer: int | None, n_all: int, objectives: Objectives
+) -> Table:
     more = f" ({n_all - len(trials)} more)" if n_all > len(trials) else ""
     table = Table(title=title + more, title_justify="left")
     others = other_scores(trials, objectives)
@@ -263,6 +302,6 @@ def _scores_table(title: str, trials: Sequence[FrozenTrial], base_refusals: int,
         table.add_column(escape(header), justify="right")
     for trial in trials:
         figures = [f"{trial.user_attrs['kl_divergence']:.4f}", *(format_figure(score_of(trial, name)) for name in others)]
-        direction = describe_direction(ablation_of(trial), None)
+        direction = describe_direction(ablation_of(trial), last_layer)
         table.add_row(str(trial.number), refusals_text(trial, base_refusals), *figures, direction)
     return table

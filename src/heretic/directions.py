@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Share of the greatest relative distance of the means at which they count as parted.
+PARTED = 0.6
+
 
 @dataclass(frozen=True)
 class LayerMix:
@@ -65,6 +68,18 @@ def refusal_directions(good_mean: Tensor, bad_mean: Tensor, orthogonalize: bool 
         good = F.normalize(good_mean, dim=-1)
         directions = F.normalize(directions - (directions * good).sum(dim=-1, keepdim=True) * good, dim=-1)
     return directions
+
+
+def parting_layer(good_mean: Tensor, bad_mean: Tensor) -> int:
+    """The decoder layer in which the two sets of prompts part: the first whose output's means are so far apart.
+
+    `good_mean`, `bad_mean` `(layer + 1, d)`. Far is `PARTED` of the most that any layer has, and distance is measured by the mean length
+    of the two means, since the stream grows from layer to layer. 0 where they never part. It says from where on there is
+    something to remove, not where it is best removed.
+    """
+    lengths = (torch.linalg.vector_norm(good_mean, dim=-1) + torch.linalg.vector_norm(bad_mean, dim=-1)) / 2
+    distance = (torch.linalg.vector_norm(bad_mean - good_mean, dim=-1) / lengths.clamp(min=1e-12))[1:]
+    return int((distance >= PARTED * distance.max()).nonzero()[0])
 
 
 def mix_at(direction_index: float, n_layers: int) -> LayerMix:

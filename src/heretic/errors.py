@@ -3,6 +3,9 @@
 Library code raises these `from` their cause; only `main.py` turns them into a line on the screen and an exit code.
 """
 
+import difflib
+from collections.abc import Sequence
+
 
 class HereticError(Exception):
     """An error told in plain words: what, which file or setting, what to do."""
@@ -46,3 +49,9 @@ class CheckpointError(HereticError):
 
 class ExportError(HereticError):
     """The result cannot be written or uploaded."""
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """` (did you mean x?)` with the nearest known name, or nothing where none is near."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluator import Evaluator
     from .model import Model
     from .search import Search
+    from .space import SearchSpace
 
 INTERRUPTED = 130
 
@@ -184,27 +185,22 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
     # 4. Response prefix, baseline, directions
     evaluator = _evaluator(settings, console, model, prompts)
-    _compute_directions(settings, console, model, prompts)
+    parting = _compute_directions(settings, console, model, prompts)
 
     # 5. The study
-    from .search import Search
+    from .space import search_space
 
+    last_layer = len(model.architecture.layers) - 1
+    space = search_space(settings, list(model.architecture.components), last_layer, parting)
     identity["the model"] = fingerprint(model.loaded.source)
     if is_new:
         checkpoint.create(settings, identity)
     else:
         checkpoint.check_identity(identity)
-    last_layer = len(model.architecture.layers) - 1
+    space = checkpoint.search_space(space)
+    console.search_space(space, parting, last_layer)
     checkpoint.note(base_refusals=evaluator.base_refusals, last_layer=last_layer)
-    assert checkpoint.study is not None and settings.seed is not None
-    search = Search(
-        checkpoint.study,
-        checkpoint.path,
-        list(model.architecture.components),
-        last_layer,
-        settings.seed,
-        settings.n_startup_trials,
-    )
+    search = _open_search(settings, checkpoint, space)
 
     batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure=is_new and not seed_is_given)
 
@@ -238,6 +234,8 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
 def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> "tuple[Settings, bool] | None":
     """The settings in force and whether the study is new; None where the user leaves."""
+    from .samplers import check_sampler
+
     if checkpoint.lost_bytes:
         console.warning(
             f"The last line of {checkpoint.path} was cut off in the middle and is lost ({checkpoint.lost_bytes} bytes); "
@@ -256,6 +254,7 @@ def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoin
     if not is_new:
         settings = checkpoint.restored(settings)
         console.message(f"Continuing the study {checkpoint.path} ({checkpoint.n_done} trials done).")
+    check_sampler(settings.sampler)
     if settings.seed is None:
         import secrets
 
@@ -356,9 +355,11 @@ def _load_model(settings: "Settings", console: "Console", name: str | None = Non
     model = Model(loaded, settings, console)
     found = ", ".join(f"{count} {component}" for component, count in model.architecture.components.items())
     dtype = str(loaded.dtype).removeprefix("torch.")
+    left = ", ".join(name for name in settings.disabled_components if name in model.architecture.components)
     console.message(
         f"{loaded.source.name}: {loaded.config.model_type}, {len(model.architecture.layers)} layers, "
-        f"{'4-bit, computed in ' if loaded.quantized else ''}{dtype}; writing to the residual stream: {found}, all edited"
+        f"{'4-bit, computed in ' if loaded.quantized else ''}{dtype}; writing to the residual stream: {found}, "
+        + (f"all edited but {left}" if left else "all edited")
     )
     _report_completeness(model, console)
     return model
@@ -389,8 +390,9 @@ def _evaluator(settings: "Settings", console: "Console", model: "Model", prompts
     return evaluator
 
 
-def _compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any]) -> None:
-    from .directions import mean_residual, refusal_directions
+def _compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any]) -> int:
+    """Give the model its directions; the layer in which the two sets of prompts part."""
+    from .directions import mean_residual, parting_layer, refusal_directions
     from .errors import DirectionError
 
     quantile = settings.winsorization_quantile
@@ -402,6 +404,22 @@ def _compute_directions(settings: "Settings", console: "Console", model: "Model"
     if not directions[1:].any():
         raise DirectionError("Harmless and harmful prompts give the same residuals in every layer, so there is no direction.")
     model.use_directions(directions, settings.row_normalization)
+    return parting_layer(good, bad)
+
+
+def _open_search(settings: "Settings", checkpoint: "Checkpoint", space: "SearchSpace") -> "Search":
+    from .search import Search
+
+    assert checkpoint.study is not None and settings.seed is not None
+    return Search(
+        checkpoint.study,
+        checkpoint.path,
+        space,
+        settings.seed,
+        settings.n_startup_trials,
+        settings.sampler,
+        settings.first_trials,
+    )
 
 
 def _batch_size(
@@ -434,7 +452,8 @@ def _search(console: "Console", evaluator: "Evaluator", search: "Search", target
     """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial. Whether it was ended so."""
     from .console import StudyView
 
-    with StudyView(console, target, search.n_done, evaluator.base_refusals, evaluator.settings.objectives) as view:
+    last_layer = len(evaluator.model.architecture.layers) - 1
+    with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:

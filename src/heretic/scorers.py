@@ -28,8 +28,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .config import Settings as RunSettings
-from .config import did_you_mean
-from .errors import UsageError
+from .errors import UsageError, did_you_mean
 from .figures import Figure
 from .outputs import Outputs
 from .source import expand

@@ -1,4 +1,4 @@
-"""The search: what a trial may look like, the loop that asks and tells, and the Pareto front."""
+"""The search: the loop that asks and tells, and the Pareto front. What a trial may look like is in `space.py`."""
 
 import math
 import time
@@ -8,25 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .ablation import Ablation, ComponentParameters
 from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
-from .config import DEFAULT_OBJECTIVES
+from .config import DEFAULT_OBJECTIVES, SamplerName
 from .config import Objectives as ObjectiveNames
 from .evaluator import Score
-
-# The refusal decision is strongest past the middle of the layers (Arditi et al. 2024), edits work best in the upper ones.
-DIRECTION_SCOPES = ["global", "per layer"]
-DIRECTION_INDEX = (0.4, 0.9)
-MAX_WEIGHT = (0.8, 1.5)
-MAX_WEIGHT_POSITION = (0.6, 1.0)
-MIN_WEIGHT = (0.0, 1.0)  # of max_weight, because multivariate TPE wants fixed ranges
-MIN_WEIGHT_DISTANCE = 0.6  # at most; at least one layer
-
-N_EI_CANDIDATES = 128
+from .parameters import FirstTrial
+from .samplers import make_sampler
+from .space import SearchSpace, fixed_parameters, suggest
 
 Limit = Callable[[float], float]
 ScoreTrials = Callable[[list[Ablation], Limit], Sequence[Score | Exception]]
@@ -34,25 +27,6 @@ Objectives = Callable[[Score], Sequence[float]]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
-
-def suggest(trial: Trial, components: Sequence[str], last_layer: int) -> Ablation:
-    """Draw an ablation. Positions and distances are fractions of the last layer index; `last_layer` only bounds the distance.
-
-    The direction index is drawn in either scope, so that the search space stays the same for every trial.
-    """
-    scope = trial.suggest_categorical("direction_scope", DIRECTION_SCOPES)
-    direction_index = trial.suggest_float("direction_index", *DIRECTION_INDEX)
-    one_layer = 1 / max(last_layer, 1)
-    parameters = {}
-    for component in components:
-        max_weight = trial.suggest_float(f"{component}.max_weight", *MAX_WEIGHT)
-        position = trial.suggest_float(f"{component}.max_weight_position", *MAX_WEIGHT_POSITION)
-        min_weight = trial.suggest_float(f"{component}.min_weight", *MIN_WEIGHT) * max_weight
-        # In models of very few layers one layer is more than the usual largest distance.
-        distance = trial.suggest_float(f"{component}.min_weight_distance", one_layer, max(MIN_WEIGHT_DISTANCE, one_layer))
-        parameters[component] = ComponentParameters(max_weight, position, min_weight, distance)
-    return Ablation(direction_index if scope == "global" else None, parameters)
 
 
 def ablation_of(trial: FrozenTrial) -> Ablation:
@@ -119,14 +93,22 @@ class Search:
     """
 
     def __init__(
-        self, study: optuna.Study, path: Path, components: Sequence[str], last_layer: int, seed: int, n_startup_trials: int
+        self,
+        study: optuna.Study,
+        path: Path,
+        space: SearchSpace,
+        seed: int,
+        n_startup_trials: int,
+        sampler: SamplerName = "tpe",
+        first_trials: Sequence[FirstTrial] = (),
     ) -> None:
         self.study = study
         self.path = path
-        self.components = list(components)
-        self.last_layer = last_layer
+        self.space = space
         self.seed = seed
         self.n_startup_trials = n_startup_trials
+        self.sampler = sampler
+        self.first_trials = [fixed_parameters(point, space) for point in first_trials]
         self._cut_off = self._find_cut_off_trials()
 
     def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
@@ -157,19 +139,22 @@ class Search:
 
     def _sampler(self, number: int) -> BaseSampler:
         (seed,) = np.random.SeedSequence([self.seed, number]).generate_state(1)
-        return TPESampler(
-            n_startup_trials=self.n_startup_trials,
-            n_ei_candidates=N_EI_CANDIDATES,
-            multivariate=True,
-            constant_liar=True,  # so that trials asked for together differ
-            seed=int(seed),
-        )
+        return make_sampler(self.sampler, self.n_startup_trials, int(seed))
+
+    def _next_first_trial(self) -> dict[str, float | str] | None:
+        """The next of the first trials that no trial of the study has tried."""
+        tried = [trial.user_attrs.get("first_trial") for trial in self.trials if "parameters" in trial.user_attrs]
+        return next((fixed for fixed in self.first_trials if fixed not in tried), None)
 
     def _ask(self, number: int) -> tuple[Trial, Ablation]:
         with journal_errors(self.path):
-            self.study.sampler = self._sampler(number)
+            first = self._next_first_trial() if self.first_trials else None
+            sampler = self._sampler(number)
+            self.study.sampler = sampler if first is None else PartialFixedSampler(first, sampler)
             trial = self.study.ask()
-            ablation = suggest(trial, self.components, self.last_layer)
+            if first is not None:
+                trial.set_user_attr("first_trial", first)
+            ablation = suggest(trial, self.space)
             trial.set_user_attr("direction_index", ablation.direction_index)
             trial.set_user_attr("parameters", {name: vars(p) for name, p in ablation.parameters.items()})
         return trial, ablation

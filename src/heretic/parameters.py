@@ -1,0 +1,169 @@
+"""The `parameters` table of the settings: what the search may try for each number, as a user writes it.
+
+Every float is a constant, a range `{ low, high, log }`, or a table per component with either of these. Pydantic tells the three apart by
+a function (`Discriminator`), so that an error names the place that is wrong and nothing else. What the choices mean for one model is made
+of this in `space.py`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+DirectionScope = Literal["global", "per layer"]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Auto = Literal["auto"]
+
+# Pydantic puts these into the locations of errors; what the user wrote has nothing of the kind.
+CONSTANT, RANGE, FROM_MODEL, PER_COMPONENT, SINGLE = TAGS = ("<constant>", "<range>", "<auto>", "<per component>", "<single>")
+
+
+class Range(BaseModel):
+    """From `low` to `high`, both included; with `log`, small values are as likely as large ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: Weight
+    high: Weight
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low:g}) is larger than high ({self.high:g})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log needs a low above 0 (it is {self.low:g})")
+        return self
+
+
+class FractionRange(Range):
+    """A range of fractions of the last layer index."""
+
+    low: Fraction
+    high: Fraction
+
+
+def kind(value: Any) -> str:
+    """What a value is, as it was written or as pydantic made it."""
+    if isinstance(value, Range):
+        return RANGE
+    if isinstance(value, Mapping):
+        return RANGE if Range.model_fields.keys() & value.keys() else PER_COMPONENT
+    return FROM_MODEL if value == "auto" else CONSTANT
+
+
+def _kind_of_table(value: Any) -> str:
+    return PER_COMPONENT if kind(value) == PER_COMPONENT else SINGLE
+
+
+_KINDS = Discriminator(
+    kind,
+    custom_error_type="kind",
+    custom_error_message="Input should be a number or a range such as {low = 0.5, high = 1.0} (component names with dots stand in quotes)",
+)
+
+WeightChoice = Annotated[Annotated[Weight, Tag(CONSTANT)] | Annotated[Range, Tag(RANGE)], _KINDS]
+StrengthChoice = Annotated[Annotated[Weight, Tag(CONSTANT)] | Annotated[Range, Tag(RANGE)] | Annotated[Auto, Tag(FROM_MODEL)], _KINDS]
+FractionChoice = Annotated[Annotated[Fraction, Tag(CONSTANT)] | Annotated[FractionRange, Tag(RANGE)], _KINDS]
+PlaceChoice = Annotated[
+    Annotated[Fraction, Tag(CONSTANT)] | Annotated[FractionRange, Tag(RANGE)] | Annotated[Auto, Tag(FROM_MODEL)], _KINDS
+]
+Choice = float | Range
+
+T = TypeVar("T")
+PerComponent = Annotated[
+    Annotated[T, Tag(SINGLE)] | Annotated[dict[str, T], Tag(PER_COMPONENT), Field(min_length=1)], Discriminator(_kind_of_table)
+]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Parameters(BaseModel):
+    """What the search may try. Positions and distances are fractions of the last layer index."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    direction_scope: Annotated[list[DirectionScope], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        ["global", "per layer"], description="One direction for all layers (global), or each layer's own (per layer)."
+    )
+    direction_index: PlaceChoice = Field(
+        "auto",
+        description="Layer whose direction is used in scope global, as a fraction of the last layer index; auto: from 0.4, or from the "
+        "layer in which harmless and harmful prompts part if that is lower, to 0.9.",
+    )
+    max_weight: PerComponent[StrengthChoice] = Field(
+        "auto",
+        description="Strength at the position; 1 removes the direction; auto: from 0.8, in MLPs from 0, so that the search can leave "
+        "them as they are, to 1.5.",
+    )
+    max_weight_position: PerComponent[PlaceChoice] = Field(
+        "auto",
+        description="Layer of the greatest strength, as a fraction of the last layer index; auto: from 0.6, or from that "
+        "lower layer, to 1.",
+    )
+    min_weight: PerComponent[WeightChoice] = Field(
+        Range(low=0.0, high=1.0), description="Strength at the distance, as a fraction of max_weight."
+    )
+    min_weight_distance: PerComponent[FractionChoice] = Field(
+        FractionRange(low=0.0, high=0.6),
+        description="Distance from the position beyond which nothing is edited, as a fraction of the last layer index; "
+        "never less than one layer.",
+    )
+
+    def choice(self, name: str, component: str | None = None) -> Choice | Auto:
+        """What is to be tried for a parameter, in a component if there is one; the default where a table leaves the component out."""
+        for value in (getattr(self, name), type(self).model_fields[name].default):
+            choice: Choice | Auto | None = value.get(component) if isinstance(value, dict) else value
+            if choice is not None:
+                return choice
+        raise ValueError(f"{name} has no default for the component {component}")
+
+    def named_components(self) -> dict[str, list[str]]:
+        """The components that tables name, per parameter."""
+        return _named_components(self)
+
+    def as_table(self) -> dict[str, Any]:
+        """Plain data, as one would write it."""
+        return {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+
+
+class FirstTrial(BaseModel):
+    """A point to try before the sampler chooses: constants, or tables of them per component. What is left out is drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    direction_scope: DirectionScope | None = None
+    direction_index: Fraction | None = None
+    max_weight: PerComponent[Weight] | None = None
+    max_weight_position: PerComponent[Fraction] | None = None
+    min_weight: PerComponent[Weight] | None = None
+    min_weight_distance: PerComponent[Fraction] | None = None
+
+    def value(self, name: str, component: str | None = None) -> float | None:
+        """The value of a parameter, in a component if there is one; None where it is to be drawn."""
+        value: float | dict[str, float] | None = getattr(self, name)
+        return value.get(component or "") if isinstance(value, dict) else value
+
+    def named_components(self) -> dict[str, list[str]]:
+        """The components that tables name, per parameter."""
+        return _named_components(self)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.model_dump(exclude_defaults=True) if isinstance(value, Range) else value
+
+
+def _named_components(table: Parameters | FirstTrial) -> dict[str, list[str]]:
+    return {name: list(value) for name in type(table).model_fields if isinstance(value := getattr(table, name), dict)}
+
+
+def quoted(key: str) -> str:
+    """A key as TOML has it: in quotes where it holds more than letters, digits, `_` and `-`."""
+    return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)
