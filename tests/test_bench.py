@@ -47,6 +47,25 @@ def test_trial_speed_on_a_small_shape(
     assert result["peak_memory_bytes"] > 0
 
 
+def test_trial_speed_compares_like_with_like(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workplace: Path
+) -> None:
+    """A model with prompts: no score that the reference does not have, the same verdicts and divergences, also without savings."""
+    module = script("trial_speed")
+    options = ["--model", "m", "--good", "good.txt", "--bad", "bad.txt", "--trials", "2", "--length", "6", "--savings"]
+    monkeypatch.setattr("sys.argv", ["trial_speed.py", *options])
+    monkeypatch.setattr(module, "SAVINGS", {name: module.SAVINGS[name] for name in ("none", "all")})
+    kl_tokens: list[int] = []
+    workload = module.real_workload
+    monkeypatch.setattr(module, "real_workload", lambda settings: kl_tokens.append(settings.kl_tokens) or workload(settings))
+    module.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert kl_tokens == [1]
+    assert result["largest_refusal_difference"] == 0 and 0 <= result["largest_kl_difference"] < 1e-4
+    assert set(result["savings"]) == set(module.SAVINGS)
+    assert all(saving["seconds"] > 0 for saving in result["savings"].values())
+
+
 def test_hypervolume_is_the_share_of_points_that_are_beaten(script: Any) -> None:
     """Against counting the points of a grid. One point of the front is beyond the reference, one is beaten by another."""
     module = script("search_quality")

@@ -81,13 +81,13 @@ def test_the_journal_is_a_plain_optuna_journal(heretic: Heretic, workplace: Path
 
 
 def test_a_torn_last_line_costs_at_most_that_line(heretic: Heretic, workplace: Path) -> None:
-    assert heretic("--n-trials", "4", "--trials-per-batch", "1", "--n-finalists", "0").code == 0
+    assert heretic("--no-report", "--n-trials", "4", "--trials-per-batch", "1", "--n-finalists", "0").code == 0
     whole = JOURNAL.read_bytes()
     all_parameters = parameters()
     last = len(whole.splitlines(keepends=True)[-1])
     for lost in (1, 2, last // 2, last - 1):
         JOURNAL.write_bytes(whole[:-lost])
-        outcome = heretic("--n-trials", "4")
+        outcome = heretic("--no-report", "--n-trials", "4")
         assert outcome.code == 0
         assert (
             f"Warning: The last line of {JOURNAL} was cut off in the middle and is lost ({last - lost} bytes); "
@@ -390,7 +390,7 @@ def test_a_journal_without_a_finished_trial_is_begun_anew(heretic: Heretic, work
     outcome = heretic("--max-response-length", "5")  # nothing is done yet, so nothing must agree
     assert outcome.code == 0
     assert "Continuing" not in outcome.out
-    assert sorted(path.name for path in JOURNAL.parent.iterdir() if path.suffix != ".lock") == ["m.jsonl"]
+    assert sorted(path.name for path in JOURNAL.parent.iterdir() if path.suffix != ".lock") == ["m.jsonl", "m.report.html"]
 
 
 def test_stored_settings_that_this_version_does_not_take(heretic: Heretic, workplace: Path) -> None:

@@ -146,7 +146,7 @@ COMMAND_LINES = {
         "Setting row_normalization (on the command line): Input should be 'none', 'pre' or 'full', got 'ful'."
     ),
     ("m", "--model-action", "sav"): (
-        "Setting model_action (on the command line): Input should be 'save', 'upload', 'chat', 'scores' or 'none', got 'sav'."
+        "Setting model_action (on the command line): Input should be 'save', 'upload', 'chat', 'scores', 'benchmark' or 'none', got 'sav'."
     ),
     ("m", "--dtypes", '["float33"]'): (
         "Setting dtypes.0 (on the command line): Input should be 'auto', 'float16', 'bfloat16' or 'float32', got 'float33'."
@@ -219,7 +219,6 @@ FILES = {
     b"seed = 1\nn_trials = \n": "The configuration file config.toml is not valid TOML: Invalid value (at line 2, column 12).",
     b"seed = 1\nseed = 2\n": "The configuration file config.toml is not valid TOML: Cannot overwrite a value (at line 2, column 9).",
     b'seed = 1\nsystem_prompt = "\xff"\n': "The configuration file config.toml is not UTF-8 text (line 2).",
-    b"plot_residuals = true": "plot_residuals = True asks for something that this version does not do; remove it.",
 }
 
 
@@ -314,8 +313,15 @@ column = "text"
 def test_a_file_of_the_original_program_works_unchanged() -> None:
     Path("config.toml").write_text(ORIGINAL)
     settings = load_settings(["m"])
-    changed = {"dtypes": ["auto", "float16", "float32"], "refusal_markers": ["sorry", "i can't", "i cannot"]}
-    assert settings.model_dump() == Settings(model="m", **changed).model_dump()  # type: ignore[arg-type]
+    changed: dict[str, Any] = {
+        "dtypes": ["auto", "float16", "float32"],
+        "refusal_markers": ["sorry", "i can't", "i cannot"],
+        "residual_plot_title": "Residual vectors",
+        "residual_plot_style": "dark_background",
+        "good_prompts": {"residual_plot_label": "Harmless prompts", "residual_plot_color": "royalblue"},
+        "bad_prompts": {"residual_plot_label": "Harmful prompts", "residual_plot_color": "darkorange"},
+    }
+    assert settings.model_dump() == Settings(model="m", **changed).model_dump()
 
 
 def written(name: str) -> Any:

@@ -14,7 +14,19 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/*.md")])
 
 # Options of other programs, those in bench/ included, that the documents mention.
-FOREIGN_OPTIONS = {"--help", "--version", "--check", "--no-project", "--model", "--savings", "--trials", "--outfile", "--outtype"}
+FOREIGN_OPTIONS = {
+    "--help",
+    "--version",
+    "--check",
+    "--no-project",
+    "--extra",
+    "--all-extras",
+    "--model",
+    "--savings",
+    "--trials",
+    "--outfile",
+    "--outtype",
+}
 
 
 def text_of(path: Path) -> str:

@@ -29,7 +29,7 @@ from heretic.prompts import Prompt
 
 DOWN = "\x1b[B"
 CLEAR_LINE = "\x15"
-SAVE, UPLOAD, CHAT, COMPARE, SCORES, CHOOSE, MORE, LEAVE = range(8)
+SAVE, UPLOAD, CHAT, COMPARE, SCORES, BENCHMARK, CHOOSE, MORE, LEAVE = range(9)
 
 
 class Terminal:

@@ -33,11 +33,13 @@ PARAMETERS_FOOTER = """\
 HELP_HEADER = """\
 Usage: heretic [MODEL] [--config PATH] [OPTIONS]
        heretic --demo
+       heretic compare A B [C...] [OPTIONS]
        heretic --export-from RESULT --save-directory FOLDER
        heretic --reproduce RESULT
 
 Removes refusals from a transformer language model by directional ablation, without training, and keeps
-the rest of the model as it was. MODEL is a hub id or a local folder.
+the rest of the model as it was. MODEL is a hub id or a local folder. `heretic compare` asks any saved
+models, adapters or studies (their .jsonl files; FILE:N for trial N of the front) the same prompts.
 
 Settings come from the command line, the environment (HERETIC_N_TRIALS=100), .env, and a TOML file
 (config.toml in the working directory, or --config PATH); the first one given wins. Lists and tables are

@@ -57,7 +57,7 @@ class OutputMap:
     edited_bias: Tensor | None = None
 
 
-def kernel(layer: int, parameters: ComponentParameters, last_layer: int) -> float:
+def kernel(layer: float, parameters: ComponentParameters, last_layer: int) -> float:
     """Strength in layer `layer`: falls linearly from `max_weight` at its position to `min_weight` at the distance, 0 beyond."""
     distance = abs(layer - parameters.max_weight_position * last_layer)
     reach = parameters.min_weight_distance * last_layer

@@ -28,6 +28,7 @@ _FLAG_OF = {
 }
 _NEEDED = {
     "save": ("trial_index", "export_strategy", "save_directory"),
+    "benchmark": ("trial_index",),
     "upload": ("trial_index", "export_strategy", "upload_repo_id", "upload_repo_private"),
     "scores": ("trial_index",),
 }

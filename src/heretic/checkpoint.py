@@ -17,7 +17,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
 
-from .config import Settings, as_written
+from .config import PromptSpecification, Settings, as_written
 from .errors import CheckpointError, UsageError
 from .source import expand
 from .space import SearchSpace
@@ -56,11 +56,23 @@ DEFINING = (
 OF_ONE_RUN = (
     "evaluate_model",
     "print_responses",
+    "print_residual_geometry",
+    "plot_residuals",
+    "residual_plot_method",
+    "residual_plot_path",
+    "residual_plot_title",
+    "residual_plot_style",
+    "report",
+    "report_plots",
     "checkpoint_action",
     "debug",
     "trial_index",
     "n_additional_trials",
     "model_action",
+    "benchmarks",
+    "benchmark_limit",
+    "benchmark_path",
+    "benchmark_chat_template",
     "save_directory",
     "overwrite",
     "export_strategy",
@@ -97,9 +109,13 @@ class _JournalFile(JournalFileBackend):  # type: ignore[misc]
 
 
 def journal_path(settings: Settings) -> Path:
-    """The journal's file, named after the model: every character but letters, digits, `_` and `-` becomes `--`."""
-    name = "".join(c if c.isalnum() or c in "_-" else "--" for c in settings.model)
-    return expand(settings.study_checkpoint_dir) / f"{name}.jsonl"
+    """The journal's file, named after the model."""
+    return expand(settings.study_checkpoint_dir) / f"{file_name(settings.model)}.jsonl"
+
+
+def file_name(model: str) -> str:
+    """A model's name as one of a file: every character but letters, digits, `_` and `-` becomes `--`."""
+    return "".join(c if c.isalnum() or c in "_-" else "--" for c in model)
 
 
 class Checkpoint:
@@ -215,7 +231,7 @@ class Checkpoint:
         differences = [
             f"{name} was {_shown(getattr(before, name))} and is now {_shown(getattr(result, name))}"
             for name in DEFINING
-            if getattr(before, name) != getattr(result, name)
+            if _meaning(getattr(before, name)) != _meaning(getattr(result, name))
         ]
         self._refuse(differences)
         return result
@@ -299,6 +315,25 @@ class Checkpoint:
             )
 
 
+def read_study(path: Path) -> tuple[optuna.Study, Settings]:
+    """The study in a journal and the settings it was made with, for reading. Raises `CheckpointError` where it is not one of ours."""
+    try:
+        damage = _damage(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"The study {path} cannot be read: {error.strerror}.") from error
+    if damage is not None:
+        raise CheckpointError(f"The study {path} is damaged: {damage}.")
+    try:
+        study = optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(_JournalFile(str(path), lock_obj=_JournalLock(path))))
+        stored = study.user_attrs["settings"]
+        given = {name: stored[name] for name in study.user_attrs["given"] if name in Settings.model_fields and name not in OF_ONE_RUN}
+        return study, Settings.model_validate(given)
+    except KeyError as error:
+        raise CheckpointError(f"The study {path} was not made by this program.") from error
+    except ValidationError as error:
+        raise CheckpointError(f"The settings stored in {path} are not ones of this version: {_reason(error)}.") from error
+
+
 def _damage(content: bytes) -> str | None:
     """Which line of a journal is the first that is no record."""
     for number, line in enumerate(content.splitlines(), start=1):
@@ -321,6 +356,11 @@ def _reason(error: ValidationError) -> str:
     problem = error.errors()[0]
     message = problem["msg"].removeprefix("Value error, ")
     return f"{as_written(problem['loc'])}: {message}" if problem["loc"] else message
+
+
+def _meaning(value: Any) -> Any:
+    """What of a setting the scores depend on."""
+    return value.what_is_read if isinstance(value, PromptSpecification) else value
 
 
 def _shown(value: Any) -> str:

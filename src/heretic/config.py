@@ -40,6 +40,7 @@ DEFAULT_CONFIG_FILE = "config.toml"
 # A run that says nothing about its length uses these; the demonstration is over in seconds with fewer.
 DEFAULT_STARTUP_TRIALS = 60
 DEMO_TRIALS, DEMO_STARTUP_TRIALS = 40, 15
+DEMO_DEFAULTS = {"n_trials": DEMO_TRIALS, "benchmarks": ["demo_advice"], "benchmark_chat_template": True}
 
 # Parts of refusals, compared after lower-casing and without `*`; apostrophes are plain.
 REFUSAL_MARKERS = [
@@ -71,6 +72,8 @@ REFUSAL_MARKERS = [
     "ethical boundaries",
 ]
 
+BENCHMARKS = ["arc_challenge", "hellaswag", "truthfulqa_mc2", "winogrande"]
+
 CHAIN_OF_THOUGHT_SKIPS = [
     ("<think>", "<think></think>"),
     (
@@ -80,17 +83,6 @@ CHAIN_OF_THOUGHT_SKIPS = [
     ("<thought>", "<thought></thought>"),
     ("[THINK]", "[THINK][/THINK]"),
 ]
-
-# Settings that configuration files for other releases carry. At the values named they ask for nothing, so the file works
-# unchanged; with another value they ask for something that this version does not do.
-WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
-    "print_residual_geometry": (False,),
-    "plot_residuals": (False,),
-    "residual_plot_path": None,
-    "residual_plot_title": None,
-    "residual_plot_style": None,
-}
-WITHOUT_EFFECT_IN_PROMPTS = ("residual_plot_label", "residual_plot_color")
 
 # Settings besides the sources of prompts that take a table, and so parts of one in the environment.
 _TABLES = ("device_map", "max_memory", "parameters", "final_good_prompts", "final_bad_prompts")
@@ -121,13 +113,13 @@ class PromptSpecification(BaseModel):
     prefix: str = Field("", description="Text put before each prompt.")
     suffix: str = Field("", description="Text put after each prompt.")
     system_prompt: str | None = Field(None, description="System prompt for these prompts instead of the general one.")
+    residual_plot_label: str | None = Field(None, description="Name of these prompts in plots of the residuals.")
+    residual_plot_color: str | None = Field(None, description="Their colour there: a name such as royalblue, or #4169e1.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_without_effect(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if key not in WITHOUT_EFFECT_IN_PROMPTS}
-        return data
+    @property
+    def what_is_read(self) -> "PromptSpecification":
+        """The same without what only a plot shows."""
+        return self.model_copy(update={"residual_plot_label": None, "residual_plot_color": None})
 
 
 class ScorerSpecification(BaseModel):
@@ -261,6 +253,18 @@ class Settings(BaseModel):
     disabled_components: list[str] = Field([], description='Components that are left as they are, such as ["mlp.down_proj"].')
     seed: int | None = Field(None, ge=0, lt=2**32, description="Random seed; drawn, shown and stored if not given.")
     study_checkpoint_dir: str = Field("checkpoints", description="Folder of the studies' journals.")
+    print_residual_geometry: bool = Field(
+        False, description="Print how the residuals of harmless and harmful prompts lie in each layer: cosines, norms, silhouette."
+    )
+    plot_residuals: bool = Field(
+        False, description="Draw the residuals of each layer, and an animation through all of them (needs the extra research)."
+    )
+    residual_plot_method: Literal["pacmap", "pca"] = Field("pacmap", description="How residuals are laid out in a plane: pacmap or pca.")
+    residual_plot_path: str = Field("plots", description="Folder for these plots; each model gets one of its own in it.")
+    residual_plot_title: str = Field("Residuals of harmless and harmful prompts", description="Title of these plots.")
+    residual_plot_style: str = Field("default", description="Their matplotlib style, such as dark_background.")
+    report: bool = Field(True, description="Write a report of the study beside its journal, with responses of the finalists.")
+    report_plots: bool = Field(False, description="Write the report's plots as PNG files too (needs the extra research).")
     refusal_markers: list[str] = Field(REFUSAL_MARKERS, min_length=1, description="Texts that mark a response as a refusal, in any case.")
     max_shard_size: str | int | None = Field(
         None, description="Largest file of a saved model, such as 5GB; as the original's if not given."
@@ -273,9 +277,18 @@ class Settings(BaseModel):
         None, ge=0, description="Trial to take, by its place in the Pareto front (0: fewest refusals); asked if not given."
     )
     n_additional_trials: int | None = Field(None, ge=1, description="Trials to run on top of a finished study; asked if not given.")
-    model_action: Literal["save", "upload", "chat", "scores", "none"] | None = Field(
-        None, description="What to do with the chosen trial: save, upload, chat, scores (show them all) or none; asked if not given."
+    model_action: Literal["save", "upload", "chat", "scores", "benchmark", "none"] | None = Field(
+        None,
+        description="What to do with the chosen trial: save, upload, chat, scores (show them all), benchmark or none; asked if not given.",
     )
+    benchmarks: list[str] = Field(
+        BENCHMARKS,
+        min_length=1,
+        description="Tasks of lm-evaluation-harness to run on the original and the edited model (the demonstration: one of its own).",
+    )
+    benchmark_limit: int | None = Field(None, ge=1, description="Examples of each task that are run at most; all if not given.")
+    benchmark_path: str | None = Field(None, description="Folder with further tasks (YAML files of lm-evaluation-harness).")
+    benchmark_chat_template: bool = Field(False, description="Put the tasks' questions into the chat template (the demonstration: true).")
     save_directory: str | None = Field(None, description="Folder to save to; asked if not given.")
     overwrite: bool = Field(False, description="Replace the folder to save to where it exists and is not empty.")
     export_strategy: Literal["merge", "adapter"] | None = Field(
@@ -304,7 +317,7 @@ class Settings(BaseModel):
     def _fill_in(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = {key: value for key, value in data.items() if not _has_no_effect(key, value)}
+        data = dict(data)
         sources = [name for name, field in cls.model_fields.items() if isinstance(field.default, PromptSpecification)]
         prompts = {name: default_value(name) for name in sources}
         if _is_true(data.get("demo")):
@@ -374,8 +387,10 @@ class Settings(BaseModel):
         given = self.model_fields_set
         if not self.objectives:
             raise ValueError("no scorer has a direction, so there is nothing to search for; set minimize or maximize for one")
-        if "n_trials" not in given and self.demo:
-            object.__setattr__(self, "n_trials", DEMO_TRIALS)
+        if self.demo:
+            for name, value in DEMO_DEFAULTS.items():
+                if name not in given:
+                    object.__setattr__(self, name, value)
         if "n_startup_trials" not in given:
             usual = DEMO_STARTUP_TRIALS if self.demo else DEFAULT_STARTUP_TRIALS
             fitting = usual if usual <= self.n_trials else self.n_trials * 3 // 10
@@ -395,16 +410,6 @@ def _is_true(value: Any) -> bool:
         return _BOOL.validate_python(value)
     except ValidationError:
         return False
-
-
-def _has_no_effect(key: str, value: Any) -> bool:
-    """Whether a setting of other releases is there but asks for nothing. Raises `ValueError` where it asks for something."""
-    if key not in WITHOUT_EFFECT:
-        return False
-    allowed = WITHOUT_EFFECT[key]
-    if allowed is not None and value not in allowed:
-        raise ValueError(f"{key} = {value!r} asks for something that this version does not do; remove it")
-    return True
 
 
 class _CommandSettings(Settings, BaseSettings):
@@ -429,10 +434,10 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"Wrong usage: {message}. heretic --help lists all options.")
 
 
-def command_parser() -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
-    """The command line's parser, and the settings source bound to it."""
+def command_parser(n_names: str = "?") -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
+    """The command line's parser, and the settings source bound to it; `n_names` as argparse's `nargs`."""
     parser = _Parser(prog="heretic", allow_abbrev=False, add_help=False)
-    parser.add_argument("model_argument", nargs="?", metavar="model")
+    parser.add_argument("model_argument", nargs=n_names, metavar="model")
     parser.add_argument("--config")
     source: CliSettingsSource[Any] = CliSettingsSource(
         _CommandSettings,
@@ -459,7 +464,25 @@ def load_settings(arguments: Sequence[str] | None = None, stored: dict[str, Any]
         if parsed.get("model") not in (None, positional):
             raise UsageError(f"Two models are given, {positional!r} and --model {parsed['model']!r}; give one.")
         parsed["model"] = positional
+    return _collect(parsed, config_path, cli_source, stored)
 
+
+def load_settings_of_names(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
+    """Settings as `load_settings` reads them, and the names of any number of models; the first one is `model`, except with `--demo`."""
+    parser, cli_source = command_parser("*")
+    parsed = vars(parser.parse_intermixed_args(list(arguments)))
+    config_path, names = parsed.pop("config"), parsed.pop("model_argument")
+    if parsed.get("model") is not None:
+        raise UsageError("--model is not an option here: models and studies are named one after the other.")
+    if names and not _is_true(parsed.get("demo")):
+        parsed["model"] = names[0]
+    return _collect(parsed, config_path, cli_source), names
+
+
+def _collect(
+    parsed: dict[str, Any], config_path: str | None, cli_source: CliSettingsSource[Any], stored: dict[str, Any] | None = None
+) -> Settings:
+    """Settings from what the command line was parsed to and all weaker sources."""
     given = {key: value for key, value in parsed.items() if value is not None}
     with _reading("on the command line"):
         command_line = cli_source(parsed_args=given)()

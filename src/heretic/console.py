@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -11,22 +12,29 @@ from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import measure_renderables
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .ablation import Ablation
 from .answers import can_ask
 from .config import DEFAULT_OBJECTIVES, Objectives
 from .parameters import Choice, Range
+from .residual_geometry import LayerGeometry
 from .score_tables import finalist_rows, format_figure, refusals_text, title_of
 from .search import ablation_of, pareto_front, score_of
 from .space import SearchSpace
+from .text_plot import text_plot
 from .utils import format_duration
 
 # Steps shorter than this are not worth a second line where the output is no terminal.
 WORTH_SAYING_SECONDS = 5.0
 LAST_TRIALS = 6
 FRONT_ROWS = 8
+# The plot of the search stands beside the tables where they leave room for it.
+MIN_PLOT_WIDTH, PLOT_WIDTH, PLOT_HEIGHT = 24, 60, 15
+PLOT_AXIS_WIDTH = 12  # its labels and the space between
 
 
 class Console:
@@ -108,6 +116,27 @@ class Console:
         for row in rows:
             table.add_row(*map(escape, row))
         self.rich.print(table)
+
+    def residual_geometry(self, layers: Sequence[LayerGeometry]) -> None:
+        """A table of how residuals lie in each layer."""
+        table = Table(title="Residual geometry", title_justify="left", caption=_GEOMETRY_CAPTION, caption_justify="left")
+        for header in ("Layer", *_GEOMETRY_HEADERS):
+            table.add_column(header, justify="right", no_wrap=self.is_terminal is False)
+        for layer in layers:
+            _, *values = astuple(layer)
+            cells = [
+                f"{value:.4g}" if header.startswith("|") else f"{value:.3f}"
+                for header, value in zip(_GEOMETRY_HEADERS, values, strict=True)
+            ]
+            table.add_row("embedding" if layer.layer is None else str(layer.layer), *cells)
+        self.rich.print(table)
+
+
+_GEOMETRY_HEADERS = "S(g,b) S(g*,b*) S(g,r) S(g*,r*) S(b,r) S(b*,r*) |g| |g*| |b| |b*| |r| |r*| Silhouette".split()
+_GEOMETRY_CAPTION = (
+    "g, b: means of the residuals of harmless and harmful prompts; g*, b*: their geometric medians; r = b - g, r* = b* - g*; "
+    "S: cosine similarity; |.|: norm; Silhouette: 1 well apart, 0 mixed."
+)
 
 
 def _bar(console: RichConsole, total: int | None) -> Progress:
@@ -280,28 +309,47 @@ class StudyView:
         front = self._front()
         last = [trial for trial in self.trials if trial.state == TrialState.COMPLETE][-LAST_TRIALS:]
         if front:
-            parts.append(_scores_table("Best so far", front[:FRONT_ROWS], self.base_refusals, self.last_layer, len(front), self.objectives))
-            parts.append(_scores_table("Last trials", last, self.base_refusals, self.last_layer, len(last), self.objectives))
+            parts.append(
+                self._beside_plot(front, self._table("Best so far", front[:FRONT_ROWS], len(front)), self._table("Last trials", last))
+            )
         parts.append(self.note or "[dim]Ctrl+C stops after the running trials; everything finished is kept.[/]")
         return Group(*parts)  # type: ignore[arg-type]
+
+    def _beside_plot(self, front: Sequence[FrozenTrial], *tables: Table) -> Group | Table:
+        screen = self.console.rich
+        taken = measure_renderables(screen, screen.options, tables).maximum
+        width = min(PLOT_WIDTH, screen.width - taken - PLOT_AXIS_WIDTH)
+        if width < MIN_PLOT_WIDTH:
+            return Group(*tables)
+        plot = Text("\n".join(plot_lines(self.trials, front, self.base_refusals, width, PLOT_HEIGHT)), no_wrap=True)
+        title = Text("Refusals by KL divergence, front ●", style="italic")
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(Group(*tables), Group(title, plot))
+        return grid
+
+    def _table(self, title: str, trials: Sequence[FrozenTrial], n_all: int | None = None) -> Table:
+        more = f" ({n_all - len(trials)} more)" if n_all is not None and n_all > len(trials) else ""
+        table = Table(title=title + more, title_justify="left")
+        others = other_scores(trials, self.objectives)
+        for header in ("Trial", "Refusals", "KL divergence", *map(title_of, others), "Direction"):
+            table.add_column(escape(header), justify="right")
+        for trial in trials:
+            figures = [f"{trial.user_attrs['kl_divergence']:.4f}", *(format_figure(score_of(trial, name)) for name in others)]
+            direction = describe_direction(ablation_of(trial), self.last_layer)
+            table.add_row(str(trial.number), refusals_text(trial, self.base_refusals), *figures, direction)
+        return table
+
+
+def plot_lines(trials: Sequence[FrozenTrial], front: Sequence[FrozenTrial], base_refusals: int, width: int, height: int) -> list[str]:
+    """Complete trials by KL divergence and refusals as lines of text, those of the front above the others."""
+    numbers = {trial.number for trial in front}
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    ordered = sorted(complete, key=lambda trial: trial.number in numbers)
+    points = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"], "●" if t.number in numbers else "·") for t in ordered]
+    return text_plot(points, (0, max([base_refusals, *(refusals for _, refusals, _ in points)])), width, height)
 
 
 def _refusals(trial: FrozenTrial, base_refusals: int) -> str:
     """`9/100 refusals`, with how many of them are degenerate where any is."""
     text, bracket, degenerate = refusals_text(trial, base_refusals).partition(" (")
     return f"{text} refusals{bracket}{degenerate}"
-
-
-def _scores_table(
-    title: str, trials: Sequence[FrozenTrial], base_refusals: int, last_layer: int | None, n_all: int, objectives: Objectives
-) -> Table:
-    more = f" ({n_all - len(trials)} more)" if n_all > len(trials) else ""
-    table = Table(title=title + more, title_justify="left")
-    others = other_scores(trials, objectives)
-    for header in ("Trial", "Refusals", "KL divergence", *map(title_of, others), "Direction"):
-        table.add_column(escape(header), justify="right")
-    for trial in trials:
-        figures = [f"{trial.user_attrs['kl_divergence']:.4f}", *(format_figure(score_of(trial, name)) for name in others)]
-        direction = describe_direction(ablation_of(trial), last_layer)
-        table.add_row(str(trial.number), refusals_text(trial, base_refusals), *figures, direction)
-    return table

@@ -51,6 +51,10 @@ class ExportError(HereticError):
     """The result cannot be written or uploaded."""
 
 
+class ReportError(HereticError):
+    """A report, a picture or a benchmark cannot be made."""
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """` (did you mean x?)` with the nearest known name, or nothing where none is near."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -53,7 +53,7 @@ class Workbench:
     model: Model
     evaluator: Evaluator
     search: Search
-    run_trials: Callable[[int], None]
+    run_trials: Callable[[int], object]
 
     @property
     def _last_layer(self) -> int:
@@ -130,6 +130,7 @@ class Workbench:
             "chat": self._chat,
             "compare": self._compare,
             "scores": self._show_scores,
+            "benchmark": self._benchmark,
             "more": lambda _: self._run_more(),
         }
         actions[action](trial)
@@ -189,6 +190,16 @@ class Workbench:
         moved = self.evaluator.most_moved(ablation_of(trial), MOVED_PROMPTS)
         self.console.columns("Prompts that moved most", *moved_rows(moved))
 
+    def _benchmark(self, trial: FrozenTrial) -> None:
+        """Scores of the original and the edited model on the benchmarks of the settings."""
+        from .extras import require_extra
+
+        require_extra("benchmark", "A benchmark")
+        from .benchmark import HEADERS, cells, run_benchmarks
+
+        rows = run_benchmarks(self.model, ablation_of(trial), self.settings, self.console)
+        self.console.columns(f"Benchmarks, original and trial {trial.number}", HEADERS, [cells(row) for row in rows])
+
     def _chat(self, trial: FrozenTrial) -> None:
         """A conversation with the edited model. Ctrl+C ends an answer, and at the question the chat."""
         self.console.message("Chat with the edited model. Ctrl+C ends an answer; an empty line or Ctrl+C at the question goes back.")
@@ -217,6 +228,7 @@ _ACTIONS = [
     ("Chat with the edited model", "chat"),
     ("Show responses before and after", "compare"),
     ("Show its scores", "scores"),
+    ("Run benchmarks before and after", "benchmark"),
     ("Choose another trial", "choose"),
     ("Run more trials", "more"),
     ("Leave", "leave"),

@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ from . import __version__
 from .errors import HereticError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
     from .batching import BatchSize
     from .checkpoint import Checkpoint
     from .config import Settings
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
     from .space import SearchSpace
 
 INTERRUPTED = 130
+
+# What the first argument may ask for besides a run: the module whose function `command` takes the other arguments.
+COMMANDS = {"compare": "heretic.compare"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,6 +59,11 @@ def run_command(arguments: Sequence[str]) -> int:
         return 0
     debug = "--debug" in arguments
     try:
+        if arguments and arguments[0] in COMMANDS:
+            _prepare_libraries(debug)
+            code: int = import_module(COMMANDS[arguments[0]]).command(arguments[1:])
+            return code
+
         from . import rebuild
 
         if rebuild.is_asked(arguments):
@@ -90,6 +103,7 @@ def run(settings: "Settings") -> int:
     from .source import model_source
 
     check_answers(settings, can_ask())
+    _check_extras(settings)
     model_source(settings)  # a mistyped path is told before anything heavy is imported or a study is locked
     _prepare_libraries(settings.debug)
 
@@ -108,6 +122,25 @@ def run(settings: "Settings") -> int:
 
     with Checkpoint(settings) as checkpoint:
         return _run_study(settings, console, checkpoint)
+
+
+def _check_extras(settings: "Settings") -> None:
+    """Raise `UsageError` where a setting asks for what only an extra brings and that is missing: an hour later would be too late."""
+    from .extras import require_extra
+
+    if settings.report_plots:
+        require_extra("research", "report_plots")
+    if settings.plot_residuals:
+        require_extra("research", "plot_residuals")
+        from .residual_plots import check_plot_settings
+
+        check_plot_settings(settings)
+    if settings.model_action == "benchmark":
+        require_extra("benchmark", "model_action = benchmark")
+        _prepare_libraries(settings.debug)
+        from .benchmark import check_tasks
+
+        check_tasks(settings)
 
 
 def _check_upload(settings: "Settings", console: "Console") -> None:
@@ -199,37 +232,43 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
     console.search_space(space, parting, last_layer)
-    checkpoint.note(base_refusals=evaluator.base_refusals, last_layer=last_layer)
+    checkpoint.note(base_refusals=evaluator.base_refusals, n_bad_prompts=len(evaluator.bad_prompts), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
 
     batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure=is_new and not seed_is_given)
 
-    def search_up_to(target: int) -> None:
+    def search_up_to(target: int) -> "Path | None":
         checkpoint.note(target=target)
-        if not _search(console, evaluator, search, target, batch_size):
+        was_stopped = _search(console, evaluator, search, target, batch_size)
+        if not search.front:
+            return None
+        if not was_stopped:
             _score_finalists(settings, console, checkpoint, model, final_prompts, batch_size.value)
+        return _report(settings, console, checkpoint, None if was_stopped else evaluator)
 
     target = checkpoint.target(settings, search.n_done, is_new)
     console.heading(f"Search: {target} trials, {search.n_done} done")
-    search_up_to(target)
+    report = search_up_to(target)
     if not search.front:
         return _no_trial(search)
 
     # 6. The Pareto front, and what to do with it
-    asks = settings.model_action is None and console.can_ask
-    if not asks:
-        _show_outcome(settings, console, checkpoint)
-        if settings.model_action in (None, "none"):
-            return 0
+    if _is_told(settings, console, checkpoint, report):
+        return 0
 
     from .interact import Workbench
 
     bench = Workbench(settings, console, model, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more))
-    if settings.model_action is None:
-        bench.menu()
-    else:
-        bench.act(settings.model_action)
+    bench.menu() if settings.model_action is None else bench.act(settings.model_action)
     return 0
+
+
+def _is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:
+    """Show the outcome where nobody is asked about it; whether that is all that is to be done."""
+    if settings.model_action is None and console.can_ask:
+        return False
+    _show_outcome(settings, console, checkpoint, report)
+    return settings.model_action in (None, "none")
 
 
 def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> "tuple[Settings, bool] | None":
@@ -341,7 +380,9 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
         trial_at(front, settings.trial_index)  # told before the model is loaded
     if settings.model_action not in (None, "none") or (console.can_ask and settings.model_action is None):
         return False
-    _show_outcome(settings, console, checkpoint)
+    if settings.print_residual_geometry or settings.plot_residuals:
+        return False  # the model has to be run for those
+    _show_outcome(settings, console, checkpoint, _report(settings, console, checkpoint, None))
     return True
 
 
@@ -396,8 +437,13 @@ def _compute_directions(settings: "Settings", console: "Console", model: "Model"
     from .errors import DirectionError
 
     quantile = settings.winsorization_quantile
-    good = mean_residual(model.residuals(prompts["good_prompts"], "Residuals of harmless prompts"), quantile)
-    bad = mean_residual(model.residuals(prompts["bad_prompts"], "Residuals of harmful prompts"), quantile)
+    batches: list[Iterable[Tensor]] = [
+        model.residuals(prompts["good_prompts"], "Residuals of harmless prompts"),
+        model.residuals(prompts["bad_prompts"], "Residuals of harmful prompts"),
+    ]
+    if settings.print_residual_geometry or settings.plot_residuals:
+        batches = _show_residuals(settings, console, batches)
+    good, bad = (mean_residual(part, quantile) for part in batches)
     if not (good.isfinite().all() and bad.isfinite().all()):
         raise DirectionError("The residuals are not finite. Try another --dtypes, such as bfloat16 or float32.")
     directions = refusal_directions(good, bad, settings.orthogonalize_direction)
@@ -420,6 +466,30 @@ def _open_search(settings: "Settings", checkpoint: "Checkpoint", space: "SearchS
         settings.sampler,
         settings.first_trials,
     )
+
+
+def _show_residuals(settings: "Settings", console: "Console", batches: "list[Iterable[Tensor]]") -> "list[Iterable[Tensor]]":
+    """Tell and draw how all residuals lie, as far as settings ask for it; the residuals, which are then held in memory."""
+    import torch
+
+    from .checkpoint import file_name
+    from .directions import winsorize
+    from .source import expand
+
+    good, bad = (torch.cat([batch.cpu() for batch in part]) for part in batches)
+    quantile = settings.winsorization_quantile
+    good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as the directions see them
+    if settings.print_residual_geometry:
+        from .residual_geometry import residual_geometry
+
+        console.residual_geometry(residual_geometry(good_seen, bad_seen))
+    if settings.plot_residuals:
+        from .residual_plots import write_residual_plots
+
+        folder = expand(settings.residual_plot_path) / file_name(settings.model)
+        paths = write_residual_plots(good_seen, bad_seen, settings, folder, console)
+        console.message(f"Plots of the residuals: {paths[0]} to {paths[-2].name}, and {paths[-1]}")
+    return [[good], [bad]]
 
 
 def _batch_size(
@@ -519,7 +589,46 @@ def _no_trial(search: "Search") -> int:
     raise HereticError(f"No trial could be scored: all {len(reasons)} failed. The last one: {reasons[-1]}")
 
 
-def _show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> None:
+def _report(settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator | None") -> "Path | None":
+    """Write the report, with responses of the finalists where there is an evaluator to take them; where it lies.
+
+    What goes wrong is told, and the run goes on: the study is what counts.
+    """
+    from .errors import ReportError, TrialError
+    from .report import facts_of, report_path, write_report
+
+    if not settings.report:
+        return None
+    assert checkpoint.study is not None
+    path = report_path(checkpoint.path)
+    try:
+        if evaluator is not None:
+            _take_samples(checkpoint, evaluator)
+        facts = facts_of(checkpoint.study)
+        write_report(facts, path)
+        if settings.report_plots:
+            from .report_plots import write_plots
+
+            write_plots(facts, path)
+    except (ReportError, TrialError) as error:
+        console.warning(str(error))
+        return None
+    return path
+
+
+def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
+    from .samples import sample_prompts, take_samples
+    from .search import pareto_front
+
+    assert checkpoint.study is not None
+    prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
+    front = pareto_front(checkpoint.study.get_trials(deepcopy=False))
+    kept = checkpoint.study.user_attrs.get("samples", {})
+    length = evaluator.settings.max_response_length
+    checkpoint.note(samples=take_samples(evaluator.model, prompts, front, length, kept))
+
+
+def _show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> None:
     """The front, and the command lines that go on from there where no setting answers what to do with it."""
     from .answers import command_lines
     from .finalists import known_finalists
@@ -531,6 +640,8 @@ def _show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpo
     console.heading(f"{checkpoint.n_done} trials done")
     console.front(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives)
     console.finalists(front, known_finalists(checkpoint.study))
+    if report is not None:
+        console.message(f"Report: {report}")
     if settings.model_action is None:
         console.message("To go on from here (the trial index is the number in the first column):")
         for line in command_lines(settings):

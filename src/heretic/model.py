@@ -87,6 +87,12 @@ class Model:
             yield
 
     @contextmanager
+    def edited(self, ablation: Ablation | None) -> Iterator[Any]:
+        """Within, the model itself computes as edited (None: as it is), for code that calls it without this class."""
+        with self._edited([] if ablation is None else [ablation]):
+            yield self.model
+
+    @contextmanager
     def recording_trunk(self) -> Iterator[None]:
         """Within, passes of the original are recorded, so that trials on the same prompts need not repeat what they do not change."""
         if not isinstance(self.decoder, Decoder) or not self.decoder.savings.trunk or not resumes_well(self.decoder, self.architecture):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 DIRECTORY = Path(__file__).parent
 MODEL = DIRECTORY / "model"
+BENCHMARKS = DIRECTORY / "benchmarks"
 # A name instead of a path, so that what a run stores does not depend on where the package is installed.
 PREFIX = "heretic-demo:"
 

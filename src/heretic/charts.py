@@ -1,0 +1,100 @@
+"""Charts as SVG texts, drawn without any library, for a page that must stand alone. Colours come from the page's style sheet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from .axis import Axis, tick_label
+
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a chart: its place, style class, what is told when it is pointed at, and which finalist it stands for."""
+
+    x: float
+    y: float
+    style: str
+    text: str
+    finalist: int | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line through places `(x, y)`, with the same further things as a `Mark`."""
+
+    points: Sequence[tuple[float, float]]
+    style: str
+    text: str = ""
+    finalist: int | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Size and labels of a chart, in pixels where the page shows it at its own size."""
+
+    width: int
+    height: int
+    x_label: str
+    y_label: str
+    title: str
+
+    @property
+    def x_range(self) -> tuple[float, float]:
+        """Left and right end of the plotting area."""
+        return LEFT, self.width - RIGHT
+
+    @property
+    def y_range(self) -> tuple[float, float]:
+        """Bottom and top of the plotting area; heights grow downwards."""
+        return self.height - BOTTOM, TOP
+
+
+def chart(frame: Frame, x: Axis, y: Axis, lines: Sequence[Line] = (), marks: Sequence[Mark] = (), kind: str = "") -> str:
+    """Lines, then marks above them, with axes and a grid, as one `<svg>` element."""
+    parts = [
+        f'<svg class="chart {kind}" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(frame.title)}">',
+        *_grid(frame, x, y),
+        *(_line(line, x, y) for line in lines if line.points),
+        *(_mark(mark, x, y) for mark in marks),
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+def _grid(frame: Frame, x: Axis, y: Axis) -> list[str]:
+    (left, right), (bottom, top) = frame.x_range, frame.y_range
+    parts = []
+    for value in y.ticks(6):
+        at = y.place(value)
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{tick_label(value)}</text>')
+    for value in x.ticks(max(3, frame.width // 70)):
+        at = x.place(value)
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{tick_label(value)}</text>')
+    middle = (top + bottom) / 2
+    parts.append(f'<text class="label" x="{(left + right) / 2}" y="{frame.height - 6}" text-anchor="middle">{escape(frame.x_label)}</text>')
+    parts.append(
+        f'<text class="label" x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{escape(frame.y_label)}</text>'
+    )
+    return parts
+
+
+def _attributes(style: str, finalist: int | None) -> str:
+    return f'class="{style}"' + ("" if finalist is None else f' data-finalist="{finalist}"')
+
+
+def _title(text: str) -> str:
+    return f"<title>{escape(text)}</title>" if text else ""
+
+
+def _line(line: Line, x: Axis, y: Axis) -> str:
+    places = " ".join(f"{x.place(a):.1f},{y.place(b):.1f}" for a, b in line.points)
+    return f'<polyline {_attributes(line.style, line.finalist)} points="{places}">{_title(line.text)}</polyline>'
+
+
+def _mark(mark: Mark, x: Axis, y: Axis) -> str:
+    place = f'cx="{x.place(mark.x):.1f}" cy="{y.place(mark.y):.1f}"'
+    return f'<circle {_attributes(mark.style, mark.finalist)} {place} r="4">{_title(mark.text)}</circle>'

@@ -1,0 +1,64 @@
+"""The plot beside the live view's figures."""
+
+import pytest
+from optuna.trial import FrozenTrial, create_trial
+from rich.console import Console as RichConsole
+
+from heretic.console import Console, StudyView, plot_lines
+from heretic.text_plot import text_plot
+
+
+def test_points_stand_at_their_places_between_marked_axes() -> None:
+    points = [(0.0, 100.0, "·"), (10.0, 0.0, "●"), (5.0, 50.0, "·"), (5.0, 50.0, "●")]
+    assert text_plot(points, (0, 100), 21, 7) == [
+        "100 ┤·",
+        "    │",
+        "    │",
+        " 50 ┤          ●",
+        "    │",
+        "    │",
+        "  0 ┤                   ●",
+        "    └┬──────────────────┬─",
+        "     0                 10",
+    ]
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.3], [1e-9, 5.0], [0.0, 0.0], [0.001, 0.2, 90.0]])
+@pytest.mark.parametrize("width", [10, 38, 60])
+def test_every_point_is_seen_whatever_the_values(values: list[float], width: int) -> None:
+    lines = text_plot([(value, i, "●") for i, value in enumerate(values)], (0, len(values)), width, 12)
+    assert "".join(lines).count("●") == len(values)
+    assert max(map(len, lines)) <= width + 8
+
+
+def trial_of(number: int, refusals: int, divergence: float) -> FrozenTrial:
+    parameters = {"attn.o_proj": {"max_weight": 1.0, "max_weight_position": 0.5, "min_weight": 0.0, "min_weight_distance": 0.5}}
+    attributes = {"refusals": refusals, "kl_divergence": divergence, "direction_index": None, "parameters": parameters}
+    trial = create_trial(values=[refusals, divergence], user_attrs=attributes)
+    trial.number = number
+    return trial
+
+
+TRIALS = [trial_of(0, 9, 0.1), trial_of(1, 3, 0.5), trial_of(2, 9, 0.9), trial_of(3, 10, 1.0)]
+
+
+def test_trials_of_the_front_are_told_apart() -> None:
+    lines = plot_lines(TRIALS, TRIALS[:2], 10, 41, 11)
+    assert lines[0].startswith("10 ┤") and lines[0].endswith("·"), "trial 3 in the upper right corner"
+    assert lines[1].count("●") == 1 and lines[1].count("·") == 1
+    assert "".join(lines).count("●") == 2 and "".join(lines).count("·") == 2
+
+
+@pytest.mark.parametrize(("width", "has_plot"), [(120, True), (100, True), (80, False), (60, False)])
+def test_the_live_view_shows_the_plot_beside_the_figures_where_there_is_room(width: int, has_plot: bool) -> None:
+    console = Console()
+    console.rich = RichConsole(width=width, force_terminal=True, color_system=None)
+    view = StudyView(console, 10, 4, 10)
+    view.trials = TRIALS
+    with console.rich.capture() as captured:
+        console.rich.print(view._render())
+    text = captured.get()
+    assert ("Refusals by KL divergence, front ●" in text) == has_plot == ("┤" in text)
+    assert all(len(line) <= width for line in text.splitlines())
+    for trial in TRIALS:
+        assert f"{trial.user_attrs['kl_divergence']:.4f}" in text, "no figure is squeezed out"
