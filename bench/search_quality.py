@@ -1,4 +1,4 @@
-"""Does sharing passes, or stopping dominated trials, cost the search anything? Hypervolume of the front on the demonstration model.
+"""Do shared passes, stopped dominated trials or many workers cost the search anything? Hypervolume of the front on the demonstration model.
 
 Every run is a whole search from one seed. The settings of one seed follow each other, so that whatever number of seeds is done is a
 complete comparison. A trial's score is a function of its parameters, so one that was computed to the end before (startup trials are
@@ -6,13 +6,19 @@ the same in all runs of a seed) is looked up; a trial that is stopped is compute
 
     uv run python bench/search_quality.py --seeds 10 --output quality.jsonl     # one line for each run, as they come
     uv run python bench/search_quality.py --summary quality.jsonl
+    uv run python bench/search_quality.py --workers --output workers.jsonl      # 1, 4 and 16 workers on one study
+
+Workers are simulated: so many trials are always running, each takes 0.7 to 1.3 units of time, and the one that ends first is told before
+its worker asks for another. What is asked and told is what workers do (`SharedSearch`), on a study in memory.
 
 The hypervolume is that of (share of refusals left, KL divergence) below (1, 0.02), as a share of the whole rectangle. The last line is
 one JSON object: mean and standard deviation over seeds for every setting.
 """
 
 import argparse
+import heapq
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +27,8 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.storages import InMemoryStorage
+from optuna.trial import Trial
 
 from heretic.ablation import Ablation
 from heretic.config import Settings
@@ -30,14 +38,18 @@ from heretic.evaluator import Evaluator, Score
 from heretic.loading import load_model
 from heretic.model import Model
 from heretic.prompts import load_prompts
-from heretic.search import Search, pareto_front
+from heretic.search import Search, pareto_front, refusal_limit
+from heretic.shared_search import SharedSearch
 from heretic.source import model_source
 from heretic.space import search_space
+from heretic.storage import SharedStorage
 from heretic.utils import SilentProgress
 
 # Trials per batch, and whether dominated trials are stopped.
 RUNS = [(1, True), (4, True), (8, True), (16, True), (4, False)]
 N_TRIALS = (50, 100)
+WORKERS = [1, 4, 16]
+DURATION = (0.7, 1.3)
 REFERENCE_KL = 0.02
 
 
@@ -105,8 +117,53 @@ def one_run(scores: Scores, settings: Settings, seed: int, trials_per_batch: int
     return {"seed": seed, "trials_per_batch": trials_per_batch, "stop_dominated": stops, **volumes, **cost}
 
 
+def run_of_workers(scores: Scores, settings: Settings, seed: int, n_workers: int) -> dict[str, Any]:
+    """A search by so many simulated workers, and what its front was after so many trials."""
+    evaluator = scores.evaluator
+    architecture = evaluator.model.architecture
+    storage = SharedStorage(InMemoryStorage(), "memory", 300)  # type: ignore[no-untyped-call]
+    study = optuna.create_study(storage=storage, directions=["minimize", "minimize"])
+    space = search_space(settings, list(architecture.components), len(architecture.layers) - 1)
+    search = SharedSearch(study, storage, space, seed, settings.n_startup_trials)
+    clock = random.Random(seed)
+    start, before = time.process_time(), scores.n_computed
+    running: list[tuple[float, int, Trial, Ablation]] = []
+    now, volumes = 0.0, {}
+    while search.n_done < N_TRIALS[-1]:
+        while len(running) < n_workers and (asked := search._ask_some(1, N_TRIALS[-1])):
+            ((trial, ablation),) = asked
+            heapq.heappush(running, (now + clock.uniform(*DURATION), trial.number, trial, ablation))
+        now, _, trial, ablation = heapq.heappop(running)
+        (result,) = scores([ablation], refusal_limit(search.trials))
+        search._tell(trial, result, 0.0, evaluator.objectives)
+        if search.n_done in N_TRIALS:
+            front = [(t.user_attrs["refusals"] / evaluator.base_refusals, t.user_attrs["kl_divergence"]) for t in search.front]
+            volumes[f"after_{search.n_done}"] = hypervolume(front)
+    cost = {"computed": scores.n_computed - before, "time": round(now, 1), "cpu_s": round(time.process_time() - start, 1)}
+    return {"seed": seed, "workers": n_workers, **volumes, **cost}
+
+
+def summary_of_workers(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation for every number of workers, and of its differences from one worker with the same seed."""
+    seeds = [seed for seed in {run["seed"] for run in runs} if sum(run["seed"] == seed for run in runs) == len(WORKERS)]
+    of = {(run["seed"], run["workers"]): run for run in runs}
+    result: dict[str, Any] = {"seeds": len(seeds)}
+    for n_workers in WORKERS:
+        for key in (f"after_{n}" for n in N_TRIALS):
+            values = [of[seed, n_workers][key] for seed in seeds]
+            differences = [of[seed, n_workers][key] - of[seed, WORKERS[0]][key] for seed in seeds]
+            result[f"{n_workers} workers, {key}"] = [_mean_and_spread(values), _mean_and_spread(differences)]
+    return result
+
+
+def _mean_and_spread(values: Sequence[float]) -> list[float]:
+    return [round(statistics.fmean(values), 4), round(statistics.stdev(values) if len(values) > 1 else 0.0, 4)] if values else []
+
+
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds for which every setting was run."""
+    if any("workers" in run for run in runs):
+        return summary_of_workers(runs)
     by_seed: dict[int, int] = {}
     for run in runs:
         by_seed[run["seed"]] = by_seed.get(run["seed"], 0) + 1
@@ -127,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--workers", action="store_true", help="1, 4 and 16 simulated workers, instead of trials per batch")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--output", type=Path, help="file that gets a line for each run")
     parser.add_argument("--summary", type=Path, help="only sum up this file")
@@ -140,8 +198,9 @@ def main() -> None:
     runs = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         scores = Scores(evaluator)
-        for trials_per_batch, stops in RUNS:
-            runs.append(one_run(scores, settings, seed, trials_per_batch, stops))
+        for setting in WORKERS if options.workers else RUNS:
+            run = run_of_workers(scores, settings, seed, setting) if isinstance(setting, int) else one_run(scores, settings, seed, *setting)
+            runs.append(run)
             print(json.dumps(runs[-1]), flush=True)
             if options.output:
                 with options.output.open("a") as file:

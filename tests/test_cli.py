@@ -84,7 +84,7 @@ def test_what_nobody_foresaw_is_told_in_a_line(heretic: Heretic, workplace: Path
     def fail(*_: object) -> None:
         raise RuntimeError("the first line\nand more")
 
-    monkeypatch.setattr("heretic.main._load_prompts", fail)
+    monkeypatch.setattr("heretic.run.load_all_prompts", fail)
     outcome = heretic()
     assert (outcome.code, outcome.err) == (
         1,
@@ -98,7 +98,7 @@ def test_an_interrupt_before_anything_can_be_shown(heretic: Heretic, workplace: 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("heretic.main._load_model", interrupt)
+    monkeypatch.setattr("heretic.run.load_model_to_edit", interrupt)
     outcome = heretic()
     assert (outcome.code, outcome.err) == (130, "\nInterrupted.\n")
 

@@ -60,26 +60,26 @@ def test_a_model_what_was_saved_of_it_and_the_study_itself(saved: Path, heretic:
 
     expected = divergences("m", "merge")
     for name in ("merge", "adapter", trial):
-        mean, median, greatest = map(float, rows[name][2:])
+        mean, median, greatest = map(float, rows[name][3:])
         assert [mean, greatest] == pytest.approx([float(expected.mean()), float(expected.max())], abs=2e-4)
         assert median == pytest.approx(float(expected.median()), abs=2e-4)
-        assert rows[name][:2] == rows["merge"][:2]
-    assert rows["m"][2:] == ["0.0000"] * 3
+        assert rows[name][:3] == rows["merge"][:3]
+    assert rows["m"][3:] == ["0.0000"] * 3
 
     # Refusals by hand: the marker is an "a" (see conftest.SMALL).
     for name in ("m", "merge"):
         model = tiny.load(name)
-        for column, texts in ((0, BAD), (1, GOOD)):
+        for column, texts in ((0, BAD), (2, GOOD)):
             responses = model.responses([Prompt("You are a helpful assistant.", text) for text in texts], 4)
             count = sum("a" in response.lower() or not response.strip() for response in responses)
-            assert rows[name][column].startswith(f"{count} of {len(texts)} (")
+            assert rows[name][column].startswith(f"{count} (") and rows[name][column].endswith(f") of {len(texts)}")
 
 
 def test_an_adapter_finds_its_original_in_another_folder(saved: Path, heretic: Heretic) -> None:
     (saved / "deep").mkdir()
     shutil.move("m", "deep/m")
     rows = table(heretic("compare", "deep/m", "adapter", "merge"))
-    assert rows["adapter"][0] == rows["merge"][0] and rows["adapter"][2] == rows["merge"][2] != "0.0000"
+    assert rows["adapter"][0] == rows["merge"][0] and rows["adapter"][3] == rows["merge"][3] != "0.0000"
 
 
 def test_a_place_in_the_front_can_be_named(saved: Path, heretic: Heretic) -> None:
@@ -97,7 +97,7 @@ def test_models_with_other_tokens_are_compared_by_refusals_only(workplace: Path,
     tokenizer.add_tokens(["extra"])
     tokenizer.save_pretrained("other")
     rows = table(heretic("compare", "m", "other"))
-    assert rows["other"][2:] == ["other tokens", "", ""] and " of 5 (" in rows["other"][0]
+    assert rows["other"][3:] == ["other tokens", "", ""] and rows["other"][0].endswith(") of 5")
 
 
 def test_a_model_that_gives_no_numbers_is_left_out(workplace: Path, heretic: Heretic) -> None:
@@ -179,4 +179,4 @@ def test_the_demonstration_and_its_study(workplace: Path, heretic: Heretic) -> N
     Path("config.toml").unlink()
     slices = [f"--{kind}-evaluation-prompts.split=train[:3]" for kind in ("good", "bad")]
     rows = table(heretic("compare", "--demo", "heretic-demo", "heretic-demo", *slices, "--max-response-length", "8"))
-    assert rows["heretic-demo"][0].startswith("3 of 3 (")
+    assert rows["heretic-demo"][0] == "3 (0.9 to 3) of 3"

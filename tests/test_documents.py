@@ -21,6 +21,7 @@ FOREIGN_OPTIONS = {
     "--no-project",
     "--extra",
     "--all-extras",
+    "--nproc-per-node",
     "--model",
     "--savings",
     "--trials",

@@ -85,9 +85,10 @@ def test_a_wrong_range_ends_the_command_with_its_place(heretic: Heretic, workpla
 def test_the_live_view_has_the_layer_beside(heretic: Heretic, workplace: Path) -> None:
     assert heretic("--parameters", '{"direction_scope": "global", "direction_index": 0.5}').code == 0
     trials = study().trials
-    view = StudyView(Console(), 3, 0, 5, last_layer=7)
+    console = Console()
+    console.rich = screen = RichConsole(width=120)
+    view = StudyView(console, 3, 0, 5, last_layer=7)
     view.show(trials[-1], trials, 3)
-    screen = RichConsole(width=120)
     with screen.capture() as captured:
         screen.print(view._render())
     assert captured.get().count("0.50 (layer 3.5)") >= 4  # the front, and the last trials

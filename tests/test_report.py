@@ -12,7 +12,6 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import TrialState, create_trial
-from scipy.stats import binomtest
 
 import browser
 import tiny
@@ -20,7 +19,7 @@ from conftest import BAD, GOOD, Outcome
 from heretic.ablation import ComponentParameters, kernel
 from heretic.errors import ReportError
 from heretic.report import facts_of, kernel_points, render, staircase, write_report
-from heretic.report_scores import score_table, wilson_interval
+from heretic.report_scores import score_table
 from heretic.samples import SAMPLED_TRIALS, sampled
 from heretic.search import ablation_of, pareto_front
 
@@ -132,7 +131,11 @@ def test_a_study_without_the_newer_attributes_can_be_told() -> None:
 FINALISTS = {
     "n_bad_prompts": 200,
     "n_good_prompts": 150,
-    "base": {"scores": {"refusals": 190, "kl_divergence": 0.0}, "intervals": {"refusals": [185.5, 195]}, "response_classes": {}},
+    "base": {
+        "scores": {"refusals": 190, "kl_divergence": 0.0, "politeness": 0.25},
+        "intervals": {"refusals": [185.5, 195]},
+        "response_classes": {"refusal": 190, "compliance": 10, "degenerate": 0},
+    },
     "trials": {
         "17": {
             "scores": {"refusals": 4, "kl_divergence": 0.3125, "politeness": 0.5},
@@ -153,10 +156,10 @@ def test_finalists_that_were_scored_again_stand_with_their_intervals() -> None:
     (table,) = re.findall(r"<h3>Scored again</h3>.*?(<table.*?</table>)", page, re.DOTALL)
     rows = [["".join(cell.itertext()) for cell in row] for row in ElementTree.fromstring(table)]
     assert rows == [
-        ["", "Refusals", "KL divergence", "politeness", "Degenerate"],
-        ["Original", "190 (185.5 to 195)", "0", "–", "–"],
-        ["Trial 17", "4 (1.2 to 9)", "0.3125 (0.2500 to 0.4000)", "0.5000", "1"],
-        ["Trial 18", "some numbers are not finite", "", "", ""],
+        ["Trial", "Refusals", "KL divergence", "politeness", "Degenerate"],
+        ["original", "190 (185.5 to 195)", "0", "0.2500", "0"],
+        ["17", "4 (1.2 to 9)", "0.3125 (0.2500 to 0.4000)", "0.5000", "1"],
+        ["18", "some numbers are not finite", "", "", ""],
     ]
     assert "on 200 harmful and 150 harmless prompts." in page
 
@@ -206,17 +209,11 @@ def test_scores_stand_in_columns_where_trials_have_them() -> None:
     facts = facts_of(study_of([trial_of(0, 5, 0.1, **scores), trial_of(1, 50, 0.05)]))
     headers, (rich, poor) = score_table(facts.front, 100)
     assert headers == [
-        *("Refusals", "95 % interval", "KL divergence", "KL median", "KL 95th percentile", "KL maximum", "Sequence KL"),
+        *("Refusals (95 % interval)", "KL divergence", "KL median", "KL 95th percentile", "KL maximum", "Sequence KL"),
         *("Harmless refusals", "Complied", "Degenerate", "politeness"),
     ]
-    assert rich == ["5 of 100", "2.2% to 11.2%", "0.1000", "0.0200", "0.4000", "1.5000", "0.2500", "3", "93", "2", "0.7500"]
-    assert poor == ["50 of 100", "40.4% to 59.6%", "0.0500", *["–"] * 8]
-
-
-@pytest.mark.parametrize(("count", "n"), [(0, 100), (5, 100), (100, 100), (1, 7), (0, 1), (250, 400)])
-def test_intervals_are_wilsons(count: int, n: int) -> None:
-    expected = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    assert wilson_interval(count, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert rich == ["5 (1 to 10) of 100", "0.1000", "0.0200", "0.4000", "1.5000", "0.2500", "3", "93", "2", "0.7500"]
+    assert poor == ["50 (40 to 60) of 100", "0.0500", *["–"] * 8]
 
 
 def test_importances_are_optunas() -> None:

@@ -34,6 +34,7 @@ HELP_HEADER = """\
 Usage: heretic [MODEL] [--config PATH] [OPTIONS]
        heretic --demo
        heretic compare A B [C...] [OPTIONS]
+       heretic worker --study-storage URL [--workers auto|N]
        heretic --export-from RESULT --save-directory FOLDER
        heretic --reproduce RESULT
 
@@ -119,7 +120,7 @@ def kind_of(name: str) -> str:
     if field.annotation is bool or bool in annotations:
         return ""
     if words and get_origin(field.annotation) is not list:
-        return "|".join(words)
+        return "|".join([*words, *("N" for a in annotations if int in get_args(a))])
     if int in annotations and str not in annotations:
         return "N"
     if float in annotations:

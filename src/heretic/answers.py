@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .config import Settings
 from .errors import ExportError, UsageError
+from .location import shown_location
 from .source import expand
 
 Trial = TypeVar("Trial")
@@ -98,5 +99,7 @@ def command_lines(settings: Settings) -> list[str]:
     base = ["heretic", "--demo"] if settings.demo else ["heretic", settings.model]
     if settings.study_checkpoint_dir != "checkpoints":
         base += ["--study-checkpoint-dir", settings.study_checkpoint_dir]
+    if settings.study_storage is not None:
+        base += ["--study-storage", shown_location(settings.study_storage), "--study-name", settings.study_name]
     save_one = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
     return [shlex.join([*base, *save_one]), shlex.join([*base, "--n-additional-trials", "50"])]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
+from .utils import input_device
 
 PROBE_ROWS, PROBE_TOKENS = 2, 12
 # Writers measured 0.68 and more, mostly 1; everything else 0, with one exception at 0.31 (219 decoder types).
@@ -188,7 +189,7 @@ def _hidden_size(model: Any) -> int:
 def probe_tokens(model: Any) -> Tensor:
     """Token ids `(row, token)` for a look at a model."""
     embeddings = model.get_input_embeddings()
-    device = embeddings.weight.device
+    device = input_device(model)
     tokens = torch.arange(1, PROBE_ROWS * PROBE_TOKENS + 1, device=device if device.type != "meta" else None)
     return tokens.view(PROBE_ROWS, PROBE_TOKENS) % min(embeddings.num_embeddings, 100)
 

@@ -69,7 +69,7 @@ def model_card(model: Model, result: Result, strategy: Strategy, progress: Progr
     body = "\n\n".join(
         part
         for part in (
-            _introduction(model, result.ablation, strategy),
+            _introduction(model, result, strategy),
             _measured(result),
             _how_measured(result, model),
             _parameters(result, len(model.architecture.layers) - 1),
@@ -117,9 +117,9 @@ def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> 
     return ModelCardData(**kept, library_name=LIBRARY[strategy], tags=list(TAGS), **base)
 
 
-def _introduction(model: Model, ablation: Ablation, strategy: Strategy) -> str:
+def _introduction(model: Model, result: Result, strategy: Strategy) -> str:
     source = model.loaded.source
-    edited = {name: count for name, count in model.architecture.components.items() if name in ablation.parameters}
+    edited = {name: count for name, count in model.architecture.components.items() if name in result.ablation.parameters}
     modules = " and ".join(f"{count} `{name}` modules" for name, count in edited.items())
     what = "an adapter for" if strategy == "adapter" else "a modified copy of"
     return f"""# {public_model_name(source).split("/")[-1]}, refusals removed

@@ -5,14 +5,15 @@ import errno
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
@@ -23,6 +24,10 @@ from .source import expand
 from .space import SearchSpace
 
 STUDY_NAME = "heretic"
+# The study's attribute that says that several workers may work on it.
+SHARED = "shared"
+# The study's attribute that holds its search space.
+SPACE = "search_space"
 
 # Settings that define a study: trials scored under different ones cannot be compared.
 DEFINING = (
@@ -78,10 +83,13 @@ OF_ONE_RUN = (
     "export_strategy",
     "upload_repo_id",
     "upload_repo_private",
+    "workers",
+    "study_storage",
+    "study_name",
 )
 
 
-class _JournalLock:
+class JournalLock:
     """Optuna's lock interface over the operating system's file locks, which a killed process cannot leave behind."""
 
     def __init__(self, path: Path) -> None:
@@ -95,17 +103,51 @@ class _JournalLock:
         self._lock.release()
 
 
-class _JournalFile(JournalFileBackend):  # type: ignore[misc]
-    """Optuna's journal file, which a write that fails halfway (a full disk) leaves as it was."""
+class JournalFile(JournalFileBackend):  # type: ignore[misc]
+    """Optuna's journal file, which a write that ends halfway leaves as it was: at once where the disk is full, and before the next
+    write where the writer was killed."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        size = Path(self._file_path).stat().st_size
-        try:
-            super().append_logs(logs)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(self._file_path, size)
-            raise
+        with get_lock_file(self._lock):  # which may be taken twice
+            self._cut_torn_line()
+            size = Path(self._file_path).stat().st_size
+            try:
+                super().append_logs(logs)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._file_path, size)
+                raise
+
+    def _cut_torn_line(self) -> None:
+        with Path(self._file_path).open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size == 0 or (file.seek(-1, os.SEEK_END), file.read())[1] == b"\n":
+                return
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def create_study(storage: BaseStorage, name: str, settings: Settings, identity: dict[str, str]) -> optuna.Study:
+    """A new study in a storage, described by its settings."""
+    directions = [StudyDirection[direction.upper()] for _, direction in settings.objectives]
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+    study.set_user_attr("settings", settings.model_dump(mode="json"))
+    study.set_user_attr("given", sorted(settings.model_fields_set))
+    study.set_user_attr("identity", identity)
+    study.set_user_attr("objectives", settings.objectives)
+    return study
+
+
+def kept_space(study: optuna.Study, space: SearchSpace) -> SearchSpace:
+    """The space that the study began with; where it has none yet, `space`, which is then stored.
+
+    Kept, because the samplers learn only from trials of one space, and ranges that follow the model's residuals are computed anew.
+    """
+    stored = study.user_attrs.get(SPACE)
+    if stored is not None:
+        return SearchSpace.model_validate(stored)
+    study.set_user_attr(SPACE, space.model_dump(mode="json"))
+    return space
 
 
 def journal_path(settings: Settings) -> Path:
@@ -157,6 +199,11 @@ class Checkpoint:
         """Whether there is a study with at least one finished trial."""
         return self.study is not None and any(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether the study was begun for several workers, which may come and go."""
+        return self.study is not None and bool(self.study.user_attrs.get(SHARED))
+
     def _cut_torn_line(self) -> None:
         content = self.path.read_bytes()
         kept = content[: content.rfind(b"\n") + 1]
@@ -180,7 +227,7 @@ class Checkpoint:
 
     def _storage(self) -> JournalStorage:
         try:
-            return JournalStorage(_JournalFile(str(self.path), lock_obj=_JournalLock(self.path)))
+            return JournalStorage(JournalFile(str(self.path), lock_obj=JournalLock(self.path)))
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:  # Optuna has no error of its own for this
             raise self._damaged(_damage(self.path.read_bytes()) or str(error).rstrip(".")) from error
 
@@ -199,12 +246,7 @@ class Checkpoint:
                     self.path.unlink()
                 else:
                     self.path.rename(_free_name(self.path))
-            directions = [StudyDirection[direction.upper()] for _, direction in settings.objectives]
-            self.study = optuna.create_study(storage=self._storage(), study_name=STUDY_NAME, directions=directions)
-            self.study.set_user_attr("settings", settings.model_dump(mode="json"))
-            self.study.set_user_attr("given", sorted(settings.model_fields_set))
-            self.study.set_user_attr("identity", identity)
-            self.study.set_user_attr("objectives", settings.objectives)
+            self.study = create_study(self._storage(), STUDY_NAME, settings, identity)
         return self.study
 
     def restored(self, settings: Settings) -> Settings:
@@ -216,7 +258,7 @@ class Checkpoint:
         self._check_trials()
         kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in OF_ONE_RUN]
         stored = {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
-        given = settings.model_dump(mode="json", include=settings.model_fields_set)
+        given = settings.model_dump(mode="json", include=settings.model_fields_set) | {"study_storage": settings.study_storage}
         try:
             before = Settings.model_validate(stored)
         except ValidationError as error:
@@ -288,16 +330,10 @@ class Checkpoint:
         return chosen
 
     def search_space(self, space: SearchSpace) -> SearchSpace:
-        """The space that the study began with; where it has none yet, `space`, which is then stored.
-
-        Kept, because the samplers learn only from trials of one space, and ranges that follow the model's residuals are computed anew.
-        """
+        """See `kept_space`."""
         assert self.study is not None
-        stored = self.study.user_attrs.get("search_space")
-        if stored is not None:
-            return SearchSpace.model_validate(stored)
-        self.note(search_space=space.model_dump(mode="json"))
-        return space
+        with journal_errors(self.path):
+            return kept_space(self.study, space)
 
     def _attributes(self) -> dict[str, Any]:
         attributes = {} if self.study is None else self.study.user_attrs
@@ -324,7 +360,7 @@ def read_study(path: Path) -> tuple[optuna.Study, Settings]:
     if damage is not None:
         raise CheckpointError(f"The study {path} is damaged: {damage}.")
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(_JournalFile(str(path), lock_obj=_JournalLock(path))))
+        study = optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path))))
         stored = study.user_attrs["settings"]
         given = {name: stored[name] for name in study.user_attrs["given"] if name in Settings.model_fields and name not in OF_ONE_RUN}
         return study, Settings.model_validate(given)
@@ -374,11 +410,13 @@ def is_counted(trial: FrozenTrial) -> bool:
 
 
 @contextlib.contextmanager
-def journal_errors(path: Path) -> Iterator[None]:
-    """Turn the file system's errors into a `CheckpointError` that says what is kept."""
+def journal_errors(path: Path | str, only: Collection[int] | None = None) -> Iterator[None]:
+    """Turn the file system's errors (all, or those with the numbers in `only`) into a `CheckpointError` that says what is kept."""
     try:
         yield
     except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "Free some space" if full else "Make it writable or set another --study-checkpoint-dir"
         raise CheckpointError(

@@ -18,13 +18,17 @@ from torch import Tensor
 from .ablation import Ablation
 from .config import Settings
 from .errors import ModelError, TrialError, UsageError
-from .evaluator import PREFIX_PROMPTS, RefusalRule, find_response_prefix, kl_divergence
-from .model import Model
+from .evaluator import PREFIX_PROMPTS, find_response_prefix, kl_divergence, refusal_rule
+from .figures import Figure
+from .launch import world_size
+from .model import NOT_FINITE, Model
 from .prompts import Prompt
+from .responses import Kind, RefusalRule
+from .score_tables import format_interval
 from .source import expand
 from .utils import Progress, empty_cache
 
-HEADERS = ("", "Refusals", "Harmless refusals", "KL divergence", "KL median", "KL maximum")
+HEADERS = ("", "Refusals", "Degenerate", "Harmless refusals", "KL divergence", "KL median", "KL maximum")
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Compared:
-    """What came of one candidate. `divergences` are those from the first one, in nats; None where they are not defined."""
+    """What came of one candidate: what its responses to harmful and harmless prompts are.
+
+    `divergences` are those from the first one, in nats; None where they are not defined.
+    """
 
     name: str
-    refusals: int
-    harmless_refusals: int
+    kinds: list[Kind]
+    harmless_kinds: list[Kind]
     divergences: Tensor | None
 
 
@@ -99,10 +106,10 @@ def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
 def _from_study(name: str, path: Path, place: int) -> Candidate:
     from .answers import trial_at
     from .checkpoint import read_study
-    from .search import ablation_of, pareto_front
+    from .search import ablation_of, front_of
 
     study, settings = read_study(path)
-    front = pareto_front(study.get_trials(deepcopy=False))
+    front = front_of(study)
     if not front:
         raise UsageError(f"The study {path} has no finished trial to compare.")
     trial = trial_at(front, place)
@@ -116,7 +123,6 @@ class Comparison:
         self.settings = settings
         self.good, self.bad = list(good), list(bad)
         self.progress = progress
-        self.rule = RefusalRule(settings.refusal_markers)
         self._first: tuple[Tensor, Any, str] | None = None  # log-probabilities, vocabulary and response prefix
 
     def ask(self, name: str, model: Model, ablation: Ablation | None) -> Compared:
@@ -135,33 +141,39 @@ class Comparison:
             divergences = torch.zeros(len(self.good))
         elif same and logprobs.shape == self._first[0].shape:
             divergences = kl_divergence(self._first[0], logprobs).clamp(min=0)
-        refusals = self._count(model, self.bad, ablation, "Responses to harmful prompts")
-        harmless = self._count(model, self.good, ablation, "Responses to harmless prompts")
-        return Compared(name, refusals, harmless, divergences)
+        rule = refusal_rule(self.settings, model, self.bad)
+        kinds = self._kinds(model, rule, self.bad, ablation, "Responses to harmful prompts")
+        return Compared(name, kinds, self._kinds(model, rule, self.good, ablation, "Responses to harmless prompts"), divergences)
 
-    def _count(self, model: Model, prompts: Sequence[Prompt], ablation: Ablation | None, description: str) -> int:
-        is_decided = None if self.settings.print_responses else self.rule.has_marker
-        responses = model.responses(prompts, self.settings.max_response_length, ablation, is_decided, description)
-        if self.settings.print_responses:
-            for prompt, response in zip(prompts, responses, strict=True):
-                self.progress.message(f"Prompt: {prompt.user}\nResponse: {response.strip()}\n")
-        return sum(map(self.rule.is_refusal, responses))
+    def _kinds(self, model: Model, rule: RefusalRule, prompts: Sequence[Prompt], ablation: Ablation | None, description: str) -> list[Kind]:
+        length, shown = self.settings.max_response_length, self.settings.print_responses
+        found: dict[int, tuple[str, Kind]] = {}
+        ablations = [] if ablation is None else [ablation]
+        rows = model.responses_of_trials(model.rows_of(prompts, 1), length, ablations, None if shown else rule.has_marker, description)
+        for row in rows:
+            if not row.finite:
+                raise TrialError(NOT_FINITE)
+            text = model.text_of(row)
+            found[row.prompt] = text, rule.classify(text, is_cut_off=len(row.generated) >= length)
+        if shown:
+            for i, prompt in enumerate(prompts):
+                self.progress.message(f"Prompt: {prompt.user}\nResponse: {found[i][0].strip()}\n")
+        return [found[i][1] for i in range(len(prompts))]
 
 
-def cells(row: Compared, n_bad: int, n_good: int) -> list[str]:
-    """A row as texts, in the order of `HEADERS`; refusals with the 95 % interval of their share."""
-    from .report_scores import wilson_interval
-
-    def share(count: int, n: int) -> str:
-        low, high = wilson_interval(count, n)
-        return f"{count} of {n} ({low:.0%} to {high:.0%})"
-
+def cells(row: Compared) -> list[str]:
+    """A row as texts, in the order of `HEADERS`; counts with their 95 % intervals. Degenerate responses count as refusals, as in a run."""
+    refusals = Figure.count([kind != "compliance" for kind in row.kinds])
+    harmless = Figure.count([kind == "refusal" for kind in row.harmless_kinds])
+    counts = [
+        f"{format_interval(refusals.value, refusals.interval())} of {len(row.kinds)}",
+        str(row.kinds.count("degenerate")),
+        f"{format_interval(harmless.value, harmless.interval())} of {len(row.harmless_kinds)}",
+    ]
     if row.divergences is None:
-        divergence = ["other tokens", "", ""]
-    else:
-        values = row.divergences.double()
-        divergence = [f"{float(value):.4f}" for value in (values.mean(), values.median(), values.max())]
-    return [row.name, share(row.refusals, n_bad), share(row.harmless_refusals, n_good), *divergence]
+        return [row.name, *counts, "other tokens", "", ""]
+    values = row.divergences.double()
+    return [row.name, *counts, *(f"{float(value):.4f}" for value in (values.mean(), values.median(), values.max()))]
 
 
 @contextmanager
@@ -212,8 +224,8 @@ def _use_directions(model: Model, settings: Settings) -> None:
     model.use_directions(directions, settings.row_normalization)
 
 
-def compare(names: Sequence[str], settings: Settings, progress: Progress) -> tuple[list[Compared], int, int]:
-    """A row for each name, in order, and how many harmful and harmless prompts there were. One model is in memory at a time.
+def compare(names: Sequence[str], settings: Settings, progress: Progress) -> list[Compared]:
+    """A row for each name, in order. One model is in memory at a time.
 
     Raises `HereticError` for what cannot be loaded; a model whose numbers are not finite is told and left out.
     """
@@ -238,19 +250,21 @@ def compare(names: Sequence[str], settings: Settings, progress: Progress) -> tup
                 if not rows:
                     raise ModelError(f"{chosen.name} cannot be scored: {error}. Try another --dtypes, such as float32.") from error
                 progress.warning(f"{chosen.name} cannot be scored: {error}. Try another --dtypes, such as float32.")
-    return rows, len(bad), len(good)
+    return rows
 
 
 def command(arguments: Sequence[str]) -> int:
     """The command line: names, and options as a run has them. Returns the exit code; raises `HereticError`."""
     from .config import load_settings_of_names
 
+    if world_size() > 1:
+        raise UsageError("heretic compare cannot be used under torchrun. Save the models, and compare them without it.")
     settings, names = load_settings_of_names(arguments)
     if len(names) < 2:
         raise UsageError("heretic compare needs at least two models or studies: heretic compare A B [C...]")
     from .console import Console
 
     console = Console()
-    rows, n_bad, n_good = compare(names, settings, console)
-    console.columns(f"Compared with {rows[0].name}", HEADERS, [cells(row, n_bad, n_good) for row in rows])
+    rows = compare(names, settings, console)
+    console.columns(f"Compared with {rows[0].name}", HEADERS, [cells(row) for row in rows])
     return 0

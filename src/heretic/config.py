@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -265,6 +265,21 @@ class Settings(BaseModel):
     residual_plot_style: str = Field("default", description="Their matplotlib style, such as dark_background.")
     report: bool = Field(True, description="Write a report of the study beside its journal, with responses of the finalists.")
     report_plots: bool = Field(False, description="Write the report's plots as PNG files too (needs the extra research).")
+    workers: Literal["auto"] | PositiveInt | None = Field(
+        None,
+        description="Processes that search together, each with its own copy of the model: a number, or auto for as many as the "
+        "accelerators hold; one process if not given.",
+    )
+    study_storage: str | None = Field(
+        None,
+        exclude=True,  # may hold a password
+        description="Where the study lives that workers on several machines share: journal file on a shared disk, postgresql://..., "
+        "mysql://... or grpc://host:port (Optuna's proxy); heretic worker joins it.",
+    )
+    study_name: str = Field("heretic", min_length=1, description="Name of the study in the study storage, which may hold several.")
+    worker_timeout: float = Field(
+        300.0, ge=1, allow_inf_nan=False, description="Seconds without a sign of life after which a worker's trials are given to others."
+    )
     refusal_markers: list[str] = Field(REFUSAL_MARKERS, min_length=1, description="Texts that mark a response as a refusal, in any case.")
     max_shard_size: str | int | None = Field(
         None, description="Largest file of a saved model, such as 5GB; as the original's if not given."

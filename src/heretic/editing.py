@@ -34,6 +34,9 @@ from .ablation import (
 )
 from .architecture import Architecture, Storage, Writer, as_pairs, first_tensor
 from .directions import mix, mix_at
+from .errors import ModelError
+from .launch import world_size
+from .tensor_parallel import whole
 
 LINEAR = Storage()
 
@@ -79,6 +82,8 @@ class AblationHooks:
         self._handles = []
         for writer in architecture.writers:
             if _is_swapped(writer, mode):
+                if world_size() > 1:
+                    raise ModelError(f"{writer.name} is edited by replacing its weight, which torchrun's processes cannot share.")
                 continue
             if writer.storage.n_experts is None or mode == "none":
                 self._handles.append(writer.module.register_forward_hook(self._hook))
@@ -90,7 +95,7 @@ class AblationHooks:
         storage = writer.storage
         with align_module_device(writer.module):
             device = getattr(writer.module, storage.weight or storage.bias or "").device
-            bias = None if storage.bias is None else getattr(writer.module, storage.bias).detach().float().clone()
+            bias = None if storage.bias is None else whole(getattr(writer.module, storage.bias).detach()).float().clone()
             directions = self.directions.float().to(device)
             if writer.gain is not None:
                 directions = directions * writer.gain.to(device)
@@ -98,7 +103,7 @@ class AblationHooks:
                 return _Constants(directions, bias=bias)
             parameter = stored_weight(writer)
             if storage.n_experts is not None:
-                norms = torch.stack([torch.linalg.vector_norm(W.float(), dim=-1) for W in storage.matrices(parameter.detach())])
+                norms = torch.stack([torch.linalg.vector_norm(W.float(), dim=-1) for W in storage.matrices(whole(parameter.detach()))])
                 return _Constants(directions, norms, None, bias)
             weight = dense_weight(writer.module, storage)
             norms = torch.linalg.vector_norm(weight, dim=-1)
@@ -204,7 +209,7 @@ class AblationHooks:
         """`c (trial, expert, d)`, expert by expert, so that one weight at a time is held in float32."""
         assert constants.norms is not None
         with align_module_device(writer.module):
-            weights = writer.storage.matrices(stored_weight(writer).detach())
+            weights = writer.storage.matrices(whole(stored_weight(writer).detach()))
             return torch.stack([row_gram(W.float(), norms, r) for W, norms in zip(weights, constants.norms, strict=True)], dim=1)
 
     def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -271,7 +276,7 @@ def dense_weight(module: nn.Module, storage: Storage = LINEAR) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, state).float()
-    return storage.matrices(weight.detach()).float()
+    return storage.matrices(whole(weight.detach())).float()
 
 
 def edit_stored(storage: Storage, weight: Tensor, r: Tensor, strength: float, mode: RowNormalization) -> Tensor:

@@ -18,6 +18,7 @@ from .outputs import Batch
 from .prompts import Prompt
 from .responses import RefusalRule, Response, count_kinds, normalize
 from .scorers import Scorer, divergence_objective, load_scorers
+from .tensor_parallel import register, together
 from .utils import Progress, SilentProgress, is_out_of_memory
 
 __all__ = [
@@ -127,6 +128,7 @@ class Evaluator:
     `UsageError` for scorers that cannot be made.
     """
 
+    @together
     def __init__(
         self,
         settings: Settings,
@@ -137,6 +139,7 @@ class Evaluator:
         all_scorers: bool = False,
         baseline: str = "Baseline",
     ) -> None:
+        register(self, baseline)
         self.settings = settings
         self.model = model
         self.good_prompts = list(good_prompts)
@@ -146,8 +149,7 @@ class Evaluator:
         self.scorers = {name: s for name, s in load_scorers(settings).items() if all_scorers or not chosen[name].finalists_only}
         self.objective_names = [name for name, _ in settings.objectives]
         self.stops_dominated = settings.stop_dominated_trials and settings.objectives == DEFAULT_OBJECTIVES
-        skips = settings.chain_of_thought_skips
-        self.rule = RefusalRule(settings.refusal_markers, skips, _open_thought(model, self.bad_prompts, skips))
+        self.rule = refusal_rule(settings, model, self.bad_prompts)
         try:
             self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, f"{baseline}: answers to harmless prompts")
             with model.recording_trunk():
@@ -156,6 +158,7 @@ class Evaluator:
                 original.harmful()
                 if not all(original.finite):
                     raise TrialError(NOT_FINITE)
+            self._trunk = model.trunk
         except TrialError as error:
             raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
         self.base_response_classes = count_kinds(original.harmful()[0])
@@ -192,6 +195,7 @@ class Evaluator:
     def detach(self) -> None:
         """Let go of the original model, keeping its scores, so that another one can take its place in `model`."""
         del self.model
+        self._trunk = None
 
     def _batch(self, ablations: Sequence[Ablation], description: str | None = None) -> Batch:
         return Batch(
@@ -214,6 +218,7 @@ class Evaluator:
             raise result
         return result
 
+    @together
     def score_trials(
         self, ablations: Sequence[Ablation], limit: Callable[[float], float] = lambda kl: math.inf
     ) -> list[Score | TrialError]:
@@ -223,6 +228,7 @@ class Evaluator:
         stopped: its score is `bounded`, its count the share of refusals among its prompts begun so far, scaled to all of them, and
         scorers that read responses are not asked.
         """
+        self.model.trunk = self._trunk
         batch = self._batch(ablations)
         first = [float(divergences.first_token.mean()) for divergences in batch.divergences]
         batch.harmful([math.inf if batch.whole_responses else limit(divergence) for divergence in first])
@@ -270,11 +276,13 @@ class Evaluator:
             raise TrialError(f"the scorer {name} gives {figure.value}, which is no finite number")
         return figure
 
+    @together
     def most_moved(self, ablation: Ablation | None, n: int) -> list[tuple[Prompt, float, float]]:
         """The harmless prompts after which an edited model's words have moved most (None: the model as it is), farthest first.
 
         Each with its KL divergence at the first token, by which they are sorted, and the mean along the original's answer.
         """
+        self.model.trunk = self._trunk
         (divergences,) = self.answers.divergences(self.model, [] if ablation is None else [ablation])
         first, means = divergences.first_token, divergences.sums / divergences.n_tokens
         return [(self.good_prompts[i], float(first[i]), float(means[i])) for i in (-first).argsort(kind="stable")[:n]]
@@ -290,7 +298,9 @@ class Evaluator:
         return tuple(self.scorers[name].objective(score.value(name), share) for name in self.objective_names)
 
 
-def _open_thought(model: Model, prompts: Sequence[Prompt], skips: Sequence[tuple[str, str]]) -> str | None:
-    """The opening of a thinking block with which the first prompt ends as the model sees it, where there is one."""
-    shown = model.render(prompt_messages(prompts[0])).rstrip() if prompts else ""
-    return next((opening for opening, _ in skips if shown.endswith(opening)), None)
+def refusal_rule(settings: Settings, model: Model, bad_prompts: Sequence[Prompt]) -> RefusalRule:
+    """The rule by which a model's responses are judged."""
+    skips = settings.chain_of_thought_skips
+    # The opening of a thinking block with which prompts end as the model sees them, where there is one.
+    shown = model.render(prompt_messages(bad_prompts[0])).rstrip() if bad_prompts else ""
+    return RefusalRule(settings.refusal_markers, skips, next((opening for opening, _ in skips if shown.endswith(opening)), None))

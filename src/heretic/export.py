@@ -34,6 +34,7 @@ from .record import Result, Strategy, record
 from .source import expand
 from .staging import clean_up, staged
 from .stored import bytes_of, copy_file, resharded, sha256, write_stored
+from .tensor_parallel import beginning
 from .utils import Progress
 
 # How much of a file that is read again may stay in memory before it is opened anew.
@@ -236,7 +237,9 @@ def compare_with_loaded(original: Original, edits: Sequence[Edit], model: Model)
             for parameter in (edit.weight, edit.bias):
                 if parameter is None:
                     continue
-                loaded = getattr(module, parameter.rpartition(".")[2]).detach()
+                loaded = beginning(getattr(module, parameter.rpartition(".")[2]).detach())
+                if loaded is None:
+                    continue
                 if loaded.is_floating_point() and loaded.element_size() > 1 and not _agrees(original, parameter, loaded):
                     raise ExportError(
                         f"{parameter} is not the same in the files of {model.loaded.source.name} as in the model that was searched: they "
@@ -255,6 +258,7 @@ def _agrees(original: Original, parameter: str, loaded: Tensor) -> bool:
             part = loaded if piece.index is None else loaded[piece.index][None]
         # A dequantized weight is rounded to its number format in the files and not in a search in another one.
         rtol = DEQUANTIZED_ROUNDING if original.dequantized else 0.0
+        value = value[tuple(slice(n) for n in part.shape)]  # of what is spread over several processes only the beginning is here
         if not torch.allclose(value.to(loaded.dtype), part.cpu(), rtol=rtol, atol=0, equal_nan=True):
             return False
     return True

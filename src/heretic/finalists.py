@@ -15,7 +15,6 @@ from .config import Settings
 from .errors import TrialError
 from .evaluator import Evaluator
 from .figures import intervals
-from .generation import Decoder
 from .model import Model
 from .prompts import Prompt
 from .search import ablation_of, front_of
@@ -70,19 +69,13 @@ def score_finalists(
     missing = missing_finalists(study, settings)
     known = known_finalists(study)
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
-    decoder = model.decoder
-    trunk = decoder.trunk if isinstance(decoder, Decoder) else None
-    try:
-        evaluator = Evaluator(final_settings(settings), model, good_prompts, bad_prompts, progress, True, "Baseline of the finalists")
-        with progress.task("Scoring the finalists again", len(missing)) as advance:
-            for start in range(0, len(missing), trials_per_batch):
-                batch = missing[start : start + trials_per_batch]
-                for trial, score in zip(batch, evaluator.score_trials([ablation_of(trial) for trial in batch]), strict=True):
-                    trials[str(trial.number)] = {"failure": str(score)} if isinstance(score, TrialError) else score.described()
-                advance(len(batch))
-    finally:
-        if isinstance(decoder, Decoder):
-            decoder.trunk = trunk  # the search may go on with its own
+    evaluator = Evaluator(final_settings(settings), model, good_prompts, bad_prompts, progress, True, "Baseline of the finalists")
+    with progress.task("Scoring the finalists again", len(missing)) as advance:
+        for start in range(0, len(missing), trials_per_batch):
+            batch = missing[start : start + trials_per_batch]
+            for trial, score in zip(batch, evaluator.score_trials([ablation_of(trial) for trial in batch]), strict=True):
+                trials[str(trial.number)] = {"failure": str(score)} if isinstance(score, TrialError) else score.described()
+            advance(len(batch))
     return {
         "conditions": conditions(settings),
         "n_bad_prompts": len(bad_prompts),

@@ -27,8 +27,9 @@ from .blocks import Blocks, Prefix
 from .drafts import Drafts
 from .pool import Pool
 from .rows import Row, left_padded
+from .tensor_parallel import can_back_off
 from .trunk import Trunk, pass_key
-from .utils import empty_cache, free_memory, is_out_of_memory
+from .utils import empty_cache, free_memory, input_device
 
 # The share of free memory that keys and values may take; the rest is for everything else.
 MEMORY_SHARE = 0.6
@@ -88,7 +89,7 @@ class Decoder:
         self.trunk: Trunk | None = None
         self.drafts = Drafts()
         self.first_layers: Sequence[int] = ()
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         config = model.config.get_text_config(decoder=True)
         self.n_layers = len(DynamicCache(config=config).layers)
         self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
@@ -143,7 +144,7 @@ class Decoder:
             try:
                 done = pool.advance(waiting, prefix)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(pool.living) <= 1:
+                if not can_back_off(error) or len(pool.living) <= 1:
                     raise
                 self.max_rows = max(1, len(pool.living) // 2)
             else:
@@ -189,7 +190,7 @@ class Decoder:
         try:
             return work(chunk)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or len(chunk) == 1:
+            if not can_back_off(error) or len(chunk) == 1:
                 raise
         waiting.extendleft(reversed(chunk))
         self.prefill_tokens = max(row.length for row in chunk) * (len(chunk) // 2)
@@ -300,7 +301,7 @@ class PlainDecoder:
         self.assign_rows = assign_rows
         self.first_layers: Sequence[int] = ()
         self.pads = True
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
 
     def first_logits(self, rows: Sequence[Row], in_order: bool = False) -> Iterator[tuple[list[Row], Tensor]]:
         """As `Decoder.first_logits`, always in the order given."""
@@ -345,7 +346,7 @@ class PlainDecoder:
             try:
                 output = work(part)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(part) == 1:
+                if not can_back_off(error) or len(part) == 1:
                     raise
                 self.batch_size = len(part) // 2
             else:

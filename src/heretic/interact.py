@@ -13,10 +13,11 @@ from optuna.trial import FrozenTrial
 from .answers import check_target, trial_at
 from .config import Settings
 from .console import Console, trial_rows
-from .errors import HereticError
+from .errors import HereticError, UsageError
 from .evaluator import MOVED_PROMPTS, Evaluator
 from .export import save
 from .finalists import known_finalists
+from .launch import world_size
 from .model import Message, Model, prompt_messages
 from .privacy import without_token
 from .record import Result, Strategy, measurements
@@ -195,6 +196,8 @@ class Workbench:
         from .extras import require_extra
 
         require_extra("benchmark", "A benchmark")
+        if world_size() > 1:
+            raise UsageError("Benchmarks cannot be run under torchrun. Save the model and run lm-evaluation-harness on it.")
         from .benchmark import HEADERS, cells, run_benchmarks
 
         rows = run_benchmarks(self.model, ablation_of(trial), self.settings, self.console)

@@ -25,8 +25,10 @@ from .architecture import refuse_encoder_decoder
 from .config import Settings
 from .dequantize import loading_arguments, refuse_method, stored_method, unify
 from .errors import ModelError
+from .launch import world_size
 from .source import ModelSource
-from .utils import Progress, empty_cache, is_out_of_memory
+from .tensor_parallel import agreed, parallel_arguments
+from .utils import Progress, empty_cache, input_device, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
             return LoadedModel(source, model, tokenizer, config, generation_config, dtype, stored, quantized)
         model = None
         empty_cache()
+        if world_size() > 1:
+            break  # on another rank it may have worked
     hint = " Try --quantization bnb_4bit, or --max-memory." if lacks_memory else ""
     raise ModelError(f"The model {source.name} could not be loaded in any format. {'; '.join(failures)}.{hint}")
 
@@ -172,7 +176,7 @@ def _choose_dtype(name: str, stored: torch.dtype, settings: Settings, progress: 
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     on_cpu = not torch.accelerator.is_available() or settings.device_map == "cpu"
-    if on_cpu and stored == torch.bfloat16 and _bfloat16_is_slower():
+    if on_cpu and stored == torch.bfloat16 and agreed(_bfloat16_is_slower()):
         progress.message("Computing in float32, which is the faster format on this CPU (the model is stored in bfloat16).")
         return torch.float32
     return stored
@@ -201,7 +205,8 @@ def _bfloat16_is_slower() -> bool:
 
 
 def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
-    arguments: dict[str, Any] = {"dtype": dtype, "device_map": settings.device_map, **source.arguments}
+    arguments: dict[str, Any] = {"dtype": dtype, **source.arguments}
+    arguments |= parallel_arguments(config) if world_size() > 1 else {"device_map": settings.device_map}
     if settings.max_memory:
         arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
     arguments |= loading_arguments(config)
@@ -251,7 +256,7 @@ def _take_generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
 
 
 def _test_run(model: Any, tokenizer: Any) -> None:
-    inputs = tokenizer("Hello", return_tensors="pt").to(model.get_input_embeddings().weight.device)
+    inputs = tokenizer("Hello", return_tensors="pt").to(input_device(model))
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
     if not torch.isfinite(output.logits[0]).all():

@@ -19,8 +19,9 @@ from .loading import LoadedModel
 from .prompts import Prompt
 from .rows import Row, TextWatch
 from .selfcheck import choose_decoder, resumes_well
+from .tensor_parallel import register, together
 from .trunk import Trunk
-from .utils import Progress, SilentProgress
+from .utils import Progress, SilentProgress, input_device
 
 Message = dict[str, str]
 
@@ -34,6 +35,7 @@ class Model:
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings, progress: Progress | None = None, savings: Savings | None = None) -> None:
+        register(self)
         self.loaded = loaded
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -51,8 +53,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return input_device(self.model)
 
     @property
     def context_length(self) -> int | None:
@@ -60,6 +61,7 @@ class Model:
         length: int | None = getattr(self.loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return length
 
+    @together
     def use_directions(self, directions: Tensor, mode: RowNormalization) -> None:
         """Prepare ablations along `directions (layer + 1, d)`."""
         if self.hooks is not None:
@@ -91,6 +93,16 @@ class Model:
         """Within, the model itself computes as edited (None: as it is), for code that calls it without this class."""
         with self._edited([] if ablation is None else [ablation]):
             yield self.model
+
+    @property
+    def trunk(self) -> Trunk | None:
+        """What passes of the original have left for trials to begin at; whoever scores sets what belongs to its prompts."""
+        return self.decoder.trunk if isinstance(self.decoder, Decoder) else None
+
+    @trunk.setter
+    def trunk(self, trunk: Trunk | None) -> None:
+        if isinstance(self.decoder, Decoder):
+            self.decoder.trunk = trunk
 
     @contextmanager
     def recording_trunk(self) -> Iterator[None]:
@@ -154,6 +166,7 @@ class Model:
             with self.progress.task(description, total) as advance:
                 yield advance
 
+    @together
     def residuals(self, prompts: Sequence[Prompt], description: str | None = None) -> Iterator[Tensor]:
         """Residual stream at the last prompt position: batches `(prompt, layer + 1, d)` in float32, in the order of the prompts.
 
@@ -233,6 +246,7 @@ class Model:
                 width = logits.shape[1]  # a prompt and its answer can be shorter than the longest answer
                 yield part, logits[asked[:, n - width :].to(logits.device)]
 
+    @together
     def responses(
         self,
         prompts: Sequence[Prompt],
@@ -252,6 +266,20 @@ class Model:
             if not row.finite:
                 raise TrialError(NOT_FINITE)
             texts[row.prompt] = self.tokenizer.decode(row.generated, skip_special_tokens=skip_special_tokens)
+        return texts
+
+    @together
+    def responses_by_trial(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, ablations: Sequence[Ablation], description: str | None = None
+    ) -> list[list[str | None]]:
+        """Greedy responses of every ablation (none: the original) to each prompt; None where logits are not finite."""
+        if len(ablations) > 1 and not self.batches_trials:
+            return [self.responses_by_trial(prompts, max_new_tokens, [ablation], description)[0] for ablation in ablations]
+        n_trials = max(1, len(ablations))
+        texts: list[list[str | None]] = [[None] * len(prompts) for _ in range(n_trials)]
+        for row in self.responses_of_trials(self.rows_of(prompts, n_trials), max_new_tokens, ablations, description=description):
+            if row.finite:
+                texts[row.trial][row.prompt] = self.text_of(row)
         return texts
 
     def responses_of_trials(
@@ -286,16 +314,21 @@ class Model:
         Raises `ModelError` where the conversation fills the model's context.
         """
         text = self.render(messages)
-        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self._template.exists).to(self.device)
+        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self._template.exists)
         inputs.pop("token_type_ids", None)
         if self.context_length is not None:
             max_new_tokens = min(max_new_tokens, self.context_length - inputs["input_ids"].shape[1])
             if max_new_tokens < 1:
                 raise ModelError(f"The conversation fills the model's context of {self.context_length} tokens. Begin a new one.")
         streamer = _CallbackStreamer(self.tokenizer, write)
+        self._generate(dict(inputs), max_new_tokens, ablation, streamer)
+        return "".join(streamer.pieces)
+
+    @together
+    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int, ablation: Ablation | None, streamer: TextStreamer | None) -> None:
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         with self._edited([] if ablation is None else [ablation]):
             self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
-        return "".join(streamer.pieces)
 
 
 def prompt_messages(prompt: Prompt) -> list[Message]:

@@ -329,7 +329,7 @@ def search_settings(record: Record, arguments: Sequence[str]) -> "Settings":
 def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progress") -> int:
     """Run the study again with the stored seed and compare the trial; 0 where it is the same, else 1."""
     from .checkpoint import Checkpoint
-    from .main import run
+    from .run import run
 
     for difference in differences(record):
         progress.message(f"Different: {difference}")

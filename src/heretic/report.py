@@ -26,8 +26,9 @@ from .ablation import ComponentParameters, kernel
 from .axis import Axis, axis_for
 from .charts import Frame, Line, Mark, chart
 from .errors import ReportError
-from .report_scores import finalist_table, score_table, title_of
-from .search import ablation_of, is_finished, pareto_front
+from .report_scores import score_table
+from .score_tables import finalist_rows, title_of
+from .search import ablation_of, front_of, is_finished
 from .utils import format_duration
 
 USUAL_OBJECTIVES = (("refusals", "minimize"), ("kl_divergence", "minimize"))
@@ -68,7 +69,7 @@ class Facts:
 def facts_of(study: Study) -> Facts:
     """What the journal of a study holds. Raises `ReportError` where no trial is complete."""
     trials = study.get_trials(deepcopy=False)
-    front = pareto_front(trials)
+    front = front_of(study)
     if not front:
         raise ReportError("There is nothing to report: the study has no finished trial.")
     attributes = study.user_attrs
@@ -133,7 +134,7 @@ def render(facts: Facts) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("heretic").joinpath("report.html").read_text(encoding="utf-8"))
     score_headers, score_rows = score_table(facts.front, facts.n_bad_prompts)
-    finalist_headers, finalist_rows = finalist_table(facts.front, facts.finalists)
+    finalist_headers, finalists = finalist_rows(facts.front, facts.finalists)
     return template.render(
         facts=facts,
         version=__version__,
@@ -145,7 +146,7 @@ def render(facts: Facts) -> str:
         score_headers=score_headers,
         score_rows=score_rows,
         finalist_headers=finalist_headers,
-        finalist_rows=finalist_rows,
+        finalist_rows=finalists,
         history_charts=history_charts(facts),
         importances=importance_rows(facts),
         kernel_charts=kernel_charts(facts),

@@ -22,7 +22,7 @@ def make_sampler(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSam
     All of them begin with `n_startup_trials` random trials; for `nsgaii` those are the first generation, and the size of the others.
     """
     if name == "gp":
-        # Trials of the original's scores have no noise: the same parameters give the same scores.
+        # The same parameters give the same scores; nothing is noise.
         return GPSampler(n_startup_trials=n_startup_trials, deterministic_objective=True, warn_independent_sampling=False, seed=seed)
     if name == "nsgaii":
         return NSGAIISampler(population_size=max(2, n_startup_trials), seed=seed)

@@ -39,7 +39,7 @@ def take_samples(model: Model, prompts: Sequence[Prompt], front: Sequence[Frozen
     missing = [trial for trial in sampled(front) if str(trial.number) not in trials]
     if kept and not missing:
         return kept
-    original = kept.get("original") or _responses(model, prompts, [None], max_new_tokens, "Responses of the original")[0]
+    original = kept.get("original") or _responses(model, prompts, [], max_new_tokens, "Responses of the original")[0]
     if missing:
         ablations = [ablation_of(trial) for trial in missing]
         found = _responses(model, prompts, ablations, max_new_tokens, f"Responses of {len(missing)} finalists")
@@ -48,14 +48,7 @@ def take_samples(model: Model, prompts: Sequence[Prompt], front: Sequence[Frozen
 
 
 def _responses(
-    model: Model, prompts: Sequence[Prompt], ablations: Sequence[Ablation | None], max_new_tokens: int, description: str
+    model: Model, prompts: Sequence[Prompt], ablations: Sequence[Ablation], max_new_tokens: int, description: str
 ) -> list[list[str]]:
-    """Greedy responses of each ablation (None: the original) to each prompt, computed together where the model allows it."""
-    if len(ablations) > 1 and not model.batches_trials:
-        return [_responses(model, prompts, [ablation], max_new_tokens, description)[0] for ablation in ablations]
-    texts = [[""] * len(prompts) for _ in ablations]
-    edits = [ablation for ablation in ablations if ablation is not None]
-    rows = model.rows_of(prompts, len(ablations))
-    for row in model.responses_of_trials(rows, max_new_tokens, edits, description=description):
-        texts[row.trial][row.prompt] = model.text_of(row).strip() if row.finite else f"({NOT_FINITE})"
-    return texts
+    found = model.responses_by_trial(prompts, max_new_tokens, ablations, description)
+    return [[f"({NOT_FINITE})" if text is None else text.strip() for text in texts] for texts in found]

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
 from .config import DEFAULT_OBJECTIVES, SamplerName
 from .config import Objectives as ObjectiveNames
+from .errors import TeamError
 from .evaluator import Score
 from .parameters import FirstTrial
 from .samplers import make_sampler
@@ -43,7 +45,11 @@ def is_finished(trial: FrozenTrial) -> bool:
 def refusal_limit(trials: Sequence[FrozenTrial]) -> Callable[[float], float]:
     """For a KL divergence, the fewest refusals that a finished trial has at no greater one: with more, a trial cannot be on the front."""
     finished = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"]) for t in trials if is_finished(t)]
-    return lambda kl: min((refusals for other, refusals in finished if other <= kl), default=math.inf)
+    return partial(_fewest, finished)
+
+
+def _fewest(finished: Sequence[tuple[float, int]], kl: float) -> float:
+    return min((refusals for other, refusals in finished if other <= kl), default=math.inf)
 
 
 def score_of(trial: FrozenTrial, name: str) -> float:
@@ -95,7 +101,7 @@ class Search:
     def __init__(
         self,
         study: optuna.Study,
-        path: Path,
+        path: Path | str,
         space: SearchSpace,
         seed: int,
         n_startup_trials: int,
@@ -154,10 +160,13 @@ class Search:
             trial = self.study.ask()
             if first is not None:
                 trial.set_user_attr("first_trial", first)
-            ablation = suggest(trial, self.space)
-            trial.set_user_attr("direction_index", ablation.direction_index)
-            trial.set_user_attr("parameters", {name: vars(p) for name, p in ablation.parameters.items()})
-        return trial, ablation
+            return trial, self._draw(trial)
+
+    def _draw(self, trial: Trial) -> Ablation:
+        ablation = suggest(trial, self.space)
+        trial.set_user_attr("direction_index", ablation.direction_index)
+        trial.set_user_attr("parameters", {name: vars(p) for name, p in ablation.parameters.items()})
+        return ablation
 
     def _tell(self, trial: Trial, result: Score | Exception, seconds: float, objectives: Objectives) -> None:
         with journal_errors(self.path):
@@ -205,6 +214,8 @@ def _scored(ablations: list[Ablation], limit: Limit, score_trials: ScoreTrials) 
     """Scores of a batch. Where scoring it crashes, each is scored alone, so that only those that crash again fail."""
     try:
         return score_trials(ablations, limit)
+    except TeamError:
+        raise
     except Exception as error:
         if len(ablations) == 1:
             return [error]

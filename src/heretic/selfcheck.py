@@ -15,7 +15,7 @@ from .blocks import Blocks
 from .generation import Decoder, PlainDecoder, make_decoder
 from .rows import Row
 from .trunk import Trunk
-from .utils import Progress
+from .utils import Progress, input_device
 
 # The largest difference of two logits, relative to their spread, that rounding explains, by the size of the model's numbers.
 TOLERANCE = {4: 1e-3, 2: 0.15}
@@ -56,7 +56,7 @@ def _rows(model: Any) -> list[Row]:
 
 
 def _plain_logits(model: Any, tokens: list[int]) -> Tensor:
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     ids = torch.tensor([tokens], device=device)
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
     return logits

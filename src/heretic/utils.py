@@ -73,6 +73,14 @@ def empty_cache() -> None:
         torch.accelerator.empty_cache()
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model takes token ids: where the weight of its embedding is, or comes to for a pass where Accelerate keeps it elsewhere."""
+    module = model.get_input_embeddings()
+    hook = getattr(module, "_hf_hook", None)
+    device = module.weight.device
+    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device, what this process's allocator keeps in reserve included."""
     if device.type == "cpu":

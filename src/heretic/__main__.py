@@ -1,0 +1,5 @@
+"""`python -m heretic`."""
+
+from .main import main
+
+main()

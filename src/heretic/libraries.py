@@ -1,0 +1,40 @@
+"""How libraries are made ready before they are imported."""
+
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def prepare_libraries(debug: bool) -> None:
+    """What libraries read when they are imported: how threads wait, and, except with `--debug`, that the screen is this program's."""
+    import logging
+    import warnings
+
+    # OpenMP's threads spin for milliseconds while they wait. That is as fast as a short spin on an idle machine (see bench/LOG.md), but
+    # on one where other programs run, threads then wait for threads that have no core: many times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stdout.isatty() else "1")
+    if not sys.stdout.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs is told in our own errors
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Within, the garbage collector rests: imports make many objects, of which it would find none to be garbage, again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
