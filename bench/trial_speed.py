@@ -9,7 +9,8 @@ the KL divergence. (b) Output maps, `--trials-per-batch` trials in one pass. Sam
     uv run python bench/trial_speed.py --model llama-8b      # random weights of that shape, on the accelerator; prints the floor
 
 The last line is one JSON object; `ratio` is reference_s / ours_s, with every trial scored to its end. `ratio_stopping` is the same with
-trials that can no longer be on the front stopped, as in a search; `ratio_workers` that in several processes (`--workers`).
+trials that can no longer be on the front stopped; `ratio_search` is as a search does it: that, and where the program would score batches
+in several processes (`heretic.lanes`), those.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import contextlib
 import copy
 import json
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +39,7 @@ from heretic.drafts import Drafts
 from heretic.editing import AblationHooks, stored_weight
 from heretic.evaluator import Evaluator, kl_divergence
 from heretic.generation import Savings
+from heretic.lanes import scoring
 from heretic.loading import load_model
 from heretic.model import Model
 from heretic.prompts import load_prompts
@@ -105,6 +106,7 @@ ACCEPTED_SHARE = 2 / 3
 
 
 Limit = Callable[[float], float]
+Ours = Callable[[Sequence[Ablation], Limit], list[tuple[int, float, bool]]]
 
 
 def unlimited(divergence: float) -> float:
@@ -162,9 +164,16 @@ class Workload:
     end_tokens: frozenset[int]
     verdict: Callable[[list[int]], bool]
     # (b): scores of several ablations at once, as (refusals, divergence, whether it was stopped), with a limit of refusals by divergence.
-    ours: Callable[[Sequence[Ablation], Limit], list[tuple[int, float, bool]]]
+    ours: Ours
     # Turns savings of (b) on and off.
     use: Callable[[Savings], None]
+    # (b) as a run scores batches of so many trials; not for shapes.
+    in_lanes: Callable[[int], Ours] | None = None
+
+
+def told(scores: Sequence[Any]) -> list[tuple[int, float, bool]]:
+    """What is compared of scores."""
+    return [(score.refusals, score.kl_divergence, score.bounded) for score in scores]
 
 
 def random_trials(n: int, components: Sequence[str], seed: int) -> list[Ablation]:
@@ -195,8 +204,11 @@ def real_workload(settings: Settings) -> Workload:
     evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"])
 
     def ours(ablations: Sequence[Ablation], limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
-        scores = evaluator.score_trials(ablations, limit)
-        return [(score.refusals, score.kl_divergence, score.bounded) for score in scores]  # type: ignore[union-attr]
+        return told(evaluator.score_trials(ablations, limit))
+
+    def in_lanes(trials_per_batch: int) -> Ours:
+        score_trials = contextlib.ExitStack().enter_context(scoring(evaluator, trials_per_batch, SilentProgress()))
+        return lambda ablations, limit: told(score_trials(list(ablations), limit))
 
     def verdict(tokens: list[int]) -> bool:
         text = model.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -222,6 +234,7 @@ def real_workload(settings: Settings) -> Workload:
         verdict,
         ours,
         use,
+        in_lanes,
     )
 
 
@@ -487,7 +500,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--bad", help="text file of harmful prompts, for a folder")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--trials-per-batch", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=1, help="also measure so many processes of one thread each; not for a shape")
     parser.add_argument("--prompts", type=int, default=100, help="prompts of each kind, for a shape")
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--mix", action="store_true", help="half of a shape's rows are decided within 15 tokens")
@@ -515,7 +527,10 @@ def main() -> None:
     work = make_workload(options)
     components = list(work.architecture.components)
     trials = random_trials(options.trials, components, options.seed)
-    workers = Workers(work, options.workers) if options.workers > 1 else None
+    searches = {}
+    if work.in_lanes is not None:
+        searches = {"stopping": AsInSearch(work.ours), "search": AsInSearch(work.in_lanes(options.trials_per_batch))}
+        searches["search"].ours(trials[: options.trials_per_batch], unlimited)
     hooks_by_module = {w.module: dict(w.module._forward_hooks) for w in work.architecture.writers}
     reference = Reference(work)
     for module, hooks in hooks_by_module.items():
@@ -528,22 +543,16 @@ def main() -> None:
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
     reference_s = ours_s = 0.0
-    searches = {}
-    if options.model not in SHAPES:
-        searches["stopping"] = AsInSearch(work.ours)
-        if workers is not None:
-            workers.ours([trials[0]] * options.workers, unlimited)
-            searches["workers"] = AsInSearch(workers.ours)
     differences: list[int] = []
     largest_kl = 0.0
     together = options.trials_per_batch
-    for start in range(0, len(trials), together * options.workers):
-        batch = trials[start : start + together * options.workers]
+    for start in range(0, len(trials), together):
+        batch = trials[start : start + together]
         begin = ours.now()
-        mine = [score for i in range(0, len(batch), together) for score in run_ours(work, batch[i : i + together], ours)]
+        mine = run_ours(work, batch, ours)
         ours_s += ours.now() - begin
-        for name, search in searches.items():
-            search.score(batch, together * options.workers if name == "workers" else together, ours)
+        for search in searches.values():
+            search.score(batch, ours)
         for ablation, (refusals, divergence, _) in zip(batch, mine, strict=True):
             begin = theirs.now()
             other_refusals, other_divergence = reference.score(ablation, theirs)
@@ -585,48 +594,19 @@ def main() -> None:
 class AsInSearch:
     """(b) as a search does it: trials that can no longer be on the front of those that finished are stopped."""
 
-    def __init__(self, ours: Callable[[Sequence[Ablation], Limit], list[tuple[int, float, bool]]]) -> None:
+    def __init__(self, ours: Ours) -> None:
         self.ours = ours
         self.seconds = 0.0
         self.n_stopped = 0
         self.finished: list[tuple[float, int]] = []
 
-    def score(self, trials: Sequence[Ablation], together: int, clock: Clock) -> None:
-        """Score trials, so many at a time."""
-        for start in range(0, len(trials), together):
-            begin = clock.now()
-            scores = self.ours(trials[start : start + together], LimitBy(list(self.finished)))
-            self.seconds += clock.now() - begin
-            self.n_stopped += sum(stopped for _, _, stopped in scores)
-            self.finished += [(divergence, refusals) for refusals, divergence, stopped in scores if not stopped]
-
-
-class Workers:
-    """(b) in several processes with a copy of the model and one thread each, as `--workers` has it, on a CPU."""
-
-    def __init__(self, work: Workload, n: int) -> None:
-        context = multiprocessing.get_context("fork")  # only the measured part has to be like the program's
-        self.pipes = []
-        for _ in range(n):
-            here, there = context.Pipe()
-            context.Process(target=self._serve, args=(work, there), daemon=True).start()
-            self.pipes.append(here)
-
-    @staticmethod
-    def _serve(work: Workload, pipe: Any) -> None:
-        torch.set_num_threads(1)
-        while True:
-            trials, limits = pipe.recv()
-            pipe.send(work.ours(trials, limits))
-
-    def ours(self, trials: Sequence[Ablation], limit: Limit) -> list[tuple[int, float, bool]]:
-        """Scores of trials, shared out evenly."""
-        share = math.ceil(len(trials) / len(self.pipes))
-        at_work = []
-        for pipe, start in zip(self.pipes, range(0, len(trials), share), strict=False):
-            pipe.send((trials[start : start + share], limit))
-            at_work.append(pipe)
-        return [score for pipe in at_work for score in pipe.recv()]
+    def score(self, trials: Sequence[Ablation], clock: Clock) -> None:
+        """Score a batch of trials."""
+        begin = clock.now()
+        scores = self.ours(trials, LimitBy(list(self.finished)))
+        self.seconds += clock.now() - begin
+        self.n_stopped += sum(stopped for _, _, stopped in scores)
+        self.finished += [(divergence, refusals) for refusals, divergence, stopped in scores if not stopped]
 
 
 def shares(clock: Clock, total: float) -> dict[str, float]:

@@ -76,7 +76,8 @@ def check_whole(trials: list[FrozenTrial], n_trials: int) -> None:
     assert sum(map(is_counted, trials)) == n_trials
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert len({str(trial.params) for trial in complete}) == len(complete)
-    assert all(trial.state.is_finished() for trial in trials)
+    # A worker that is killed between creating a trial and saying that it is its own leaves one that nobody counts.
+    assert all(trial.state.is_finished() or "worker" not in trial.system_attrs for trial in trials)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # heartbeats are "experimental"
@@ -441,3 +442,20 @@ def test_first_trials_are_queued_once_and_done_first(tmp_path: Path) -> None:
     weights = [trial.user_attrs["parameters"]["attn.o_proj"]["max_weight"] for trial in trials]
     assert weights[:2] == [1.0, 1.2]
     assert trials[0].user_attrs["direction_index"] is None
+
+
+def test_a_trial_that_nobody_has_claimed_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker died between creating it and saying whose it is; one that was only slow goes on with another."""
+    monkeypatch.setattr(storage_module, "UNCLAIMED_SECONDS", 0.2)
+    slow, other = shared(tmp_path / "j.jsonl", timeout=600.0), shared(tmp_path / "j.jsonl", timeout=600.0)
+    unclaimed = slow.study.ask()
+    fail_stale_trials(other.study)
+    time.sleep(0.3)
+    fail_stale_trials(other.study)
+    assert other.trials[0].state == TrialState.FAIL
+    asked = slow.study.ask
+    monkeypatch.setattr(slow.study, "ask", lambda: unclaimed)
+    assert slow._ask_some(1, 5) == []
+    monkeypatch.setattr(slow.study, "ask", asked)
+    slow.run(3, usual_score, scaled)
+    assert sum(map(is_counted, slow.trials)) == 3

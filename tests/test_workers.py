@@ -154,7 +154,7 @@ def test_two_workers_on_postgresql_whose_server_is_restarted(
     children = workers_of(pid)
     server.stop()
     time.sleep(3)
-    assert len(workers_of(pid)) == 2
+    assert len(workers_of(pid)) == 2, OUTPUT.read_text()
     server.start()
     assert process.wait(pid) == 0, OUTPUT.read_text()
     nobody_is_left(children)
@@ -227,8 +227,9 @@ def test_a_worker_that_hangs_is_killed_and_its_trials_are_tried_again(start: Sta
     def one_at_work() -> list[psutil.Process]:
         return [child for child in children if names_of([child]) & at_work(as_optuna_reads(journal))]
 
-    wait_until(lambda: bool(one_at_work()), "a trial")
-    one_at_work()[0].send_signal(signal.SIGSTOP)
+    victims: list[psutil.Process] = []
+    wait_until(lambda: bool(victims.extend(one_at_work()) or victims), "a trial")
+    victims[0].send_signal(signal.SIGSTOP)
     children += workers_of(pid)
     assert process.wait(pid) == 0, OUTPUT.read_text()
     nobody_is_left(children)

@@ -12,12 +12,12 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from .config import Settings
-from .errors import TrialError
 from .evaluator import Evaluator
 from .figures import intervals
+from .lanes import scoring
 from .model import Model
 from .prompts import Prompt
-from .search import ablation_of, front_of
+from .search import ablation_of, front_of, unlimited
 from .utils import Progress
 
 ATTRIBUTE = "finalists"
@@ -70,11 +70,11 @@ def score_finalists(
     known = known_finalists(study)
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
     evaluator = Evaluator(final_settings(settings), model, good_prompts, bad_prompts, progress, True, "Baseline of the finalists")
-    with progress.task("Scoring the finalists again", len(missing)) as advance:
+    with scoring(evaluator, len(missing), progress) as score_trials, progress.task("Scoring the finalists again", len(missing)) as advance:
         for start in range(0, len(missing), trials_per_batch):
             batch = missing[start : start + trials_per_batch]
-            for trial, score in zip(batch, evaluator.score_trials([ablation_of(trial) for trial in batch]), strict=True):
-                trials[str(trial.number)] = {"failure": str(score)} if isinstance(score, TrialError) else score.described()
+            for trial, score in zip(batch, score_trials([ablation_of(trial) for trial in batch], unlimited), strict=True):
+                trials[str(trial.number)] = {"failure": str(score)} if isinstance(score, Exception) else score.described()
             advance(len(batch))
     return {
         "conditions": conditions(settings),

@@ -1,12 +1,16 @@
 """The command: reads, validates, calls, renders. Library errors become one line and an exit code here and nowhere else."""
 
+import atexit
+import contextlib
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.resources import files
+from typing import NoReturn
 
 from . import __version__
 from .errors import HereticError
@@ -30,7 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process. Once torch is loaded, taking the interpreter's many objects apart takes a second in which nothing is done."""
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as an ordinary exit does
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _run_ranks(arguments: Sequence[str]) -> int:

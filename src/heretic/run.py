@@ -146,6 +146,7 @@ def _run_alone(
     parting = compute_directions(settings, console, model, prompts)
 
     # 5. The study
+    from .lanes import scoring
     from .space import search_space
 
     last_layer = len(model.architecture.layers) - 1
@@ -164,7 +165,8 @@ def _run_alone(
 
     def search_up_to(target: int) -> "Path | None":
         checkpoint.note(target=target)
-        was_stopped = search_shown(console, evaluator, search, target, batch_size)
+        with scoring(evaluator, batch_size.value, console) as score_trials:
+            was_stopped = search_shown(console, evaluator, search, target, batch_size, score_trials)
         if not search.front:
             return None
         if not was_stopped:

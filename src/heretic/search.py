@@ -52,6 +52,11 @@ def _fewest(finished: Sequence[tuple[float, int]], kl: float) -> float:
     return min((refusals for other, refusals in finished if other <= kl), default=math.inf)
 
 
+def unlimited(kl: float) -> float:
+    """The limit of trials that are all finished."""
+    return math.inf
+
+
 def score_of(trial: FrozenTrial, name: str) -> float:
     """A trial's figure by a scorer's name. Raises `KeyError` where it has none."""
     value: float = trial.user_attrs[name] if name in trial.user_attrs else trial.user_attrs["scores"][name]

@@ -157,7 +157,10 @@ class SharedSearch(Search):
         """
         asked = []
         for _ in range(n):
-            trial, ablation = self._ask(0)
+            try:
+                trial, ablation = self._ask(0)
+            except UpdateFinishedTrialError:  # taken for lost before it could say whose it is
+                continue
             before = sum(other.number < trial.number and _is_live(other) for other in self.trials)
             if before >= target:
                 self._withdraw(trial)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .console import Console
     from .evaluator import Evaluator
     from .model import Model
-    from .search import Search
+    from .search import ScoreTrials, Search
 
 
 def load_all_prompts(settings: "Settings", console: "Console") -> dict[str, Any]:
@@ -188,8 +188,18 @@ def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable
     return [[good], [bad]]
 
 
-def search_shown(console: "Console", evaluator: "Evaluator", search: "Search", target: int, batch_size: "BatchSize") -> bool:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial. Whether it was ended so."""
+def search_shown(
+    console: "Console",
+    evaluator: "Evaluator",
+    search: "Search",
+    target: int,
+    batch_size: "BatchSize",
+    score_trials: "ScoreTrials | None" = None,
+) -> bool:
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial. Whether it was ended so.
+
+    `score_trials` scores in the place of `evaluator.score_trials`.
+    """
     from .console import StudyView
 
     last_layer = len(evaluator.model.architecture.layers) - 1
@@ -202,7 +212,7 @@ def search_shown(console: "Console", evaluator: "Evaluator", search: "Search", t
         with stop_on_interrupt(note_stop) as should_stop:
             search.run(
                 target,
-                evaluator.score_trials,
+                score_trials or evaluator.score_trials,
                 evaluator.objectives,
                 batch_size,
                 evaluator.stops_dominated,

@@ -40,6 +40,8 @@ PATIENCE_SECONDS = 600.0
 RETRY_SECONDS = 1.0
 # Heartbeats in the time after which a worker is taken for lost.
 HEARTBEATS_PER_TIMEOUT = 5
+# A trial says who works on it right after it was created; where it does not for so long, its worker died in between.
+UNCLAIMED_SECONDS = 30.0
 # A trial that was lost with its worker is tried again so often.
 MAX_RETRIES = 3
 
@@ -252,7 +254,8 @@ class SharedStorage(_Patient, BaseHeartbeat):  # type: ignore[misc]
             sign = trial.system_attrs.get(HEARTBEAT)
             before, since = self._signs_of_life.get(trial._trial_id, (sign, now))
             signs[trial._trial_id] = sign, since if sign == before else now
-            if now - signs[trial._trial_id][1] > self.timeout or _is_gone(trial.system_attrs.get(WORKER)):
+            patience = self.timeout if WORKER in trial.system_attrs else min(self.timeout, UNCLAIMED_SECONDS)
+            if now - signs[trial._trial_id][1] > patience or _is_gone(trial.system_attrs.get(WORKER)):
                 stale.append(trial._trial_id)
         self._signs_of_life = signs
         return stale
