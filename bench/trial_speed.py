@@ -109,6 +109,10 @@ Limit = Callable[[float], float]
 Ours = Callable[[Sequence[Ablation], Limit], list[tuple[int, float, bool]]]
 
 
+# Holds the processes that score batches until the end.
+LANES = contextlib.ExitStack()
+
+
 def unlimited(divergence: float) -> float:
     """No trial is stopped."""
     return math.inf
@@ -207,7 +211,7 @@ def real_workload(settings: Settings) -> Workload:
         return told(evaluator.score_trials(ablations, limit))
 
     def in_lanes(trials_per_batch: int) -> Ours:
-        score_trials = contextlib.ExitStack().enter_context(scoring(evaluator, trials_per_batch, SilentProgress()))
+        score_trials = LANES.enter_context(scoring(evaluator, trials_per_batch, SilentProgress()))
         return lambda ablations, limit: told(score_trials(list(ablations), limit))
 
     def verdict(tokens: list[int]) -> bool:
