@@ -52,6 +52,7 @@ WORKER, HEARTBEAT, WITHDRAWN = "worker", "heartbeat", "withdrawn"
 PIECE_BYTES = 32 * 1024
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
+_LOST_CONNECTIONS = ("OperationalError", "InterfaceError", "InternalError", "AdminShutdown", "CrashShutdown", "CannotConnectNow")
 _PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with Study.optimize")
@@ -271,7 +272,18 @@ def _is_unreachable(error: Exception) -> bool:
     """Whether an error means that the storage is away for now."""
     from sqlalchemy import exc
 
-    if isinstance(error, (OSError, exc.OperationalError, exc.InterfaceError, exc.TimeoutError)):
+    lost = (
+        exc.OperationalError,
+        exc.InterfaceError,
+        exc.InternalError,
+        exc.TimeoutError,
+        exc.PendingRollbackError,
+        exc.ResourceClosedError,
+    )
+    if isinstance(error, (OSError, *lost)):
+        return True
+    # Drivers' own errors, where the connection broke outside a statement.
+    if type(error).__module__.startswith(("psycopg", "pymysql")) and type(error).__name__ in _LOST_CONNECTIONS:
         return True
     if isinstance(error, optuna.exceptions.StorageInternalError):
         cause = error.__cause__
