@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 
 def start(arguments: Sequence[str], output: str = os.devnull) -> int:
     """Start the command with its output in a file; its process id."""
@@ -34,6 +36,8 @@ def run_and_exit(arguments: Sequence[str]) -> NoReturn:
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
         from heretic.main import run_command
 
+        # In a fork, torch makes its pool of threads anew at the first use; two threads that come first at once would find none.
+        torch.set_num_threads(torch.get_num_threads())
         code = run_command(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
