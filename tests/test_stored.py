@@ -17,7 +17,7 @@ import zoo
 from heretic.errors import ExportError, ModelError
 from heretic.export import save
 from heretic.original import files_to_copy
-from heretic.stored import open_stored
+from heretic.stored import _HashedFile, open_stored, write_stored
 from heretic.utils import SilentProgress
 from test_export import DIRECTIONS, expected_tensors, export, result_for, tensors_of
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions
@@ -252,18 +252,18 @@ def test_a_parameter_of_another_value(tmp_path: Path) -> None:
 
 def test_what_the_disk_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = save_original(tmp_path / "original", build("llama"))
-    flush = "heretic.stored._flush"
+    closed = _HashedFile._close
 
-    def damage(file: Any) -> None:
-        file.flush()
-        if file.name.endswith("model.safetensors"):
-            with open(file.name, "r+b") as written:  # noqa: PTH123
-                written.seek(-3, 2)
-                at = json.loads(open_header(Path(file.name)))[NAME]["data_offsets"][0]
-                written.seek(8 + len(open_header(Path(file.name))) + at)
+    def damage(file: _HashedFile) -> None:
+        closed(file)
+        path = Path(str(file._file.name))
+        if path.name == "model.safetensors":
+            header = open_header(path)
+            with path.open("r+b") as written:
+                written.seek(8 + len(header) + json.loads(header)[NAME]["data_offsets"][0])
                 written.write(b"\xff")
 
-    monkeypatch.setattr(flush, damage)
+    monkeypatch.setattr(_HashedFile, "_close", damage)
     with pytest.raises(ExportError) as caught:
         export(original, tmp_path / "out")
     assert str(caught.value) == f"{NAME} is not in model.safetensors as it was written. Is the disk sound? The study is safe."
@@ -389,3 +389,13 @@ def test_other_methods_are_refused_before_anything_is_loaded(tmp_path: Path, met
         f"The files of {original} hold weights quantized by {method}, which cannot be edited. Give the model that they were made from (its "
         "card names it); --quantization bnb_4bit searches it in as little memory, and what is saved has its full precision."
     )
+
+
+def test_a_file_that_was_cut_off_since_it_was_opened(tmp_path: Path) -> None:
+    folder = save_original(tmp_path / "original", build("llama"))
+    stored = open_stored(folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(20000)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match=r"model\.safetensors ends too early: it was changed since it was opened\. Fetch the file again\."):
+        write_stored(stored, tmp_path / "out", lambda name: None)

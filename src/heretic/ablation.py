@@ -22,6 +22,10 @@ from torch import Tensor
 RowNormalization = Literal["none", "pre", "full"]
 
 
+# Numbers of a weight that are edited together: 2 MiB in float32.
+BLOCK_ELEMENTS = 2**19
+
+
 @dataclass(frozen=True)
 class ComponentParameters:
     """Strength over the layers for one component. Positions and distances are fractions of the last layer index."""
@@ -165,19 +169,35 @@ def apply_output_map_by_expert(y: Tensor, edit: OutputMap, trial: Tensor, expert
     return edited
 
 
-def edit_weight(weight: Tensor, r: Tensor, strength: float, mode: RowNormalization) -> Tensor:
-    """The edited `W' (d_out, d_in)`, computed in float32 (float64 for float64 input), not rounded back."""
-    W = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    r = r.to(W)
-    if mode == "none":
-        return W - strength * torch.outer(r, r @ W)
-    norms = torch.linalg.vector_norm(W, dim=1)
-    What = W * inverse_norms(norms)[:, None]
-    change = strength * torch.outer(r, r @ What)
-    if mode == "pre":
-        return W - norms[:, None] * change
-    edited = What - change
-    return edited * (norms * inverse_norms(torch.linalg.vector_norm(edited, dim=1)))[:, None]
+def edit_weight(weight: Tensor, r: Tensor, strength: float, mode: RowNormalization, out: Tensor | None = None) -> Tensor:
+    """The edited `W' (d_out, d_in)`, computed in float32 (float64 for float64 input).
+
+    It is written to `out`, rounded once to that tensor's number format, or returned as it is computed. Rows are taken a block at a time,
+    so that no more than a block of them is held in float32, and that in the processor's cache: first for `r^T W`
+    (`none`) or `r^T What`, which all rows add to, then for the rows themselves.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    r = r.to(weight.device, dtype)
+    n_rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    blocks = list(zip(weight.split(n_rows), r.split(n_rows), out.split(n_rows), strict=True))
+    total = r.new_zeros(weight.shape[1])
+    for stored, own, _ in blocks:
+        W = stored.to(dtype)
+        total += (own if mode == "none" else own * inverse_norms(torch.linalg.vector_norm(W, dim=1))) @ W
+    for stored, own, target in blocks:
+        W = stored.to(dtype)
+        if mode == "none":
+            target.copy_(torch.addr(W, own, total, alpha=-strength))
+            continue
+        norms = torch.linalg.vector_norm(W, dim=1)
+        if mode == "pre":
+            target.copy_(torch.addr(W, norms * own, total, alpha=-strength))
+        else:
+            edited = torch.addr(W * inverse_norms(norms)[:, None], own, total, alpha=-strength)
+            target.copy_(edited * (norms * inverse_norms(torch.linalg.vector_norm(edited, dim=1)))[:, None])
+    return out
 
 
 def edit_bias(bias: Tensor, r: Tensor, strength: float) -> Tensor:

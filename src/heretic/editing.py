@@ -286,5 +286,5 @@ def edit_stored(storage: Storage, weight: Tensor, r: Tensor, strength: float, mo
     if storage.n_experts is None:
         before, after = before[None], after[None]
     for W, target in zip(before, after, strict=True):
-        target.copy_(edit_weight(W, r, strength, mode))
+        edit_weight(W, r, strength, mode, target)
     return edited

@@ -8,11 +8,14 @@ after the other: https://github.com/huggingface/safetensors) is written out belo
 import hashlib
 import json
 import math
+import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -21,7 +24,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from .errors import ModelError
 
-BUFFER = 16 * 2**20
+# Bytes that may wait to be written beside the latest tensor, so that the disk is busy while the next one is computed.
+BACKLOG = 32 * 2**20
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -220,9 +224,10 @@ def write_stored(
 ) -> dict[str, str]:
     """Write the model's files, with what `changed` gives in place of tensors (None: as they are); the SHA-256 of each file.
 
-    At most one tensor and a buffer are in memory. A changed tensor has the dtype and shape of the stored one. `advance` is told tensors.
+    Two tensors and `BACKLOG` are in memory at most. A changed tensor has the dtype and shape of the stored one. `advance` is told tensors.
     """
-    hashes = {shard.name: _write_shard(shard, folder / shard.name, changed, advance) for shard in stored.shards}
+    files = {shard.name: _write_shard(shard, folder / shard.name, changed, advance) for shard in stored.shards}
+    hashes = {name: file.sha256() for name, file in files.items()}
     if stored.index is not None:
         path = folder / SAFE_WEIGHTS_INDEX_NAME
         path.write_bytes(stored.index)
@@ -230,48 +235,86 @@ def write_stored(
     return hashes
 
 
-def _write_shard(shard: Shard, path: Path, changed: Callable[[str], Tensor | None], advance: Advance) -> str:
-    digest = hashlib.sha256()
+def _write_shard(shard: Shard, path: Path, changed: Callable[[str], Tensor | None], advance: Advance) -> "_HashedFile":
     header = shard.header or make_header(shard.tensors)
-    with path.open("wb") as target:
-
-        def write(content: Any) -> None:
-            target.write(content)
-            digest.update(content)
-
-        write(len(header).to_bytes(8, "little") + header)
+    with _HashedFile(path) as target:
+        target.write(len(header).to_bytes(8, "little") + header)
         for stored in shard.tensors:
             advance(1)
             tensor = changed(stored.name)
             if tensor is None and stored.place is not None:
-                _copy_range(*stored.place, stored.n_bytes, write)
+                target.write(_view(*stored.place, stored.n_bytes))
                 continue
             tensor = stored.round(stored.read()) if tensor is None else tensor
             if _CODES.get(tensor.dtype) != stored.dtype or tuple(tensor.shape) != stored.shape:
                 raise ValueError(f"{stored.name} is {stored.dtype} {stored.shape}, not {tensor.dtype} {tuple(tensor.shape)}")
-            content = bytes_of(tensor)
-            for start in range(0, len(content), BUFFER):
-                write(content[start : start + BUFFER])
-        _flush(target)
-    return digest.hexdigest()
+            target.write(bytes_of(tensor))
+    return target
 
 
-def _flush(file: BinaryIO) -> None:
-    """Onto the disk, so that a folder which is renamed into its place is complete after a power failure too."""
-    file.flush()
-    os.fsync(file.fileno())
+class _HashedFile:
+    """A file that is written by one thread and hashed by another, while what comes next is computed. Use as a context manager.
+
+    What is still to be written when the context is left, and the way to the disk, are waited for by `sha256`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._at_work: deque[tuple[int, Future[None], Future[None]]] = deque()
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Write all of it, which must not change meanwhile. Raises what went wrong with this or an earlier one."""
+        self._at_work.append((len(content), self._writer.submit(self._write, content), self._hasher.submit(self._digest.update, content)))
+        while sum(n_bytes for n_bytes, *_ in self._at_work) - len(content) > BACKLOG:
+            self._wait()
+
+    def _wait(self) -> None:
+        _, written, hashed = self._at_work.popleft()
+        written.result()
+        hashed.result()
+
+    def _write(self, content: bytes | memoryview) -> None:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def _close(self) -> None:
+        with self._file:
+            # So that a folder which is renamed into its place is complete after a power failure too.
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "_HashedFile":
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._closed = self._writer.submit(self._close)
+        for thread in (self._writer, self._hasher):
+            thread.shutdown(wait=error is not None, cancel_futures=error is not None)
+        if error is not None:
+            self._file.close()
+
+    def sha256(self) -> str:
+        """In hexadecimal digits, when the file is on the disk. Raises what went wrong."""
+        while self._at_work:
+            self._wait()
+        self._closed.result()
+        return self._digest.hexdigest()
 
 
-def _copy_range(path: Path, offset: int, n_bytes: int, write: Callable[[Any], None]) -> None:
-    buffer = memoryview(bytearray(min(BUFFER, n_bytes)))
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while n_bytes:
-            n = file.readinto(buffer[: min(BUFFER, n_bytes)])
-            if not n:
-                raise ModelError(f"{path} ends too early: it was changed while it was read. Fetch the file again.")
-            write(buffer[:n])
-            n_bytes -= n
+def _view(path: Path, offset: int, n_bytes: int) -> memoryview:
+    """A range of a file, which the system reads where it is looked at."""
+    if not n_bytes:
+        return memoryview(b"")
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), before + n_bytes, access=mmap.ACCESS_READ, offset=offset - before)
+    except ValueError as error:
+        raise ModelError(f"{path} ends too early: it was changed since it was opened. Fetch the file again.") from error
+    return memoryview(content)[before:]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -298,14 +341,10 @@ def made(name: str, dtype: torch.dtype, shape: Sequence[int], make: Callable[[],
 
 def copy_file(source: Path, target: Path) -> str:
     """Copy a file's content; its SHA-256."""
-    digest = hashlib.sha256()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while content := reader.read(BUFFER):
-            writer.write(content)
-            digest.update(content)
-        _flush(writer)
-    return digest.hexdigest()
+    with _HashedFile(target) as file:
+        file.write(_view(source, 0, source.stat().st_size))
+    return file.sha256()
 
 
 def sha256(path: Path) -> str:
