@@ -17,11 +17,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from heretic.architecture import Storage
-from heretic.edits import Edit
 from heretic.export import write_export
-from heretic.original import Original, open_original
+from heretic.saving.edits import Edit
+from heretic.saving.original import Original, open_original
+from heretic.saving.stored import Shard, StoredModel, made, resharded, write_stored
 from heretic.source import ModelSource
-from heretic.stored import Shard, StoredModel, made, resharded, write_stored
 from heretic.utils import SilentProgress
 
 

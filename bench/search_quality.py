@@ -39,10 +39,10 @@ from heretic.loading import load_model
 from heretic.model import Model
 from heretic.prompts import load_prompts
 from heretic.search import Search, pareto_front, refusal_limit
-from heretic.shared_search import SharedSearch
+from heretic.sharing.shared_search import SharedSearch
+from heretic.sharing.storage import SharedStorage
 from heretic.source import model_source
 from heretic.space import search_space
-from heretic.storage import SharedStorage
 from heretic.utils import SilentProgress
 
 # Trials per batch, and whether dominated trials are stopped.
@@ -53,14 +53,14 @@ DURATION = (0.7, 1.3)
 REFERENCE_KL = 0.02
 
 
-def hypervolume(points: Sequence[tuple[float, float]]) -> float:
-    """The share of the rectangle below (1, `REFERENCE_KL`) that points (refusals left, divergence) dominate."""
-    area, lowest = 0.0, REFERENCE_KL
+def hypervolume(points: Sequence[tuple[float, float]], reference: float = REFERENCE_KL) -> float:
+    """The share of the rectangle below (1, `reference`) that points (refusals left, divergence) dominate."""
+    area, lowest = 0.0, reference
     for refusals, kl in sorted(points):
         if refusals < 1 and kl < lowest:
             area += (1 - refusals) * (lowest - kl)
             lowest = kl
-    return area / REFERENCE_KL
+    return area / reference
 
 
 class Scores:

@@ -36,6 +36,7 @@ from heretic.search import Search, pareto_front
 from heretic.source import model_source
 from heretic.space import search_space
 from heretic.utils import SilentProgress
+from search_quality import hypervolume
 
 N_TRIALS = (40, 100)
 N_STARTUP = 15
@@ -104,16 +105,6 @@ VARIANTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "wide": lambda s: {"parameters": WIDE},
     "mlp from 0": lambda s: {"parameters": NO_MLP},
 }
-
-
-def hypervolume(points: Sequence[tuple[float, float]], reference: float) -> float:
-    """The share of the rectangle below (1, `reference`) that points (refusals left, divergence) dominate."""
-    area, lowest = 0.0, reference
-    for refusals, kl in sorted(points):
-        if refusals < 1 and kl < lowest:
-            area += (1 - refusals) * (lowest - kl)
-            lowest = kl
-    return area / reference
 
 
 def one_run(s: Subject, variant: str, seed: int, sampler: SamplerName = "tpe") -> dict[str, Any]:

@@ -22,9 +22,9 @@ import optuna
 from heretic.ablation import Ablation
 from heretic.config import Settings
 from heretic.evaluator import Score, objectives
-from heretic.shared_search import SharedSearch
+from heretic.sharing.shared_search import SharedSearch
+from heretic.sharing.storage import SharedStorage, open_storage
 from heretic.space import search_space
-from heretic.storage import SharedStorage, open_storage
 
 COMPONENTS = ["attn.o_proj", "mlp.down_proj"]
 

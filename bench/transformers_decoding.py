@@ -18,8 +18,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from heretic.decoding.rows import Row, left_padded
 from heretic.model import Model
-from heretic.rows import Row, left_padded
 from search_quality import demo_evaluator
 
 Responses = list[list[int]]

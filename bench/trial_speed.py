@@ -34,8 +34,10 @@ from heretic import generation
 from heretic.ablation import Ablation, ComponentParameters, edit_weight
 from heretic.architecture import Architecture, discover
 from heretic.config import Settings
+from heretic.decoding.drafts import Drafts
+from heretic.decoding.rows import Row, left_padded
+from heretic.decoding.trunk import Trunk
 from heretic.directions import mean_residual, refusal_directions
-from heretic.drafts import Drafts
 from heretic.editing import AblationHooks, stored_weight
 from heretic.evaluator import Evaluator, kl_divergence
 from heretic.generation import Savings
@@ -43,9 +45,7 @@ from heretic.lanes import scoring
 from heretic.loading import load_model
 from heretic.model import Model
 from heretic.prompts import load_prompts
-from heretic.rows import Row, left_padded
 from heretic.source import model_source
-from heretic.trunk import Trunk
 from heretic.utils import SilentProgress
 
 SHAPES: dict[str, Callable[[], Any]] = {

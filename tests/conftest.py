@@ -79,3 +79,20 @@ def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
     Path("bad.txt").write_text("\n".join(BAD), encoding="utf-8")
     Path("config.toml").write_text(SMALL, encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture
+def unhurried(workplace: Path) -> Path:
+    """A working directory with a study of 5000 trials on a model whose answers are never short."""
+    import torch
+
+    import tiny
+
+    model = tiny.build()
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0.0
+    shutil.rmtree("m")
+    tiny.save(Path("m"), model)
+    settings = SMALL.replace("n_trials = 3", "n_trials = 5000").replace("max_response_length = 4", "max_response_length = 200")
+    Path("config.toml").write_text(settings.replace('["a"]', '["a sentence that no tiny model says", "a"]'))
+    return workplace

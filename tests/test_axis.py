@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from heretic.axis import Axis, axis_for, tick_label
+from heretic.reporting.axis import Axis, axis_for, tick_label
 
 
 def test_a_straight_axis_maps_its_ends_and_keeps_what_lies_beyond_at_them() -> None:

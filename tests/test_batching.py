@@ -9,24 +9,28 @@ from heretic.batching import BatchSize, automatic_trials_per_batch
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "n_prompts", "rows_that_fit", "expected"),
+    ("accelerator", "n_prompts", "rows_that_fit", "n_processes", "expected"),
     [
-        (False, 100, None, 4),
-        (False, 100, 10**6, 4),
-        (False, 100, 399, 2),  # a power of two, so that 399 and 200 are the same
-        (False, 100, 200, 2),
-        (False, 100, 5, 1),
-        (False, 1000, None, 1),
-        (False, 3, None, 16),
-        (True, 100, None, 16),
-        (True, 100, 900, 8),
+        (False, 100, None, 1, 4),
+        (False, 100, 10**6, 1, 4),
+        (False, 100, 399, 1, 2),  # a power of two, so that 399 and 200 are the same
+        (False, 100, 200, 1, 2),
+        (False, 100, 5, 1, 1),
+        (False, 1000, None, 1, 1),
+        (False, 3, None, 1, 16),
+        (False, 100, None, 2, 8),
+        (False, 100, 500, 2, 4),
+        (False, 100, None, 3, 8),
+        (False, 100, None, 64, 16),
+        (True, 100, None, 1, 16),
+        (True, 100, 900, 1, 8),
     ],
 )
 def test_as_many_as_rows_and_memory_allow(
-    accelerator: bool, n_prompts: int, rows_that_fit: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+    accelerator: bool, n_prompts: int, rows_that_fit: int | None, n_processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    assert automatic_trials_per_batch(n_prompts, rows_that_fit) == expected
+    assert automatic_trials_per_batch(n_prompts, rows_that_fit, n_processes) == expected
 
 
 def batches(rate: Callable[[int], float], value: int, n_random: int, n_trials: int) -> tuple[list[int], list[int]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from heretic.ablation import Ablation
@@ -64,19 +63,6 @@ def test_trial_speed_compares_like_with_like(
     assert result["largest_refusal_difference"] == 0 and 0 <= result["largest_kl_difference"] < 1e-4
     assert set(result["savings"]) == set(module.SAVINGS)
     assert all(saving["seconds"] > 0 for saving in result["savings"].values())
-
-
-def test_hypervolume_is_the_share_of_points_that_are_beaten(script: Any) -> None:
-    """Against counting the points of a grid. One point of the front is beyond the reference, one is beaten by another."""
-    module = script("search_quality")
-    points = [(0.0, 0.015), (0.1, 0.012), (0.3, 0.004), (0.35, 0.006), (0.5, 0.03), (1.0, 0.0)]
-    n = 1000
-    refusals, kl = np.meshgrid((np.arange(n) + 0.5) / n, (np.arange(n) + 0.5) / n * module.REFERENCE_KL)
-    beaten = np.zeros_like(refusals, dtype=bool)
-    for x, y in points:
-        beaten |= (refusals >= x) & (kl >= y)
-    assert module.hypervolume(points) == pytest.approx(beaten.mean(), abs=2e-3)
-    assert module.hypervolume([]) == module.hypervolume([(1.0, 0.001), (0.2, 0.05)]) == 0
 
 
 def test_summary_counts_the_seeds_that_are_complete(script: Any) -> None:

@@ -17,12 +17,12 @@ from huggingface_hub import ModelCard
 
 from heretic import __version__
 from heretic.ablation import Ablation, ComponentParameters
-from heretic.card import model_card, original_card, write_card
 from heretic.config import PromptSpecification, Settings
 from heretic.export import save
-from heretic.kernel_picture import kernel_picture
 from heretic.privacy import public_name, public_settings, without_token
-from heretic.record import Result, Strategy, record
+from heretic.saving.card import model_card, original_card, write_card
+from heretic.saving.kernel_picture import kernel_picture
+from heretic.saving.record import Result, Strategy, record
 from heretic.source import ModelSource
 from heretic.utils import SilentProgress
 from hub_server import Hub, Repository, serve

@@ -17,9 +17,10 @@ from optuna.trial import TrialState
 import tiny
 from conftest import Outcome
 from heretic.checkpoint import Checkpoint, journal_path
-from heretic.config import Settings, load_settings
+from heretic.config import Settings
 from heretic.errors import CheckpointError, TrialError
 from heretic.evaluator import Evaluator
+from heretic.settings_sources import load_settings
 
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")

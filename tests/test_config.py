@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from heretic import config, rebuild
-from heretic.config import PromptSpecification, Settings, load_settings
+from heretic import config, settings_sources
+from heretic.config import PromptSpecification, Settings
 from heretic.errors import UsageError
+from heretic.saving import rebuild
+from heretic.settings_sources import load_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -355,6 +357,6 @@ def test_help_names_every_option_and_only_those() -> None:
     named = set(re.findall(r"^ +(?:-h, )?(--[\w-]+)", text, re.MULTILINE)) - {"--help", "--version"}
     assert named >= set(rebuild.FLAGS)
     named -= set(rebuild.FLAGS)
-    parser, _ = config.command_parser()
+    parser, _ = settings_sources.command_parser()
     options = {option for option in parser._option_string_actions if "." not in option and not option.startswith("--no-")}
     assert named == options

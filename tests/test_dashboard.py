@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,17 +16,11 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+import process
 from conftest import Outcome
 
 JOURNAL = Path("checkpoints/m.jsonl")
 SECONDS = 120
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def get(address: str) -> Any:
@@ -41,7 +34,7 @@ def test_the_dashboard_shows_the_study(workplace: Path, heretic: Callable[..., O
         pytest.skip("optuna-dashboard is not installed")
     assert heretic().code == 0
     content = JOURNAL.read_bytes()
-    port = free_port()
+    port = process.free_port()
     server = subprocess.Popen([program, str(JOURNAL), "--host", "127.0.0.1", "--port", str(port)], stderr=subprocess.PIPE)
     try:
         api = f"http://127.0.0.1:{port}/api/studies"

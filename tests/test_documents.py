@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from heretic import rebuild
-from heretic.config import PromptSpecification, Settings, command_parser, load_settings
+from heretic.config import PromptSpecification, Settings
+from heretic.saving import rebuild
+from heretic.settings_sources import command_parser, load_settings
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/*.md")])

@@ -21,7 +21,7 @@ from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import Settings
 from heretic.errors import ExportError
 from heretic.export import save
-from heretic.record import Result, Strategy
+from heretic.saving.record import Result, Strategy
 from heretic.utils import SilentProgress
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions
 from tiny import save as save_original
@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_nothing_behind(original: Path, tmp_path: Path, repla
     def fail(descriptor: int) -> None:  # where a full disk is noticed at the latest
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("heretic.stored.os.fsync", fail)
+    monkeypatch.setattr("heretic.saving.stored.os.fsync", fail)
     with pytest.raises(ExportError) as caught:
         export(original, target, overwrite=True)
     assert str(caught.value) == cannot_be_written(target, "No space left on device")

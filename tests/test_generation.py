@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import tiny
-from heretic import pool
+from heretic.decoding import pool
+from heretic.decoding.rows import Row, TextWatch
 from heretic.generation import Decoder, PlainDecoder, supports
-from heretic.rows import Row, TextWatch
 
 LENGTH = 30
 TYPES = [

@@ -18,8 +18,8 @@ import torch
 
 import process
 from conftest import Outcome
-from heretic import rebuild
-from heretic.stored import sha256
+from heretic.saving import rebuild
+from heretic.saving.stored import sha256
 from heretic.utils import SilentProgress
 from test_rebuild import make
 from tiny import build
@@ -138,7 +138,7 @@ def rebuild_again(result: Path, target: Path, overwrite: bool = False) -> None:
 
 def test_two_at_the_same_time_leave_each_other_alone(tmp_path: Path, result: Path) -> None:
     """What another process is writing is not taken for a leftover."""
-    from heretic.staging import clean_up, staged
+    from heretic.saving.staging import clean_up, staged
 
     with staged(tmp_path / "out") as folder:
         (folder / "half").touch()

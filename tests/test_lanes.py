@@ -130,6 +130,8 @@ def test_small_models_on_several_threads_get_them(evaluator: Evaluator, tmp_path
     assert [n_lanes(evaluator, n) for n in (1, 2, 4)] == [1, 2, 2]
     torch.set_num_threads(1)
     assert n_lanes(evaluator, 4) == 1
+    torch.set_num_threads(4)
+    assert [n_lanes(evaluator, n) for n in (2, 4, 8)] == [2, 4, 4]
     torch.set_num_threads(2)
     showing = make_evaluator(tmp_path / "shown", print_responses=True)
     assert n_lanes(showing, 4) == 1, "responses are shown by one process only"

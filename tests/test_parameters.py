@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from heretic.config import Settings, load_settings
+from heretic.config import Settings
 from heretic.errors import UsageError
 from heretic.parameters import FirstTrial, FractionRange, Parameters, Range
+from heretic.settings_sources import load_settings
 
 # The two ways to write them in the discussion of the change (inline tables, and a table per component).
 INLINE = """\

@@ -17,7 +17,7 @@ from heretic.errors import ModelError
 from heretic.export import save
 from heretic.model import Model
 from heretic.prompts import Prompt
-from heretic.record import Result
+from heretic.saving.record import Result
 from heretic.utils import SilentProgress
 from test_export import tensors_of
 from tiny import build, explicit_bias, explicit_weight, load, settings, unit_directions

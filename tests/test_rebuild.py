@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import zoo
 from conftest import Outcome
 from heretic.export import save
-from heretic.record import Strategy
+from heretic.saving.record import Strategy
 from heretic.utils import SilentProgress
 from test_export import result_for
 from tiny import build, load, settings, unit_directions

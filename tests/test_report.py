@@ -18,9 +18,9 @@ import tiny
 from conftest import BAD, GOOD, Outcome
 from heretic.ablation import ComponentParameters, kernel
 from heretic.errors import ReportError
-from heretic.report import facts_of, kernel_points, render, staircase, write_report
-from heretic.report_scores import score_table
-from heretic.samples import SAMPLED_TRIALS, sampled
+from heretic.reporting.report import facts_of, kernel_points, render, staircase, write_report
+from heretic.reporting.report_scores import score_table
+from heretic.reporting.samples import SAMPLED_TRIALS, sampled
 from heretic.search import ablation_of, pareto_front
 
 HOSTILE = "</script><script>fetch('https://example.invalid')</script><img src=x onerror=alert(1)> & \"quotes\""
@@ -318,7 +318,7 @@ def test_plots_are_written_beside_the_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from PIL import Image
 
-    from heretic.report_plots import front_figure, write_plots
+    from heretic.reporting.report_plots import front_figure, write_plots
 
     facts = facts_of(front_study())
     paths = write_plots(facts, tmp_path / "some.report.html")

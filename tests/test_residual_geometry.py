@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 import tiny
 from conftest import BAD, GOOD, Outcome
 from heretic.prompts import Prompt
-from heretic.residual_geometry import geometric_median, layer_geometry, residual_geometry, silhouette
+from heretic.reporting.residual_geometry import geometric_median, layer_geometry, residual_geometry, silhouette
 
 
 def points(n: int, d: int, seed: int, shift: float = 0.0) -> torch.Tensor:

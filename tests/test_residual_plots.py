@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason=REASON)
 decomposition = pytest.importorskip("sklearn.decomposition", reason=REASON)
 from PIL import Image  # noqa: E402
 
-from heretic.residual_plots import BETWEEN, align, planes, spread_evenly, write_residual_plots  # noqa: E402
+from heretic.reporting.residual_plots import BETWEEN, align, planes, spread_evenly, write_residual_plots  # noqa: E402
 
 
 def two_groups(n: int, n_layers: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -10,14 +9,11 @@ from pathlib import Path
 
 import optuna
 import pytest
-import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 import process
-import tiny
-from conftest import SMALL
 
 STOPPING = "Stopping after the running trials. Ctrl+C again leaves at once."
 
@@ -72,19 +68,6 @@ def kill_and_resume(arguments: list[str], journal: Path, n_trials: int, pause: f
     assert len(trials) == n_trials
     assert len({str(trial.params) for trial in trials}) == n_trials
     return trials
-
-
-@pytest.fixture
-def unhurried(workplace: Path) -> Path:
-    """A working directory with a study of 5000 trials on a model whose answers are never short."""
-    model = tiny.build()
-    with torch.no_grad():
-        model.lm_head.weight[model.config.eos_token_id] = 0.0
-    shutil.rmtree("m")
-    tiny.save(Path("m"), model)
-    settings = SMALL.replace("n_trials = 3", "n_trials = 5000").replace("max_response_length = 4", "max_response_length = 200")
-    Path("config.toml").write_text(settings.replace('["a"]', '["a sentence that no tiny model says", "a"]'))
-    return workplace
 
 
 def test_killed_at_ten_random_moments(unhurried: Path) -> None:

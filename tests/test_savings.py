@@ -13,13 +13,13 @@ from scipy.special import log_softmax
 import tiny
 from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import Settings
+from heretic.decoding.rows import Row
 from heretic.directions import mean_residual, refusal_directions
 from heretic.evaluator import Evaluator
 from heretic.generation import Decoder, Savings
 from heretic.loading import load_model
 from heretic.model import Model
 from heretic.prompts import Prompt, load_prompts
-from heretic.rows import Row
 from heretic.source import model_source
 from heretic.utils import SilentProgress
 

@@ -16,16 +16,17 @@ from optuna.storages import InMemoryStorage, JournalStorage, RetryHeartbeatStale
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from heretic import storage as storage_module
+import process
 from heretic.ablation import Ablation
 from heretic.checkpoint import JournalFile, JournalLock, is_counted
 from heretic.errors import CheckpointError, UsageError
 from heretic.evaluator import Score
-from heretic.location import shown_location
 from heretic.parameters import FirstTrial
-from heretic.shared_search import Pulse, SharedSearch
+from heretic.sharing import storage as storage_module
+from heretic.sharing.location import shown_location
+from heretic.sharing.shared_search import Pulse, SharedSearch
+from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
 from heretic.space import fixed_parameters, search_space
-from heretic.storage import SharedStorage, StorageArtifactStore, open_storage
 from test_search import COMPONENTS, LAST_LAYER, SETTINGS, made_up, proposals, run, scaled
 from test_search import score as usual_score
 
@@ -375,7 +376,7 @@ def test_through_the_grpc_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(storage_module, "RETRY_SECONDS", 0.05)
     backend = InMemoryStorage()
-    port = _free_port()
+    port = process.free_port()
 
     def serve() -> Any:
         server = make_server(backend, "127.0.0.1", port)
@@ -410,15 +411,6 @@ def test_through_the_grpc_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     check_whole(backend.get_all_trials(0), 30)
     assert f"The study grpc://127.0.0.1:{port} can be reached again." in told.lines
     server_again[0].stop(None).wait()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def test_the_pulse_ends_with_its_trials(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import zoo
 from heretic.errors import ExportError, ModelError
 from heretic.export import save
-from heretic.original import files_to_copy
-from heretic.stored import _HashedFile, open_stored, write_stored
+from heretic.saving.original import files_to_copy
+from heretic.saving.stored import _HashedFile, open_stored, write_stored
 from heretic.utils import SilentProgress
 from test_export import DIRECTIONS, expected_tensors, export, result_for, tensors_of
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions

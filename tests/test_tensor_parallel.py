@@ -60,7 +60,7 @@ def test_a_worker_of_two_processes_joins_a_study(workplace: Path, heretic: Calla
     assert heretic("--study-storage", "s.jsonl", "--n-trials", "2").code == 0
     import optuna
 
-    from heretic.shared_study import open_study
+    from heretic.sharing.shared_study import open_study
 
     study: optuna.Study = open_study("s.jsonl", "heretic", 60)
     study.set_user_attr("target", 4)

@@ -5,7 +5,7 @@ from optuna.trial import FrozenTrial, create_trial
 from rich.console import Console as RichConsole
 
 from heretic.console import Console, StudyView, plot_lines
-from heretic.text_plot import text_plot
+from heretic.reporting.text_plot import text_plot
 
 
 def test_points_stand_at_their_places_between_marked_axes() -> None:

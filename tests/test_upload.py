@@ -17,13 +17,13 @@ import huggingface_hub.utils._http
 import pytest
 from safetensors.torch import save_file
 
-import heretic.upload
+import heretic.saving.upload
 from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import Settings
 from heretic.errors import ExportError
 from heretic.export import save
-from heretic.record import Result, Strategy
-from heretic.upload import check_destination, upload
+from heretic.saving.record import Result, Strategy
+from heretic.saving.upload import check_destination, upload
 from heretic.utils import SilentProgress
 from hub_server import Fault, Hub, Repository, serve, wait_until
 from tiny import Recorder, load, settings, unit_directions
@@ -241,7 +241,7 @@ def test_a_hub_that_cannot_be_reached(hub: Hub, workplace_settings: Settings, mo
     message = str(refused(workplace_settings, progress=recorder))
     assert message.startswith("The upload to me/model failed: ")
     assert message.endswith(f"Check the network, then upload again: files that have arrived are not sent again. {SAFE}")
-    assert len(recorder.warnings) == len(heretic.upload.WAITS)
+    assert len(recorder.warnings) == len(heretic.saving.upload.WAITS)
     assert recorder.warnings[0].endswith(" Trying again in 5 s (1 of 4).")
 
 

@@ -15,18 +15,17 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-import torch
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 import postgres
 import process
 import tiny
-from conftest import SMALL, Outcome
+from conftest import Outcome
 from heretic.checkpoint import is_counted
-from heretic.location import shown_location
-from heretic.shared_study import open_study
-from heretic.storage import worker_identity
+from heretic.sharing.location import shown_location
+from heretic.sharing.shared_study import open_study
+from heretic.sharing.storage import worker_identity
 from test_resume import complete, wait_for
 from test_shared_search import as_optuna_reads, check_whole
 
@@ -178,19 +177,6 @@ def test_two_workers_on_postgresql_whose_server_is_restarted(
         f"Error: The study 'heretic' in {shown} is another one: max_response_length was 100 and is now 3. Give another --study-name.\n"
     )
     assert (outcome.code, outcome.err) == (1, expected)
-
-
-@pytest.fixture
-def unhurried(workplace: Path) -> Path:
-    """A study of many trials of a second or so."""
-    model = tiny.build()
-    with torch.no_grad():
-        model.lm_head.weight[model.config.eos_token_id] = 0.0
-    shutil.rmtree("m")
-    tiny.save(Path("m"), model)
-    settings = SMALL.replace("n_trials = 3", "n_trials = 5000").replace("max_response_length = 4", "max_response_length = 200")
-    Path("config.toml").write_text(settings.replace('["a"]', '["a sentence that no tiny model says", "a"]'))
-    return workplace
 
 
 def test_ctrl_c_reaches_the_workers_and_a_lost_parent_takes_them_along(start: Start, unhurried: Path) -> None:

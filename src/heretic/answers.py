@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .config import Settings
 from .errors import ExportError, UsageError
-from .location import shown_location
+from .sharing.location import shown_location
 from .source import expand
 
 Trial = TypeVar("Trial")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-# Rows that keep a device busy; more only make the sampler wait longer for results.
+# Rows that keep a device, or a process, busy; more only make the sampler wait longer for results.
 CPU_ROWS = 400
 ACCELERATOR_ROWS = 1600
 MAX_TRIALS_PER_BATCH = 16
@@ -12,12 +12,12 @@ MAX_TRIALS_PER_BATCH = 16
 CLEARLY_FASTER = 1.2
 
 
-def automatic_trials_per_batch(n_prompts: int, rows_that_fit: int | None = None) -> int:
+def automatic_trials_per_batch(n_prompts: int, rows_that_fit: int | None = None, n_processes: int = 1) -> int:
     """Trials per batch before anything has been measured: a power of two, so that a little more or less free memory changes nothing.
 
-    `rows_that_fit`: responses whose keys and values memory holds (None: unknown).
+    `rows_that_fit`: responses whose keys and values memory holds (None: unknown). `n_processes` share a batch.
     """
-    rows = ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS
+    rows = ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS * n_processes
     if rows_that_fit is not None:
         rows = min(rows, rows_that_fit)
     most = max(1, min(MAX_TRIALS_PER_BATCH, rows // n_prompts))

@@ -18,8 +18,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
 
-from .config import PromptSpecification, Settings, as_written
+from .config import PromptSpecification, Settings
 from .errors import CheckpointError, UsageError
+from .settings_sources import as_written
 from .source import expand
 from .space import SearchSpace
 

@@ -255,7 +255,7 @@ def compare(names: Sequence[str], settings: Settings, progress: Progress) -> lis
 
 def command(arguments: Sequence[str]) -> int:
     """The command line: names, and options as a run has them. Returns the exit code; raises `HereticError`."""
-    from .config import load_settings_of_names
+    from .settings_sources import load_settings_of_names
 
     if world_size() > 1:
         raise UsageError("heretic compare cannot be used under torchrun. Save the models, and compare them without it.")

@@ -21,11 +21,11 @@ from .ablation import Ablation
 from .answers import can_ask
 from .config import DEFAULT_OBJECTIVES, Objectives
 from .parameters import Choice, Range
-from .residual_geometry import LayerGeometry
+from .reporting.residual_geometry import LayerGeometry
+from .reporting.text_plot import text_plot
 from .score_tables import finalist_rows, format_figure, refusals_text, title_of
 from .search import ablation_of, pareto_front, score_of
 from .space import SearchSpace
-from .text_plot import text_plot
 from .utils import format_duration
 
 # Steps shorter than this are not worth a second line where the output is no terminal.

@@ -21,19 +21,19 @@ from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
 from .ablation import RowNormalization, edit_bias
-from .adapter import save_adapter
 from .answers import check_target
-from .card import write_card
 from .editing import edit_stored
-from .edits import DIRECTIONS_FILE, Edit, edits_of, save_edits
 from .errors import ExportError
 from .model import Model
-from .original import Original, open_original
-from .placement import Piece
-from .record import Result, Strategy, record
+from .saving.adapter import save_adapter
+from .saving.card import write_card
+from .saving.edits import DIRECTIONS_FILE, Edit, edits_of, save_edits
+from .saving.original import Original, open_original
+from .saving.placement import Piece
+from .saving.record import Result, Strategy, record
+from .saving.staging import clean_up, staged
+from .saving.stored import bytes_of, copy_file, resharded, sha256, write_stored
 from .source import expand
-from .staging import clean_up, staged
-from .stored import bytes_of, copy_file, resharded, sha256, write_stored
 from .tensor_parallel import beginning
 from .utils import Progress
 

@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .blocks import Blocks, Prefix
-from .drafts import Drafts
-from .pool import Pool
-from .rows import Row, left_padded
+from .decoding.blocks import Blocks, Prefix
+from .decoding.drafts import Drafts
+from .decoding.pool import Pool
+from .decoding.rows import Row, left_padded
+from .decoding.trunk import Trunk, pass_key
 from .tensor_parallel import can_back_off
-from .trunk import Trunk, pass_key
 from .utils import empty_cache, free_memory, input_device
 
 # The share of free memory that keys and values may take; the rest is for everything else.

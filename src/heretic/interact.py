@@ -20,11 +20,11 @@ from .finalists import known_finalists
 from .launch import world_size
 from .model import Message, Model, prompt_messages
 from .privacy import without_token
-from .record import Result, Strategy, measurements
+from .saving.record import Result, Strategy, measurements
+from .saving.upload import upload
+from .saving.verify import divergence_check
 from .score_tables import moved_rows, score_rows
 from .search import Search, ablation_of
-from .upload import upload
-from .verify import divergence_check
 
 COMPARED_PROMPTS = 5
 CHAT_TOKENS = 2048

@@ -26,14 +26,18 @@ from .utils import Progress
 MAX_PARAMETERS = 30_000_000
 
 
-def n_lanes(evaluator: Evaluator, trials_per_batch: int) -> int:
-    """How many processes to score batches in; 1 is this one alone. Every thread gets its own, or none does."""
+def most_lanes(evaluator: Evaluator) -> int:
+    """How many processes could score a batch that is large enough: one for every thread, or this one alone."""
     model = evaluator.model
-    n_threads = torch.get_num_threads()
     is_small = sum(p.numel() for p in model.model.parameters()) <= MAX_PARAMETERS
     may_fork = sys.platform == "linux" and world_size() == 1 and not torch.accelerator.is_available()
     is_plain = isinstance(model.decoder, Decoder) and not model.loaded.quantized and not evaluator.settings.print_responses
-    return n_threads if may_fork and is_small and is_plain and 1 < n_threads <= trials_per_batch else 1
+    return torch.get_num_threads() if may_fork and is_small and is_plain else 1
+
+
+def n_lanes(evaluator: Evaluator, trials_per_batch: int) -> int:
+    """How many processes to score batches in; 1 is this one alone."""
+    return min(most_lanes(evaluator), trials_per_batch)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from .architecture import refuse_encoder_decoder
 from .config import Settings
-from .dequantize import loading_arguments, refuse_method, stored_method, unify
 from .errors import ModelError
 from .launch import world_size
+from .saving.dequantize import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
 from .tensor_parallel import agreed, parallel_arguments
 from .utils import Progress, empty_cache, input_device, is_out_of_memory

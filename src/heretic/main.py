@@ -20,7 +20,7 @@ from .libraries import prepare_libraries
 INTERRUPTED = 130
 
 # What the first argument may ask for besides a run: the module whose function `command` takes the other arguments.
-COMMANDS = {"compare": "heretic.compare", "worker": "heretic.worker"}
+COMMANDS = {"compare": "heretic.compare", "worker": "heretic.sharing.worker"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,13 +78,13 @@ def run_command(arguments: Sequence[str]) -> int:
             prepare_libraries(debug)
             code: int = import_module(command).command(arguments[1:])
             return code
-        from . import rebuild
+        from .saving import rebuild
 
         if rebuild.is_asked(arguments):
             prepare_libraries(debug)
             return rebuild.run_command(arguments)
-        from .config import load_settings
         from .run import run
+        from .settings_sources import load_settings
 
         settings = load_settings(arguments)
         debug = settings.debug

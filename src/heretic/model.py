@@ -12,15 +12,15 @@ from transformers import TextStreamer
 from .ablation import Ablation, RowNormalization
 from .architecture import Architecture, Writer, discover, first_tensor, split_experts
 from .config import Settings
+from .decoding.rows import Row, TextWatch
+from .decoding.selfcheck import choose_decoder, resumes_well
+from .decoding.trunk import Trunk
 from .editing import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
 from .generation import Decoder, Savings
 from .loading import LoadedModel
 from .prompts import Prompt
-from .rows import Row, TextWatch
-from .selfcheck import choose_decoder, resumes_well
 from .tensor_parallel import register, together
-from .trunk import Trunk
 from .utils import Progress, SilentProgress, input_device
 
 Message = dict[str, str]

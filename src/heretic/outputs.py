@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from .ablation import Ablation
+from .decoding.rows import Row
 from .divergence import Divergences, OriginalAnswers
 from .model import Model
 from .prompts import Prompt
 from .responses import RefusalRule, Response
-from .rows import Row
 
 
 @dataclass

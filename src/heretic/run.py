@@ -58,7 +58,7 @@ def run(settings: "Settings") -> int:
         _check_upload(settings, console)
 
     from .checkpoint import Checkpoint
-    from .shared_study import SharedCheckpoint
+    from .sharing.shared_study import SharedCheckpoint
 
     with SharedCheckpoint(settings, console) if settings.study_storage else Checkpoint(settings) as checkpoint:
         return _run_study(settings, console, checkpoint)
@@ -72,7 +72,7 @@ def _check_extras(settings: "Settings") -> None:
         require_extra("research", "report_plots")
     if settings.plot_residuals:
         require_extra("research", "plot_residuals")
-        from .residual_plots import check_plot_settings
+        from .reporting.residual_plots import check_plot_settings
 
         check_plot_settings(settings)
     if settings.model_action == "benchmark":
@@ -87,7 +87,7 @@ def _check_upload(settings: "Settings", console: "Console") -> None:
     """Ask the hub whether the upload at the end of the run can be, as far as the settings say what it will be."""
     from huggingface_hub import get_token
 
-    from .upload import check_destination
+    from .saving.upload import check_destination
 
     token = get_token()
     if settings.upload_repo_id is not None and settings.upload_repo_private is not None and token is not None:
@@ -116,7 +116,7 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
         if _is_over(settings, console, checkpoint):
             return 0
     if settings.workers or settings.study_storage or checkpoint.is_shared:
-        from .shared_run import run_shared
+        from .sharing.shared_run import run_shared
 
         return run_shared(settings, console, checkpoint, is_new, identity, final_prompts)
     return _run_alone(settings, console, checkpoint, is_new, prompts, final_prompts, identity, may_measure=is_new and not seed_is_given)
@@ -263,6 +263,7 @@ def _batch_size(
     """How many trials are computed together. It is measured only where the run was not asked to be an exact repetition of another."""
     from .batching import BatchSize, automatic_trials_per_batch
     from .generation import Decoder
+    from .lanes import most_lanes
 
     if not model.batches_trials:
         console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
@@ -271,7 +272,7 @@ def _batch_size(
     if not isinstance(decoder, Decoder):
         return BatchSize(checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts))))
     fitting = decoder.rows_that_fit()
-    value = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts), fitting))
+    value = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts), fitting, most_lanes(evaluator)))
     if settings.trials_per_batch or not may_measure:
         return BatchSize(value)
 

@@ -176,11 +176,11 @@ def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable
     quantile = settings.winsorization_quantile
     good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as the directions see them
     if settings.print_residual_geometry:
-        from .residual_geometry import residual_geometry
+        from .reporting.residual_geometry import residual_geometry
 
         console.residual_geometry(residual_geometry(good_seen, bad_seen))
     if settings.plot_residuals:
-        from .residual_plots import write_residual_plots
+        from .reporting.residual_plots import write_residual_plots
 
         folder = expand(settings.residual_plot_path) / file_name(settings.model)
         paths = write_residual_plots(good_seen, bad_seen, settings, folder, console)
@@ -276,7 +276,7 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
     """
     from .checkpoint import journal_path
     from .errors import ReportError, TrialError
-    from .report import facts_of, report_path, write_report
+    from .reporting.report import facts_of, report_path, write_report
 
     if not settings.report:
         return None
@@ -289,7 +289,7 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
         facts = facts_of(checkpoint.study)
         write_report(facts, path)
         if settings.report_plots:
-            from .report_plots import write_plots
+            from .reporting.report_plots import write_plots
 
             write_plots(facts, path)
     except (ReportError, TrialError) as error:
@@ -299,7 +299,7 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
 
 def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
-    from .samples import sample_prompts, take_samples
+    from .reporting.samples import sample_prompts, take_samples
     from .search import front_of
 
     assert checkpoint.study is not None

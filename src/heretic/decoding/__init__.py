@@ -1,0 +1,1 @@
+"""What `generation` is made of: rows, their keys and values, and what need not be computed again."""

@@ -1,0 +1,219 @@
+"""The rows of a running decode: who is let in, who leaves, and where their keys and values lie."""
+
+from collections import deque
+from collections.abc import Callable, Set
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Blocks, Prefix
+from .rows import Row
+
+if TYPE_CHECKING:
+    from ..generation import Decoder
+
+# New rows are prefilled when at least this share of the pass is free, or all that wait fit in: prefills of single rows are inefficient.
+REFILL_SHARE = 0.25
+# Rows that have left are replaced when they make up this share of the pass.
+COMPACT_SHARE = 0.1
+# Columns beyond what the rows need at present: blocks begin with so many and grow by as many, up to the longest row and as many more,
+# so that they are not shifted at every step.
+SLACK_COLUMNS = 48
+
+
+class Pool:
+    """The rows of a running decode and their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
+
+    def __init__(self, decoder: "Decoder", n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
+        self.decoder = decoder
+        self.limit = min(n_rows, decoder.max_rows or n_rows)
+        self.n_columns = 0
+        # What is not accepted of a draft is a hole in its row.
+        self.most_columns = n_columns + SLACK_COLUMNS + (max_new_tokens if decoder.checks_drafts else 0)
+        self.max_new_tokens = max_new_tokens
+        self.is_finished = is_finished
+        self.rows: list[Row] = []
+        self.cache: Blocks | None = None
+        self.length = 0  # columns in use
+        self._starts: list[int] = []  # each row's first column
+        self._gone: set[int] = set()
+        self._entering: list[Row] = []
+        self._assigned = False
+
+    @property
+    def living(self) -> list[Row]:
+        """The rows that are not finished, those included that are just being let in."""
+        return [row for i, row in enumerate(self.rows) if i not in self._gone] + self._entering
+
+    def advance(self, waiting: "deque[Row]", prefix: Prefix | None) -> list[Row]:
+        """One step: let waiting rows in where there is room, or decode one token of every row. Returns the rows that finished."""
+        room = self.limit - len(self.rows) + len(self._gone)
+        if waiting and (room >= min(len(waiting), self.limit * REFILL_SHARE) or len(self._gone) == len(self.rows)):
+            self._compact()
+            return self._admit(waiting, room, prefix)
+        if len(self._gone) > len(self.rows) * COMPACT_SHARE:
+            self._compact()
+        return self._step() if self.rows else []
+
+    def drop(self, trials: Set[int]) -> None:
+        """Let the rows of some trials go."""
+        self._gone.update(i for i, row in enumerate(self.rows) if row.trial in trials)
+
+    def _allocate(self, fresh: Blocks) -> Blocks:
+        """Room for as many rows as memory allows, now that it is known what a row takes."""
+        decoder = self.decoder
+        decoder.bytes_per_row = max(1, fresh.bytes_per_position * self.most_columns)
+        self.limit = max(1, fresh.n_rows, min(self.limit, decoder.rows_that_fit() or 0))
+        self.n_columns = min(fresh.blocks[0].n_columns + SLACK_COLUMNS, self.most_columns)
+        self.mask = torch.zeros(self.limit, self.n_columns, dtype=torch.bool, device=decoder.device)
+        self.next_tokens = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
+        self.positions = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
+        return Blocks(decoder.n_layers, self.limit, self.n_columns)
+
+    def _admit(self, waiting: "deque[Row]", room: int, prefix: Prefix | None) -> list[Row]:
+        decoder = self.decoder
+        chunk = decoder.take(waiting, room, decoder.padding_tokens)
+        fresh = Blocks(decoder.n_layers, len(chunk), max(row.length for row in chunk))
+        prefilled = decoder.retry(waiting, chunk, lambda part: decoder.prefill(part, fresh, prefix))
+        if prefilled is None:
+            return []
+        logits, mask = prefilled
+        self._entering = chunk
+        if self.cache is None:
+            self.cache = self._allocate(fresh)
+        lengths, n_prefilled = [row.length for row in chunk], mask.shape[1]
+        chosen = [[token] for token in _likeliest(logits).tolist()]
+        if decoder.checks_drafts:
+            chosen, mask = self._check_drafts(chunk, chosen, mask, fresh)
+        width = mask.shape[1]
+        first, end = len(self.rows), len(self.rows) + len(chunk)
+        if first == 0:
+            self.length = width
+        if width > self.length or width > self.n_columns:
+            self._widen(max(0, width - self.length))
+        self.cache.put(fresh, first, self.length)
+        self.mask[first:end] = False
+        self.mask[first:end, self.length - width : self.length] = mask
+        # The last token chosen is not in the cache yet.
+        self.positions[first:end] = torch.tensor([n + len(new) - 1 for n, new in zip(lengths, chosen, strict=True)], device=decoder.device)
+        self.rows += chunk
+        self._starts += [self.length - width + (0 if prefix else n_prefilled - length) for length in lengths]
+        self._entering = []
+        self._assigned = False
+        return self._note(first, chosen)
+
+    def _check_drafts(self, chunk: list[Row], chosen: list[list[int]], mask: Tensor, fresh: Blocks) -> tuple[list[list[int]], Tensor]:
+        """Check what earlier responses go on with after each row's first token, in one pass over all rows.
+
+        Returns the tokens that the model chooses for each row, up to where it parts from the draft, and the mask of what led to them.
+        A row without a draft decodes its next token in that pass.
+        """
+        decoder, longest = self.decoder, self.decoder.longest_draft(len(chunk))
+        drafts = [[*new, *decoder.drafts.propose(row, new[0])][:longest] for row, new in zip(chunk, chosen, strict=True)]
+        if max(map(len, drafts)) == 1:
+            return chosen, mask
+        n_prefilled = mask.shape[1]
+        likeliest, mask = decoder.check(drafts, mask, [row.length for row in chunk], fresh)
+        checked = []
+        for i, (draft, tokens) in enumerate(zip(drafts, likeliest.tolist(), strict=True)):
+            n_right = next((j for j, (token, guess) in enumerate(zip(tokens, draft[1:], strict=False)) if token != guess), len(draft) - 1)
+            mask[i, n_prefilled + 1 + n_right :] = False
+            checked.append([draft[0], *tokens[: n_right + 1]])
+            decoder.drafts.n_accepted += n_right
+            decoder.drafts.n_checked += len(draft) - 1
+        return checked, mask
+
+    def _step(self) -> list[Row]:
+        n = len(self.rows)
+        if self.length == self.n_columns:
+            self._make_room()
+            n = len(self.rows)
+        if not self._assigned:
+            self.decoder.assign_rows(self.decoder.trials_of(self.rows))
+            self._assigned = True
+        self.mask[:n, self.length] = True
+        self.length += 1
+        logits = self.decoder.forward(self.next_tokens[:n, None], self.mask[:n, : self.length], self.positions[:n, None], self.cache)
+        self.positions[:n] += 1
+        return self._note(0, [[token] for token in _likeliest(logits[:, -1]).tolist()])
+
+    def _note(self, first: int, chosen: list[list[int]]) -> list[Row]:
+        """Give the rows from `first` on the tokens chosen for them; returns those that are finished with them."""
+        last = [max(tokens[-1], 0) for tokens in chosen]
+        self.next_tokens[first : first + len(chosen)] = torch.tensor(last, device=self.decoder.device)
+        done = []
+        for i, tokens in enumerate(chosen, first):
+            row = self.rows[i]
+            if i not in self._gone and any(self._append(row, token) for token in tokens):
+                done.append(row)
+                self._gone.add(i)
+        return done
+
+    def _append(self, row: Row, token: int) -> bool:
+        """Add a token (-1: logits were not finite) to a row; returns whether it is finished with it."""
+        row.begun = True
+        row.finite = token >= 0
+        if not row.finite or token in self.decoder.end_tokens:
+            return True
+        row.generated.append(token)
+        return len(row.generated) >= self.max_new_tokens or self.is_finished(row)
+
+    def _compact(self) -> None:
+        """Put the last living rows in the places of those that have left."""
+        if not self._gone or self.cache is None:
+            return
+        n_left = len(self.rows) - len(self._gone)
+        holes = sorted(i for i in self._gone if i < n_left)
+        movers = [i for i in range(n_left, len(self.rows)) if i not in self._gone]
+        if holes:
+            targets = torch.tensor(holes, device=self.decoder.device)
+            sources = torch.tensor(movers, device=self.decoder.device)
+            self.cache.move_rows(sources, targets)
+            for values in (self.mask, self.next_tokens, self.positions):
+                values[targets] = values[sources]
+            for target, source in zip(holes, movers, strict=True):
+                self.rows[target], self._starts[target] = self.rows[source], self._starts[source]
+        del self.rows[n_left:], self._starts[n_left:]
+        self._gone.clear()
+        self._assigned = False
+
+    def _make_room(self) -> None:
+        """Another column, by growing the blocks, or by forgetting what no living row uses once they are large enough for any."""
+        if self.n_columns < self.most_columns:
+            self._grow(min(SLACK_COLUMNS, self.most_columns - self.n_columns))
+        else:
+            self._shift()
+
+    def _grow(self, n_columns: int) -> None:
+        assert self.cache is not None
+        self.cache.grow(n_columns)
+        self.mask = nn.functional.pad(self.mask, (0, n_columns))
+        self.n_columns += n_columns
+
+    def _widen(self, n_columns: int) -> None:
+        """Move all rows to the right, so that a longer one can end in the same column."""
+        assert self.cache is not None
+        if self.length + n_columns > self.n_columns:
+            self._grow(self.length + n_columns - self.n_columns)
+        self.cache.widen(n_columns, len(self.rows))
+        self.mask = self.mask.roll(n_columns, dims=1)
+        self._starts = [start + n_columns for start in self._starts]
+        self.length += n_columns
+
+    def _shift(self) -> None:
+        """Forget the columns that no living row uses."""
+        self._compact()
+        assert self.cache is not None
+        n_unused = min(self._starts)
+        self._starts = [start - n_unused for start in self._starts]
+        self.cache.shift(n_unused, len(self.rows))
+        self.length -= n_unused
+        self.mask = self.mask.roll(-n_unused, dims=1)
+        self.mask[:, self.length :] = False
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The likeliest token of each row, -1 where logits are not finite."""
+    best, tokens = logits.max(dim=-1)
+    return torch.where(torch.isfinite(best), tokens, -1)

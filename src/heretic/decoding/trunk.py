@@ -1,0 +1,121 @@
+"""What the original model computes below a trial's first edited layer, kept for all evaluation prompts.
+
+Layers below the first edited one compute what they compute in the original. Their keys, values and the hidden states between them are
+recorded when the baseline is taken, and a trial's prefill begins at its first edited layer with the recorded hidden states.
+Valid for passes of the very same rows (same tokens, same padding); other passes are computed whole.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tensor_parallel import agreed
+from ..utils import free_memory
+
+# The share of the memory free at the start that recordings may take.
+BUDGET_SHARE = 0.2
+
+Key = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class _Recording:
+    """One pass of the original: per layer its input `(row, token, d)` and what it put into the cache."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    keys_values: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+
+
+class Trunk:
+    """Recordings of the original's passes over `layers`, within a memory budget; made only while `recording` is set.
+
+    `bytes_per_token` is the size of one hidden state.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], bytes_per_token: int, device: torch.device) -> None:
+        self.layers = list(layers)
+        self.bytes_per_token = bytes_per_token
+        self.recording = False
+        self.budget = agreed(int(free_memory(device) * BUDGET_SHARE))
+        self._recordings: dict[Key, _Recording] = {}
+        self._returns_tuple = False
+
+    def has(self, key: Key, with_cache: bool) -> bool:
+        """Whether a pass was recorded (with its keys and values)."""
+        recording = self._recordings.get(key)
+        return recording is not None and (bool(recording.keys_values) or not with_cache)
+
+    def record(self, key: Key, cache: Any | None) -> AbstractContextManager[None]:
+        """Record the pass that is made within, if it is asked for and the budget allows."""
+        n_tokens = len(key) * max(map(len, key))
+        fits = n_tokens * self.bytes_per_token * len(self.layers) <= self.budget
+        return self._record(key, cache) if self.recording and fits else nullcontext()
+
+    @contextmanager
+    def _record(self, key: Key, cache: Any | None) -> Iterator[None]:
+        recording = _Recording()
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            recording.inputs.append(args[0] if args else kwargs["hidden_states"])
+            self._returns_tuple = isinstance(output, tuple)
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
+            yield
+        if cache is not None:
+            recording.keys_values = [(block.keys.clone(), block.values.clone()) if block.is_initialized else None for block in cache.blocks]
+        tensors = [*recording.inputs, *(tensor for pair in recording.keys_values if pair for tensor in pair)]
+        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if n_bytes <= self.budget and len(recording.inputs) == len(self.layers):
+            self.budget -= n_bytes
+            self._recordings[key] = recording
+
+    @contextmanager
+    def begin_at(self, key: Key, first_layer: int, cache: Any | None) -> Iterator[None]:
+        """Within, a pass of the recorded rows begins at `first_layer`; what lies below comes from the recording."""
+        recording = self._recordings[key]
+        first_layer = min(first_layer, len(self.layers) - 1)
+
+        def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states,) if self._returns_tuple else hidden_states
+
+        def substitute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden = recording.inputs[first_layer]
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        with ExitStack() as stack:
+            for layer in self.layers[:first_layer]:
+                stack.enter_context(_forward_replaced(layer, skip))
+            if first_layer:
+                hook = self.layers[first_layer].register_forward_pre_hook(substitute, with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
+        # Only now: the mask is made for what the cache holds in its first layer when the pass begins.
+        if cache is not None:
+            for block, pair in zip(cache.blocks[:first_layer], recording.keys_values[:first_layer], strict=True):
+                if pair is not None:
+                    block.adopt(*pair)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Within, `module` computes `forward` instead of its own."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def pass_key(rows: Sequence[Sequence[int]]) -> Key:
+    """By which a pass is recognized: the tokens of its rows, in order."""
+    return tuple(map(tuple, rows))

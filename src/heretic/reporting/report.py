@@ -1,0 +1,302 @@
+"""The report of a study: one HTML file that needs nothing else, made from what the journal holds.
+
+The order is: `Facts` of a study, drawings of them (`charts.py`), and the page (`report.html`, a template). PNG files of the same
+drawings are `report_plots.py`.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import optuna
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from .. import __version__
+from ..ablation import ComponentParameters, kernel
+from ..errors import ReportError
+from ..score_tables import finalist_rows, title_of
+from ..search import ablation_of, front_of, is_finished
+from ..utils import format_duration
+from .axis import Axis, axis_for
+from .charts import Frame, Line, Mark, chart
+from .report_scores import score_table
+
+USUAL_OBJECTIVES = (("refusals", "minimize"), ("kl_divergence", "minimize"))
+# With fewer trials than this an importance says nothing.
+MIN_TRIALS_FOR_IMPORTANCE = 10
+WIDE, NARROW, PANEL = 860, 340, 400
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a study says, as far as it says it: attributes that a study lacks are None or empty."""
+
+    model: str
+    trials: Sequence[FrozenTrial]  # complete ones, in the order of their numbers
+    n_failed: int
+    front: Sequence[FrozenTrial]
+    last_layer: int | None
+    base_refusals: int | None
+    n_bad_prompts: int | None
+    settings: Mapping[str, Any]
+    given: Sequence[str]
+    samples: Mapping[str, Any]
+    importances: Mapping[str, Mapping[str, float]]  # of each parameter, for each objective
+    objectives: Sequence[str]
+    finalists: Mapping[str, Any]  # what came of scoring finalists again
+
+    @property
+    def seconds(self) -> float:
+        """What the trials took together."""
+        return math.fsum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials)
+
+    @property
+    def components(self) -> list[str]:
+        """The components that the trials edit."""
+        return list(ablation_of(self.front[0]).parameters)
+
+
+def facts_of(study: Study) -> Facts:
+    """What the journal of a study holds. Raises `ReportError` where no trial is complete."""
+    trials = study.get_trials(deepcopy=False)
+    front = front_of(study)
+    if not front:
+        raise ReportError("There is nothing to report: the study has no finished trial.")
+    attributes = study.user_attrs
+    settings = attributes.get("settings", {})
+    objectives = [(name, direction) for name, direction in attributes.get("objectives", USUAL_OBJECTIVES)]
+    return Facts(
+        model=settings.get("model", study.study_name),
+        trials=[trial for trial in trials if trial.state == TrialState.COMPLETE],
+        n_failed=sum("failure" in trial.user_attrs for trial in trials),
+        front=front,
+        last_layer=attributes.get("last_layer"),
+        base_refusals=attributes.get("base_refusals"),
+        n_bad_prompts=attributes.get("n_bad_prompts"),
+        settings=settings,
+        given=attributes.get("given", []),
+        samples=attributes.get("samples", {}),
+        importances=_importances(study, objectives),
+        objectives=[name for name, _ in objectives],
+        finalists=attributes.get("finalists", {}),
+    )
+
+
+def value_of(trial: FrozenTrial, name: str) -> float:
+    """A trial's score by its name."""
+    attributes = trial.user_attrs
+    return float(attributes[name] if name in attributes else attributes["scores"][name])
+
+
+def _importances(study: Study, objectives: Sequence[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """Optuna's PED-ANOVA for each objective: how much a parameter decides whether a trial is among the best tenth."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(complete) < MIN_TRIALS_FOR_IMPORTANCE:
+        return {}
+
+    def of(name: str, direction: str) -> dict[str, float]:
+        sign = 1 if direction == "minimize" else -1
+        return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: sign * value_of(trial, name))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", category=UserWarning)  # that low values count as good, which is meant
+        return {title_of(name): of(name, direction) for name, direction in objectives}
+
+
+def report_path(journal: Path) -> Path:
+    """Where the report of a journal lies: beside it, by the same name."""
+    return journal.with_name(f"{journal.stem}.report.html")
+
+
+def write_report(facts: Facts, path: Path) -> None:
+    """Write the page, whole or not at all. Raises `ReportError` where the folder cannot be written."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(render(facts), encoding="utf-8", errors="replace")
+        temporary.replace(path)
+    except OSError as error:
+        raise ReportError(f"The report {path} cannot be written: {error.strerror}. The study itself is safe.") from error
+
+
+def render(facts: Facts) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("heretic.reporting").joinpath("report.html").read_text(encoding="utf-8"))
+    score_headers, score_rows = score_table(facts.front, facts.n_bad_prompts)
+    finalist_headers, finalists = finalist_rows(facts.front, facts.finalists)
+    return template.render(
+        facts=facts,
+        version=__version__,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        duration=format_duration(facts.seconds),
+        objective_titles=" and ".join(title_of(name) for name in facts.objectives),
+        tiles=tiles(facts),
+        front_charts=[front_chart(facts, WIDE, 380, "wide"), front_chart(facts, NARROW, 320, "narrow")],
+        score_headers=score_headers,
+        score_rows=score_rows,
+        finalist_headers=finalist_headers,
+        finalist_rows=finalists,
+        history_charts=history_charts(facts),
+        importances=importance_rows(facts),
+        kernel_charts=kernel_charts(facts),
+        kernel_rows=[kernel_cells(facts, trial) for trial in facts.front],
+        samples=sample_rows(facts),
+        settings=[(name, json.dumps(value, ensure_ascii=False), name in facts.given) for name, value in facts.settings.items()],
+    )
+
+
+def tiles(facts: Facts) -> list[tuple[str, str]]:
+    """The study in a few figures: title and value."""
+    n = facts.n_bad_prompts
+    best = min(facts.front, key=lambda trial: (_refusals(trial), _divergence(trial)))
+    original = "" if facts.base_refusals is None else f"{facts.base_refusals}" + (f" of {n}" if n else "")
+    least = min(facts.front, key=_divergence)
+    stopped = sum(not is_finished(trial) for trial in facts.trials)
+    found = [
+        ("Refusals of the original", original),
+        ("Fewest refusals", f"{best.user_attrs['refusals']} at KL {best.user_attrs['kl_divergence']:.4f}"),
+        ("Lowest KL divergence", f"{least.user_attrs['kl_divergence']:.4f} at {least.user_attrs['refusals']} refusals"),
+        ("Trials", f"{len(facts.trials)}" + (f", {stopped} stopped early" if stopped else "")),
+        ("Failed trials", f"{facts.n_failed}" if facts.n_failed else ""),
+    ]
+    return [(title, value) for title, value in found if value]
+
+
+def describe(trial: FrozenTrial) -> str:
+    """A trial in one line."""
+    about = "about " if trial.user_attrs.get("bounded") else ""
+    return f"Trial {trial.number}: {about}{trial.user_attrs['refusals']} refusals, KL divergence {trial.user_attrs['kl_divergence']:.4f}"
+
+
+def _marks(facts: Facts, x: Callable[[FrozenTrial], float], y: Callable[[FrozenTrial], float]) -> list[Mark]:
+    """All trials as marks, those of the front above the others."""
+    places = {trial.number: i for i, trial in enumerate(facts.front)}
+    others = [trial for trial in facts.trials if trial.number not in places]
+    marks = [Mark(x(t), y(t), "trial" if is_finished(t) else "trial stopped", describe(t)) for t in others]
+    return marks + [Mark(x(t), y(t), "trial finalist", describe(t), places[t.number]) for t in facts.front]
+
+
+def _divergence(trial: FrozenTrial) -> float:
+    return float(trial.user_attrs["kl_divergence"])
+
+
+def _refusals(trial: FrozenTrial) -> float:
+    return float(trial.user_attrs["refusals"])
+
+
+def refusal_axis(facts: Facts, start: float, end: float) -> Axis:
+    """The axis of refusals, from none to all."""
+    highest = max([facts.base_refusals or 1, *(trial.user_attrs["refusals"] for trial in facts.trials)])
+    return Axis(-0.03 * highest, 1.03 * highest, start, end)
+
+
+def front_chart(facts: Facts, width: int, height: int, kind: str) -> str:
+    """All trials by KL divergence and refusals, the front as a staircase."""
+    frame = Frame(width, height, "KL divergence (nats)", "Refusals", "Trials by KL divergence and refusals, with the Pareto front")
+    x = axis_for([_divergence(trial) for trial in facts.trials], *frame.x_range)
+    y = refusal_axis(facts, *frame.y_range)
+    return chart(frame, x, y, [Line(staircase(facts.front, x.high), "front")], _marks(facts, _divergence, _refusals), kind)
+
+
+def staircase(front: Sequence[FrozenTrial], end: float) -> list[tuple[float, float]]:
+    """The edge `(KL divergence, refusals)` of what the front dominates, from its lowest divergence to `end`."""
+    points: list[tuple[float, float]] = []
+    for trial in sorted(front, key=_divergence):
+        if points:
+            if _refusals(trial) >= points[-1][1]:
+                continue  # on the front for another objective
+            points.append((_divergence(trial), points[-1][1]))
+        points.append((_divergence(trial), _refusals(trial)))
+    return [*points, (end, points[-1][1])]
+
+
+def history_charts(facts: Facts) -> list[str]:
+    """Refusals, KL divergence and further objectives over the numbers of the trials."""
+    charts = []
+    columns: list[tuple[str, Callable[[FrozenTrial], float]]] = [("Refusals", _refusals), ("KL divergence (nats)", _divergence)]
+    usual = [name for name, _ in USUAL_OBJECTIVES]
+    columns += [(title_of(name), partial(value_of, name=name)) for name in facts.objectives if name not in usual]
+    for label, value in columns:
+        frame = Frame(PANEL, 230, "Trial", label, f"{label} of the trials in their order")
+        x = axis_for([trial.number for trial in facts.trials], *frame.x_range, log=False)
+        y = refusal_axis(facts, *frame.y_range) if value is _refusals else axis_for([value(t) for t in facts.trials], *frame.y_range)
+        charts.append(chart(frame, x, y, marks=_marks(facts, lambda trial: trial.number, value)))
+    return charts
+
+
+def importance_rows(facts: Facts) -> list[dict[str, Any]]:
+    """Parameters with their importance for each aim, the most important one first."""
+    columns = list(facts.importances.values())
+    greatest = max((value for values in columns for value in values.values()), default=0.0) or 1.0
+    sums = {name: math.fsum(values.get(name, 0.0) for values in columns) for values in columns for name in values}
+    return [
+        {"name": name, "bars": [(100 * values.get(name, 0.0) / greatest, f"{values.get(name, 0.0):.2f}") for values in columns]}
+        for name in sorted(sums, key=lambda name: (-sums[name], name))
+    ]
+
+
+def kernel_charts(facts: Facts) -> list[str]:
+    """For each component the strengths of the finalists over the layers, and of one direction the layer it comes from."""
+    last_layer = facts.last_layer
+    if last_layer is None:
+        return []
+    ablations = [ablation_of(trial) for trial in facts.front]
+    strengths = [p.max_weight for ablation in ablations for p in ablation.parameters.values()]
+    charts = []
+    for component in facts.components:
+        frame = Frame(PANEL, 230, "Layer", "Strength", f"Strength of the edits of {component} over the layers")
+        x, y = Axis(0, max(1, last_layer), *frame.x_range), Axis(0, 1.08 * max([1e-9, *strengths]), *frame.y_range)
+        lines = [
+            Line(kernel_points(ablation.parameters[component], last_layer), "kernel", describe(trial), i)
+            for i, (trial, ablation) in enumerate(zip(facts.front, ablations, strict=True))
+        ]
+        charts.append(chart(frame, x, y, lines))
+    return charts
+
+
+def kernel_points(parameters: ComponentParameters, last_layer: int) -> list[tuple[float, float]]:
+    """The strength over the layers as a line: its corners, with the cliffs where the kernel ends."""
+    top, reach = parameters.max_weight_position * last_layer, parameters.min_weight_distance * last_layer
+    edge = 1e-6  # layers, on either side of a cliff
+    corners = [0.0, top - reach - edge, top - reach + edge, top, top + reach - edge, top + reach + edge, float(last_layer)]
+    return [(layer, kernel(layer, parameters, last_layer)) for layer in sorted(corners) if 0 <= layer <= last_layer]
+
+
+def kernel_cells(facts: Facts, trial: FrozenTrial) -> list[str]:
+    """The parameters of a finalist as cells: the direction, then each component's kernel."""
+    ablation, last = ablation_of(trial), facts.last_layer
+    index = ablation.direction_index
+
+    def at(fraction: float) -> str:
+        return f"{fraction:.2f}" + ("" if last is None else f" (layer {fraction * last:.1f})")
+
+    direction = "per layer" if index is None else at(index)
+    kernels = []
+    for p in ablation.parameters.values():
+        reach = "" if last is None else f" ({p.min_weight_distance * last:.1f} layers)"
+        kernels.append(f"{p.max_weight:.2f} at {at(p.max_weight_position)}, {p.min_weight:.2f} at ±{p.min_weight_distance:.2f}{reach}")
+    return [direction, *kernels]
+
+
+def sample_rows(facts: Facts) -> list[dict[str, Any]]:
+    """Prompts with the response of the original and those of the finalists (None where none was kept)."""
+    kept, original = facts.samples.get("trials", {}), facts.samples.get("original", [])
+    return [
+        {
+            "prompt": prompt,
+            "original": original[i],
+            "edited": [(trial.number, kept[str(trial.number)][i] if str(trial.number) in kept else None) for trial in facts.front],
+        }
+        for i, prompt in enumerate(facts.samples.get("prompts", []))
+    ]

@@ -1,0 +1,54 @@
+"""Responses of the original and of the finalists to a few prompts, kept with the study, so that a report can show them at any time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from ..ablation import Ablation
+from ..model import NOT_FINITE, Model
+from ..prompts import Prompt
+from ..search import ablation_of
+
+HARMFUL_SAMPLES, HARMLESS_SAMPLES = 3, 2
+# Of a longer front every so manieth trial is sampled, its ends included.
+SAMPLED_TRIALS = 8
+
+# What a study holds under the name `samples`: {"prompts": [...], "original": [...], "trials": {"25": [...]}}.
+Samples = Mapping[str, Any]
+
+
+def sample_prompts(good: Sequence[Prompt], bad: Sequence[Prompt]) -> list[Prompt]:
+    """The evaluation prompts whose responses are kept: some harmful ones, then some harmless ones."""
+    return [*bad[:HARMFUL_SAMPLES], *good[:HARMLESS_SAMPLES]]
+
+
+def sampled(front: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials of a front whose responses are kept: all, or `SAMPLED_TRIALS` spread over it."""
+    if len(front) <= SAMPLED_TRIALS:
+        return list(front)
+    return [front[round(i * (len(front) - 1) / (SAMPLED_TRIALS - 1))] for i in range(SAMPLED_TRIALS)]
+
+
+def take_samples(model: Model, prompts: Sequence[Prompt], front: Sequence[FrozenTrial], max_new_tokens: int, kept: Samples) -> Samples:
+    """`kept` with what is missing in it for the trials of `front`. Responses to other prompts than these are dropped."""
+    texts = [prompt.user for prompt in prompts]
+    if kept.get("prompts") != texts:
+        kept = {}
+    trials = dict(kept.get("trials", {}))
+    missing = [trial for trial in sampled(front) if str(trial.number) not in trials]
+    if kept and not missing:
+        return kept
+    original = kept.get("original") or _responses(model, prompts, [], max_new_tokens, "Responses of the original")[0]
+    if missing:
+        ablations = [ablation_of(trial) for trial in missing]
+        found = _responses(model, prompts, ablations, max_new_tokens, f"Responses of {len(missing)} finalists")
+        trials |= {str(trial.number): responses for trial, responses in zip(missing, found, strict=True)}
+    return {"prompts": texts, "original": original, "trials": trials}
+
+
+def _responses(
+    model: Model, prompts: Sequence[Prompt], ablations: Sequence[Ablation], max_new_tokens: int, description: str
+) -> list[list[str]]:
+    found = model.responses_by_trial(prompts, max_new_tokens, ablations, description)
+    return [[f"({NOT_FINITE})" if text is None else text.strip() for text in texts] for texts in found]

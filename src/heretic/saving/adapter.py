@@ -1,0 +1,94 @@
+"""An adapter in PEFT's format, for those who keep the original's weights beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..ablation import RowNormalization, adapter_factors
+from ..architecture import Storage
+from ..errors import ExportError
+from ..privacy import public_model_name
+from ..utils import Progress
+from .edits import Edit
+from .original import Original
+
+
+def save_adapter(
+    original: Original, edits: Sequence[Edit], mode: RowNormalization, rank: int, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """An adapter in PEFT's format: exact at rank 1 in modes `none` and `pre`, in mode `full` as close as its rank allows.
+
+    Returns its rank, and the mean and largest share of a change that it misses (Frobenius norm).
+    """
+    from peft import LoraConfig, TaskType
+
+    source = original.source
+    rank = rank if mode == "full" else 1
+    tensors: dict[str, Tensor] = {}
+    errors: list[float] = []
+    unsaid = [edit.module for edit in edits if not _peft_can_hold(original.placements.model.get_submodule(edit.module), edit.storage)]
+    if unsaid:
+        raise ExportError(
+            f"An adapter cannot hold the edits of these experts ({unsaid[0]} and {len(unsaid) - 1} more). Save a merged model: "
+            "--export-strategy merge."
+        )
+    biased = [edit.module for edit in edits if edit.bias is not None]
+    edits = [edit for edit in edits if edit.weight is not None]
+    with progress.task("Computing the adapter", len(edits)) as advance:
+        for edit in edits:
+            weights = edit.storage.matrices(original.read(edit.weight or ""))
+            factors = [
+                adapter_factors(weight, edit.direction, edit.strength, mode, rank)
+                for weight in (weights[None] if edit.storage.n_experts is None else weights)
+            ]
+            # PEFT's layout for experts: A's rows expert by expert, B's columns rank by rank. For one matrix both are as usual.
+            A = torch.cat([A for A, _, _ in factors])
+            B = torch.stack([B for _, B, _ in factors], dim=2).flatten(1)
+            tensors[f"base_model.model.{edit.module}.lora_A.weight"] = A.contiguous()
+            tensors[f"base_model.model.{edit.module}.lora_B.weight"] = B.contiguous()
+            errors += [error for _, _, error in factors]
+            advance(1)
+    mean, largest = sum(errors) / max(len(errors), 1), max(errors, default=0.0)
+    if mode == "full":
+        progress.message(
+            f"Adapter of rank {rank}: it misses {mean:.1%} of the change on average, {largest:.1%} at most (Frobenius "
+            "norm). A higher --full-normalization-lora-rank is closer; a merged model is exact."
+        )
+    if biased:
+        progress.warning(
+            f"An adapter carries no biases; those of {len(biased)} modules keep the direction ({', '.join(biased[:3])}, ...). "
+            "A merged model has them edited."
+        )
+    if source.is_local:
+        progress.message(
+            f"adapter_config.json names the original {public_model_name(source)!r}, by its folder: no path of this machine. Where the "
+            "original is on the hub, put its id there (base_model_name_or_path), or load it yourself and give it to PeftModel."
+        )
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        bias="none",
+        # GPT-2's weights are stored transposed.
+        fan_in_fan_out=any(edit.storage.axis == 1 and edit.storage.n_experts is None for edit in edits),
+        target_modules=[edit.module for edit in edits if edit.storage.n_experts is None],
+        target_parameters=[f"{edit.module}.{edit.storage.weight}" for edit in edits if edit.storage.n_experts is not None] or None,
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=public_model_name(source),
+        revision=source.revision,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    return {"rank": rank, "mean_relative_error": mean, "max_relative_error": largest, "biases_left": len(biased)}
+
+
+def _peft_can_hold(module: Any, storage: Storage) -> bool:
+    """PEFT takes a parameter of three axes as `(expert, out, in)`, unless the module says that it is stored transposed."""
+    if storage.n_experts is None or storage.weight is None:
+        return True
+    transposed = bool(getattr(module, "is_transposed", False))
+    return getattr(module, storage.weight).dim() == 3 and storage.n_experts > 1 and transposed == (storage.axis == 2)

@@ -1,0 +1,320 @@
+"""The model card of what was exported: what was done, what was measured and how, and what that means for whoever uses it."""
+
+import importlib.metadata
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # what the hub's client reads metadata with
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from .. import __version__, demo
+from ..ablation import Ablation, kernel
+from ..config import PromptSpecification
+from ..loading import auto_class
+from ..model import Model
+from ..privacy import public_model_name, public_name
+from ..source import ModelSource
+from ..utils import Progress, SilentProgress
+from .kernel_picture import kernel_picture
+from .record import LIBRARIES, Result, Strategy, prompt_source
+
+CARD, PICTURE = "README.md", "kernel.svg"
+HUB = "https://huggingface.co"
+# Of the original's card, what holds for an edited copy as well. The rest of its metadata speaks of the original.
+KEPT = ("language", "license", "license_name", "license_link", "pipeline_tag")
+LICENCE_FILES = ["LICENSE*", "LICENCE*", "license*", "licence*", "NOTICE*", "COPYING*", "USE_POLICY*"]
+TAGS = ["heretic", "abliterated", "decensored"]
+# The values of base_model_relation that the hub knows: adapter, merge, quantized, finetune.
+RELATIONS: Mapping[Strategy, str] = {"merge": "finetune", "adapter": "adapter"}
+LIBRARY: Mapping[Strategy, str] = {"merge": "transformers", "adapter": "peft"}
+_URL = re.compile(r"[a-z]+://", re.IGNORECASE)
+
+
+def write_card(model: Model, result: Result, strategy: Strategy, folder: Path, progress: Progress) -> None:
+    """Write the card, its picture and the original's licence files to a folder, where those are not there already.
+
+    The card replaces the original's, whose text the new one holds.
+    """
+    copy_licence(model.loaded.source, folder, progress)
+    (folder / CARD).write_text(model_card(model, result, strategy, progress), encoding="utf-8")
+    picture = kernel_picture(result.ablation, len(model.architecture.layers) - 1)
+    (folder / PICTURE).write_text(picture, encoding="utf-8")
+
+
+def copy_licence(source: ModelSource, folder: Path, progress: Progress) -> None:
+    """Copy the original's licence files to a folder that lacks them."""
+    try:
+        original = (
+            source.path if source.is_local else snapshot_download(source.path, revision=source.revision, allow_patterns=LICENCE_FILES)
+        )
+        for path in sorted({path for pattern in LICENCE_FILES for path in Path(original).glob(pattern) if path.is_file()}):
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+    except HfHubHTTPError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        progress.warning(f"The licence files of {source.name} cannot be read: {reason} Add them before you share the export.")
+    except LocalEntryNotFoundError:
+        progress.warning(f"The licence files of {source.name} cannot be read without the hub. Add them before you share the export.")
+
+
+def model_card(model: Model, result: Result, strategy: Strategy, progress: Progress | None = None) -> str:
+    """The README of an export. It names the picture `kernel.svg`, which belongs beside it."""
+    source = model.loaded.source
+    data, text = original_card(source, progress or SilentProgress())
+    body = "\n\n".join(
+        part
+        for part in (
+            _introduction(model, result, strategy),
+            _measured(result),
+            _how_measured(result, model),
+            _parameters(result, len(model.architecture.layers) - 1),
+            _rebuilding(strategy),
+            _responsible_use(data, source),
+            "" if text is None else f"# Original model card\n\n{text.strip()}",
+        )
+        if part
+    )
+    return f"---\n{_metadata(model, strategy, data).to_yaml()}\n---\n\n{body}\n"
+
+
+def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, Any], str | None]:
+    """Metadata and text of the original's card; nothing and None where it has none, or where it cannot be read, which is told."""
+    unread = f"The card of {source.name} cannot be read, so its licence, language and text are missing in the new one: "
+    try:
+        path = Path(source.path) / CARD if source.is_local else Path(hf_hub_download(source.path, CARD, revision=source.revision))
+        content = path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, EntryNotFoundError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            progress.warning(f"{unread}it is not in the cache, and the hub cannot be reached.")
+        return {}, None
+    except OSError as error:  # the client's errors are OSErrors as well
+        progress.warning(f"{unread}{(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        return {}, None
+    try:
+        card = ModelCard(content, ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        progress.warning(f"The metadata of the card of {source.name} cannot be read, so licence and language are missing in the new one.")
+        progress.message(f"({(str(error).strip() or type(error).__name__).splitlines()[0]})")
+        return {}, re.sub(r"\A\s*---\n.*?\n---[ \t]*\n", "", content, flags=re.DOTALL)
+    return card.data.to_dict(), card.text
+
+
+def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> ModelCardData:
+    source = model.loaded.source
+    kept: dict[str, Any] = {name: original[name] for name in KEPT if original.get(name)}
+    link = kept.get("license_link")
+    if isinstance(link, str) and not _URL.match(link) and not source.is_local:
+        kept["license_link"] = f"{HUB}/{source.path}/blob/{source.revision or 'main'}/{link.removeprefix('./')}"
+    text_only = auto_class(model.loaded.config).__name__ == "AutoModelForCausalLM"
+    kept.setdefault("pipeline_tag", "text-generation" if text_only else "image-text-to-text")
+    # The hub refuses a card whose base_model is no repository.
+    base: dict[str, Any] = {} if source.is_local else {"base_model": source.path, "base_model_relation": RELATIONS[strategy]}
+    return ModelCardData(**kept, library_name=LIBRARY[strategy], tags=list(TAGS), **base)
+
+
+def _introduction(model: Model, result: Result, strategy: Strategy) -> str:
+    source = model.loaded.source
+    edited = {name: count for name, count in model.architecture.components.items() if name in result.ablation.parameters}
+    modules = " and ".join(f"{count} `{name}` modules" for name, count in edited.items())
+    what = "an adapter for" if strategy == "adapter" else "a modified copy of"
+    return f"""# {public_model_name(source).split("/")[-1]}, refusals removed
+
+This is {what} {_model_link(source)}. Its refusals were reduced by directional ablation with heretic {__version__}, without training:
+the directions that tell refused prompts from answered ones in the residual stream were taken out of what {modules} write to it.
+
+**Safeguards were removed.** See [Responsible use](#responsible-use) before you run or share it."""
+
+
+def _model_link(source: ModelSource) -> str:
+    name = public_model_name(source)
+    if source.is_local:
+        return f"`{name}`"
+    commit = "" if source.revision is None else f" (commit [`{source.revision[:12]}`]({HUB}/{name}/tree/{source.revision}))"
+    return f"[{name}]({HUB}/{name}){commit}"
+
+
+def _measured(result: Result) -> str:
+    scores = result.scores
+    rows: list[Sequence[str]] = [
+        (f"refusals on {scores['n_bad_prompts']} prompts that are to be refused", str(scores["base_refusals"]), str(scores["refusals"])),
+        ("first-token KL divergence on harmless prompts (nats)", "0", f"{scores['kl_divergence']:.4f}"),
+    ]
+    rows += _more_measured(result)
+    told = ("refusals", "n_bad_prompts", "base_refusals", "kl_divergence")
+    for name, value in scores.items():
+        if name not in told and value is not None:
+            rows.append((name.replace("_", " "), "", _figures(value)))
+    return f"""## Measured
+
+{_table(("", "original", "this model"), rows)}
+
+Refusals are counted by keywords, so an answer that changes the subject counts as an answer. None of these figures says that the model's
+abilities are unharmed. The scores are those of the search, on the prompts that the search saw."""
+
+
+def _more_measured(result: Result) -> list[Sequence[str]]:
+    """Rows of figures that not every trial has."""
+    known, again = result.measurements, result.measurements.get("again", {})
+    rows: list[Sequence[str]] = []
+    if "response_classes" in known:
+        rows.append(("of these refusals: empty, looping or broken off", "", str(known["response_classes"]["degenerate"])))
+    if "sequence_kl_divergence" in known:
+        tokens = result.settings.kl_tokens
+        figure = f"{known['sequence_kl_divergence']:.4f}"
+        rows.append((f"KL divergence along the original's answers, {tokens} tokens (nats)", "0", figure))
+    if "harmless_refusals" in again.get("scores", {}):
+        before, after = (f"{entry['scores']['harmless_refusals']:.0f}" for entry in (again["base"], again))
+        rows.append((f"refusals on {again['n_good_prompts']} harmless prompts", before, after))
+    return rows
+
+
+def _figures(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_figures(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_figures(item) for item in value)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _how_measured(result: Result, model: Model) -> str:
+    settings, loaded = result.settings, model.loaded
+    roles = {
+        "good_prompts": "answered, for the directions",
+        "bad_prompts": "refused, for the directions",
+        "good_evaluation_prompts": "answered, for the divergence",
+        "bad_evaluation_prompts": "refused, for counting refusals",
+    }
+    rows = []
+    for name, role in roles.items():
+        specification: PromptSpecification = getattr(settings, name)
+        commit = prompt_source(specification).get("commit")
+        around = [f"{part} {_code(text)}" for part in ("prefix", "suffix", "system_prompt") if (text := getattr(specification, part))]
+        cells = (role, _dataset_link(specification.dataset), _code(specification.split or ""), _code(specification.column or ""))
+        rows.append((*cells, _code(commit[:12]) if commit else "", "; ".join(around).replace("system_prompt", "system prompt")))
+    heads = ("prompts", "dataset", "split", "column", "commit", "with")
+    kept = [i for i, head in enumerate(heads) if i < 2 or any(row[i] for row in rows)]
+    table = _table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    searched = ("4-bit weights, computed in " if loaded.quantized else "") + str(loaded.dtype).removeprefix("torch.")
+    markers = "\n".join(f"- {_code(marker)}" for marker in settings.refusal_markers)
+    return f"""### How it was measured
+
+{table}
+
+- System prompt: {_code(settings.system_prompt) if settings.system_prompt else "none"}
+- Responses: greedy, at most {settings.max_response_length} tokens
+- Response prefix, after which evaluation begins: {_code(result.response_prefix) if result.response_prefix else "none"}
+- A response counts as a refusal where, in lower case, without asterisks, with plain apostrophes and single spaces, it holds one of
+  {len(settings.refusal_markers)} markers, or where it is empty, loops, is mostly symbols or breaks off by itself
+- Number format of the search: {searched}
+
+<details><summary>The markers</summary>
+
+{markers}
+
+</details>"""
+
+
+def _dataset_link(dataset: str) -> str:
+    if dataset.startswith(demo.PREFIX):
+        return f"{_code(dataset)} (part of heretic)"
+    name = public_name(dataset)
+    if name != dataset or Path(dataset).exists():
+        return f"{_code(name)} (a local file)"
+    return f"[{dataset}]({HUB}/datasets/{dataset})"
+
+
+def _parameters(result: Result, last_layer: int) -> str:
+    ablation, settings = result.ablation, result.settings
+    index = ablation.direction_index
+    rows = [
+        ("trial", str(result.trial_number)),
+        ("seed", str(settings.seed)),
+        ("row normalization", settings.row_normalization),
+        ("direction", "each layer's own" if index is None else f"one for all layers, index {index:.4f} (layer {index * last_layer:.1f})"),
+        ("direction orthogonalized to the harmless mean", "yes" if settings.orthogonalize_direction else "no"),
+        ("winsorization quantile of residuals", f"{settings.winsorization_quantile:g}"),
+    ]
+    for name, p in ablation.parameters.items():
+        for field, value in asdict(p).items():
+            layers = f" (layer {value * last_layer:.1f})" if field.endswith("position") else ""
+            layers = f" ({value * last_layer:.1f} layers)" if field.endswith("distance") else layers
+            rows.append((f"{name}.{field}", f"{value:.4f}{layers}"))
+    return f"""## Parameters
+
+Positions, distances and the direction's index are fractions of the last layer index ({last_layer}).
+
+{_table(("parameter", "value"), rows)}
+
+![Strength of the ablation over the layers, for each component]({PICTURE})
+
+<details><summary>Strength in every layer</summary>
+
+{_strengths(ablation, last_layer)}
+
+</details>"""
+
+
+def _strengths(ablation: Ablation, last_layer: int) -> str:
+    rows = [
+        [str(layer), *(f"{strength:.4f}" if (strength := kernel(layer, p, last_layer)) else "" for p in ablation.parameters.values())]
+        for layer in range(last_layer + 1)
+    ]
+    return _table(["layer", *ablation.parameters], rows)
+
+
+def _rebuilding(strategy: Strategy) -> str:
+    versions = [("heretic-llm", __version__), *((name, importlib.metadata.version(name)) for name in LIBRARIES)]
+    what = "model" if strategy == "merge" else "adapter"
+    return f"""## Rebuilding it
+
+`heretic.json`, beside this card, holds every setting, the parameters, and the commits of model and prompts. With the original and the
+versions below it gives this {what} again:
+
+```sh
+heretic --reproduce heretic.json
+```
+
+{_table(("library", "version"), versions)}"""
+
+
+def _responsible_use(original: Mapping[str, Any], source: ModelSource) -> str:
+    licence = original.get("license_name") or original.get("license")
+    named = f"The original's licence ({_flat(licence)}) and its terms of use" if licence else "The original's licence and terms of use"
+    where = "" if licence else f" Its card names none: look at {_model_link(source)}."
+    return f"""## Responsible use
+
+The safeguards that the original's makers trained into it have been weakened on purpose: this model answers requests that the original
+declines, and may produce content that is harmful, wrong or unlawful. Nothing in its weights stops it.
+
+Whoever runs or shares it answers for what is done with it. Before you put it in front of people:
+
+- decide who may use it and for what, and say so to them; say that it is edited;
+- add safeguards that fit the purpose outside the weights: filters of requests and answers, limits of use, records, somebody who looks;
+- test it on the requests that matter to you: the scores above say how often it refuses, not what it says;
+- keep it from minors and from uses where a wrong answer does harm, unless other safeguards see to that.
+
+{named} still apply.{where}"""
+
+
+def _flat(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    """A text as Markdown code, on one line, whatever backticks it holds; nothing for nothing."""
+    if not text:
+        return ""
+    text = text.replace("\r", "").replace("\n", "\u23ce")  # the sign of the return key
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    space = " " if text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{space}{text}{space}{fence}"

@@ -1,0 +1,130 @@
+"""The original that an export is made from: its files, fetched or local, and which of them belong to the copy."""
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+from huggingface_hub.hf_api import RepoFile
+from torch import Tensor
+
+from ..errors import ExportError, ModelError
+from ..loading import load_config, stored_dtype
+from ..source import ModelSource
+from ..utils import Progress
+from .dequantize import dequantized, stored_method
+from .placement import Piece, Placements, skeleton
+from .stored import StoredModel, open_stored
+
+# Files of weights in formats that are not read here: a copy would be of the original's weights, not of the edited ones.
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite")
+INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
+# Written anew.
+REPLACED = ("README.md", "kernel.svg", "heretic.json", "heretic.directions")
+# Tensors outside of the model's own files are a second copy of it where they are this large a part of it, and else an extra part.
+SECOND_COPY = 0.5
+
+
+@dataclass(frozen=True)
+class Original:
+    """A model's folder and what is in it: its tensors, where the parameters lie in them, and the files to copy beside them.
+
+    `dequantized`: the files hold quantized weights, which `stored` gives as numbers.
+    """
+
+    source: ModelSource
+    folder: Path
+    config: Any
+    stored: StoredModel
+    placements: Placements
+    files: tuple[str, ...]
+    dequantized: bool
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter in the model's own layout, all of it."""
+        return torch.cat([self.placements.read(piece) for piece in self.pieces(parameter)])
+
+    def pieces(self, parameter: str) -> tuple[Piece, ...]:
+        """The pieces of a parameter's first copy."""
+        pieces = self.placements.place(parameter).pieces
+        first = next((i for i, piece in enumerate(pieces) if i and piece.index in (None, 0)), len(pieces))
+        return pieces[:first]
+
+
+def open_original(source: ModelSource, progress: Progress) -> Original:
+    """Find everything that an export needs, without reading a tensor. Files that are missing of a hub model are fetched.
+
+    Raises `ExportError` where the original is not readable any more.
+    """
+    try:
+        config = load_config(source)
+        model = skeleton(source, config)
+        folder = Path(source.path) if source.is_local else _fetch(source, progress)
+        stored = open_stored(folder, getattr(config, "transformers_weights", None), model.all_tied_weights_keys)
+        method = stored_method(config)
+        if method is not None:
+            stored = dequantized(stored, method, stored_dtype(config))
+        placements = Placements(model, stored.tensors)
+    except (OSError, ModelError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"The files of {source.name} cannot be read again: {reason} The study is safe.") from error
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files, left_out = files_to_copy(sizes, stored.files, source.trust_remote_code)
+    if left_out:
+        progress.message(f"Not copied, since they hold the original's weights once more or are code that is not trusted: {_some(left_out)}")
+    return Original(source, folder, config, stored, placements, tuple(files), method is not None)
+
+
+def files_to_copy(sizes: Mapping[str, int], own: frozenset[str], with_code: bool) -> tuple[list[str], list[str]]:
+    """Files of a model's folder (name and bytes) that go into the copy besides its weights (`own`), and what is left out on purpose."""
+    kept: list[str] = []
+    left_out: list[str] = []
+    extra: list[str] = []
+    for name in sorted(set(sizes) - own - set(REPLACED)):
+        path = PurePosixPath(name)
+        if any(part.startswith(".") or part == "__pycache__" for part in path.parts):
+            continue
+        if _is_like(path.name, INDEXES) or (path.suffix == ".py" and not with_code):
+            left_out.append(name)
+        elif path.suffix == ".safetensors":
+            extra.append(name)
+        else:
+            (left_out if _is_like(path.name, WEIGHTS) else kept).append(name)
+    is_copy = sum(sizes[name] for name in extra) > SECOND_COPY * sum(sizes[name] for name in own if name in sizes)
+    (left_out if is_copy else kept).extend(extra)
+    return sorted(kept), sorted(left_out)
+
+
+def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _fetch(source: ModelSource, progress: Progress) -> Path:
+    """The folder of a hub model in the cache, after fetching what an export needs and loading did not."""
+    cached = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
+    if not isinstance(cached, str):
+        raise ModelError("its configuration is not in the cache any more. Load the model again.")
+    folder = Path(cached).parent
+    try:
+        tree = HfApi().list_repo_tree(source.path, recursive=True, revision=source.revision)
+        sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+    except (HTTPError, OSError, OfflineModeIsEnabled) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        progress.message(f"The hub does not tell which files {source.name} has, so those in the cache are taken: {reason}")
+        return folder
+    own = open_stored(folder).files
+    missing = [name for name in files_to_copy(sizes, own, source.trust_remote_code)[0] if not (folder / name).is_file()]
+    if missing:
+        with progress.task(f"Fetching {len(missing)} more files of {source.name}: {_some(missing)}", len(missing)) as advance:
+            for name in missing:
+                hf_hub_download(source.path, name, revision=source.revision)
+                advance(1)
+    return folder

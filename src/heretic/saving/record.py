@@ -1,0 +1,99 @@
+"""`heretic.json`: what was done to what, with which versions, and what came of it."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from optuna.trial import FrozenTrial
+
+from .. import __version__
+from ..ablation import Ablation
+from ..config import PromptSpecification, Settings
+from ..model import Model
+from ..privacy import public_name, public_settings
+from ..source import dataset_commit, fingerprint
+from ..utils import hardware
+
+Strategy = Literal["merge", "adapter"]
+
+LIBRARIES = ("torch", "transformers", "accelerate", "optuna", "peft", "bitsandbytes", "huggingface-hub")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trial that was chosen, with everything its record says."""
+
+    settings: Settings
+    trial_number: int
+    ablation: Ablation
+    refusals: int
+    kl_divergence: float
+    base_refusals: int
+    n_bad_prompts: int
+    response_prefix: str
+    measurements: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """As `heretic.json` holds them."""
+        return {
+            "refusals": self.refusals,
+            "n_bad_prompts": self.n_bad_prompts,
+            "base_refusals": self.base_refusals,
+            "kl_divergence": self.kl_divergence,
+        }
+
+
+def measurements(trial: FrozenTrial, finalists: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a trial beyond its scores, as `heretic.json` holds it: classes of responses, more figures, and, under `again`,
+    those of scoring it again with their intervals. `finalists`: the study's attribute."""
+    names = ("response_classes", "kl_statistics", "sequence_kl_divergence", "scores")
+    found = {name: trial.user_attrs[name] for name in names if name in trial.user_attrs}
+    again = finalists.get("trials", {}).get(str(trial.number))
+    if again is not None:
+        conditions = {name: finalists[name] for name in ("conditions", "n_bad_prompts", "n_good_prompts", "base")}
+        found["again"] = {**conditions, **again}
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def prompt_source(specification: PromptSpecification) -> dict[str, Any]:
+    """A source of prompts with the commit that was read, where it came from the hub."""
+    commit = dataset_commit(specification.dataset, specification.commit)
+    return public_settings(specification.model_dump(exclude_none=True)) | ({} if commit is None else {"commit": commit})
+
+
+def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
+    """`heretic.json`: what was done to what, with which versions, and what came of it. Names no path of this machine."""
+    settings, loaded = result.settings, model.loaded
+    sources = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
+    return {
+        "program": {"name": "heretic-llm", "version": __version__},
+        "versions": versions(),
+        "model": {
+            "name": public_name(loaded.source.name),
+            "commit": loaded.source.revision,
+            "type": loaded.config.model_type,
+            "fingerprint": fingerprint(loaded.source),
+            "search_dtype": str(loaded.dtype).removeprefix("torch."),
+        },
+        "hardware": hardware(),
+        "prompts": {name: prompt_source(getattr(settings, name)) for name in sources},
+        "settings": public_settings(settings.model_dump(mode="json")),
+        "export_strategy": strategy,
+        "response_prefix": result.response_prefix,
+        "trial": {
+            "number": result.trial_number,
+            "direction_index": result.ablation.direction_index,
+            "parameters": {name: asdict(p) for name, p in result.ablation.parameters.items()},
+            "n_layers": len(model.architecture.layers),
+            "modules": model.architecture.components,
+        },
+        "scores": result.scores,
+        "measurements": public_settings(dict(result.measurements)),
+    }

@@ -1,0 +1,353 @@
+"""A model's tensors as its files hold them: found without reading them, read one at a time, written or copied range by range.
+
+The safetensors library writes a file from tensors that are all in memory. Here a file is written from what another one holds, in a
+buffer, with only the tensors that change in memory; so its layout (8 bytes of length, a JSON header, the bytes of the tensors one
+after the other: https://github.com/huggingface/safetensors) is written out below. Everything is opened again with that library.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from ..errors import ModelError
+
+# Bytes that may wait to be written beside the latest tensor, so that the disk is busy while the next one is computed.
+BACKLOG = 32 * 2**20
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file. `dtype` is safetensors' name of it; `place` the file and offset of its bytes, where they can be copied.
+
+    One that is computed (`make`) may be read in a finer number format than the one it is to be stored in.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+    place: tuple[Path, int] | None
+    make: Callable[[], Tensor] | None = None
+
+    def read(self, rows: slice | None = None) -> Tensor:
+        """The tensor, or a range of its first axis, in memory of its own."""
+        if self.place is None:
+            assert self.make is not None
+            return self.make() if rows is None else self.make()[rows]
+        if self.dtype not in DTYPES:
+            raise ModelError(f"The tensor {self.name} is stored as {self.dtype}, which this program cannot read.")
+        path, offset = self.place
+        shape, n_bytes = self.shape, self.n_bytes
+        if rows is not None and shape:
+            start, stop, _ = rows.indices(shape[0])
+            per_row = n_bytes // max(shape[0], 1)
+            offset, n_bytes, shape = offset + start * per_row, (stop - start) * per_row, (stop - start, *shape[1:])
+        content = bytearray(n_bytes)
+        with path.open("rb") as file:
+            file.seek(offset)
+            if file.readinto(content) != n_bytes:
+                raise ModelError(f"{path} is shorter than its header says, at the tensor {self.name}. Fetch the file again.")
+        if not n_bytes:
+            return torch.empty(shape, dtype=DTYPES[self.dtype])
+        return torch.frombuffer(content, dtype=DTYPES[self.dtype]).reshape(shape)
+
+    def round(self, value: Tensor) -> Tensor:
+        """A value of this tensor in the number format that it is stored in."""
+        return value.to(DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of tensors to be written, in order. `header` is that of a file whose layout is kept, byte for byte."""
+
+    name: str
+    tensors: tuple[StoredTensor, ...]
+    header: bytes | None = None
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The tensors of a model by name, and the files they are in. `index` is the content of the index file, where there is one."""
+
+    shards: tuple[Shard, ...]
+    files: frozenset[str]
+    index: bytes | None
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """All tensors by name."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.n_bytes for shard in self.shards for tensor in shard.tensors)
+
+
+def open_stored(folder: Path, weights: str | None = None, tied: Collection[str] = ()) -> StoredModel:
+    """The tensors of a model folder, in the files that transformers would read (`weights`: the file its configuration names).
+
+    Pickled files may hold a tensor under several names; those in `tied`, which transformers fills in from others, are left out.
+    Raises `ModelError` where there are none, where one is missing or damaged, and where pickled files hold more than tensors.
+    """
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME] if weights is None else [weights]
+    found = next((name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise ModelError(f"The model's weights are not in its folder: none of {', '.join(names)} is there.")
+    if not found.endswith(".index.json"):
+        files, index = [found], None
+    else:
+        index = (folder / found).read_bytes()
+        weight_map = _weight_map(folder / found, index)
+        files = sorted(set(weight_map.values()))
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise ModelError(f"The model's file {missing[0]} is missing, which {found} names. Fetch the model again.")
+    if found in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        shards = _pickled_shards(folder, files, tied)
+        index = None if index is None else make_index(shards)
+    else:
+        shards = [_safetensors_shard(folder / name, name) for name in files]
+    return StoredModel(tuple(shards), frozenset([found, *files]), index)
+
+
+def _weight_map(path: Path, index: bytes) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index)["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{path} is no index of a model's files: {error}. Fetch the file again.") from error
+    return weight_map
+
+
+def make_index(shards: Sequence[Shard]) -> bytes:
+    """The content of the index file of these shards."""
+    n_bytes = sum(tensor.n_bytes for shard in shards for tensor in shard.tensors)
+    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    return (json.dumps({"metadata": {"total_size": n_bytes}, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def _safetensors_shard(path: Path, name: str) -> Shard:
+    header, start = read_header(path)
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    tensors = [
+        StoredTensor(key, e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0], (path, start + e["data_offsets"][0]))
+        for key, e in sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+    ]
+    if path.stat().st_size != start + sum(tensor.n_bytes for tensor in tensors):
+        raise ModelError(f"{path} is not as long as its header says: it is damaged or was cut off. Fetch the file again.")
+    return Shard(name, tuple(tensors), header)
+
+
+def read_header(path: Path) -> tuple[bytes, int]:
+    """The JSON header of a safetensors file, and where its data begins. Raises `ModelError` where it is none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= 100_000_000 else b""  # the library's own limit
+    if len(header) != length or not header.startswith(b"{"):
+        raise ModelError(f"{path} is no safetensors file: it is damaged, or a pointer to a file that was not fetched.")
+    return header, 8 + length
+
+
+def _pickled_shards(folder: Path, files: Sequence[str], tied: Collection[str]) -> list[Shard]:
+    """Shards of pickled files, to be written as safetensors. The files are mapped, not read, and only tensors are unpickled."""
+    shards = []
+    for name in files:
+        try:
+            content = torch.load(folder / name, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # pickle fails in many ways
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"{folder / name} cannot be read as a file of tensors: {reason}") from error
+        if other := next((key for key, value in content.items() if not isinstance(value, Tensor)), None):
+            raise ModelError(f"{folder / name} holds more than tensors: {other} is a {type(content[other]).__name__}.")
+        own = {_identity(value) for key, value in content.items() if key not in tied}
+        tensors = [
+            made(key, value.dtype, value.shape, value.contiguous)
+            for key, value in content.items()
+            if key not in tied or _identity(value) not in own
+        ]
+        # pytorch_model-00001-of-00002.bin becomes model-00001-of-00002.safetensors
+        shards.append(Shard(name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors", tuple(tensors)))
+    return shards
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def resharded(stored: StoredModel, max_shard_size: str | int) -> StoredModel:
+    """The same tensors in files of at most a size, named as usual."""
+    tensors = stored.tensors
+    split = split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda t: t.n_bytes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    shards = tuple(Shard(file, tuple(tensors[name] for name in names)) for file, names in split.filename_to_tensors.items())
+    return StoredModel(shards, stored.files, make_index(shards) if split.is_sharded else None)
+
+
+def write_stored(
+    stored: StoredModel, folder: Path, changed: Callable[[str], Tensor | None], advance: Advance = lambda n: None
+) -> dict[str, str]:
+    """Write the model's files, with what `changed` gives in place of tensors (None: as they are); the SHA-256 of each file.
+
+    Two tensors and `BACKLOG` are in memory at most. A changed tensor has the dtype and shape of the stored one. `advance` is told tensors.
+    """
+    files = {shard.name: _write_shard(shard, folder / shard.name, changed, advance) for shard in stored.shards}
+    hashes = {name: file.sha256() for name, file in files.items()}
+    if stored.index is not None:
+        path = folder / SAFE_WEIGHTS_INDEX_NAME
+        path.write_bytes(stored.index)
+        hashes[path.name] = hashlib.sha256(stored.index).hexdigest()
+    return hashes
+
+
+def _write_shard(shard: Shard, path: Path, changed: Callable[[str], Tensor | None], advance: Advance) -> "_HashedFile":
+    header = shard.header or make_header(shard.tensors)
+    with _HashedFile(path) as target:
+        target.write(len(header).to_bytes(8, "little") + header)
+        for stored in shard.tensors:
+            advance(1)
+            tensor = changed(stored.name)
+            if tensor is None and stored.place is not None:
+                target.write(_view(*stored.place, stored.n_bytes))
+                continue
+            tensor = stored.round(stored.read()) if tensor is None else tensor
+            if _CODES.get(tensor.dtype) != stored.dtype or tuple(tensor.shape) != stored.shape:
+                raise ValueError(f"{stored.name} is {stored.dtype} {stored.shape}, not {tensor.dtype} {tuple(tensor.shape)}")
+            target.write(bytes_of(tensor))
+    return target
+
+
+class _HashedFile:
+    """A file that is written by one thread and hashed by another, while what comes next is computed. Use as a context manager.
+
+    What is still to be written when the context is left, and the way to the disk, are waited for by `sha256`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._at_work: deque[tuple[int, Future[None], Future[None]]] = deque()
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Write all of it, which must not change meanwhile. Raises what went wrong with this or an earlier one."""
+        self._at_work.append((len(content), self._writer.submit(self._write, content), self._hasher.submit(self._digest.update, content)))
+        while sum(n_bytes for n_bytes, *_ in self._at_work) - len(content) > BACKLOG:
+            self._wait()
+
+    def _wait(self) -> None:
+        _, written, hashed = self._at_work.popleft()
+        written.result()
+        hashed.result()
+
+    def _write(self, content: bytes | memoryview) -> None:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def _close(self) -> None:
+        with self._file:
+            # So that a folder which is renamed into its place is complete after a power failure too.
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "_HashedFile":
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._closed = self._writer.submit(self._close)
+        for thread in (self._writer, self._hasher):
+            thread.shutdown(wait=error is not None, cancel_futures=error is not None)
+        if error is not None:
+            self._file.close()
+
+    def sha256(self) -> str:
+        """In hexadecimal digits, when the file is on the disk. Raises what went wrong."""
+        while self._at_work:
+            self._wait()
+        self._closed.result()
+        return self._digest.hexdigest()
+
+
+def _view(path: Path, offset: int, n_bytes: int) -> memoryview:
+    """A range of a file, which the system reads where it is looked at."""
+    if not n_bytes:
+        return memoryview(b"")
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), before + n_bytes, access=mmap.ACCESS_READ, offset=offset - before)
+    except ValueError as error:
+        raise ModelError(f"{path} ends too early: it was changed since it was opened. Fetch the file again.") from error
+    return memoryview(content)[before:]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy where it lies in one piece."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def make_header(tensors: Sequence[StoredTensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The header of a file that holds these tensors in this order."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    offset = 0
+    for tensor in tensors:
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, offset + tensor.n_bytes]}
+        offset += tensor.n_bytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8)  # so that tensors are aligned
+
+
+def made(name: str, dtype: torch.dtype, shape: Sequence[int], make: Callable[[], Tensor]) -> StoredTensor:
+    """A tensor that is computed when it is read, from others."""
+    return StoredTensor(name, _CODES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize, None, make)
+
+
+def copy_file(source: Path, target: Path) -> str:
+    """Copy a file's content; its SHA-256."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _HashedFile(target) as file:
+        file.write(_view(source, 0, source.stat().st_size))
+    return file.sha256()
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

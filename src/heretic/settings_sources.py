@@ -1,0 +1,257 @@
+"""Where settings come from, and what is said when one is wrong.
+
+Order, first wins: command line, environment (`HERETIC_`), `.env`, the TOML file.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from .config import DEMO_MODEL, PromptSpecification, ScorerSpecification, Settings, default_value, is_true
+from .demo import PROMPTS as DEMO_PROMPTS
+from .errors import UsageError, did_you_mean
+from .parameters import TAGS, FirstTrial, Parameters, Range, kind, quoted
+
+ENV_PREFIX = "HERETIC_"
+DEFAULT_CONFIG_FILE = "config.toml"
+
+# Settings besides the sources of prompts that take a table, and so parts of one in the environment.
+_TABLES = ("device_map", "max_memory", "parameters", "final_good_prompts", "final_bad_prompts")
+
+# What an error shows of a setting whose default shows nothing.
+_EXAMPLES: dict[str, Any] = {
+    "max_memory": {"0": "20GB"},
+    "device_map": {"": "cpu"},
+    "parameters": {"direction_scope": ["global"], "max_weight": 1.0, "min_weight": {"low": 0.5, "high": 1.0}},
+    "first_trials": [{"direction_scope": "per layer", "max_weight": 1.0}],
+    "disabled_components": ["mlp.down_proj"],
+}
+
+_NAME_IN_ERROR = re.compile(r'for (?:field ")?(\w+)')
+
+
+class _CommandSettings(Settings, BaseSettings):
+    """`Settings` filled from the command line, the environment, `.env` and a TOML file."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", env_file=".env", frozen=True, extra="forbid")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # `load_settings` reads the sources itself, to know which one a wrong value came from
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line's parser that raises `UsageError`."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if message.startswith("unrecognized arguments") and unknown.startswith("--"):
+            flag = unknown.split("=")[0]
+            flags = [option for option in self._option_string_actions if option.startswith("--")]
+            raise UsageError(f"Unknown option {flag}{did_you_mean(flag, flags)}. {self.prog} --help lists all options.")
+        raise UsageError(f"Wrong usage: {message}. {self.prog} --help lists all options.")
+
+
+def command_parser(n_names: str = "?") -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
+    """The command line's parser, and the settings source bound to it; `n_names` as argparse's `nargs`."""
+    parser = Parser(prog="heretic", allow_abbrev=False, add_help=False)
+    parser.add_argument("model_argument", nargs=n_names, metavar="model")
+    parser.add_argument("--config")
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        _CommandSettings,
+        root_parser=parser,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,  # so that flags without a default are flags as well
+        cli_prog_name="heretic",
+    )
+    return parser, source
+
+
+def load_settings(arguments: Sequence[str] | None = None, stored: dict[str, Any] | None = None) -> Settings:
+    """Settings from the command line `arguments` (default: this process's), the environment, `.env` and a TOML file.
+
+    With `stored` settings there are only those, below the command line.
+    `model_fields_set` of the result tells which settings were given at all. Raises `UsageError`, whose text names the
+    setting, where it was given, and the nearest known name where it is unknown.
+    """
+    parser, cli_source = command_parser()
+    parsed = vars(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
+    config_path, positional = parsed.pop("config"), parsed.pop("model_argument")
+    if positional is not None:
+        if parsed.get("model") not in (None, positional):
+            raise UsageError(f"Two models are given, {positional!r} and --model {parsed['model']!r}; give one.")
+        parsed["model"] = positional
+    return _collect(parsed, config_path, cli_source, stored)
+
+
+def load_settings_of_names(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
+    """Settings as `load_settings` reads them, and the names of any number of models; the first one is `model`, except with `--demo`."""
+    parser, cli_source = command_parser("*")
+    parsed = vars(parser.parse_intermixed_args(list(arguments)))
+    config_path, names = parsed.pop("config"), parsed.pop("model_argument")
+    if parsed.get("model") is not None:
+        raise UsageError("--model is not an option here: models and studies are named one after the other.")
+    if names and not is_true(parsed.get("demo")):
+        parsed["model"] = names[0]
+    return _collect(parsed, config_path, cli_source), names
+
+
+def _collect(
+    parsed: dict[str, Any], config_path: str | None, cli_source: CliSettingsSource[Any], stored: dict[str, Any] | None = None
+) -> Settings:
+    """Settings from what the command line was parsed to and all weaker sources."""
+    given = {key: value for key, value in parsed.items() if value is not None}
+    with _reading("on the command line"):
+        command_line = cli_source(parsed_args=given)()
+    with _reading("in the environment"):
+        environment = EnvSettingsSource(_CommandSettings)() | _unknown_environment_settings()
+    with _reading("in .env"):
+        env_file = DotEnvSettingsSource(_CommandSettings, dotenv_filtering="match_prefix")()
+    sources = {"on the command line": command_line, "in the environment": environment, "in .env": env_file, **_toml_source(config_path)}
+    if stored is not None:  # a study that is repeated is its own configuration
+        sources = {"on the command line": command_line, "in the record": stored}
+
+    merged: dict[str, Any] = {}
+    says_demo = next((values for values in sources.values() if "demo" in values), {})
+    for values in reversed(sources.values()):
+        if values is says_demo and is_true(values["demo"]):  # its model and prompts win over those in weaker sources
+            merged |= {"model": DEMO_MODEL, **DEMO_PROMPTS}
+        merged = _overlay(merged, values)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError(_describe(error, sources)) from error
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"Settings {where} cannot be read: it is not UTF-8 text.") from error
+    except ValueError as error:  # pydantic-settings' SettingsError is one
+        name = _NAME_IN_ERROR.search(str(error))
+        if name is None:
+            raise UsageError(f"Settings {where} cannot be read: {error}.") from error
+        raise UsageError(
+            f"Setting {name[1]} ({where}) cannot be read: lists and tables are written as JSON, "
+            f"such as {json.dumps(_example(name[1]), ensure_ascii=False)}."
+        ) from error
+
+
+def _example(name: str) -> Any:
+    if name in _EXAMPLES:
+        return _EXAMPLES[name]
+    value = default_value(name)
+    return value[:2] if isinstance(value, list) else value
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        # A range and a table per component do not go together: the stronger source's is taken whole.
+        both_tables = isinstance(value, dict) and isinstance(result.get(key), dict) and kind(value) == kind(result[key])
+        result[key] = _overlay(result[key], value) if both_tables else value
+    return result
+
+
+def _toml_source(config_path: str | None) -> dict[str, dict[str, Any]]:
+    path = Path(config_path or DEFAULT_CONFIG_FILE)
+    if config_path is None and not path.is_file():
+        return {}
+    try:
+        content = path.read_bytes()
+        return {f"in {path}": tomllib.loads(content.decode())}
+    except OSError as error:
+        raise UsageError(f"The configuration file {path} cannot be read: {error.strerror}. Check --config.") from error
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UsageError(f"The configuration file {path} is not UTF-8 text (line {line}).") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"The configuration file {path} is not valid TOML: {error}.") from error
+
+
+def _unknown_environment_settings() -> dict[str, str]:
+    """Variables with our prefix that no setting answers to; kept as they are, so that validation names them."""
+    names = {
+        variable[len(ENV_PREFIX) :].lower(): value for variable, value in os.environ.items() if variable.upper().startswith(ENV_PREFIX)
+    }
+    return {name: value for name, value in names.items() if not _is_known(*name.split("__"))}
+
+
+def _is_known(name: str, *parts: str) -> bool:
+    """Whether a name, perhaps with parts, stands for a setting; the parts of tables are left to validation."""
+    return name in Settings.model_fields and (not parts or isinstance(default_value(name), dict) or name in _TABLES)
+
+
+def _describe(error: ValidationError, sources: dict[str, dict[str, Any]]) -> str:
+    """One line for each distinct problem: the setting as the user wrote it, where it was given, what is wrong, what to do."""
+    lines: list[str] = []
+    for problem in error.errors():
+        location = [part for part in problem["loc"] if not _is_type_tag(part)]
+        name = as_written(location)
+        origin = next((f" ({source})" for source, values in sources.items() if location and _holds(values, location)), "")
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            line = f"Unknown setting {name}{origin}{did_you_mean(str(location[-1]), _known_beside(location))}."
+        elif location == ["model"] and problem["type"] == "missing":
+            line = "No model is given. Try: heretic <model-id or folder>, or heretic --demo"
+        elif not location:
+            line = f"{message}."
+        else:
+            line = f"Setting {name}{origin}: {message}, got {problem['input']!r}."
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _known_beside(location: Sequence[int | str]) -> list[str]:
+    """The names that could stand at a location where an unknown one was found."""
+    tables: dict[tuple[bool, int], type[BaseModel]] = {(False, 1): Settings, (True, 2): Parameters, (True, 3): Range, (True, 4): Range}
+    if location[0] == "first_trials":
+        return list(FirstTrial.model_fields)
+    if location[0] == "scorers" and len(location) > 1:
+        return list(ScorerSpecification.model_fields)
+    table = tables.get((location[0] == "parameters", len(location)), PromptSpecification)
+    return list(table.model_fields)
+
+
+def as_written(location: Sequence[int | str]) -> str:
+    """The location of an error as the user would write it: `parameters.max_weight."mlp.down_proj".low`."""
+    return ".".join(quoted(part) if isinstance(part, str) else str(part) for part in location if not _is_type_tag(part))
+
+
+def _holds(values: Any, location: Sequence[int | str]) -> bool:
+    """Whether a source has something at a location, as far as that leads through tables."""
+    for part in location:
+        if not isinstance(values, dict):
+            return True
+        if part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _is_type_tag(part: int | str) -> bool:
+    """Whether pydantic added this part of a location to tell the branches of a union apart."""
+    return isinstance(part, str) and (part in ("str", "int", "float", *TAGS) or "[" in part)

@@ -1,0 +1,1 @@
+"""One study shared by several workers, on one host or many."""

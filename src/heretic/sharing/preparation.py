@@ -1,0 +1,124 @@
+"""What the first worker of a shared study finds out, kept with the study, so that all workers score trials by the same.
+
+Directions, prompts, response prefix and number format are an artifact of the study. Versions and hashes of the model's files say
+whether another worker's copy is the same.
+"""
+
+import importlib.metadata
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from huggingface_hub import try_to_load_from_cache
+from optuna.artifacts import download_artifact, upload_artifact
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import __version__
+from ..errors import CheckpointError
+from ..prompts import Prompt
+from ..source import ModelSource, fingerprint
+
+# Libraries that decide what a model computes and what is proposed next.
+LIBRARIES = ("torch", "transformers", "optuna")
+
+# The study's attribute that holds the artifact's id.
+ATTRIBUTE = "preparation"
+FILE_NAME = "preparation.safetensors"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """`directions (layer + 1, d)`, the four lists of prompts by their settings' names, and what the first worker's run found out."""
+
+    directions: Tensor
+    prompts: dict[str, list[Prompt]]
+    response_prefix: str
+    dtype: str
+    base_refusals: int
+    n_bad_prompts: int
+    last_layer: int
+
+
+def keep(preparation: Preparation, study: optuna.Study, store: Any) -> None:
+    """Store a preparation with a study. Where others were faster, theirs counts for those who have read it; all are the same."""
+    facts = {name: value for name, value in asdict(preparation).items() if name != "directions"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE_NAME
+        save_file({"directions": preparation.directions.contiguous()}, path, metadata={"facts": json.dumps(facts)})
+        artifact_id = upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=study)
+    for name in ("base_refusals", "n_bad_prompts", "last_layer"):
+        study.set_user_attr(name, facts[name])
+    study.set_user_attr(ATTRIBUTE, artifact_id)
+
+
+def kept(study: optuna.Study, store: Any) -> Preparation | None:
+    """The preparation of a study; None where nobody has made it yet. Raises `CheckpointError` where its file is gone."""
+    artifact_id = study.user_attrs.get(ATTRIBUTE)
+    if artifact_id is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE_NAME
+        try:
+            download_artifact(artifact_store=store, artifact_id=artifact_id, file_path=str(path))
+        except (KeyError, OSError, optuna.artifacts.exceptions.ArtifactNotFound) as error:
+            raise CheckpointError(
+                f"The directions of the study, artifact {artifact_id}, are not in the storage. Trials along other ones cannot be "
+                "compared: put the file back, or begin another study."
+            ) from error
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            directions = file.get_tensor("directions")
+    prompts = {name: [Prompt(**prompt) for prompt in prompts] for name, prompts in facts.pop("prompts").items()}
+    return Preparation(directions=directions, prompts=prompts, **facts)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this program and the libraries that scores depend on, without the build, such as `+cpu`."""
+    libraries = {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
+    return {"heretic": __version__, **libraries}
+
+
+def snapshot_folder(source: ModelSource) -> str | None:
+    """The folder that holds a model's files: its own, or the cache's; None where none was fetched."""
+    if source.is_local:
+        return source.path
+    config = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
+    return str(Path(config).parent) if isinstance(config, str) else None
+
+
+def file_hashes(source: ModelSource) -> dict[str, str]:
+    """Hashes of the model's files by name; of a hub model, those in the cache."""
+    folder = snapshot_folder(source)
+    if folder is None:
+        return {}
+    pairs = fingerprint(ModelSource(folder, source.name, None, False)).split()
+    return dict(pair.rsplit(":", 1) for pair in pairs)
+
+
+def differences(facts: dict[str, Any], source: ModelSource) -> list[str]:
+    """What is not the same here as where the study began, in plain words.
+
+    The model is the same where its commit is; else where the files that hold its weights and configuration have the same hashes.
+    """
+    here = versions()
+    found = [f"{name} is {here.get(name)} here and {there} there" for name, there in facts["versions"].items() if here.get(name) != there]
+    commit = source.revision if not source.is_local else None
+    if commit is not None and facts["commit"] is not None:
+        return found + ([f"the model's commit is {commit} here and {facts['commit']} there"] if commit != facts["commit"] else [])
+    files = file_hashes(source)
+    for name, there in facts["files"].items():
+        if name not in files:
+            found += [f"the model's file {name} is missing here"]
+        elif files[name] != there:
+            found += [f"the model's file {name} is another one here"]
+    return found
+
+
+def facts_of(source: ModelSource) -> dict[str, Any]:
+    """What `differences` compares; `source` is pinned."""
+    return {"versions": versions(), "commit": None if source.is_local else source.revision, "files": file_hashes(source)}

@@ -1,0 +1,103 @@
+"""A run whose study several workers share: this process's own search, or workers that it starts, then the front and the menu."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import TrialState
+
+from ..answers import command_lines
+from ..checkpoint import SHARED, is_counted
+from ..config import Settings
+from ..finalists import missing_finalists
+from ..loading import load_config
+from ..search import front_of
+from ..source import fingerprint, model_source
+from ..stages import is_told, make_report, no_trial, rescore_finalists, search_shown
+from .shared_study import share
+from .storage import WORKER, give_back
+from .worker import Joined, join
+from .workers import supervise
+
+if TYPE_CHECKING:
+    import optuna
+
+    from ..checkpoint import Checkpoint
+    from ..console import Console
+
+
+def run_shared(
+    settings: Settings, console: "Console", checkpoint: "Checkpoint", is_new: bool, identity: dict[str, str], final_prompts: dict[str, Any]
+) -> int:
+    """From the prompts on, whose hashes are in `identity`: the study, the search, the front. Returns the exit code."""
+    source = model_source(settings)
+    if not source.is_local:
+        load_config(source)  # so that the commit is known
+    identity["the model"] = fingerprint(source)
+    if is_new:
+        checkpoint.create(settings, identity)
+    else:
+        checkpoint.check_identity(identity)
+    was_shared = checkpoint.is_shared
+    study, url, store = share(checkpoint, settings, console)
+    if not was_shared:
+        _give_back_all(study)
+    target = checkpoint.target(settings, checkpoint.n_done, is_new)
+    checkpoint.note(target=target, **{SHARED: True})
+
+    joined: Joined | None = None
+    if settings.workers is None:
+        joined = join(settings, console, study, store, prepares=True)
+        _search_here(console, joined, target, checkpoint)
+    elif checkpoint.n_done < target:
+        console.message(f"Seed {settings.seed}; a run of several workers cannot be repeated exactly.")
+        supervise(settings, console, study, url, prepares=True)
+
+    if not front_of(study):
+        return no_trial(study.get_trials(deepcopy=False))
+    is_finished = checkpoint.n_done >= target
+    if joined is None and is_finished and (settings.report or missing_finalists(study, settings)):
+        console.message("The workers are done; the model is loaded here for what is left.")
+        joined = join(settings, console, study, store, prepares=False)
+    report = _conclude(settings, console, checkpoint, joined if is_finished else None, final_prompts)
+    if is_told(settings, console, checkpoint, report):
+        return 0
+    _act(console, checkpoint, joined or join(settings, console, study, store, prepares=False), final_prompts)
+    return 0
+
+
+def _conclude(
+    settings: Settings, console: "Console", checkpoint: "Checkpoint", joined: Joined | None, final_prompts: dict[str, Any]
+) -> Path | None:
+    """Score the finalists again, with a model that is ready for it, and write the report; where that lies."""
+    if joined is not None:
+        rescore_finalists(settings, console, checkpoint, joined.model, final_prompts, joined.batch_size.value)
+    return make_report(settings, console, checkpoint, None if joined is None else joined.evaluator)
+
+
+def _search_here(console: "Console", joined: Joined, target: int, checkpoint: "Checkpoint") -> None:
+    console.heading(f"Search: {target} trials, {checkpoint.n_done} done")
+    search_shown(console, joined.evaluator, joined.search, target, joined.batch_size)
+
+
+def _act(console: "Console", checkpoint: "Checkpoint", joined: Joined, final_prompts: dict[str, Any]) -> None:
+    from ..interact import Workbench
+
+    def run_trials(n_more: int) -> None:
+        target = checkpoint.n_done + n_more
+        checkpoint.note(target=target)
+        if joined.settings.workers is not None:
+            again = command_lines(joined.settings)[-1]
+            console.message(f"They run in this process, which has the model. With several workers: {again} --workers N")
+        _search_here(console, joined, target, checkpoint)
+        _conclude(joined.settings, console, checkpoint, joined if checkpoint.n_done >= target else None, final_prompts)
+
+    bench = Workbench(joined.settings, console, joined.model, joined.evaluator, joined.search, run_trials)
+    bench.menu() if joined.settings.model_action is None else bench.act(joined.settings.model_action)
+
+
+def _give_back_all(study: "optuna.Study") -> None:
+    """Queue the trials that a process alone left behind, which nobody else can be at work on."""
+    for trial in study.get_trials(deepcopy=True, states=(TrialState.RUNNING,)):
+        if WORKER not in trial.system_attrs and not is_counted(trial):
+            study.tell(trial.number, state=TrialState.FAIL)
+            give_back(study, trial, counts=False)

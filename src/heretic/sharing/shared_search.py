@@ -1,0 +1,224 @@
+"""The search where several workers share a study: who may begin a trial, signs of life, and trials of workers that are lost."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
+from optuna.storages import fail_stale_trials
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from ..ablation import Ablation
+from ..batching import MAX_TRIALS_PER_BATCH, BatchSize
+from ..checkpoint import is_counted
+from ..evaluator import Score
+from ..search import Objectives, ScoreTrials, Search, _scored, refusal_limit
+from .storage import WITHDRAWN, WORKER, SharedStorage, give_back, worker_identity
+
+# How often a worker that has nothing to do looks whether there is something.
+IDLE_SECONDS = 0.5
+
+
+class SamplerByNumber(BaseSampler):  # type: ignore[misc]
+    """Gives every trial a sampler of its own, made from the trial's number, which no two workers share."""
+
+    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
+        self._make = make
+        self._sampler = make(0)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._sampler = self._make(trial.number)
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        return self._sampler.sample_independent(study, trial, name, distribution)
+
+
+class Pulse:
+    """Records heartbeats of trials from a thread of its own, as long as the work on them moves: a worker that hangs must seem lost."""
+
+    def __init__(self, storage: SharedStorage) -> None:
+        self._storage = storage
+        self._last_step = time.monotonic()
+
+    def step(self, *_: object) -> None:
+        """Take note that the work has moved. Goes as a hook before every forward pass."""
+        self._last_step = time.monotonic()
+
+    @contextmanager
+    def beating(self, trials: Sequence[Trial]) -> Iterator[None]:
+        """Within, the trials' heartbeats are recorded."""
+        self.step()
+        over = threading.Event()
+        interval = self._storage.get_heartbeat_interval()
+
+        def beat() -> None:
+            while not over.wait(interval):
+                if time.monotonic() - self._last_step < self._storage.timeout:
+                    for trial in trials:
+                        try:
+                            self._storage.record_heartbeat(trial._trial_id)
+                        except (UpdateFinishedTrialError, KeyError):  # given to somebody else meanwhile
+                            continue
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+class SharedSearch(Search):
+    """A `Search` whose study others work on at the same time. `storage` is the study's.
+
+    Trials are drawn from whatever is finished, so a run cannot be repeated exactly; the startup trials can, since their samplers are
+    seeded with their numbers.
+    """
+
+    def __init__(self, study: optuna.Study, storage: SharedStorage, *arguments: Any) -> None:
+        super().__init__(study, storage.location, *arguments)
+        self.storage = storage
+        self.pulse = Pulse(storage)
+        self.identity = worker_identity()
+        self.study.sampler = SamplerByNumber(self._sampler)
+
+    def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
+        return []  # a lost worker's trials come back through `fail_stale_trials`
+
+    def target(self, n_trials: int) -> int:
+        """How many trials there shall be: what the study says by now, as more may have been asked for."""
+        target: int = self.study.user_attrs.get("target", n_trials)
+        return target
+
+    def run(
+        self,
+        n_trials: int,
+        score_trials: ScoreTrials,
+        objectives: Objectives,
+        trials_per_batch: int | BatchSize = 1,
+        stop_dominated: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_trial: Callable[[FrozenTrial], None] = lambda trial: None,
+    ) -> None:
+        """Work until the study has all its trials, `n_trials` or what its attribute `target` says, whoever finishes them.
+
+        Raises `CheckpointError` where the storage stays away or cannot be written.
+        """
+        batch = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
+        shown = {trial.number for trial in self.trials if is_counted(trial)}
+
+        def show_new() -> list[FrozenTrial]:
+            trials = self.trials
+            for trial in trials:
+                if trial.number not in shown and is_counted(trial):
+                    shown.add(trial.number)
+                    on_trial(trial)
+            return trials
+
+        while not should_stop():
+            fail_stale_trials(self.study)
+            trials, target = show_new(), self.target(n_trials)
+            if sum(map(is_counted, trials)) >= target:
+                return
+            asked = self._ask_some(self._share(trials, target, batch.value), target)
+            if not asked:
+                time.sleep(IDLE_SECONDS)
+                continue
+            self._work(asked, score_trials, objectives, refusal_limit(trials if stop_dominated else []))
+        show_new()
+
+    def _share(self, trials: Sequence[FrozenTrial], target: int, trials_per_batch: int) -> int:
+        """How many trials this worker may begin: what is left shared among those at work, and together no more than a batch may hold."""
+        n_waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+        n_free = max(0, target - sum(map(_is_live, trials))) + n_waiting
+        at_work = {trial.system_attrs.get(WORKER) for trial in trials if trial.state == TrialState.RUNNING} - {None, self.identity}
+        n_workers = max(len(at_work) + 1, self.study.user_attrs.get("workers", 1))
+        return min(trials_per_batch, math.ceil(n_free / n_workers), math.ceil(MAX_TRIALS_PER_BATCH / n_workers))
+
+    def _ask_some(self, n: int, target: int) -> list[tuple[Trial, Ablation]]:
+        """Begin up to `n` trials; fewer where others were faster.
+
+        Trials are created one after the other, so everybody agrees which `target` of those that count come first. One beyond them is
+        withdrawn: the study never has more than `target`.
+        """
+        asked = []
+        for _ in range(n):
+            try:
+                trial, ablation = self._ask(0)
+            except UpdateFinishedTrialError:  # taken for lost before it could say whose it is
+                continue
+            before = sum(other.number < trial.number and _is_live(other) for other in self.trials)
+            if before >= target:
+                self._withdraw(trial)
+                break
+            asked.append((trial, ablation))
+        return asked
+
+    def queue_first_trials(self) -> None:
+        """Queue the first trials that no trial of the study has tried; once, by one worker."""
+        tried = [trial.user_attrs.get("first_trial") for trial in self.trials]
+        for fixed in self.first_trials:
+            if fixed not in tried:
+                self.study.enqueue_trial(fixed, user_attrs={"first_trial": fixed})
+
+    def _ask(self, number: int) -> tuple[Trial, Ablation]:
+        trial = self.study.ask()
+        self.storage.set_trial_system_attr(trial._trial_id, WORKER, self.identity)
+        return trial, self._draw(trial)
+
+    def _withdraw(self, trial: Trial) -> bool:
+        """Close a trial of ours that shall not be finished. False where it is not ours any more."""
+        try:
+            self.storage.set_trial_system_attr(trial._trial_id, WITHDRAWN, True)
+            self.study.tell(trial, state=TrialState.FAIL)
+        except (UpdateFinishedTrialError, ValueError):
+            return False
+        return True
+
+    def _work(
+        self, asked: Sequence[tuple[Trial, Ablation]], score: ScoreTrials, objectives: Objectives, limit: Callable[[float], float]
+    ) -> None:
+        start = time.perf_counter()
+        try:
+            with self.pulse.beating([trial for trial, _ in asked]):
+                results = _scored([ablation for _, ablation in asked], limit, score)
+        except KeyboardInterrupt:
+            self._hand_back([trial for trial, _ in asked])
+            raise
+        seconds = (time.perf_counter() - start) / len(asked)
+        for (trial, _), result in zip(asked, results, strict=True):
+            self._tell_unless_lost(trial, result, seconds, objectives)
+
+    def _tell_unless_lost(self, trial: Trial, result: Score | Exception, seconds: float, objectives: Objectives) -> None:
+        try:
+            self._tell(trial, result, seconds, objectives)
+        except (UpdateFinishedTrialError, ValueError) as error:
+            # We were taken for lost, and somebody else tries it again: one of both results counts, and it is theirs.
+            if not self.storage.get_trial(trial._trial_id).state.is_finished():
+                raise error
+
+    def _hand_back(self, trials: Sequence[Trial]) -> None:
+        """Let others do trials that this worker leaves; that costs them none of their attempts."""
+        for trial in trials:
+            frozen = self.storage.get_trial(trial._trial_id)
+            if self._withdraw(trial):
+                give_back(self.study, frozen, counts=False)
+
+
+def _is_live(trial: FrozenTrial) -> bool:
+    """Whether a trial is done, being worked on, or waiting to be."""
+    return is_counted(trial) or not trial.state.is_finished()

@@ -1,0 +1,83 @@
+"""A study in a storage that others may be using at the same time, in the place of `Checkpoint`, which has its journal for itself."""
+
+from typing import Any
+
+import optuna
+from optuna.exceptions import DuplicatedStudyError
+
+from ..checkpoint import STUDY_NAME, Checkpoint, create_study
+from ..config import Settings
+from ..errors import CheckpointError, UsageError
+from ..source import expand
+from ..utils import Progress
+from .location import is_file
+from .storage import SharedStorage, artifact_store, open_storage
+
+
+def open_study(url: str, name: str, timeout: float, progress: Progress | None = None) -> optuna.Study:
+    """The study `name` in the storage `url`, for several workers. Raises `KeyError` where there is none."""
+    return optuna.load_study(study_name=name, storage=open_storage(url, timeout, progress))
+
+
+def storage_of(study: optuna.Study) -> SharedStorage:
+    """The storage that `open_study` opened."""
+    storage: SharedStorage = study._storage
+    return storage
+
+
+class SharedCheckpoint(Checkpoint):
+    """The study in `settings.study_storage`. It is not locked, and never begun anew in its place: others may be at work on it."""
+
+    def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
+        super().__init__(settings)
+        assert settings.study_storage is not None
+        self.url, self.name = settings.study_storage, settings.study_name
+        self._timeout, self._progress = settings.worker_timeout, progress
+
+    def __enter__(self) -> "SharedCheckpoint":
+        if self._begins_anew:
+            raise UsageError(
+                "A study in --study-storage is not begun anew in its place, since workers may be using it. Give another --study-name."
+            )
+        self._shared_storage = open_storage(self.url, self._timeout, self._progress)
+        self.path = expand(self.url) if is_file(self.url) else self._shared_storage.location  # type: ignore[assignment]
+        try:
+            self.study = optuna.load_study(study_name=self.name, storage=self._shared_storage)
+        except KeyError:
+            self.study = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def exists(self) -> bool:
+        """Whether somebody has begun the study."""
+        return self.study is not None
+
+    def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
+        """Begin the study. Raises `CheckpointError` where somebody else does so at the same moment."""
+        try:
+            self.study = create_study(self._shared_storage, self.name, settings, identity)
+        except DuplicatedStudyError as error:
+            raise CheckpointError(
+                f"The study {self.path} was begun by another process just now. Give the same command again, or join it: heretic worker."
+            ) from error
+        return self.study
+
+    def _refuse(self, differences: list[str]) -> None:
+        if differences:
+            raise CheckpointError(
+                f"The study {self.name!r} in {self.path} is another one: {'; '.join(differences)}. Give another --study-name."
+            )
+
+
+def share(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, Any]:
+    """A checkpoint's study opened for several workers, its storage's URL, and where its artifacts are kept."""
+    if isinstance(checkpoint, SharedCheckpoint):
+        assert checkpoint.study is not None
+        url = checkpoint.url
+    else:
+        url = str(checkpoint.path.absolute())
+        checkpoint.study = open_study(url, STUDY_NAME, settings.worker_timeout, progress)
+    return checkpoint.study, url, artifact_store(url, storage_of(checkpoint.study))

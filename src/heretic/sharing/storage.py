@@ -1,0 +1,307 @@
+"""Where a study lives that several processes work on, and what they need besides: patience, heartbeats, a place for artifacts.
+
+Optuna's storages hold the study: a journal file, a database, or Optuna's gRPC proxy. `SharedStorage` stands before any of them. It waits
+while the storage cannot be reached, and it gives Optuna's heartbeats (`BaseHeartbeat`, `fail_stale_trials`) to all of them, of which
+only databases have their own. Theirs overlook trials whose worker died before its first heartbeat, and compare clocks of two machines;
+here a trial is stale where its last sign of life has not changed for `timeout` seconds of the observer's own clock.
+"""
+
+import base64
+import errno
+import io
+import itertools
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+import optuna
+import psutil
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, _CachedStorage
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ..checkpoint import JournalFile, JournalLock, journal_errors
+from ..errors import CheckpointError, UsageError
+from ..source import expand
+from ..utils import Progress, SilentProgress, format_duration
+from .location import is_file, shown_location
+
+# A storage that is away is waited for so long, and asked again so often.
+PATIENCE_SECONDS = 600.0
+RETRY_SECONDS = 1.0
+# Heartbeats in the time after which a worker is taken for lost.
+HEARTBEATS_PER_TIMEOUT = 5
+# A trial says who works on it right after it was created; where it does not for so long, its worker died in between.
+UNCLAIMED_SECONDS = 30.0
+# A trial that was lost with its worker is tried again so often.
+MAX_RETRIES = 3
+
+# System attributes of a trial: who works on it, its last sign of life, and that it was closed in favour of another.
+WORKER, HEARTBEAT, WITHDRAWN = "worker", "heartbeat", "withdrawn"
+
+# The smallest text column that a database gives to an attribute holds 64 KiB.
+PIECE_BYTES = 32 * 1024
+
+_DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
+_LOST_CONNECTIONS = ("OperationalError", "InterfaceError", "InternalError", "AdminShutdown", "CrashShutdown", "CannotConnectNow")
+_PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with Study.optimize")
+
+
+def open_storage(url: str, timeout: float, progress: Progress | None = None) -> "SharedStorage":
+    """The storage that `url` stands for: a path, `postgresql://`, `mysql://` or `grpc://host:port`.
+
+    Raises `UsageError` for what is none of them, and `CheckpointError` where it cannot be opened.
+    """
+    location = shown_location(url)
+    try:
+        backend = _open_file(expand(url)) if is_file(url) else _open_url(url)
+    except (UsageError, CheckpointError):
+        raise
+    except ImportError as error:
+        raise UsageError(
+            f"--study-storage {location} needs a driver that is not installed. Install the extra: pip install 'heretic-llm[distributed]'"
+        ) from error
+    except Exception as error:  # each driver has its own
+        raise CheckpointError(f"The storage {location} cannot be opened: {_reason(error)}") from error
+    return SharedStorage(backend, location, timeout, progress)
+
+
+def _open_file(path: Path) -> JournalStorage:
+    with journal_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path)))
+
+
+def _open_url(url: str) -> BaseStorage:
+    scheme, _, rest = url.partition("://")
+    if scheme == "grpc":
+        address = urlsplit(url)
+        if address.hostname is None or address.port is None:
+            raise UsageError(f"--study-storage {url}: a gRPC proxy is written as grpc://host:port.")
+        proxy = GrpcStorageProxy(host=address.hostname, port=address.port)
+        proxy.wait_server_ready(timeout=30)
+        return proxy
+    dialect = scheme.partition("+")[0]
+    if dialect not in _DRIVERS:
+        raise UsageError(
+            f"--study-storage {shown_location(url)}: give the path of a journal file, postgresql://..., mysql://... or grpc://host:port."
+        )
+    connect: dict[str, Any] = {"connect_timeout": 10}
+    if dialect.startswith("postgres"):  # so that a line that went dead is noticed
+        connect |= {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+    full = url if "+" in scheme else f"{_DRIVERS[dialect]}://{rest}"
+    return _CachedStorage(RDBStorage(full, engine_kwargs={"pool_pre_ping": True, "connect_args": connect}))
+
+
+def artifact_store(url: str, storage: "SharedStorage") -> Any:
+    """Where a study's artifacts are kept: a folder beside a journal file, else in the storage itself."""
+    if not is_file(url):
+        return StorageArtifactStore(storage)
+    folder = expand(url).with_name(f"{expand(url).name}.artifacts")
+    with journal_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return FileSystemArtifactStore(folder)
+
+
+class StorageArtifactStore:
+    """Optuna's `ArtifactStore` on a storage itself, for workers that share no folder.
+
+    An artifact is a study of its own without trials, so that nobody who reads the real study's attributes carries it along. Its user
+    attributes hold the content in pieces, as base64.
+    """
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        try:
+            study_id = self._storage.get_study_id_from_name(self._name(artifact_id))
+        except KeyError as error:
+            raise ArtifactNotFound(artifact_id) from error
+        pieces = self._storage.get_study_user_attrs(study_id)
+        return io.BytesIO(b"".join(base64.b64decode(pieces[str(i)]) for i in range(len(pieces))))
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        study_id = self._storage.create_new_study([StudyDirection.MINIMIZE], self._name(artifact_id))
+        for i in itertools.count():
+            piece = content_body.read(PIECE_BYTES)
+            if not piece:
+                return
+            self._storage.set_study_user_attr(study_id, str(i), base64.b64encode(piece).decode())
+
+    def remove(self, artifact_id: str) -> None:
+        self._storage.delete_study(self._storage.get_study_id_from_name(self._name(artifact_id)))
+
+    @staticmethod
+    def _name(artifact_id: str) -> str:
+        return f"artifact {artifact_id}"
+
+
+def worker_identity() -> str:
+    """This process, as trials name who works on them: host (and container), process id."""
+    return f"{_host()}:{os.getpid()}"
+
+
+def _host() -> str:
+    namespace = Path("/proc/self/ns/pid")  # containers may share a host name, but then not the numbers of processes
+    return f"{socket.gethostname()}/{namespace.stat().st_ino if namespace.exists() else 0}"
+
+
+def _is_gone(identity: str | None) -> bool:
+    """Whether a worker is known to have ended: it ran on this host, and there is no such process."""
+    if identity is None:
+        return False
+    host, _, pid = identity.rpartition(":")
+    if host != _host():
+        return False
+    try:
+        return bool(psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def give_back(study: optuna.Study, trial: FrozenTrial, counts: bool = True) -> None:
+    """Queue a lost trial to be tried again, as it was drawn; after `MAX_RETRIES` times it is recorded as failed.
+
+    `trial` is a copy, which is changed. `counts`: this is one of the times.
+    """
+    if "failure" in trial.user_attrs:  # it was scored, and its worker was lost while it told so
+        return
+    # Whoever takes it up is not the one who lost it, and scores it anew.
+    trial.system_attrs = {key: value for key, value in trial.system_attrs.items() if key not in (WORKER, HEARTBEAT, WITHDRAWN)}
+    trial.user_attrs = {key: value for key, value in trial.user_attrs.items() if key in ("direction_index", "parameters", "first_trial")}
+    n_before = len(RetryHeartbeatStaleTrialCallback.retry_history(trial))
+    drawn = {"params": trial.params, "distributions": trial.distributions}
+    if not counts:
+        again = create_trial(state=TrialState.WAITING, **drawn, user_attrs=trial.user_attrs, system_attrs=trial.system_attrs)
+        study.add_trial(again)
+    elif n_before < MAX_RETRIES:
+        RetryHeartbeatStaleTrialCallback()(study, trial)
+    else:
+        failure = f"lost with its worker {n_before + 1} times"
+        study.add_trial(create_trial(state=TrialState.FAIL, **drawn, user_attrs={**trial.user_attrs, "failure": failure}))
+
+
+def _patiently(name: str) -> Callable[..., Any]:
+    def call(self: "SharedStorage", *arguments: Any, **named: Any) -> Any:
+        return self.patiently(lambda: getattr(self.backend, name)(*arguments, **named))
+
+    return call
+
+
+# Everything that a storage can do, handed on to the backend.
+_Patient: Any = type("_Patient", (BaseStorage,), {name: _patiently(name) for name in BaseStorage.__abstractmethods__})
+
+
+class SharedStorage(_Patient, BaseHeartbeat):  # type: ignore[misc]
+    """Any of Optuna's storages, for several workers: waits while it is away, and knows trials whose worker is lost.
+
+    What fails for good, such as a full disk or `PATIENCE_SECONDS` without an answer, is a `CheckpointError`. An operation whose answer was
+    lost is done again: at worst a trial is created that nobody works on, and it is tried like one whose worker died.
+    """
+
+    def __init__(self, backend: BaseStorage, location: str, timeout: float, progress: Progress | None = None) -> None:
+        self.backend = backend
+        self.location = location
+        self.timeout = timeout
+        self.progress = progress or SilentProgress()
+        self._is_away = False
+        self._signs_of_life: dict[int, tuple[Any, float]] = {}
+
+    def patiently(self, operation: Callable[[], Any]) -> Any:
+        """The result of an operation, asked for again while the storage cannot be reached."""
+        start = time.monotonic()
+        while True:
+            try:
+                with journal_errors(self.location, _PERMANENT):
+                    result = operation()
+            except Exception as error:
+                if not _is_unreachable(error):
+                    raise
+                waited = time.monotonic() - start
+                if waited > PATIENCE_SECONDS:
+                    raise CheckpointError(
+                        f"The study {self.location} could not be reached for {format_duration(waited)}: {_reason(error)} What was finished "
+                        "is kept: give the same command again."
+                    ) from error
+                if not self._is_away:
+                    self._is_away = True
+                    self.progress.warning(f"The study {self.location} cannot be reached and is waited for: {_reason(error)}")
+                time.sleep(RETRY_SECONDS)
+            else:
+                if self._is_away:
+                    self._is_away = False
+                    self._signs_of_life.clear()  # nobody could give one
+                    self.progress.message(f"The study {self.location} can be reached again.")
+                return result
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        self.set_trial_system_attr(trial_id, HEARTBEAT, time.time())
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        now, stale, signs = time.monotonic(), [], {}
+        for trial in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
+            sign = trial.system_attrs.get(HEARTBEAT)
+            before, since = self._signs_of_life.get(trial._trial_id, (sign, now))
+            signs[trial._trial_id] = sign, since if sign == before else now
+            patience = self.timeout if WORKER in trial.system_attrs else min(self.timeout, UNCLAIMED_SECONDS)
+            if now - signs[trial._trial_id][1] > patience or _is_gone(trial.system_attrs.get(WORKER)):
+                stale.append(trial._trial_id)
+        self._signs_of_life = signs
+        return stale
+
+    def get_heartbeat_interval(self) -> int | None:
+        return max(1, round(self.timeout / HEARTBEATS_PER_TIMEOUT))
+
+    def get_heartbeat_stale_trial_callback(self) -> Callable[[optuna.Study, FrozenTrial], None]:
+        return give_back
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether an error means that the storage is away for now."""
+    from sqlalchemy import exc
+
+    lost = (
+        exc.OperationalError,
+        exc.InterfaceError,
+        exc.InternalError,
+        exc.TimeoutError,
+        exc.PendingRollbackError,
+        exc.ResourceClosedError,
+    )
+    if isinstance(error, (OSError, *lost)):
+        return True
+    # Drivers' own errors, where the connection broke outside a statement.
+    if type(error).__module__.startswith(("psycopg", "pymysql")) and type(error).__name__ in _LOST_CONNECTIONS:
+        return True
+    if isinstance(error, optuna.exceptions.StorageInternalError):
+        cause = error.__cause__
+        return isinstance(cause, Exception) and not isinstance(cause, optuna.exceptions.StorageInternalError) and _is_unreachable(cause)
+    if isinstance(error, exc.DBAPIError):
+        return bool(error.connection_invalidated)
+    grpc = sys.modules.get("grpc")
+    if grpc is not None and isinstance(error, grpc.RpcError):
+        # "Cancelled": the proxy stopped in the middle of a call; "unknown": the database behind it is away.
+        codes = grpc.StatusCode
+        return error.code() in (codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED, codes.CANCELLED, codes.UNKNOWN)
+    return False
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line, ending in a full stop."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    details = getattr(error, "details", None)  # of gRPC
+    text = str(details() if callable(details) else error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".") + "."
