@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .ablation import Ablation
 from .config import DEFAULT_OBJECTIVES, Settings
+from .decoding.trunk import Trunk
 from .divergence import OriginalAnswers, kl_divergence, statistics
 from .errors import EvaluationError, HereticError, TrialError
 from .figures import Figure, intervals
@@ -123,7 +124,8 @@ def close_thought(prefix: str, skips: Sequence[tuple[str, str]]) -> str:
 class Evaluator:
     """Scores ablations against the original model's own answers, which it takes when made.
 
-    `all_scorers`: those work as well that are for finalists only. `baseline` heads what is told of the original's passes. Raises
+    `all_scorers`: those work as well that are for finalists only. `baseline` heads what is told of the original's passes. `like`:
+    what it took of the same model serves again where the prompts and the tokens compared are the same. Raises
     `EvaluationError` where the original refuses nothing, since no search could improve on that, and where a scorer fails on the original;
     `UsageError` for scorers that cannot be made.
     """
@@ -138,6 +140,7 @@ class Evaluator:
         progress: Progress | None = None,
         all_scorers: bool = False,
         baseline: str = "Baseline",
+        like: "Evaluator | None" = None,
     ) -> None:
         register(self, baseline)
         self.settings = settings
@@ -150,14 +153,17 @@ class Evaluator:
         self.objective_names = [name for name, _ in settings.objectives]
         self.stops_dominated = settings.stop_dominated_trials and settings.objectives == DEFAULT_OBJECTIVES
         self.rule = refusal_rule(settings, model, self.bad_prompts)
+        self.answers: OriginalAnswers
+        self._trunk: Trunk | None
         try:
-            self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, f"{baseline}: answers to harmless prompts")
-            with model.recording_trunk():
-                self.answers.record(model, f"{baseline}: harmless prompts")
-                original = self._batch([], f"{baseline}: harmful prompts")
-                original.harmful()
-                if not all(original.finite):
-                    raise TrialError(NOT_FINITE)
+            if like is not None and like._has_seen(self.good_prompts, self.bad_prompts, settings):
+                self.answers, model.trunk = like.answers, like._trunk
+                original = self._take_original(f"{baseline}: harmful prompts")
+            else:
+                self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, f"{baseline}: answers to harmless prompts")
+                with model.recording_trunk():
+                    self.answers.record(model, f"{baseline}: harmless prompts")
+                    original = self._take_original(f"{baseline}: harmful prompts")
             self._trunk = model.trunk
         except TrialError as error:
             raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
@@ -181,6 +187,16 @@ class Evaluator:
                 raise
             except Exception as error:  # somebody else's code
                 raise EvaluationError(f"The scorer {name} failed on the original model: {type(error).__name__}: {error}.") from error
+
+    def _has_seen(self, good_prompts: Sequence[Prompt], bad_prompts: Sequence[Prompt], settings: Settings) -> bool:
+        return (self.good_prompts, self.bad_prompts, self.settings.kl_tokens) == (good_prompts, bad_prompts, settings.kl_tokens)
+
+    def _take_original(self, description: str) -> Batch:
+        original = self._batch([], description)
+        original.harmful()
+        if not all(original.finite):
+            raise TrialError(NOT_FINITE)
+        return original
 
     @property
     def base_logprobs(self) -> Tensor:

@@ -15,7 +15,6 @@ from .config import Settings
 from .evaluator import Evaluator
 from .figures import intervals
 from .lanes import scoring
-from .model import Model
 from .prompts import Prompt
 from .search import ablation_of, front_of, unlimited
 from .utils import Progress
@@ -56,20 +55,21 @@ def missing_finalists(study: optuna.Study, settings: Settings) -> list[FrozenTri
 def score_finalists(
     study: optuna.Study,
     settings: Settings,
-    model: Model,
+    search: Evaluator,
     good_prompts: Sequence[Prompt],
     bad_prompts: Sequence[Prompt],
     trials_per_batch: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Score what is missing; the new content of the study's attribute, which the caller writes.
+    """Score what is missing; the new content of the study's attribute, which the caller writes. `search` is what scored the search.
 
     Raises `EvaluationError` where the original cannot be scored under these conditions. A trial that cannot be has a `failure`.
     """
     missing = missing_finalists(study, settings)
     known = known_finalists(study)
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
-    evaluator = Evaluator(final_settings(settings), model, good_prompts, bad_prompts, progress, True, "Baseline of the finalists")
+    baseline = "Baseline of the finalists"
+    evaluator = Evaluator(final_settings(settings), search.model, good_prompts, bad_prompts, progress, True, baseline, search)
     with scoring(evaluator, len(missing), progress) as score_trials, progress.task("Scoring the finalists again", len(missing)) as advance:
         for start in range(0, len(missing), trials_per_batch):
             batch = missing[start : start + trials_per_batch]

@@ -170,7 +170,7 @@ def _run_alone(
         if not search.front:
             return None
         if not was_stopped:
-            rescore_finalists(settings, console, checkpoint, model, final_prompts, batch_size.value)
+            rescore_finalists(settings, console, checkpoint, evaluator, final_prompts, batch_size.value)
         return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
 
     target = checkpoint.target(settings, search.n_done, is_new)

@@ -249,7 +249,7 @@ def no_trial(trials: "Sequence[FrozenTrial]") -> int:
 
 
 def rescore_finalists(
-    settings: "Settings", console: "Console", checkpoint: "Checkpoint", model: "Model", prompts: dict[str, Any], n_together: int
+    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: dict[str, Any], n_together: int
 ) -> None:
     """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
     from .finalists import ATTRIBUTE, missing_finalists, score_finalists
@@ -259,8 +259,8 @@ def rescore_finalists(
         return
     good, bad = prompts["final_good_prompts"], prompts["final_bad_prompts"]
     try:
-        _check_final_lengths(settings, model, prompts)
-        found = score_finalists(checkpoint.study, settings, model, good, bad, n_together, console)
+        _check_final_lengths(settings, evaluator.model, prompts)
+        found = score_finalists(checkpoint.study, settings, evaluator, good, bad, n_together, console)
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
     except HereticError as error:

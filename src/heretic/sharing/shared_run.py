@@ -70,7 +70,7 @@ def _conclude(
 ) -> Path | None:
     """Score the finalists again, with a model that is ready for it, and write the report; where that lies."""
     if joined is not None:
-        rescore_finalists(settings, console, checkpoint, joined.model, final_prompts, joined.batch_size.value)
+        rescore_finalists(settings, console, checkpoint, joined.evaluator, final_prompts, joined.batch_size.value)
     return make_report(settings, console, checkpoint, None if joined is None else joined.evaluator)
 
 
