@@ -47,7 +47,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda _: None))
-        monkeypatch.setattr(heretic.upload, "time", SimpleNamespace(sleep=lambda _: None))
+        monkeypatch.setattr(heretic.saving.upload, "time", SimpleNamespace(sleep=lambda _: None))
         yield server
 
 
@@ -121,7 +121,7 @@ def test_everything_is_asked_before_anything_is_computed(hub: Hub, workplace_set
         asked.extend(hub.log)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(heretic.upload, "save", stop)
+    monkeypatch.setattr(heretic.saving.upload, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         do_upload(workplace_settings)
     assert asked == ["GET /api/whoami-v2 200", "GET /api/models/me/model 404", "POST /api/repos/create 200"]
@@ -300,7 +300,7 @@ def two_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str
             save_file({"weight": torch.arange(n, dtype=torch.float32)}, folder / name)
         return folder
 
-    monkeypatch.setattr(heretic.upload, "save", save_with_large)
+    monkeypatch.setattr(heretic.saving.upload, "save", save_with_large)
     return sizes
 
 
