@@ -287,7 +287,7 @@ def test_what_a_worker_cannot_join(workplace: Path, heretic: Callable[..., Outco
     outcome = heretic("worker", "--study-storag", "x")
     assert (outcome.code, outcome.err) == (
         2,
-        "Error: Wrong usage: unrecognized arguments: --study-storag x. heretic worker --help lists all options.\n",
+        "Error: Unknown option --study-storag (did you mean --study-storage?). heretic worker --help lists all options.\n",
     )
     assert heretic().code == 0
     outcome = heretic("worker", "--study-storage", "checkpoints/m.jsonl")
