@@ -1,7 +1,10 @@
 """Models in other files than one of safetensors: several shards, pickled, quantized; read by an independent way, edited, saved, opened."""
 
+import hashlib
 import json
 import shutil
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import zoo
 from heretic.errors import ExportError, ModelError
 from heretic.export import save
 from heretic.saving.original import files_to_copy
-from heretic.saving.stored import _HashedFile, open_stored, write_stored
+from heretic.saving.stored import Shard, StoredModel, _HashedFile, made, open_stored, write_stored
 from heretic.utils import SilentProgress
 from test_export import DIRECTIONS, expected_tensors, export, result_for, tensors_of
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions
@@ -399,3 +402,27 @@ def test_a_file_that_was_cut_off_since_it_was_opened(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match=r"model\.safetensors ends too early: it was changed since it was opened\. Fetch the file again\."):
         write_stored(stored, tmp_path / "out", lambda name: None)
+
+
+def test_many_small_files_do_not_pile_up_in_memory_before_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = _HashedFile._write
+    alive: set[int] = set()
+    most = []
+
+    def slowly(file: _HashedFile, content: Any) -> None:
+        time.sleep(0.02)
+        write(file, content)
+
+    def changed(name: str) -> torch.Tensor:
+        tensor = torch.zeros(1000)
+        alive.add(int(name))
+        weakref.finalize(tensor.untyped_storage(), alive.discard, int(name))
+        most.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr(_HashedFile, "_write", slowly)
+    shards = tuple(Shard(f"{i}.safetensors", (made(str(i), torch.float32, (1000,), lambda: torch.ones(1000)),)) for i in range(12))
+    hashes = write_stored(StoredModel(shards, frozenset(), None), tmp_path, changed)
+    assert list(hashes) == [shard.name for shard in shards]
+    assert all(hashes[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in hashes)
+    assert max(most) <= 3

@@ -224,10 +224,18 @@ def write_stored(
 ) -> dict[str, str]:
     """Write the model's files, with what `changed` gives in place of tensors (None: as they are); the SHA-256 of each file.
 
-    Two tensors and `BACKLOG` are in memory at most. A changed tensor has the dtype and shape of the stored one. `advance` is told tensors.
+    Of a file, two tensors and `BACKLOG` are in memory at most, and a file is on the disk before the next but one is begun. A changed tensor
+    has the dtype and shape of the stored one. `advance` is told tensors.
     """
-    files = {shard.name: _write_shard(shard, folder / shard.name, changed, advance) for shard in stored.shards}
-    hashes = {name: file.sha256() for name, file in files.items()}
+    hashes: dict[str, str] = {}
+    before: tuple[str, _HashedFile] | None = None
+    for shard in stored.shards:
+        file = _write_shard(shard, folder / shard.name, changed, advance)
+        if before is not None:
+            hashes[before[0]] = before[1].sha256()
+        before = shard.name, file
+    if before is not None:
+        hashes[before[0]] = before[1].sha256()
     if stored.index is not None:
         path = folder / SAFE_WEIGHTS_INDEX_NAME
         path.write_bytes(stored.index)
