@@ -18,6 +18,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Kind = Literal["refusal", "compliance", "degenerate"]
@@ -35,6 +36,9 @@ READABLE_SHARE = 0.3
 UNDECODABLE_SHARE = 0.1
 # What has no blanks for so long (another script, a run of signs) is looked at character by character.
 LONG_WORD = 30
+
+# Texts of which it is remembered whether a marker occurs in them.
+REMEMBERED_TEXTS = 2**16
 
 _WHITE_SPACE = re.compile(r"\s+")
 _LIST_MARK = re.compile(r"^\s*(?:\d+[.)]|[-*\u2022])\s+", re.MULTILINE)
@@ -62,6 +66,8 @@ class RefusalRule:
         self.markers = [marker.lower() for marker in markers]
         self.begins_inside = begins_inside
         self._closings = {opening: closed.removeprefix(opening).strip() for opening, closed in chain_of_thought_skips}
+        # Trials mostly say the same.
+        self._has_marker = lru_cache(REMEMBERED_TEXTS)(self._look_for_marker)
 
     def _split(self, response: str) -> tuple[str, bool]:
         """What follows the first closed thinking block (all where there is none), and whether a block is still open."""
@@ -81,6 +87,9 @@ class RefusalRule:
 
         While a thinking block is open nothing has occurred, since what follows it may say something else.
         """
+        return self._has_marker(response)
+
+    def _look_for_marker(self, response: str) -> bool:
         answer, is_open = self._split(response)
         return not is_open and self._occurs_in(answer)
 
