@@ -6,7 +6,6 @@ model is loaded for it.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
+from xxhash import xxh3_128_hexdigest
 
 from .ablation import RowNormalization, edit_bias
 from .answers import check_target
@@ -136,7 +136,7 @@ def file_errors(target: Path) -> Iterator[None]:
 class Changes:
     """The stored tensors that edits change, each computed when it is asked for.
 
-    Raises `ExportError` where an edited parameter is not in the original's files. `digests` are the SHA-256 of those computed so far.
+    Raises `ExportError` where an edited parameter is not in the original's files. `digests` are the XXH3 of those computed so far.
     """
 
     def __init__(self, original: Original, edits: Sequence[Edit], mode: RowNormalization) -> None:
@@ -183,7 +183,7 @@ class Changes:
                 value = change(value)
             self._latest = self._placements.stored(piece, value)
         tensor = self._placements.tensors[name].round(self._latest.pop(name)).contiguous()
-        self.digests[name] = hashlib.sha256(bytes_of(tensor)).hexdigest()
+        self.digests[name] = xxh3_128_hexdigest(bytes_of(tensor))
         return tensor
 
 
@@ -218,7 +218,7 @@ def check_written(folder: Path, shards: dict[str, set[str]], digests: dict[str, 
                 while todo and n_bytes < REOPEN_BYTES:
                     content = bytes_of(file.get_tensor(todo[0]))
                     n_bytes += len(content)
-                    if hashlib.sha256(content).hexdigest() != digests[todo[0]]:
+                    if xxh3_128_hexdigest(content) != digests[todo[0]]:
                         raise ExportError(f"{todo[0]} is not in {name} as it was written. Is the disk sound? The study is safe.")
                     del content, todo[0]
                     advance(1)

@@ -5,6 +5,7 @@ buffer, with only the tensors that change in memory; so its layout (8 bytes of l
 after the other: https://github.com/huggingface/safetensors) is written out below. Everything is opened again with that library.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -77,14 +78,12 @@ class StoredTensor:
             start, stop, _ = rows.indices(shape[0])
             per_row = n_bytes // max(shape[0], 1)
             offset, n_bytes, shape = offset + start * per_row, (stop - start) * per_row, (stop - start, *shape[1:])
-        content = bytearray(n_bytes)
+        content = torch.empty(n_bytes, dtype=torch.uint8)
         with path.open("rb") as file:
             file.seek(offset)
-            if file.readinto(content) != n_bytes:
+            if file.readinto(bytes_of(content)) != n_bytes:
                 raise ModelError(f"{path} is shorter than its header says, at the tensor {self.name}. Fetch the file again.")
-        if not n_bytes:
-            return torch.empty(shape, dtype=DTYPES[self.dtype])
-        return torch.frombuffer(content, dtype=DTYPES[self.dtype]).reshape(shape)
+        return content.view(DTYPES[self.dtype]).reshape(shape)
 
     def round(self, value: Tensor) -> Tensor:
         """A value of this tensor in the number format that it is stored in."""
@@ -251,7 +250,7 @@ def _write_shard(shard: Shard, path: Path, changed: Callable[[str], Tensor | Non
             advance(1)
             tensor = changed(stored.name)
             if tensor is None and stored.place is not None:
-                target.write(_view(*stored.place, stored.n_bytes))
+                target.copy(*stored.place, stored.n_bytes)
                 continue
             tensor = stored.round(stored.read()) if tensor is None else tensor
             if _CODES.get(tensor.dtype) != stored.dtype or tuple(tensor.shape) != stored.shape:
@@ -274,7 +273,15 @@ class _HashedFile:
 
     def write(self, content: bytes | memoryview) -> None:
         """Write all of it, which must not change meanwhile. Raises what went wrong with this or an earlier one."""
-        self._at_work.append((len(content), self._writer.submit(self._write, content), self._hasher.submit(self._digest.update, content)))
+        self._put(content, self._writer.submit(self._write, content))
+
+    def copy(self, path: Path, offset: int, n_bytes: int) -> None:
+        """Write a range of another file, as `write` does."""
+        content = _view(path, offset, n_bytes)
+        self._put(content, self._writer.submit(self._copy, path, offset, content))
+
+    def _put(self, content: bytes | memoryview, written: Future[None]) -> None:
+        self._at_work.append((len(content), written, self._hasher.submit(self._digest.update, content)))
         while sum(n_bytes for n_bytes, *_ in self._at_work) - len(content) > BACKLOG:
             self._wait()
 
@@ -287,6 +294,14 @@ class _HashedFile:
         rest = memoryview(content)
         while rest:
             rest = rest[self._file.write(rest) :]
+
+    def _copy(self, path: Path, offset: int, content: memoryview) -> None:
+        """Have the system copy, which is faster and on some file systems copies nothing; where it cannot, write what is mapped."""
+        n_copied = 0
+        with contextlib.suppress(AttributeError, OSError), path.open("rb") as source:
+            while n := os.copy_file_range(source.fileno(), self._file.fileno(), len(content) - n_copied, offset + n_copied):
+                n_copied += n
+        self._write(content[n_copied:])
 
     def _close(self) -> None:
         with self._file:
@@ -351,7 +366,7 @@ def copy_file(source: Path, target: Path) -> str:
     """Copy a file's content; its SHA-256."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with _HashedFile(target) as file:
-        file.write(_view(source, 0, source.stat().st_size))
+        file.copy(source, 0, source.stat().st_size)
     return file.sha256()
 
 
