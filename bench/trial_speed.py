@@ -6,6 +6,7 @@ the KL divergence. (b) Output maps, `--trials-per-batch` trials in one pass. Sam
 
     uv run python bench/trial_speed.py                       # the demonstration model
     uv run python bench/trial_speed.py --model path/to/model --good g.txt --bad b.txt
+    uv run python bench/trial_speed.py --model llama-140m --prompts 32 --length 48 --trials 4       # a shape for CPUs
     uv run python bench/trial_speed.py --model llama-8b      # random weights of that shape, on the accelerator; prints the floor
 
 The last line is one JSON object; `ratio` is reference_s / ours_s, with every trial scored to its end. `ratio_stopping` is the same with
@@ -62,6 +63,14 @@ SHAPES: dict[str, Callable[[], Any]] = {
         head_dim=16,
         num_experts=8,
         num_experts_per_tok=2,
+    ),
+    "llama-140m": lambda: LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2304,
+        num_hidden_layers=16,
+        num_attention_heads=12,
+        num_key_value_heads=4,
     ),
     "llama-8b": lambda: LlamaConfig(
         vocab_size=128256,
