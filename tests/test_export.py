@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_nothing_behind(original: Path, tmp_path: Path, repla
     def fail(descriptor: int) -> None:  # where a full disk is noticed at the latest
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("heretic.saving.stored.os.fsync", fail)
+    monkeypatch.setattr("heretic.saving.hashed_file.os.fsync", fail)
     with pytest.raises(ExportError) as caught:
         export(original, target, overwrite=True)
     assert str(caught.value) == cannot_be_written(target, "No space left on device")

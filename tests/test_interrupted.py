@@ -19,7 +19,7 @@ import torch
 import process
 from conftest import Outcome
 from heretic.saving import rebuild
-from heretic.saving.stored import sha256
+from heretic.saving.hashed_file import sha256
 from heretic.utils import SilentProgress
 from test_rebuild import make
 from tiny import build

@@ -125,6 +125,16 @@ def test_a_process_that_is_killed_costs_nothing(evaluator: Evaluator) -> None:
     assert len(told.warnings) == 1
 
 
+def test_another_c_library_than_glibc(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory cannot be told to stay, scores come all the same, from the processes."""
+    told = Told()
+    monkeypatch.setattr("heretic.lanes.ctypes.CDLL", lambda name: object())
+    with Lanes(evaluator, 2, told) as lanes:
+        found = lanes.score_trials(TRIALS, unlimited)
+    assert figures(found) == figures(evaluator.score_trials(TRIALS))
+    assert not told.warnings
+
+
 def test_small_models_on_several_threads_get_them(evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
     assert [n_lanes(evaluator, n) for n in (1, 2, 4)] == [1, 2, 2]

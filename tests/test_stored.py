@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 import zoo
 from heretic.errors import ExportError, ModelError
 from heretic.export import save
+from heretic.saving.hashed_file import HashedFile
 from heretic.saving.original import files_to_copy
-from heretic.saving.stored import Shard, StoredModel, _HashedFile, made, open_stored, write_stored
+from heretic.saving.stored import Shard, StoredModel, made, open_stored, write_stored
 from heretic.utils import SilentProgress
 from test_export import DIRECTIONS, expected_tensors, export, result_for, tensors_of
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions
@@ -257,9 +258,9 @@ def test_a_parameter_of_another_value(tmp_path: Path) -> None:
 
 def test_what_the_disk_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = save_original(tmp_path / "original", build("llama"))
-    closed = _HashedFile._close
+    closed = HashedFile._close
 
-    def damage(file: _HashedFile) -> None:
+    def damage(file: HashedFile) -> None:
         closed(file)
         path = Path(str(file._file.name))
         if path.name == "model.safetensors":
@@ -268,7 +269,7 @@ def test_what_the_disk_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
                 written.seek(8 + len(header) + json.loads(header)[NAME]["data_offsets"][0])
                 written.write(b"\xff")
 
-    monkeypatch.setattr(_HashedFile, "_close", damage)
+    monkeypatch.setattr(HashedFile, "_close", damage)
     with pytest.raises(ExportError) as caught:
         export(original, tmp_path / "out")
     assert str(caught.value) == f"{NAME} is not in model.safetensors as it was written. Is the disk sound? The study is safe."
@@ -407,11 +408,11 @@ def test_a_file_that_was_cut_off_since_it_was_opened(tmp_path: Path) -> None:
 
 
 def test_many_small_files_do_not_pile_up_in_memory_before_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = _HashedFile._write
+    write = HashedFile._write
     alive: set[int] = set()
     most = []
 
-    def slowly(file: _HashedFile, content: Any) -> None:
+    def slowly(file: HashedFile, content: Any) -> None:
         time.sleep(0.02)
         write(file, content)
 
@@ -422,7 +423,7 @@ def test_many_small_files_do_not_pile_up_in_memory_before_a_slow_disk(tmp_path: 
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(_HashedFile, "_write", slowly)
+    monkeypatch.setattr(HashedFile, "_write", slowly)
     shards = tuple(Shard(f"{i}.safetensors", (made(str(i), torch.float32, (1000,), lambda: torch.ones(1000)),)) for i in range(12))
     hashes = write_stored(StoredModel(shards, frozenset(), None), tmp_path, changed)
     assert list(hashes) == [shard.name for shard in shards]

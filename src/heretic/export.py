@@ -28,11 +28,12 @@ from .model import Model
 from .saving.adapter import save_adapter
 from .saving.card import write_card
 from .saving.edits import DIRECTIONS_FILE, Edit, edits_of, save_edits
+from .saving.hashed_file import copy_file, sha256
 from .saving.original import Original, open_original
 from .saving.placement import Piece
 from .saving.record import Result, Strategy, record
 from .saving.staging import clean_up, staged
-from .saving.stored import bytes_of, copy_file, resharded, sha256, write_stored
+from .saving.stored import bytes_of, resharded, write_stored
 from .source import expand
 from .tensor_parallel import beginning
 from .utils import Progress

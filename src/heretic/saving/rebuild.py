@@ -202,10 +202,10 @@ def rebuild(
     from ..source import expand
     from .card import copy_licence
     from .edits import load_edits
+    from .hashed_file import copy_file
     from .original import open_original
     from .record import versions
     from .staging import clean_up, staged
-    from .stored import copy_file
 
     clean_up(expand(directory))
     target = check_target(directory, overwrite)

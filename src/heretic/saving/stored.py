@@ -1,19 +1,14 @@
 """A model's tensors as its files hold them: found without reading them, read one at a time, written or copied range by range.
 
-The safetensors library writes a file from tensors that are all in memory. Here a file is written from what another one holds, in a
-buffer, with only the tensors that change in memory; so its layout (8 bytes of length, a JSON header, the bytes of the tensors one
-after the other: https://github.com/huggingface/safetensors) is written out below. Everything is opened again with that library.
+The safetensors library writes a file from tensors that are all in memory. Here a file is written from ranges of another one, with
+only the tensors that change in memory; so its layout (8 bytes of length, a JSON header, the bytes of the tensors one after the
+other: https://github.com/huggingface/safetensors) is written out below. Everything is opened again with that library.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import mmap
-import os
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +19,8 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import ModelError
+from .hashed_file import HashedFile
 
-# Bytes that may wait to be written beside the latest tensor, so that the disk is busy while the next one is computed.
-BACKLOG = 32 * 2**20
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -227,7 +221,7 @@ def write_stored(
     has the dtype and shape of the stored one. `advance` is told tensors.
     """
     hashes: dict[str, str] = {}
-    before: tuple[str, _HashedFile] | None = None
+    before: tuple[str, HashedFile] | None = None
     for shard in stored.shards:
         file = _write_shard(shard, folder / shard.name, changed, advance)
         if before is not None:
@@ -242,9 +236,9 @@ def write_stored(
     return hashes
 
 
-def _write_shard(shard: Shard, path: Path, changed: Callable[[str], Tensor | None], advance: Advance) -> "_HashedFile":
+def _write_shard(shard: Shard, path: Path, changed: Callable[[str], Tensor | None], advance: Advance) -> "HashedFile":
     header = shard.header or make_header(shard.tensors)
-    with _HashedFile(path) as target:
+    with HashedFile(path) as target:
         target.write(len(header).to_bytes(8, "little") + header)
         for stored in shard.tensors:
             advance(1)
@@ -257,87 +251,6 @@ def _write_shard(shard: Shard, path: Path, changed: Callable[[str], Tensor | Non
                 raise ValueError(f"{stored.name} is {stored.dtype} {stored.shape}, not {tensor.dtype} {tuple(tensor.shape)}")
             target.write(bytes_of(tensor))
     return target
-
-
-class _HashedFile:
-    """A file that is written by one thread and hashed by another, while what comes next is computed. Use as a context manager.
-
-    What is still to be written when the context is left, and the way to the disk, are waited for by `sha256`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self._digest = hashlib.sha256()
-        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._at_work: deque[tuple[int, Future[None], Future[None]]] = deque()
-
-    def write(self, content: bytes | memoryview) -> None:
-        """Write all of it, which must not change meanwhile. Raises what went wrong with this or an earlier one."""
-        self._put(content, self._writer.submit(self._write, content))
-
-    def copy(self, path: Path, offset: int, n_bytes: int) -> None:
-        """Write a range of another file, as `write` does."""
-        content = _view(path, offset, n_bytes)
-        self._put(content, self._writer.submit(self._copy, path, offset, content))
-
-    def _put(self, content: bytes | memoryview, written: Future[None]) -> None:
-        self._at_work.append((len(content), written, self._hasher.submit(self._digest.update, content)))
-        while sum(n_bytes for n_bytes, *_ in self._at_work) - len(content) > BACKLOG:
-            self._wait()
-
-    def _wait(self) -> None:
-        _, written, hashed = self._at_work.popleft()
-        written.result()
-        hashed.result()
-
-    def _write(self, content: bytes | memoryview) -> None:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-
-    def _copy(self, path: Path, offset: int, content: memoryview) -> None:
-        """Have the system copy, which is faster and on some file systems copies nothing; where it cannot, write what is mapped."""
-        n_copied = 0
-        with contextlib.suppress(AttributeError, OSError), path.open("rb") as source:
-            while n := os.copy_file_range(source.fileno(), self._file.fileno(), len(content) - n_copied, offset + n_copied):
-                n_copied += n
-        self._write(content[n_copied:])
-
-    def _close(self) -> None:
-        with self._file:
-            # So that a folder which is renamed into its place is complete after a power failure too.
-            os.fsync(self._file.fileno())
-
-    def __enter__(self) -> "_HashedFile":
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None:
-            self._closed = self._writer.submit(self._close)
-        for thread in (self._writer, self._hasher):
-            thread.shutdown(wait=error is not None, cancel_futures=error is not None)
-        if error is not None:
-            self._file.close()
-
-    def sha256(self) -> str:
-        """In hexadecimal digits, when the file is on the disk. Raises what went wrong."""
-        while self._at_work:
-            self._wait()
-        self._closed.result()
-        return self._digest.hexdigest()
-
-
-def _view(path: Path, offset: int, n_bytes: int) -> memoryview:
-    """A range of a file, which the system reads where it is looked at."""
-    if not n_bytes:
-        return memoryview(b"")
-    before = offset % mmap.ALLOCATIONGRANULARITY
-    try:
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), before + n_bytes, access=mmap.ACCESS_READ, offset=offset - before)
-    except ValueError as error:
-        raise ModelError(f"{path} ends too early: it was changed since it was opened. Fetch the file again.") from error
-    return memoryview(content)[before:]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -360,17 +273,3 @@ def make_header(tensors: Sequence[StoredTensor], metadata: Mapping[str, str] | N
 def made(name: str, dtype: torch.dtype, shape: Sequence[int], make: Callable[[], Tensor]) -> StoredTensor:
     """A tensor that is computed when it is read, from others."""
     return StoredTensor(name, _CODES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize, None, make)
-
-
-def copy_file(source: Path, target: Path) -> str:
-    """Copy a file's content; its SHA-256."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _HashedFile(target) as file:
-        file.copy(source, 0, source.stat().st_size)
-    return file.sha256()
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
