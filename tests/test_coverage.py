@@ -112,9 +112,9 @@ def check_edits(model: Any, architecture: Architecture) -> None:
         assert float((expected[0] - expected[1]).abs().max() / expected[0].abs().max()) > 10 * ROUNDING, "the edits show in the logits"
         if batches_trials(architecture, mode):  # type: ignore[arg-type]
             with hooks.active(ABLATIONS):
-                trial_of_row = torch.tensor([0, 1, 1, 0])
+                trial_of_row = [0, 1, 1, 0]
                 hooks.assign_rows(trial_of_row)
-                check_close(logits(model, tokens), torch.stack([expected[t][i] for i, t in enumerate(trial_of_row.tolist())]))
+                check_close(logits(model, tokens), torch.stack([expected[t][i] for i, t in enumerate(trial_of_row)]))
         hooks.remove()
 
 

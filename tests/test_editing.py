@@ -109,9 +109,9 @@ def test_hooks_compute_what_edited_weights_would(case: tuple[str, Any, Architect
         assert torch.equal(logits(model), original)
     rows = [(2, 0), (0, 1), (1, 1), (0, 0)]  # trial, prompt
     with hooks.active([OWN, GLOBAL, WEAK]):
-        hooks.assign_rows(torch.tensor([trial for trial, _ in rows]))
+        hooks.assign_rows([trial for trial, _ in rows])
         together = logits(model, TOKENS[[prompt for _, prompt in rows]])
-        hooks.assign_rows(torch.tensor([1, 1]))
+        hooks.assign_rows([1, 1])
         torch.testing.assert_close(logits(model), expected[1], rtol=0, atol=1e-4 * scale)
     for row, (trial, prompt) in zip(together, rows, strict=True):
         torch.testing.assert_close(row, expected[trial][prompt], rtol=0, atol=1e-4 * scale)
@@ -145,7 +145,7 @@ def test_strength_zero_changes_nothing(mode: RowNormalization) -> None:
         assert torch.equal(logits(model), original)
     # Beside a trial that does something it costs a rounding.
     with hooks.active([nothing, Ablation(0.5, PARAMETERS)]):
-        hooks.assign_rows(torch.tensor([0, 1]))
+        hooks.assign_rows([0, 1])
         both = logits(model)
     torch.testing.assert_close(both[0], original[0], rtol=0, atol=1e-5)
     assert (both[1] - original[1]).abs().max() > 0.1

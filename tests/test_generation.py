@@ -139,7 +139,7 @@ def test_rows_of_several_trials_are_told_apart() -> None:
     """Before every pass the decoder says which trial each row belongs to, whatever left or moved in between."""
     model, prompts = tiny.build(), random_prompts(20)
     assigned: list[list[int]] = []
-    decoder = Decoder(model, frozenset([2]), 4, lambda trials: assigned.append(trials.tolist()))
+    decoder = Decoder(model, frozenset([2]), 4, assigned.append)
     passes: list[tuple[int, list[int]]] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:

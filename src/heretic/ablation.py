@@ -60,6 +60,13 @@ class OutputMap:
     bias: Tensor | None = None
     edited_bias: Tensor | None = None
 
+    def of(self, trial: int) -> "OutputMap":
+        """The map of one trial alone."""
+        own = slice(trial, trial + 1)
+        scale = None if self.scale is None else self.scale[own]
+        edited_bias = None if self.edited_bias is None else self.edited_bias[own]
+        return OutputMap(self.left[own], self.right[own], scale, self.bias, edited_bias)
+
 
 def kernel(layer: float, parameters: ComponentParameters, last_layer: int) -> float:
     """Strength in layer `layer`: falls linearly from `max_weight` at its position to `min_weight` at the distance, 0 beyond."""
@@ -143,12 +150,12 @@ def apply_output_map(y: Tensor, edit: OutputMap, membership: Tensor | None = Non
     if edit.bias is not None:
         y0 = y0 - edit.bias
     flat = y0.flatten(end_dim=-2)  # (row * ..., d_out)
-    projections = flat @ edit.right.T  # (row * ..., trial)
-    if membership is not None:
+    if membership is None:
+        edited = torch.addr(flat, flat @ edit.right[0], edit.left[0], alpha=-1)
+    else:
         per_row = flat.shape[0] // membership.shape[0]
         membership = membership.repeat_interleave(per_row, dim=0) if per_row > 1 else membership
-        projections = projections * membership
-    edited = torch.addmm(flat, projections, edit.left, alpha=-1)
+        edited = torch.addmm(flat, flat @ edit.right.T * membership, edit.left, alpha=-1)
     if edit.scale is not None:
         edited = edited * (edit.scale if membership is None else membership @ edit.scale)
     if edit.edited_bias is not None:

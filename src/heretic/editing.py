@@ -77,7 +77,8 @@ class AblationHooks:
         self._maps: dict[nn.Module, OutputMap] = {}
         self._n_trials = 0
         self._membership: dict[torch.device, Tensor] = {}
-        self._trial_of_row: Tensor | None = None
+        self._trial_of_row: Sequence[int] | None = None
+        self._only_trial: int | None = None
         self._gates: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._handles = []
         for writer in architecture.writers:
@@ -180,9 +181,10 @@ class AblationHooks:
                     bias.data = edit_bias(bias.data, r.to(bias.device), strength).to(bias.dtype)
         return originals
 
-    def assign_rows(self, trial_of_row: Tensor | None) -> None:
+    def assign_rows(self, trial_of_row: Sequence[int] | None) -> None:
         """Row `k` of the batches that follow belongs to ablation `trial_of_row[k]`."""
         self._trial_of_row = trial_of_row
+        self._only_trial = trial_of_row[0] if trial_of_row and len(set(trial_of_row)) == 1 else None
         self._membership.clear()
 
     def _make_maps(self, ablations: Sequence[Ablation]) -> dict[nn.Module, OutputMap]:
@@ -217,7 +219,10 @@ class AblationHooks:
         if edit is None:
             return None
         result = first_tensor(output)
-        edited = apply_output_map(result, edit, self._rows_on(result.device))
+        if self._only_trial is None:
+            edited = apply_output_map(result, edit, self._rows_on(result.device))
+        else:
+            edited = apply_output_map(result, edit.of(self._only_trial))
         return type(output)((edited, *output[1:])) if isinstance(output, (tuple, list)) else edited
 
     def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -241,7 +246,7 @@ class AblationHooks:
             return torch.zeros(index.numel(), dtype=torch.long, device=index.device)
         if self._trial_of_row is None:
             raise ValueError("rows of several ablations must be assigned before a forward pass")
-        trials = self._trial_of_row.to(index.device)
+        trials = torch.tensor(self._trial_of_row, device=index.device)
         return trials.repeat_interleave(index.numel() // len(trials))
 
     def _rows_on(self, device: torch.device) -> Tensor | None:
@@ -251,7 +256,7 @@ class AblationHooks:
         if self._trial_of_row is None:
             raise ValueError("rows of several ablations must be assigned before a forward pass")
         if device not in self._membership:
-            self._membership[device] = trial_membership(self._trial_of_row.to(device), self._n_trials)
+            self._membership[device] = trial_membership(torch.tensor(self._trial_of_row, device=device), self._n_trials)
         return self._membership[device]
 
     def remove(self) -> None:

@@ -80,7 +80,7 @@ class Decoder:
     With a `trunk`, passes of the original (`first_layers` empty) are recorded, and a pass of trial `t` begins at `first_layers[t]`.
     """
 
-    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Tensor], None]) -> None:
+    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> None:
         self.model = model
         self.end_tokens = end_tokens
         self.rows_per_trial = rows_per_trial
@@ -230,7 +230,7 @@ class Decoder:
             cache = cache or Blocks(self.n_layers, len(rows), skipped + tokens.shape[1])
             prefix.begin(cache, rows)
             mask = torch.cat([torch.ones(len(rows), skipped, dtype=torch.bool), mask], dim=1)
-        self.assign_rows(self.trials_of(rows))
+        self.assign_rows([row.trial for row in rows])
         mask = mask.to(self.device)
         with self._reuse(sequences, rows[0].trial, cache):
             logits = self.forward(tokens.to(self.device), mask, positions.to(self.device), cache, n_logits or 1)
@@ -245,9 +245,6 @@ class Decoder:
         if self.first_layers:
             return self.trunk.begin_at(key, self.first_layers[trial], cache) if known else nullcontext()
         return nullcontext() if known else self.trunk.record(key, cache)
-
-    def trials_of(self, rows: Sequence[Row]) -> Tensor:
-        return torch.tensor([row.trial for row in rows], device=self.device)
 
     @property
     def checks_drafts(self) -> bool:
@@ -294,7 +291,7 @@ class PlainDecoder:
     Unless `pads`, only rows of one length share a batch.
     """
 
-    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Tensor], None]) -> None:
+    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> None:
         self.model = model
         self.end_tokens = end_tokens
         self.savings = Savings()  # of no use here
@@ -316,7 +313,7 @@ class PlainDecoder:
 
     def _last_logits(self, rows: list[Row], n: int) -> Tensor:
         tokens = torch.tensor([list(row.tokens) for row in rows], device=self.device)
-        self.assign_rows(torch.tensor([row.trial for row in rows], device=self.device))
+        self.assign_rows([row.trial for row in rows])
         kept = {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         logits: Tensor = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **kept).logits[:, -n:]
         return logits
@@ -362,7 +359,7 @@ class PlainDecoder:
             row.generated.clear()
             row.tail, row.finite, row.begun = "", True, True
         criteria = [] if is_finished is None else [_RowCriteria(rows, tokens.shape[1], self.end_tokens, is_finished)]
-        self.assign_rows(torch.tensor([row.trial for row in rows], device=self.device))
+        self.assign_rows([row.trial for row in rows])
         return self.model.generate(
             input_ids=tokens.to(self.device),
             attention_mask=mask.to(self.device),
@@ -399,7 +396,7 @@ def _note_finite(rows: list[Row]) -> Callable[[Tensor, Tensor], Tensor]:
     return note
 
 
-def make_decoder(model: Any, tokenizer: Any, rows_per_trial: int, assign_rows: Callable[[Tensor], None]) -> Decoder | PlainDecoder:
+def make_decoder(model: Any, tokenizer: Any, rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> Decoder | PlainDecoder:
     """The decoder that a model's cache allows. `rows_per_trial` bounds the prompts of one trial in a pass."""
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end

@@ -118,7 +118,7 @@ class Model:
         finally:
             self.decoder.trunk.recording = False
 
-    def _assign_rows(self, trial_of_row: Tensor) -> None:
+    def _assign_rows(self, trial_of_row: Sequence[int]) -> None:
         if self.hooks is not None:
             self.hooks.assign_rows(trial_of_row)
 

@@ -37,7 +37,7 @@ UNDECODABLE_SHARE = 0.1
 # What has no blanks for so long (another script, a run of signs) is looked at character by character.
 LONG_WORD = 30
 
-# Texts of which it is remembered whether a marker occurs in them.
+# Texts of which it is remembered whether a marker occurs in them, and responses of which it is remembered what they are.
 REMEMBERED_TEXTS = 2**16
 
 _WHITE_SPACE = re.compile(r"\s+")
@@ -68,6 +68,7 @@ class RefusalRule:
         self._closings = {opening: closed.removeprefix(opening).strip() for opening, closed in chain_of_thought_skips}
         # Trials mostly say the same.
         self._has_marker = lru_cache(REMEMBERED_TEXTS)(self._look_for_marker)
+        self._kind = lru_cache(REMEMBERED_TEXTS)(self._look_for_kind)
 
     def _split(self, response: str) -> tuple[str, bool]:
         """What follows the first closed thinking block (all where there is none), and whether a block is still open."""
@@ -104,6 +105,9 @@ class RefusalRule:
 
     def classify(self, response: str, is_cut_off: bool = False) -> Kind:
         """What a whole response is. `is_cut_off`: it ends where generation was stopped, not where the model ended it."""
+        return self._kind(response, is_cut_off)
+
+    def _look_for_kind(self, response: str, is_cut_off: bool) -> Kind:
         answer = self.answer_of(response)
         if self._occurs_in(answer):
             return "refusal"

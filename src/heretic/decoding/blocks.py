@@ -76,7 +76,8 @@ class Blocks(Cache):
         for layer in self.used:
             here, there = sources.to(layer.device), targets.to(layer.device)
             for block in (layer.keys, layer.values):
-                block[there, :, : layer.length] = block[here, :, : layer.length]
+                used = block[:, :, : layer.length]
+                used.index_copy_(0, there, used.index_select(0, here))
 
     def put(self, other: "Blocks", first_row: int, length: int) -> None:
         """Copy the rows of `other`, from row `first_row` on, so that they end in column `length` as all rows do."""
@@ -126,7 +127,8 @@ class Prefix:
 
     def begin(self, cache: Blocks, rows: Sequence[Row]) -> None:
         """Put the prefix at the beginning of every row of an empty cache."""
-        sources = torch.tensor([self.row_of_trial[row.trial] for row in rows])
+        trials = [row.trial for row in rows]
+        sources = torch.tensor([self.row_of_trial[trial] for trial in (trials[:1] if len(set(trials)) == 1 else trials)])
         for own, new in zip(self.cache.blocks, cache.blocks, strict=True):
             if own.is_initialized:
                 there = sources.to(own.device)

@@ -130,7 +130,7 @@ class Pool:
             self._make_room()
             n = len(self.rows)
         if not self._assigned:
-            self.decoder.assign_rows(self.decoder.trials_of(self.rows))
+            self.decoder.assign_rows([row.trial for row in self.rows])
             self._assigned = True
         self.mask[:n, self.length] = True
         self.length += 1

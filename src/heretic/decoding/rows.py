@@ -61,9 +61,6 @@ class TextWatch:
 def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and mask `(row, column)` on the CPU, all rows ending in the last column."""
     width = max(map(len, sequences))
-    tokens = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for i, ids in enumerate(sequences):
-        tokens[i, width - len(ids) :] = torch.tensor(ids)
-        mask[i, width - len(ids) :] = True
-    return tokens, mask
+    tokens = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids in sequences])
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    return tokens, torch.arange(width) >= width - lengths[:, None]

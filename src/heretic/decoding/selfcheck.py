@@ -4,7 +4,7 @@ Batches with padding, our own cache, positions of our choice, and layers that ar
 that does something else is found here and run the plain way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ LENGTHS = (11, 6)
 
 
 def choose_decoder(
-    model: Any, tokenizer: Any, rows_per_trial: int, assign_rows: Callable[[Tensor], None], progress: Progress
+    model: Any, tokenizer: Any, rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None], progress: Progress
 ) -> Decoder | PlainDecoder:
     """Our own decoder where it does what the model does, else `generate`; the user is told what that costs."""
     fast = make_decoder(model, tokenizer, rows_per_trial, assign_rows)
