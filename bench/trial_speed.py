@@ -11,7 +11,7 @@ the KL divergence. (b) Output maps, `--trials-per-batch` trials in one pass. Sam
 
 The last line is one JSON object; `ratio` is reference_s / ours_s, with every trial scored to its end. `ratio_stopping` is the same with
 trials that can no longer be on the front stopped; `ratio_search` is as a search does it: that, and where the program would score batches
-in several processes (`heretic.lanes`), those.
+in several processes (`heretic.lanes`), those. The search is timed as a whole, half-way through the others.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import copy
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,8 @@ from heretic.lanes import scoring
 from heretic.loading import load_model
 from heretic.model import Model
 from heretic.prompts import load_prompts
+from heretic.scoring import Scoring, Wait
+from heretic.search import batch_end
 from heretic.source import model_source
 from heretic.utils import SilentProgress
 
@@ -181,7 +184,7 @@ class Workload:
     # Turns savings of (b) on and off.
     use: Callable[[Savings], None]
     # (b) as a run scores batches of so many trials; not for shapes.
-    in_lanes: Callable[[int], Ours] | None = None
+    in_lanes: Callable[[int], Scoring] | None = None
 
 
 def told(scores: Sequence[Any]) -> list[tuple[int, float, bool]]:
@@ -219,9 +222,8 @@ def real_workload(settings: Settings) -> Workload:
     def ours(ablations: Sequence[Ablation], limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
         return told(evaluator.score_trials(ablations, limit))
 
-    def in_lanes(trials_per_batch: int) -> Ours:
-        score_trials = LANES.enter_context(scoring(evaluator, trials_per_batch, SilentProgress()))
-        return lambda ablations, limit: told(score_trials(list(ablations), limit))
+    def in_lanes(trials_per_batch: int) -> Scoring:
+        return LANES.enter_context(scoring(evaluator, trials_per_batch, SilentProgress()))
 
     def verdict(tokens: list[int]) -> bool:
         text = model.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -542,8 +544,10 @@ def main() -> None:
     trials = random_trials(options.trials, components, options.seed)
     searches = {}
     if work.in_lanes is not None:
-        searches = {"stopping": AsInSearch(work.ours), "search": AsInSearch(work.in_lanes(options.trials_per_batch))}
-        searches["search"].ours(trials[: options.trials_per_batch], unlimited)
+        at_work = work.in_lanes(options.trials_per_batch)
+        searches = {"stopping": AsInSearch(Scoring(at_work.score_trials)), "search": AsInSearch(at_work)}
+        for wait in [at_work.begin(trials[:1], unlimited) for _ in range(at_work.n_processes)]:
+            wait()
     hooks_by_module = {w.module: dict(w.module._forward_hooks) for w in work.architecture.writers}
     reference = Reference(work)
     for module, hooks in hooks_by_module.items():
@@ -560,12 +564,13 @@ def main() -> None:
     largest_kl = 0.0
     together = options.trials_per_batch
     for start in range(0, len(trials), together):
+        if start == len(trials) // together // 2 * together:
+            for search in searches.values():
+                search.run(trials, together, ours)
         batch = trials[start : start + together]
         begin = ours.now()
         mine = run_ours(work, batch, ours)
         ours_s += ours.now() - begin
-        for search in searches.values():
-            search.score(batch, ours)
         for ablation, (refusals, divergence, _) in zip(batch, mine, strict=True):
             begin = theirs.now()
             other_refusals, other_divergence = reference.score(ablation, theirs)
@@ -607,19 +612,25 @@ def main() -> None:
 class AsInSearch:
     """(b) as a search does it: trials that can no longer be on the front of those that finished are stopped."""
 
-    def __init__(self, ours: Ours) -> None:
-        self.ours = ours
+    def __init__(self, scoring: Scoring) -> None:
+        self.scoring = scoring
         self.seconds = 0.0
         self.n_stopped = 0
-        self.finished: list[tuple[float, int]] = []
 
-    def score(self, trials: Sequence[Ablation], clock: Clock) -> None:
-        """Score a batch of trials."""
-        begin = clock.now()
-        scores = self.ours(trials, LimitBy(list(self.finished)))
-        self.seconds += clock.now() - begin
-        self.n_stopped += sum(stopped for _, _, stopped in scores)
-        self.finished += [(divergence, refusals) for refusals, divergence, stopped in scores if not stopped]
+    def run(self, trials: Sequence[Ablation], trials_per_batch: int, clock: Clock) -> None:
+        """Score all trials, batch after batch."""
+        at_work: deque[Wait] = deque()
+        finished: list[tuple[float, int]] = []
+        begin, start = clock.now(), 0
+        while start < len(trials) or at_work:
+            while start < len(trials) and len(at_work) < self.scoring.n_at_work:
+                end = batch_end(start, len(trials), trials_per_batch, self.scoring.n_processes)
+                at_work.append(self.scoring.begin(list(trials[start:end]), LimitBy(list(finished))))
+                start = end
+            scores = told(at_work.popleft()())
+            self.n_stopped += sum(stopped for _, _, stopped in scores)
+            finished += [(divergence, refusals) for refusals, divergence, stopped in scores if not stopped]
+        self.seconds = clock.now() - begin
 
 
 def shares(clock: Clock, total: float) -> dict[str, float]:

@@ -19,9 +19,11 @@ from heretic.batching import BatchSize, automatic_trials_per_batch
         (False, 1000, None, 1, 1),
         (False, 3, None, 1, 16),
         (False, 100, None, 2, 8),
-        (False, 100, 500, 2, 4),
-        (False, 100, None, 3, 8),
-        (False, 100, None, 64, 16),
+        (False, 100, 1000, 2, 4),  # memory is shared by the processes
+        (False, 100, 5, 2, 1),
+        (False, 100, None, 4, 4),  # 20 trials in all, with the batch that waits
+        (False, 100, None, 16, 1),
+        (False, 100, None, 64, 1),
         (True, 100, None, 1, 16),
         (True, 100, 900, 1, 8),
     ],

@@ -19,6 +19,7 @@ from heretic.ablation import Ablation, ComponentParameters
 from heretic.evaluator import Evaluator, Score
 from heretic.lanes import Lanes, n_lanes, scoring
 from heretic.prompts import Prompt
+from heretic.scoring import Limit, Scoring
 from heretic.search import unlimited
 from heretic.utils import SilentProgress
 
@@ -56,6 +57,13 @@ def evaluator(tmp_path: Path) -> Iterator[Evaluator]:
     torch.set_num_threads(n_threads)
 
 
+def scored(lanes: Scoring, trials: list[Ablation], limit: Limit = unlimited) -> list[Any]:
+    """Scores of trials in batches of two, all of them begun at once."""
+    batches = [trials[i : i + 2] for i in range(0, len(trials), 2)]
+    waits = [lanes.begin(batch, limit) for batch in batches]
+    return [score for wait in waits for score in wait()]
+
+
 def figures(results: Any) -> list[tuple[int, bool]]:
     return [(score.refusals, score.bounded) for score in results]
 
@@ -66,7 +74,7 @@ def test_scores_are_those_of_one_process(evaluator: Evaluator, n: int) -> None:
     alone = evaluator.score_trials(TRIALS)
     with Lanes(evaluator, n, SilentProgress()) as lanes:
         for trials in (TRIALS, TRIALS[:1], TRIALS):
-            together = lanes.score_trials(trials, unlimited)
+            together = scored(lanes, trials)
             assert all(isinstance(score, Score) for score in together)
             assert figures(together) == figures(alone[: len(trials)])
             for a, b in zip(together, alone, strict=False):
@@ -79,21 +87,13 @@ def test_scores_are_those_of_one_process(evaluator: Evaluator, n: int) -> None:
 
 def test_dominated_trials_stop_as_in_one_process(evaluator: Evaluator) -> None:
     with Lanes(evaluator, 2, SilentProgress()) as lanes:
-        stopped = lanes.score_trials(TRIALS, at_most_none)
+        stopped = scored(lanes, TRIALS, at_most_none)
     assert figures(stopped) == figures(evaluator.score_trials(TRIALS, at_most_none))
     assert any(score.bounded for score in stopped if isinstance(score, Score))
 
 
 def at_most_none(kl: float) -> float:
     return 0.0
-
-
-def test_tokens_are_counted_here(evaluator: Evaluator) -> None:
-    decoder: Any = evaluator.model.decoder
-    before = decoder.n_tokens
-    with Lanes(evaluator, 2, SilentProgress()) as lanes:
-        lanes.score_trials(TRIALS, unlimited)
-    assert decoder.n_tokens - before > len(TRIALS) * 7
 
 
 def test_what_crashes_is_raised_here_and_the_next_batch_is_scored(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +107,8 @@ def test_what_crashes_is_raised_here_and_the_next_batch_is_scored(evaluator: Eva
     monkeypatch.setattr(Evaluator, "score_trials", crash)
     with Lanes(evaluator, 2, SilentProgress()) as lanes:
         with pytest.raises(ZeroDivisionError, match="a defect"):
-            lanes.score_trials(TRIALS, unlimited)
-        found = lanes.score_trials(TRIALS[:3], unlimited)
+            scored(lanes, TRIALS)
+        found = scored(lanes, TRIALS[:3])
     assert figures(found) == figures(whole(evaluator, TRIALS[:3], unlimited))
 
 
@@ -116,12 +116,12 @@ def test_a_process_that_is_killed_costs_nothing(evaluator: Evaluator) -> None:
     told = Told()
     with Lanes(evaluator, 2, told) as lanes:
         os.kill(lanes.processes[1].pid, signal.SIGKILL)
-        found = lanes.score_trials(TRIALS, unlimited)
+        found = scored(lanes, TRIALS)
         assert figures(found) == figures(evaluator.score_trials(TRIALS))
         assert told.warnings == [
             "A process that scored trials was ended, perhaps for want of memory. The run goes on in this one alone, more slowly."
         ]
-        assert figures(lanes.score_trials(TRIALS, unlimited)) == figures(found)
+        assert figures(scored(lanes, TRIALS)) == figures(found)
     assert len(told.warnings) == 1
 
 
@@ -130,25 +130,27 @@ def test_another_c_library_than_glibc(evaluator: Evaluator, monkeypatch: pytest.
     told = Told()
     monkeypatch.setattr("heretic.lanes.ctypes.CDLL", lambda name: object())
     with Lanes(evaluator, 2, told) as lanes:
-        found = lanes.score_trials(TRIALS, unlimited)
+        found = scored(lanes, TRIALS)
     assert figures(found) == figures(evaluator.score_trials(TRIALS))
     assert not told.warnings
 
 
 def test_small_models_on_several_threads_get_them(evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
-    assert [n_lanes(evaluator, n) for n in (1, 2, 4)] == [1, 2, 2]
+    assert [n_lanes(evaluator, n) for n in (1, 4, 8)] == [2, 2, 2]
+    assert n_lanes(evaluator, 16) == 1, "more than 32 trials would be at work"
     torch.set_num_threads(1)
     assert n_lanes(evaluator, 4) == 1
     torch.set_num_threads(4)
-    assert [n_lanes(evaluator, n) for n in (2, 4, 8)] == [2, 4, 4]
+    assert [n_lanes(evaluator, n) for n in (2, 4, 8)] == [4, 4, 3]
     torch.set_num_threads(2)
     showing = make_evaluator(tmp_path / "shown", print_responses=True)
     assert n_lanes(showing, 4) == 1, "responses are shown by one process only"
     monkeypatch.setattr(lanes_module, "MAX_PARAMETERS", 10)
     assert n_lanes(evaluator, 4) == 1
-    with scoring(evaluator, 4, SilentProgress()) as score_trials:
-        assert score_trials == evaluator.score_trials
+    with scoring(evaluator, 4, SilentProgress()) as alone:
+        assert alone.n_processes == alone.n_at_work == 1
+        assert figures(scored(alone, TRIALS)) == figures(evaluator.score_trials(TRIALS))
 
 
 def test_they_end_with_their_parent(tmp_path: Path) -> None:
@@ -156,12 +158,11 @@ def test_they_end_with_their_parent(tmp_path: Path) -> None:
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_lanes import make_evaluator, TRIALS
+from test_lanes import make_evaluator, scored, TRIALS
 from heretic.lanes import Lanes
-from heretic.search import unlimited
 from heretic.utils import SilentProgress
 with Lanes(make_evaluator(Path("m")), 3, SilentProgress()) as lanes:
-    lanes.score_trials(TRIALS, unlimited)
+    scored(lanes, TRIALS)
     print(*(process.pid for process in lanes.processes), flush=True)
     time.sleep(600)
 """

@@ -165,8 +165,8 @@ def _run_alone(
 
     def search_up_to(target: int) -> "Path | None":
         checkpoint.note(target=target)
-        with scoring(evaluator, batch_size.value, console) as score_trials:
-            was_stopped = search_shown(console, evaluator, search, target, batch_size, score_trials)
+        with scoring(evaluator, batch_size.value, console) as at_work:
+            was_stopped = search_shown(console, evaluator, search, target, batch_size, at_work)
         if not search.front:
             return None
         if not was_stopped:
@@ -272,8 +272,9 @@ def _batch_size(
     if not isinstance(decoder, Decoder):
         return BatchSize(checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts))))
     fitting = decoder.rows_that_fit()
-    value = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts), fitting, most_lanes(evaluator)))
-    if settings.trials_per_batch or not may_measure:
+    n_processes = most_lanes(evaluator)
+    value = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts), fitting, n_processes))
+    if settings.trials_per_batch or not may_measure or n_processes > 1:
         return BatchSize(value)
 
     def settle(settled: int) -> None:

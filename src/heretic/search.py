@@ -3,7 +3,9 @@
 import math
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +19,12 @@ from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
 from .config import DEFAULT_OBJECTIVES, SamplerName
 from .config import Objectives as ObjectiveNames
-from .errors import TeamError
 from .evaluator import Score
 from .parameters import FirstTrial
 from .samplers import make_sampler
+from .scoring import Limit, ScoreTrials, Scoring, Wait
 from .space import SearchSpace, fixed_parameters, suggest
 
-Limit = Callable[[float], float]
-ScoreTrials = Callable[[list[Ablation], Limit], Sequence[Score | Exception]]
 Objectives = Callable[[Score], Sequence[float]]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -96,11 +96,32 @@ def objectives_of(study: optuna.Study) -> ObjectiveNames:
     return DEFAULT_OBJECTIVES if stored is None else tuple((name, direction) for name, direction in stored)
 
 
-class Search:
-    """Asks the study for trials and tells it their scores.
+def batch_end(index: int, n_trials: int, trials_per_batch: int, n_processes: int = 1) -> int:
+    """Where the batch that trial `index` of `n_trials` belongs to ends. The last trials are shared out among the processes."""
+    end = 0
+    while end <= index:
+        end += min(trials_per_batch, math.ceil((n_trials - end) / n_processes))
+    return end
 
-    The sampler is made anew for each trial, seeded with `seed` and the number of trials done. So a resumed run goes on exactly as it
-    would have: trials that were cut off are scored as they were drawn, and the ones after them are drawn from the same history.
+
+@dataclass(frozen=True)
+class _Batch:
+    """Trials that were asked for together. `wait` is None where scoring them was not begun, as the search is to stop."""
+
+    asked: list[tuple[Trial, Ablation]]
+    limit: Limit
+    wait: Wait | None
+
+    @property
+    def ablations(self) -> list[Ablation]:
+        return [ablation for _, ablation in self.asked]
+
+
+class Search:
+    """Asks the study for trials and tells it their scores, batch after batch in the order asked.
+
+    The sampler is made anew for each trial, seeded with `seed` and the number of trials before it. So a resumed run goes on exactly as
+    it would have: trials that were cut off are scored as they were drawn, and the ones after them are drawn from the same history.
     """
 
     def __init__(
@@ -187,7 +208,7 @@ class Search:
     def run(
         self,
         n_trials: int,
-        score_trials: ScoreTrials,
+        scoring: Scoring | ScoreTrials,
         objectives: Objectives,
         trials_per_batch: int | BatchSize = 1,
         stop_dominated: bool = True,
@@ -199,29 +220,36 @@ class Search:
         A trial that cannot be scored is recorded as failed, and the search goes on. Raises `CheckpointError` where the journal cannot
         be written.
         """
-        batch = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
-        while (n_done := self.n_done) < n_trials and not should_stop():
-            # A batch that was cut off is completed, so that the ones that follow are those of an uninterrupted run.
-            asked, self._cut_off = self._cut_off, []
-            end = min((n_done // batch.value + 1) * batch.value, n_trials)
-            asked += [self._ask(number) for number in range(n_done + len(asked), end)]
-            start = time.perf_counter()
-            limit = refusal_limit(self.trials if stop_dominated else [])
-            results = _scored([ablation for _, ablation in asked], limit, score_trials)
-            seconds = time.perf_counter() - start
-            for (trial, _), result in zip(asked, results, strict=True):
-                self._tell(trial, result, seconds / len(asked), objectives)
+        scoring = scoring if isinstance(scoring, Scoring) else Scoring(scoring)
+        size = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
+        at_work: deque[_Batch] = deque()
+        is_stopped, last = False, time.perf_counter()
+        while True:
+            is_stopped = is_stopped or should_stop()
+            # Batches that are asked for after a stop are left to the resume: it would otherwise draw them from another history.
+            while len(at_work) < scoring.n_at_work and (at_work or not is_stopped):
+                asked = self._ask_batch(sum(len(batch.asked) for batch in at_work), n_trials, size.value, scoring.n_processes)
+                if not asked:
+                    break
+                limit = refusal_limit(self.trials if stop_dominated else [])
+                wait = None if is_stopped else scoring.begin([ablation for _, ablation in asked], limit)
+                at_work.append(_Batch(asked, limit, wait))
+            if not at_work or (wait := at_work[0].wait) is None:
+                break
+            batch = at_work.popleft()
+            results = scoring.finish(batch.ablations, batch.limit, wait)
+            seconds, last = time.perf_counter() - last, time.perf_counter()
+            for (trial, _), result in zip(batch.asked, results, strict=True):
+                self._tell(trial, result, seconds / len(batch.asked), objectives)
                 on_trial(self.trials[trial.number])
-            batch.note(self.n_done, seconds)
+            size.note(self.n_done, seconds)
+        self._cut_off = [pair for batch in at_work for pair in batch.asked]
 
-
-def _scored(ablations: list[Ablation], limit: Limit, score_trials: ScoreTrials) -> Sequence[Score | Exception]:
-    """Scores of a batch. Where scoring it crashes, each is scored alone, so that only those that crash again fail."""
-    try:
-        return score_trials(ablations, limit)
-    except TeamError:
-        raise
-    except Exception as error:
-        if len(ablations) == 1:
-            return [error]
-    return [_scored([ablation], limit, score_trials)[0] for ablation in ablations]
+    def _ask_batch(self, n_at_work: int, n_trials: int, trials_per_batch: int, n_processes: int) -> list[tuple[Trial, Ablation]]:
+        """The next batch, none where there are trials enough. One that was cut off is completed, as if it had not been."""
+        index = self.n_done + n_at_work
+        if index >= n_trials:
+            return []
+        end = batch_end(index, n_trials, trials_per_batch, n_processes)
+        asked, self._cut_off = self._cut_off[: end - index], self._cut_off[end - index :]
+        return asked + [self._ask(number) for number in range(index + len(asked), end)]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .console import Console
     from .evaluator import Evaluator
     from .model import Model
-    from .search import ScoreTrials, Search
+    from .scoring import Scoring
+    from .search import Search
 
 
 def load_all_prompts(settings: "Settings", console: "Console") -> dict[str, Any]:
@@ -194,11 +195,11 @@ def search_shown(
     search: "Search",
     target: int,
     batch_size: "BatchSize",
-    score_trials: "ScoreTrials | None" = None,
+    scoring: "Scoring | None" = None,
 ) -> bool:
     """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial. Whether it was ended so.
 
-    `score_trials` scores in the place of `evaluator.score_trials`.
+    `scoring` scores in the place of `evaluator.score_trials`.
     """
     from .console import StudyView
 
@@ -212,7 +213,7 @@ def search_shown(
         with stop_on_interrupt(note_stop) as should_stop:
             search.run(
                 target,
-                score_trials or evaluator.score_trials,
+                scoring or evaluator.score_trials,
                 evaluator.objectives,
                 batch_size,
                 evaluator.stops_dominated,

@@ -18,7 +18,8 @@ from ..ablation import Ablation
 from ..batching import MAX_TRIALS_PER_BATCH, BatchSize
 from ..checkpoint import is_counted
 from ..evaluator import Score
-from ..search import Objectives, ScoreTrials, Search, _scored, refusal_limit
+from ..scoring import ScoreTrials, Scoring
+from ..search import Objectives, Search, refusal_limit
 from .storage import WITHDRAWN, WORKER, SharedStorage, give_back, worker_identity
 
 # How often a worker that has nothing to do looks whether there is something.
@@ -107,7 +108,7 @@ class SharedSearch(Search):
     def run(
         self,
         n_trials: int,
-        score_trials: ScoreTrials,
+        scoring: Scoring | ScoreTrials,
         objectives: Objectives,
         trials_per_batch: int | BatchSize = 1,
         stop_dominated: bool = True,
@@ -118,6 +119,7 @@ class SharedSearch(Search):
 
         Raises `CheckpointError` where the storage stays away or cannot be written.
         """
+        scoring = scoring if isinstance(scoring, Scoring) else Scoring(scoring)
         batch = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
         shown = {trial.number for trial in self.trials if is_counted(trial)}
 
@@ -138,7 +140,7 @@ class SharedSearch(Search):
             if not asked:
                 time.sleep(IDLE_SECONDS)
                 continue
-            self._work(asked, score_trials, objectives, refusal_limit(trials if stop_dominated else []))
+            self._work(asked, scoring, objectives, refusal_limit(trials if stop_dominated else []))
         show_new()
 
     def _share(self, trials: Sequence[FrozenTrial], target: int, trials_per_batch: int) -> int:
@@ -190,12 +192,13 @@ class SharedSearch(Search):
         return True
 
     def _work(
-        self, asked: Sequence[tuple[Trial, Ablation]], score: ScoreTrials, objectives: Objectives, limit: Callable[[float], float]
+        self, asked: Sequence[tuple[Trial, Ablation]], scoring: Scoring, objectives: Objectives, limit: Callable[[float], float]
     ) -> None:
         start = time.perf_counter()
+        ablations = [ablation for _, ablation in asked]
         try:
             with self.pulse.beating([trial for trial, _ in asked]):
-                results = _scored([ablation for _, ablation in asked], limit, score)
+                results = scoring.finish(ablations, limit, scoring.begin(ablations, limit))
         except KeyboardInterrupt:
             self._hand_back([trial for trial, _ in asked])
             raise
