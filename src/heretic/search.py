@@ -5,7 +5,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -109,12 +109,10 @@ class _Batch:
     """Trials that were asked for together. `wait` is None where scoring them was not begun, as the search is to stop."""
 
     asked: list[tuple[Trial, Ablation]]
+    ablations: list[Ablation]
     limit: Limit
     wait: Wait | None
-
-    @property
-    def ablations(self) -> list[Ablation]:
-        return [ablation for _, ablation in self.asked]
+    begun: float = field(default_factory=time.perf_counter)
 
 
 class Search:
@@ -223,7 +221,7 @@ class Search:
         scoring = scoring if isinstance(scoring, Scoring) else Scoring(scoring)
         size = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
         at_work: deque[_Batch] = deque()
-        is_stopped, last = False, time.perf_counter()
+        is_stopped, last = False, 0.0
         while True:
             is_stopped = is_stopped or should_stop()
             # Batches that are asked for after a stop are left to the resume: it would otherwise draw them from another history.
@@ -232,13 +230,14 @@ class Search:
                 if not asked:
                     break
                 limit = refusal_limit(self.trials if stop_dominated else [])
-                wait = None if is_stopped else scoring.begin([ablation for _, ablation in asked], limit)
-                at_work.append(_Batch(asked, limit, wait))
+                ablations = [ablation for _, ablation in asked]
+                at_work.append(_Batch(asked, ablations, limit, None if is_stopped else scoring.begin(ablations, limit)))
             if not at_work or (wait := at_work[0].wait) is None:
                 break
             batch = at_work.popleft()
             results = scoring.finish(batch.ablations, batch.limit, wait)
-            seconds, last = time.perf_counter() - last, time.perf_counter()
+            # Of batches at work together each takes the time since the one before it was done.
+            seconds, last = time.perf_counter() - max(batch.begun, last), time.perf_counter()
             for (trial, _), result in zip(batch.asked, results, strict=True):
                 self._tell(trial, result, seconds / len(batch.asked), objectives)
                 on_trial(self.trials[trial.number])

@@ -197,7 +197,7 @@ def search_shown(
     batch_size: "BatchSize",
     scoring: "Scoring | None" = None,
 ) -> bool:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trial. Whether it was ended so.
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so.
 
     `scoring` scores in the place of `evaluator.score_trials`.
     """
