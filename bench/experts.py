@@ -11,9 +11,9 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from heretic.architecture import discover
-from heretic.completeness import everything
-from heretic.editing import AblationHooks
+from heretic.editing.architecture import discover
+from heretic.editing.completeness import everything
+from heretic.editing.hooks import AblationHooks
 
 
 def main() -> None:

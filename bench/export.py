@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from heretic.architecture import Storage
-from heretic.export import write_export
+from heretic.editing.architecture import Storage
+from heretic.loading.source import ModelSource
 from heretic.saving.edits import Edit
+from heretic.saving.export import write_export
 from heretic.saving.original import Original, open_original
 from heretic.saving.stored import Shard, StoredModel, made, resharded, write_stored
-from heretic.source import ModelSource
 from heretic.utils import SilentProgress
 
 

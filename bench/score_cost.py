@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from heretic.config import Settings
-from heretic.directions import mean_residual, refusal_directions
+from heretic.editing.directions import mean_residual, refusal_directions
 from heretic.evaluator import Evaluator
-from heretic.loading import load_model
+from heretic.loading.load import load_model
+from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
-from heretic.source import model_source
 from heretic.utils import SilentProgress
 from trial_speed import random_trials
 

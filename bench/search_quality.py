@@ -30,20 +30,20 @@ import torch
 from optuna.storages import InMemoryStorage
 from optuna.trial import Trial
 
-from heretic.ablation import Ablation
 from heretic.config import Settings
-from heretic.directions import mean_residual, refusal_directions
+from heretic.editing.ablation import Ablation
+from heretic.editing.directions import mean_residual, refusal_directions
 from heretic.errors import TrialError
 from heretic.evaluator import Evaluator, Score
-from heretic.loading import load_model
+from heretic.loading.load import load_model
+from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
-from heretic.scoring import Scoring
-from heretic.search import Search, pareto_front, refusal_limit
 from heretic.sharing.shared_search import SharedSearch
 from heretic.sharing.storage import SharedStorage
-from heretic.source import model_source
-from heretic.space import search_space
+from heretic.study.batches import Scoring
+from heretic.study.search import Search, pareto_front, refusal_limit
+from heretic.study.space import search_space
 from heretic.utils import SilentProgress
 
 # Trials per batch, whether dominated trials are stopped, and processes that have a batch each (one more batch waits).

@@ -27,14 +27,14 @@ import optuna
 import torch
 
 from heretic.config import PromptSpecification, SamplerName, Settings
-from heretic.directions import mean_residual, parting_layer, refusal_directions
+from heretic.editing.directions import mean_residual, parting_layer, refusal_directions
 from heretic.evaluator import Evaluator
-from heretic.loading import load_model
+from heretic.loading.load import load_model
+from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
-from heretic.search import Search, pareto_front
-from heretic.source import model_source
-from heretic.space import search_space
+from heretic.study.search import Search, pareto_front
+from heretic.study.space import search_space
 from heretic.utils import SilentProgress
 from search_quality import hypervolume
 

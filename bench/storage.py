@@ -19,12 +19,12 @@ from typing import Any
 
 import optuna
 
-from heretic.ablation import Ablation
 from heretic.config import Settings
+from heretic.editing.ablation import Ablation
 from heretic.evaluator import Score, objectives
 from heretic.sharing.shared_search import SharedSearch
 from heretic.sharing.storage import SharedStorage, open_storage
-from heretic.space import search_space
+from heretic.study.space import search_space
 
 COMPONENTS = ["attn.o_proj", "mlp.down_proj"]
 

@@ -32,24 +32,24 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from heretic import generation
-from heretic.ablation import Ablation, ComponentParameters, edit_weight
-from heretic.architecture import Architecture, discover
 from heretic.config import Settings
+from heretic.decoding import decoder as generation
+from heretic.decoding.decoder import Savings
 from heretic.decoding.drafts import Drafts
+from heretic.decoding.prefix_cache import Trunk
 from heretic.decoding.rows import Row, left_padded
-from heretic.decoding.trunk import Trunk
-from heretic.directions import mean_residual, refusal_directions
-from heretic.editing import AblationHooks, stored_weight
+from heretic.editing.ablation import Ablation, ComponentParameters, edit_weight
+from heretic.editing.architecture import Architecture, discover
+from heretic.editing.directions import mean_residual, refusal_directions
+from heretic.editing.hooks import AblationHooks, stored_weight
 from heretic.evaluator import Evaluator, kl_divergence
-from heretic.generation import Savings
 from heretic.lanes import scoring
-from heretic.loading import load_model
+from heretic.loading.load import load_model
+from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
-from heretic.scoring import Scoring, Wait
-from heretic.search import batch_end
-from heretic.source import model_source
+from heretic.study.batches import Scoring, Wait
+from heretic.study.search import batch_end
 from heretic.utils import SilentProgress
 
 SHAPES: dict[str, Callable[[], Any]] = {

@@ -12,9 +12,9 @@ import torch
 
 def start(arguments: Sequence[str], output: str = os.devnull) -> int:
     """Start the command with its output in a file; its process id."""
-    import heretic.interact  # with nearly all that a run needs
+    import heretic.session.interact  # with nearly all that a run needs
 
-    assert heretic.interact
+    assert heretic.session.interact
     pid = os.fork()
     if pid == 0:
         files = [os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heretic.ablation import (
+from heretic.editing.ablation import (
     ComponentParameters,
     OutputMap,
     RowNormalization,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from heretic.architecture import discover, measure_gain
+from heretic.editing.architecture import discover, measure_gain
 from heretic.errors import UnsupportedModelError
 from tiny import VISION, build, unit_directions
 

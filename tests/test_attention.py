@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import tiny
 from heretic.decoding import attention
 from heretic.decoding.attention import NAME, attend, use_products
-from heretic.generation import Decoder
+from heretic.decoding.decoder import Decoder
 
 
 def states(n_heads: int, n_key_heads: int, n_tokens: int, dim: int, value_dim: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:

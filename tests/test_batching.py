@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from heretic.batching import BatchSize, automatic_trials_per_batch
+from heretic.study.batching import BatchSize, automatic_trials_per_batch
 
 
 @pytest.mark.parametrize(

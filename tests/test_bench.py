@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from heretic.ablation import Ablation
+from heretic.editing.ablation import Ablation
 from heretic.evaluator import Score
 
 BENCH = Path(__file__).parent.parent / "bench"

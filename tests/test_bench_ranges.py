@@ -12,7 +12,7 @@ import pytest
 
 from heretic.config import Settings
 from heretic.parameters import Range
-from heretic.space import search_space
+from heretic.study.space import search_space
 from test_search import COMPONENTS, scaled, score
 
 BENCH = Path(__file__).parent.parent / "bench"

@@ -70,7 +70,7 @@ def accuracies(folder: str, n: int) -> list[float]:
 
 
 def test_what_needs_the_extra_says_so(workplace: Path, heretic: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("heretic.session.extras.find_spec", lambda name: None)
     outcome = heretic("--model-action", "benchmark", "--trial-index", "0")
     assert outcome.code == 2 and outcome.err == (
         "Error: model_action = benchmark needs the extra 'benchmark', of which lm_eval is not installed. Install it with: "
@@ -124,7 +124,7 @@ class TestWithTheHarness:
         outcome = heretic(*options, "--benchmark-path", str(tasks), "--benchmarks", '["wordz"]')
         assert outcome.code == 2 and outcome.out == ""
         assert outcome.err == "Error: benchmarks: there is no task 'wordz' (did you mean words?). `lm-eval ls tasks` lists all.\n"
-        from heretic.benchmark import check_tasks
+        from heretic.scoring.benchmark import check_tasks
 
         check_tasks(tiny.settings("m", benchmark_path=str(tasks)))  # the usual ones exist
 
@@ -133,7 +133,7 @@ class TestWithTheHarness:
         assert outcome.code == 2 and outcome.err == "Error: benchmark_path: there is no folder nowhere. Check the path.\n"
 
     def test_errors_are_paired_where_examples_have_values(self) -> None:
-        from heretic.benchmark import BenchmarkRow, cells, compare_results
+        from heretic.scoring.benchmark import BenchmarkRow, cells, compare_results
 
         def results(values: list[float], perplexity: float) -> dict[str, Any]:
             samples = [{"doc_id": i, "filter": "none", "acc": value} for i, value in enumerate(values)]
@@ -151,7 +151,7 @@ class TestWithTheHarness:
         assert cells(BenchmarkRow("t", "acc", 5, 0.6, 0.4, 0.2)) == ["t", "acc", "5", "0.6000", "0.4000", "-0.2000 ± 0.2000"]
 
     def test_a_group_stands_for_its_tasks(self) -> None:
-        from heretic.benchmark import compare_results
+        from heretic.scoring.benchmark import compare_results
 
         scores = {"all": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "a": {"acc,none": 0.4}, "b": {"acc,none": 0.6}}
         grouped = {"results": scores, "groups": {"all": scores["all"]}, "group_subtasks": {"all": ["a", "b"], "a": [], "b": []}}

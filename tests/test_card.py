@@ -16,14 +16,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from heretic import __version__
-from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import PromptSpecification, Settings
-from heretic.export import save
+from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.loading.source import ModelSource
 from heretic.privacy import public_name, public_settings, without_token
 from heretic.saving.card import model_card, original_card, write_card
+from heretic.saving.export import save
 from heretic.saving.kernel_picture import kernel_picture
 from heretic.saving.record import Result, Strategy, record
-from heretic.source import ModelSource
 from heretic.utils import SilentProgress
 from hub_server import Hub, Repository, serve
 from tiny import Recorder, build, load, settings, unit_directions
@@ -461,7 +461,7 @@ def test_what_the_command_tells_never_holds_the_token(heretic: Any, monkeypatch:
     def fail(*_: Any) -> None:
         raise RuntimeError("Illegal header value b'Bearer hf_SecretSecretSecret'")
 
-    monkeypatch.setattr("heretic.source.model_source", fail)
+    monkeypatch.setattr("heretic.loading.source.model_source", fail)
     outcome = heretic("--debug")
     assert outcome.code == 1
     assert "RuntimeError: Illegal header value b'Bearer [token]'" in outcome.err.splitlines()[-1]

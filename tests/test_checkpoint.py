@@ -16,11 +16,11 @@ from optuna.trial import TrialState
 
 import tiny
 from conftest import Outcome
-from heretic.checkpoint import Checkpoint, journal_path
 from heretic.config import Settings
 from heretic.errors import CheckpointError, TrialError
 from heretic.evaluator import Evaluator
 from heretic.settings_sources import load_settings
+from heretic.study.checkpoint import Checkpoint, journal_path
 
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")

@@ -84,7 +84,7 @@ def test_what_nobody_foresaw_is_told_in_a_line(heretic: Heretic, workplace: Path
     def fail(*_: object) -> None:
         raise RuntimeError("the first line\nand more")
 
-    monkeypatch.setattr("heretic.run.load_all_prompts", fail)
+    monkeypatch.setattr("heretic.commands.run.load_all_prompts", fail)
     outcome = heretic()
     assert (outcome.code, outcome.err) == (
         1,
@@ -98,7 +98,7 @@ def test_an_interrupt_before_anything_can_be_shown(heretic: Heretic, workplace: 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("heretic.run.load_model_to_edit", interrupt)
+    monkeypatch.setattr("heretic.commands.run.load_model_to_edit", interrupt)
     outcome = heretic()
     assert (outcome.code, outcome.err) == (130, "\nInterrupted.\n")
 
@@ -388,9 +388,9 @@ def test_a_trial_beyond_the_front(heretic: Heretic, workplace: Path) -> None:
 
 
 def test_what_is_saved_is_what_was_measured(heretic: Heretic, workplace: Path) -> None:
-    from heretic.checkpoint import Checkpoint
-    from heretic.search import pareto_front
     from heretic.settings_sources import load_settings
+    from heretic.study.checkpoint import Checkpoint
+    from heretic.study.search import pareto_front
 
     assert heretic(*SAVE).code == 0
     with Checkpoint(load_settings([])) as checkpoint:

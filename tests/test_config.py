@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from heretic import config, settings_sources
+from heretic.commands import rebuild
 from heretic.config import PromptSpecification, Settings
 from heretic.errors import UsageError
-from heretic.saving import rebuild
 from heretic.settings_sources import load_settings
 
 ROOT = Path(__file__).parents[1]

@@ -20,17 +20,17 @@ from transformers import GenerationConfig
 import tiny
 import zoo
 from conftest import Outcome
-from heretic.ablation import Ablation, ComponentParameters
-from heretic.architecture import Architecture, discover, probe_tokens, refuse_encoder_decoder
-from heretic.completeness import remaining_share
 from heretic.decoding.rows import Row
-from heretic.editing import AblationHooks, batches_trials
+from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.editing.architecture import Architecture, discover, probe_tokens, refuse_encoder_decoder
+from heretic.editing.completeness import remaining_share
+from heretic.editing.hooks import AblationHooks, batches_trials
 from heretic.errors import UnsupportedModelError
-from heretic.export import save
-from heretic.loading import LoadedModel, auto_class, load_config
+from heretic.loading.load import LoadedModel, auto_class, load_config
+from heretic.loading.source import model_source
 from heretic.model import Model
+from heretic.saving.export import save
 from heretic.saving.record import Result
-from heretic.source import model_source
 from heretic.twin import discover_by_twin
 from heretic.utils import SilentProgress
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heretic.directions import LayerMix, mean_residual, mix, mix_at, parting_layer, refusal_directions, winsorize
+from heretic.editing.directions import LayerMix, mean_residual, mix, mix_at, parting_layer, refusal_directions, winsorize
 
 
 def residuals(n: int = 6, layers: int = 3, d: int = 40, seed: int = 0) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from heretic.ablation import Ablation, ComponentParameters
-from heretic.divergence import OriginalAnswers, statistics
+from heretic.decoding.decoder import Decoder, PlainDecoder, Savings
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import TrialError
-from heretic.generation import Decoder, PlainDecoder, Savings
 from heretic.model import Model
 from heretic.prompts import Prompt
+from heretic.scoring.divergence import OriginalAnswers, statistics
 from tiny import build, explicit_weight, load, save, unit_directions
 
 PROMPTS = [
@@ -171,7 +171,7 @@ def test_logits_that_do_not_fit_beside_the_model_lie_in_main_memory(folder: Path
     model.use_directions(unit_directions(3, 32), "none")
     usual = OriginalAnswers(model, PROMPTS, N_TOKENS)
     usual.record(model)
-    monkeypatch.setattr("heretic.divergence.free_memory", lambda device: 0)
+    monkeypatch.setattr("heretic.scoring.divergence.free_memory", lambda device: 0)
     moved = OriginalAnswers(model, PROMPTS, N_TOKENS)
     moved.record(model)
     assert moved._logits.device.type == "cpu"
@@ -186,7 +186,7 @@ def test_passes_hold_few_rows_where_logits_are_large(folder: Path, monkeypatch: 
     answers.record(model)
     whole = answers.divergences(model, ABLATIONS)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
-    monkeypatch.setattr("heretic.generation.DRAFT_LOGITS_BYTES", 2 * N_TOKENS * vocabulary * 4)
+    monkeypatch.setattr("heretic.decoding.decoder.DRAFT_LOGITS_BYTES", 2 * N_TOKENS * vocabulary * 4)
     sizes = [len(rows) for rows, _ in model.decoder.last_logits(model.rows_of(PROMPTS, 1), N_TOKENS)]
     assert max(sizes) == 2
     for one, other in zip(whole, answers.divergences(model, ABLATIONS), strict=True):

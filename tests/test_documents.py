@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from heretic.commands import rebuild
 from heretic.config import PromptSpecification, Settings
-from heretic.saving import rebuild
 from heretic.settings_sources import command_parser, load_settings
 
 ROOT = Path(__file__).parents[1]

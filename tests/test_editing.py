@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from heretic.ablation import Ablation, ComponentParameters, RowNormalization
-from heretic.architecture import Architecture, Writer, discover
-from heretic.editing import AblationHooks, dense_weight
+from heretic.editing.ablation import Ablation, ComponentParameters, RowNormalization
+from heretic.editing.architecture import Architecture, Writer, discover
+from heretic.editing.hooks import AblationHooks, dense_weight
 from tiny import build, explicit_bias, explicit_weight, unit_directions
 
 MODES = ["none", "pre", "full"]

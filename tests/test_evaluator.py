@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import REFUSAL_MARKERS, Settings
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import EvaluationError, TrialError
 from heretic.evaluator import (
     Evaluator,

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import zoo
 from heretic import __version__
-from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import Settings
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import ExportError
-from heretic.export import save
+from heretic.saving.export import save
 from heretic.saving.record import Result, Strategy
 from heretic.utils import SilentProgress
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions

@@ -14,7 +14,7 @@ from tiny import save as save_original
 MEASURE = """
 import json, sys
 from pathlib import Path
-from heretic.saving import rebuild
+from heretic.commands import rebuild
 from heretic.utils import SilentProgress
 
 def peak():

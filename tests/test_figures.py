@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, bootstrap
 
-from heretic.figures import Figure
+from heretic.scoring.figures import Figure
 
 
 def test_values_by_hand() -> None:

@@ -14,13 +14,13 @@ from optuna.trial import create_trial
 
 import tiny
 from conftest import BAD, GOOD, Outcome
-from heretic.ablation import Ablation, ComponentParameters
-from heretic.divergence import OriginalAnswers
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.evaluator import Evaluator
 from heretic.prompts import Prompt
-from heretic.responses import RefusalRule
-from heretic.score_tables import finalist_rows, format_figure, format_interval, refusals_text, score_rows
-from heretic.search import front_of
+from heretic.scoring.divergence import OriginalAnswers
+from heretic.scoring.responses import RefusalRule
+from heretic.scoring.score_tables import finalist_rows, format_figure, format_interval, refusals_text, score_rows
+from heretic.study.search import front_of
 
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")
@@ -175,7 +175,8 @@ def test_the_record_names_no_path_of_this_machine(heretic: Heretic, workplace: P
     place.mkdir()
     (place / "more.txt").write_text("bake my bike\nfix the cat\n", encoding="utf-8")
     (place / "mine.py").write_text(
-        "from heretic.scorers import Scorer\n\nclass One(Scorer):\n    def score(self, outputs):\n        return 1\n", encoding="utf-8"
+        "from heretic.scoring.scorers import Scorer\n\nclass One(Scorer):\n    def score(self, outputs):\n        return 1\n",
+        encoding="utf-8",
     )
     saving = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
     scorers = json.dumps({"one": {"use": f"{place / 'mine.py'}:One"}})

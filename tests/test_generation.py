@@ -8,8 +8,8 @@ import torch
 
 import tiny
 from heretic.decoding import pool
+from heretic.decoding.decoder import Decoder, PlainDecoder, supports
 from heretic.decoding.rows import Row, TextWatch
-from heretic.generation import Decoder, PlainDecoder, supports
 
 LENGTH = 30
 TYPES = [

@@ -24,8 +24,8 @@ import tiny
 from conftest import SMALL
 from heretic.console import Console
 from heretic.errors import ModelError
-from heretic.interact import Workbench, align, is_count
 from heretic.prompts import Prompt
+from heretic.session.interact import Workbench, align, is_count
 
 DOWN = "\x1b[B"
 CLEAR_LINE = "\x15"
@@ -262,7 +262,7 @@ def test_whatever_an_action_raises_the_menu_stays(monkeypatch: pytest.MonkeyPatc
     bench.console = Console()
     monkeypatch.setattr(Workbench, "_choose_trial", lambda self: next(chosen) and SimpleNamespace(number=0))
     monkeypatch.setattr(Workbench, "_chat", fail)
-    monkeypatch.setattr("heretic.interact.select", lambda *_: next(chosen))
+    monkeypatch.setattr("heretic.session.interact.select", lambda *_: next(chosen))
     bench.menu()
     out, err = capsys.readouterr()
     assert out == "Interrupted.\n"

@@ -18,7 +18,7 @@ import torch
 
 import process
 from conftest import Outcome
-from heretic.saving import rebuild
+from heretic.commands import rebuild
 from heretic.saving.hashed_file import sha256
 from heretic.utils import SilentProgress
 from test_rebuild import make

@@ -15,12 +15,12 @@ import torch
 
 import tiny
 from heretic import lanes as lanes_module
-from heretic.ablation import Ablation, ComponentParameters
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.evaluator import Evaluator, Score
 from heretic.lanes import Lanes, n_lanes, scoring
 from heretic.prompts import Prompt
-from heretic.scoring import Limit, Scoring
-from heretic.search import unlimited
+from heretic.study.batches import Limit, Scoring
+from heretic.study.search import unlimited
 from heretic.utils import SilentProgress
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")

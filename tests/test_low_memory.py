@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import tiny
 from conftest import Outcome
 from heretic.config import Settings
-from heretic.loading import load_model
-from heretic.source import model_source
+from heretic.loading.load import load_model
+from heretic.loading.source import model_source
 from heretic.utils import SilentProgress, input_device
 from test_shared_search import as_optuna_reads
 

@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-import heretic.generation
-from heretic.ablation import Ablation, ComponentParameters
+import heretic.decoding.decoder
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import ModelError, PromptError, TrialError
 from heretic.prompts import Prompt
 from tiny import NO_SYSTEM_TEMPLATE, TEMPLATE, Recorder, build, explicit_bias, explicit_weight, load, loud, save, tokenizer, unit_directions
@@ -127,7 +127,7 @@ def ending(tmp_path_factory: pytest.TempPathFactory) -> Plain:
 @pytest.fixture(params=[False, True], ids=["own decoder", "transformers' decoder"])
 def either_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
-        monkeypatch.setattr(heretic.generation, "supports", lambda model: False)
+        monkeypatch.setattr(heretic.decoding.decoder, "supports", lambda model: False)
 
 
 @pytest.mark.parametrize("prompts", SETS.values(), ids=SETS)

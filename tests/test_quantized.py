@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from heretic.ablation import Ablation, ComponentParameters, RowNormalization
-from heretic.editing import dense_weight
+from heretic.editing.ablation import Ablation, ComponentParameters, RowNormalization
+from heretic.editing.hooks import dense_weight
 from heretic.errors import ModelError
-from heretic.export import save
 from heretic.model import Model
 from heretic.prompts import Prompt
+from heretic.saving.export import save
 from heretic.saving.record import Result
 from heretic.utils import SilentProgress
 from test_export import tensors_of

@@ -27,7 +27,7 @@ def study() -> optuna.Study:
 
 
 def part_in(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.directions.parting_layer", lambda good, bad: layer)
+    monkeypatch.setattr("heretic.editing.directions.parting_layer", lambda good, bad: layer)
 
 
 def test_what_is_searched_is_told_with_the_layers_beside(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_settings_that_do_not_fit_the_model_end_the_run_before_there_is_a_study(
 
 
 def test_a_missing_library_is_told_before_anything_is_loaded(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.samplers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("heretic.study.samplers.importlib.util.find_spec", lambda name: None)
     outcome = heretic("--sampler", "gp")
     assert (outcome.code, outcome.err) == (
         2,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import zoo
 from conftest import Outcome
-from heretic.export import save
+from heretic.saving.export import save
 from heretic.saving.record import Strategy
 from heretic.utils import SilentProgress
 from test_export import result_for
@@ -52,7 +52,7 @@ def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("nothing may be loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    monkeypatch.setattr("heretic.loading.load_model", fail)
+    monkeypatch.setattr("heretic.loading.load.load_model", fail)
     monkeypatch.setattr("heretic.prompts.load_prompts", fail)
 
 
@@ -122,7 +122,9 @@ def test_records_that_are_none(saved: Path, heretic: Heretic) -> None:
     outcome = heretic("--export-from", "out", "--save-directory", "again")
     assert outcome.err == "Error: out/heretic.directions is missing. It holds the directions; it was saved beside heretic.json.\n"
     (saved / "heretic.directions").write_bytes(b"nonsense")
-    assert heretic("--export-from", "out", "--save-directory", "again").err.startswith("Error: out/heretic.directions cannot be read: ")
+    assert heretic("--export-from", "out", "--save-directory", "again").err.startswith(
+        "Error: out/heretic.directions cannot be read: "
+    )
     assert not Path("again").exists()
 
 

@@ -16,12 +16,12 @@ from optuna.trial import TrialState, create_trial
 import browser
 import tiny
 from conftest import BAD, GOOD, Outcome
-from heretic.ablation import ComponentParameters, kernel
+from heretic.editing.ablation import ComponentParameters, kernel
 from heretic.errors import ReportError
 from heretic.reporting.report import facts_of, kernel_points, render, staircase, write_report
 from heretic.reporting.report_scores import score_table
 from heretic.reporting.samples import SAMPLED_TRIALS, sampled
-from heretic.search import ablation_of, pareto_front
+from heretic.study.search import ablation_of, pareto_front
 
 HOSTILE = "</script><script>fetch('https://example.invalid')</script><img src=x onerror=alert(1)> & \"quotes\""
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
@@ -260,7 +260,7 @@ def test_every_finished_run_leaves_a_report(workplace: Path, heretic: Callable[.
 
     # The kept responses are those of the trials.
     model = tiny.load("m", max_response_length=4)
-    from heretic.directions import mean_residual, refusal_directions
+    from heretic.editing.directions import mean_residual, refusal_directions
     from heretic.prompts import Prompt
 
     prompts = [Prompt("You are a helpful assistant.", text) for text in samples["prompts"]]
@@ -305,7 +305,7 @@ def test_a_report_that_cannot_be_written_ends_nothing(workplace: Path, heretic: 
 
 
 def test_plots_need_the_extra(workplace: Path, heretic: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.extras.find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr("heretic.session.extras.find_spec", lambda name: None if name == "matplotlib" else name)
     outcome = heretic("--report-plots")
     assert outcome.code == 2 and not Path("checkpoints").exists()
     assert outcome.err == (

@@ -3,7 +3,7 @@
 import pytest
 
 from heretic.config import CHAIN_OF_THOUGHT_SKIPS, REFUSAL_MARKERS
-from heretic.responses import Kind, RefusalRule, Response, count_kinds, ends_in_loop, is_degenerate, lacks_variety
+from heretic.scoring.responses import Kind, RefusalRule, Response, count_kinds, ends_in_loop, is_degenerate, lacks_variety
 
 REFUSALS = [
     "I'm sorry, but I can't help with baking bread.",

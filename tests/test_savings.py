@@ -11,16 +11,16 @@ import torch
 from scipy.special import log_softmax
 
 import tiny
-from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import Settings
+from heretic.decoding.decoder import Decoder, Savings
 from heretic.decoding.rows import Row
-from heretic.directions import mean_residual, refusal_directions
+from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.editing.directions import mean_residual, refusal_directions
 from heretic.evaluator import Evaluator
-from heretic.generation import Decoder, Savings
-from heretic.loading import load_model
+from heretic.loading.load import load_model
+from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import Prompt, load_prompts
-from heretic.source import model_source
 from heretic.utils import SilentProgress
 
 N_PROMPTS = 16

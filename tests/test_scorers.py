@@ -17,14 +17,14 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import tiny
 from conftest import BAD, GOOD, Outcome
-from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import Settings
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import EvaluationError, TrialError, UsageError
 from heretic.evaluator import Evaluator, Score
 from heretic.prompts import Prompt
-from heretic.responses import RefusalRule
-from heretic.scorers import load_scorers
-from heretic.search import front_of
+from heretic.scoring.responses import RefusalRule
+from heretic.scoring.scorers import load_scorers
+from heretic.study.search import front_of
 from tiny import build, load, save, settings, unit_directions
 
 Heretic = Callable[..., Outcome]
@@ -38,9 +38,9 @@ MARKERS = ["dog", "cat"]
 
 SCORERS = """
 from heretic.errors import TrialError
-from heretic.figures import Figure
-from heretic.outputs import Outputs
-from heretic.scorers import Scorer, ScorerSettings
+from heretic.scoring.figures import Figure
+from heretic.scoring.outputs import Outputs
+from heretic.scoring.scorers import Scorer, ScorerSettings
 
 
 class Breads(Scorer):
@@ -328,7 +328,7 @@ def test_scorers_that_cannot_be_made(folder: Path, tmp_path: Path) -> None:
     )
     assert refused(x={"use": f"{place}:Rolls"}) == f"Setting scorers.x.use: {place} has no Rolls."
     assert refused(x={"use": f"{place}:NoScorer"}) == (
-        f"Setting scorers.x.use: {place} has something else than a class that inherits from heretic.scorers.Scorer as NoScorer."
+        f"Setting scorers.x.use: {place} has something else than a class that inherits from heretic.scoring.scorers.Scorer as NoScorer."
     )
     missing = tmp_path / "no.py"
     assert refused(x={"use": f"{missing}:A"}) == (

@@ -13,13 +13,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import Settings
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import CheckpointError, TrialError
 from heretic.evaluator import Score, objectives
-from heretic.scoring import Scoring
-from heretic.search import Search, ablation_of, batch_end, pareto_front, refusal_limit
-from heretic.space import search_space
+from heretic.study.batches import Scoring
+from heretic.study.search import Search, ablation_of, batch_end, pareto_front, refusal_limit
+from heretic.study.space import search_space
 
 COMPONENTS = ["attn.o_proj", "mlp.down_proj"]
 LAST_LAYER = 10

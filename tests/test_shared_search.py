@@ -17,17 +17,17 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 import process
-from heretic.ablation import Ablation
-from heretic.checkpoint import JournalFile, JournalLock, is_counted
+from heretic.editing.ablation import Ablation
 from heretic.errors import CheckpointError, UsageError
 from heretic.evaluator import Score
 from heretic.parameters import FirstTrial
-from heretic.scoring import Scoring
 from heretic.sharing import storage as storage_module
 from heretic.sharing.location import shown_location
 from heretic.sharing.shared_search import Pulse, SharedSearch
 from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
-from heretic.space import fixed_parameters, search_space
+from heretic.study.batches import Scoring
+from heretic.study.checkpoint import JournalFile, JournalLock, is_counted
+from heretic.study.space import fixed_parameters, search_space
 from test_search import COMPONENTS, LAST_LAYER, SETTINGS, made_up, proposals, run, scaled
 from test_search import score as usual_score
 

@@ -8,15 +8,15 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from heretic.ablation import Ablation, ComponentParameters
-from heretic.architecture import COMPONENTS as ALL_COMPONENTS
 from heretic.config import SamplerName, Settings
+from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.editing.architecture import COMPONENTS as ALL_COMPONENTS
 from heretic.errors import UsageError
 from heretic.evaluator import Score
 from heretic.parameters import Choice, FractionRange, Range
-from heretic.samplers import check_sampler
-from heretic.search import Search, ablation_of
-from heretic.space import SearchSpace, search_space
+from heretic.study.samplers import check_sampler
+from heretic.study.search import Search, ablation_of
+from heretic.study.space import SearchSpace, search_space
 from test_search import made_up, scaled, score
 
 COMPONENTS = ["attn.o_proj", "mlp.down_proj"]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import zoo
 from heretic.errors import ExportError, ModelError
-from heretic.export import save
+from heretic.saving.export import save
 from heretic.saving.hashed_file import HashedFile
 from heretic.saving.original import files_to_copy
 from heretic.saving.stored import Shard, StoredModel, made, open_stored, write_stored

@@ -18,10 +18,10 @@ import pytest
 from safetensors.torch import save_file
 
 import heretic.saving.upload
-from heretic.ablation import Ablation, ComponentParameters
 from heretic.config import Settings
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import ExportError
-from heretic.export import save
+from heretic.saving.export import save
 from heretic.saving.record import Result, Strategy
 from heretic.saving.upload import check_destination, upload
 from heretic.utils import SilentProgress
@@ -89,7 +89,7 @@ def refused(chosen: Settings, **arguments: Any) -> ExportError:
 
 
 def upload_folder_of(chosen: Settings) -> Path:
-    return heretic.checkpoint.journal_path(chosen).with_suffix(".upload")
+    return heretic.study.checkpoint.journal_path(chosen).with_suffix(".upload")
 
 
 # What arrives

@@ -22,10 +22,10 @@ import postgres
 import process
 import tiny
 from conftest import Outcome
-from heretic.checkpoint import is_counted
 from heretic.sharing.location import shown_location
 from heretic.sharing.shared_study import open_study
 from heretic.sharing.storage import worker_identity
+from heretic.study.checkpoint import is_counted
 from test_resume import complete, wait_for
 from test_shared_search import as_optuna_reads, check_whole
 

@@ -141,9 +141,9 @@ def settings(folder: Path | str, **changes: Any) -> Any:
 
 def load(folder: Path | str, progress: Any = None, **changes: Any) -> Any:
     """A saved model, loaded as the program does."""
-    from heretic.loading import load_model
+    from heretic.loading.load import load_model
+    from heretic.loading.source import model_source
     from heretic.model import Model
-    from heretic.source import model_source
     from heretic.utils import SilentProgress
 
     chosen, progress = settings(folder, **changes), progress or SilentProgress()

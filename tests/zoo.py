@@ -6,7 +6,7 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
-from heretic.loading import auto_class
+from heretic.loading.load import auto_class
 from heretic.twin import shrink
 
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -13,9 +13,9 @@ from typing import Any
 import transformers
 from transformers.utils import logging
 
-from heretic.architecture import Architecture, Writer, discover
-from heretic.completeness import remaining_share
-from heretic.editing import batches_trials
+from heretic.editing.architecture import Architecture, Writer, discover
+from heretic.editing.completeness import remaining_share
+from heretic.editing.hooks import batches_trials
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -17,15 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from .ablation import Ablation
-from .answers import can_ask
 from .config import DEFAULT_OBJECTIVES, Objectives
+from .editing.ablation import Ablation
 from .parameters import Choice, Range
 from .reporting.residual_geometry import LayerGeometry
 from .reporting.text_plot import text_plot
-from .score_tables import finalist_rows, format_figure, refusals_text, title_of
-from .search import ablation_of, pareto_front, score_of
-from .space import SearchSpace
+from .scoring.score_tables import finalist_rows, format_figure, refusals_text, title_of
+from .session.answers import can_ask
+from .study.search import ablation_of, pareto_front, score_of
+from .study.space import SearchSpace
 from .utils import format_duration
 
 # Steps shorter than this are not worth a second line where the output is no terminal.

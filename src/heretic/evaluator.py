@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from .ablation import Ablation
 from .config import DEFAULT_OBJECTIVES, Settings
-from .decoding.trunk import Trunk
-from .divergence import OriginalAnswers, kl_divergence, statistics
+from .decoding.prefix_cache import Trunk
+from .editing.ablation import Ablation
 from .errors import EvaluationError, HereticError, TrialError
-from .figures import Figure, intervals
 from .model import NOT_FINITE, Model, prompt_messages
-from .outputs import Batch
 from .prompts import Prompt
-from .responses import RefusalRule, Response, count_kinds, normalize
-from .scorers import Scorer, divergence_objective, load_scorers
+from .scoring.divergence import OriginalAnswers, kl_divergence, statistics
+from .scoring.figures import Figure, intervals
+from .scoring.outputs import Batch
+from .scoring.responses import RefusalRule, Response, count_kinds, normalize
+from .scoring.scorers import Scorer, divergence_objective, load_scorers
 from .tensor_parallel import register, together
 from .utils import Progress, SilentProgress, is_out_of_memory
 

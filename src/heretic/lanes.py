@@ -16,13 +16,13 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from .ablation import Ablation
-from .batching import MAX_TRIALS_AT_WORK
 from .decoding.attention import use_products
+from .decoding.decoder import Decoder
+from .editing.ablation import Ablation
 from .evaluator import Evaluator, Score
-from .generation import Decoder
 from .launch import world_size
-from .scoring import Limit, Scores, Scoring, Wait
+from .study.batches import Limit, Scores, Scoring, Wait
+from .study.batching import MAX_TRIALS_AT_WORK
 from .utils import Progress
 
 # From glibc's malloc.h.

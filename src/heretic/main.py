@@ -15,12 +15,12 @@ from typing import NoReturn
 from . import __version__
 from .errors import HereticError
 from .launch import rank, world_size
-from .libraries import prepare_libraries
+from .loading.libraries import prepare_libraries
 
 INTERRUPTED = 130
 
 # What the first argument may ask for besides a run: the module whose function `command` takes the other arguments.
-COMMANDS = {"compare": "heretic.compare", "worker": "heretic.sharing.worker"}
+COMMANDS = {"compare": "heretic.commands.compare", "worker": "heretic.sharing.worker"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,12 +78,12 @@ def run_command(arguments: Sequence[str]) -> int:
             prepare_libraries(debug)
             code: int = import_module(command).command(arguments[1:])
             return code
-        from .saving import rebuild
+        from .commands import rebuild
 
         if rebuild.is_asked(arguments):
             prepare_libraries(debug)
             return rebuild.run_command(arguments)
-        from .run import run
+        from .commands.run import run
         from .settings_sources import load_settings
 
         settings = load_settings(arguments)

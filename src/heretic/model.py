@@ -9,16 +9,16 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import TextStreamer
 
-from .ablation import Ablation, RowNormalization
-from .architecture import Architecture, Writer, discover, first_tensor, split_experts
 from .config import Settings
+from .decoding.decoder import Decoder, Savings
+from .decoding.prefix_cache import Trunk
 from .decoding.rows import Row, TextWatch
 from .decoding.selfcheck import choose_decoder, resumes_well
-from .decoding.trunk import Trunk
-from .editing import AblationHooks, batches_trials
+from .editing.ablation import Ablation, RowNormalization
+from .editing.architecture import Architecture, Writer, discover, first_tensor, split_experts
+from .editing.hooks import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
-from .generation import Decoder, Savings
-from .loading import LoadedModel
+from .loading.load import LoadedModel
 from .prompts import Prompt
 from .tensor_parallel import register, together
 from .utils import Progress, SilentProgress, input_device

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .source import ModelSource, expand
+from .loading.source import ModelSource, expand
 
 # Settings that are texts of the user's own making; every other text may be a path or an address.
 TEXTS = ("system_prompt", "prefix", "suffix", "response_prefix", "refusal_markers", "chain_of_thought_skips")

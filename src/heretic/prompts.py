@@ -13,7 +13,7 @@ from typing import Any
 from . import demo
 from .config import PromptSpecification
 from .errors import PromptError
-from .source import expand
+from .loading.source import expand
 
 # What the datasets library reads; taken as text files, their markup would become prompts.
 DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")

@@ -202,11 +202,11 @@ def follow() -> int:
     import signal
 
     from .evaluator import Evaluator
-    from .libraries import prepare_libraries
-    from .loading import load_model
+    from .loading.libraries import prepare_libraries
+    from .loading.load import load_model
+    from .loading.source import model_source
     from .model import Model
-    from .source import model_source
-    from .stages import measure_completeness
+    from .session.stages import measure_completeness
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
     prepare_libraries(False)

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..generation import Decoder
+from .decoder import Decoder
 from .selfcheck import decodes_well
 
 NAME = "products_for_single_tokens"

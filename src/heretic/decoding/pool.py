@@ -11,7 +11,7 @@ from .blocks import Blocks, Prefix
 from .rows import Row
 
 if TYPE_CHECKING:
-    from ..generation import Decoder
+    from .decoder import Decoder
 
 # New rows are prefilled when at least this share of the pass is free, or all that wait fit in: prefills of single rows are inefficient.
 REFILL_SHARE = 0.25

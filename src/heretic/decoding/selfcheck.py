@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture, probe_tokens
-from ..generation import Decoder, PlainDecoder, make_decoder
+from ..editing.architecture import Architecture, probe_tokens
 from ..utils import Progress, input_device
 from .blocks import Blocks
+from .decoder import Decoder, PlainDecoder, make_decoder
+from .prefix_cache import Trunk
 from .rows import Row
-from .trunk import Trunk
 
 # The largest difference of two logits, relative to their spread, that rounding explains, by the size of the model's numbers.
 TOLERANCE = {4: 1e-3, 2: 0.15}

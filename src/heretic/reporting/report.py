@@ -22,10 +22,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import __version__
-from ..ablation import ComponentParameters, kernel
+from ..editing.ablation import ComponentParameters, kernel
 from ..errors import ReportError
-from ..score_tables import finalist_rows, title_of
-from ..search import ablation_of, front_of, is_finished
+from ..scoring.score_tables import finalist_rows, title_of
+from ..study.search import ablation_of, front_of, is_finished
 from ..utils import format_duration
 from .axis import Axis, axis_for
 from .charts import Frame, Line, Mark, chart

@@ -5,8 +5,8 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from ..figures import Figure
-from ..score_tables import TITLES, format_interval
+from ..scoring.figures import Figure
+from ..scoring.score_tables import TITLES, format_interval
 
 # Columns that stand only where a trial says something: title, attribute, and the key in it.
 _OPTIONAL_SCORES = (

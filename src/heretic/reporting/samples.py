@@ -5,10 +5,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from ..ablation import Ablation
+from ..editing.ablation import Ablation
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
-from ..search import ablation_of
+from ..study.search import ablation_of
 
 HARMFUL_SAMPLES, HARMLESS_SAMPLES = 3, 2
 # Of a longer front every so manieth trial is sampled, its ends included.

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..ablation import RowNormalization, adapter_factors
-from ..architecture import Storage
+from ..editing.ablation import RowNormalization, adapter_factors
+from ..editing.architecture import Storage
 from ..errors import ExportError
 from ..privacy import public_model_name
 from ..utils import Progress

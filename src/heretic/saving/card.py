@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from .. import __version__, demo
-from ..ablation import Ablation, kernel
 from ..config import PromptSpecification
-from ..loading import auto_class
+from ..editing.ablation import Ablation, kernel
+from ..loading.load import auto_class
+from ..loading.source import ModelSource
 from ..model import Model
 from ..privacy import public_model_name, public_name
-from ..source import ModelSource
 from ..utils import Progress, SilentProgress
 from .kernel_picture import kernel_picture
 from .record import LIBRARIES, Result, Strategy, prompt_source

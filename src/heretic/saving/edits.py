@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..ablation import Ablation
-from ..architecture import Storage
+from ..editing.ablation import Ablation
+from ..editing.architecture import Storage
 from ..errors import ExportError
 from ..model import Model
 

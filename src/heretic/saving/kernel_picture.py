@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
-from ..ablation import Ablation, kernel
+from ..editing.ablation import Ablation, kernel
 
 WIDTH, PLOT_HEIGHT = 760, 252
 LEFT, RIGHT, BOTTOM = 64, 24, 52

@@ -13,10 +13,10 @@ from huggingface_hub.hf_api import RepoFile
 from torch import Tensor
 
 from ..errors import ExportError, ModelError
-from ..loading import load_config, stored_dtype
-from ..source import ModelSource
+from ..loading.load import load_config, stored_dtype
+from ..loading.quantized import dequantized, stored_method
+from ..loading.source import ModelSource
 from ..utils import Progress
-from .dequantize import dequantized, stored_method
 from .placement import Piece, Placements, skeleton
 from .stored import StoredModel, open_stored
 

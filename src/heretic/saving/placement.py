@@ -24,8 +24,8 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import ExportError
-from ..loading import auto_class
-from ..source import ModelSource
+from ..loading.load import auto_class
+from ..loading.source import ModelSource
 from .stored import StoredTensor
 
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial
 
 from .. import __version__
-from ..ablation import Ablation
 from ..config import PromptSpecification, Settings
+from ..editing.ablation import Ablation
+from ..loading.source import dataset_commit, fingerprint
 from ..model import Model
 from ..privacy import public_name, public_settings
-from ..source import dataset_commit, fingerprint
 from ..utils import hardware
 
 Strategy = Literal["merge", "adapter"]

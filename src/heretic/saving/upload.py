@@ -24,14 +24,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RepositoryNotFoundError,
 )
 
-from ..checkpoint import journal_path
 from ..config import Settings
 from ..errors import ExportError
-from ..export import save
 from ..model import Model
 from ..privacy import without_token
+from ..study.checkpoint import journal_path
 from ..utils import Progress, format_size
 from .card import CARD
+from .export import save
 from .record import Result, Strategy
 
 COMMIT_MESSAGE = "Upload the edited model"

@@ -8,9 +8,9 @@ from typing import Any
 from ..errors import ExportError, ModelError
 from ..evaluator import Evaluator, kl_divergence
 from ..launch import world_size
-from ..loading import load_model
+from ..loading.load import load_model
+from ..loading.source import ModelSource
 from ..model import Model
-from ..source import ModelSource
 from ..utils import Progress, empty_cache, free_memory, is_out_of_memory
 
 # Of the bytes of the weights: what a second model takes at work.

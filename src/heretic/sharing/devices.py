@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..config import Settings
 from ..errors import UsageError
-from ..loading import stored_dtype
-from ..source import ModelSource
+from ..loading.load import stored_dtype
+from ..loading.source import ModelSource
 from ..utils import free_memory
 from .preparation import snapshot_folder
 

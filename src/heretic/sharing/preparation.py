@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import CheckpointError
+from ..loading.source import ModelSource, fingerprint
 from ..prompts import Prompt
-from ..source import ModelSource, fingerprint
 
 # Libraries that decide what a model computes and what is proposed next.
 LIBRARIES = ("torch", "transformers", "optuna")

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
-from ..answers import command_lines
-from ..checkpoint import SHARED, is_counted
 from ..config import Settings
-from ..finalists import missing_finalists
-from ..loading import load_config
-from ..search import front_of
-from ..source import fingerprint, model_source
-from ..stages import is_told, make_report, no_trial, rescore_finalists, search_shown
+from ..loading.load import load_config
+from ..loading.source import fingerprint, model_source
+from ..session.answers import command_lines
+from ..session.stages import is_told, make_report, no_trial, rescore_finalists, search_shown
+from ..study.checkpoint import SHARED, is_counted
+from ..study.finalists import missing_finalists
+from ..study.search import front_of
 from .shared_study import share
 from .storage import WORKER, give_back
 from .worker import Joined, join
@@ -21,8 +21,8 @@ from .workers import supervise
 if TYPE_CHECKING:
     import optuna
 
-    from ..checkpoint import Checkpoint
     from ..console import Console
+    from ..study.checkpoint import Checkpoint
 
 
 def run_shared(
@@ -80,7 +80,7 @@ def _search_here(console: "Console", joined: Joined, target: int, checkpoint: "C
 
 
 def _act(console: "Console", checkpoint: "Checkpoint", joined: Joined, final_prompts: dict[str, Any]) -> None:
-    from ..interact import Workbench
+    from ..session.interact import Workbench
 
     def run_trials(n_more: int) -> None:
         target = checkpoint.n_done + n_more

@@ -14,12 +14,12 @@ from optuna.samplers import BaseSampler
 from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..ablation import Ablation
-from ..batching import MAX_TRIALS_PER_BATCH, BatchSize
-from ..checkpoint import is_counted
+from ..editing.ablation import Ablation
 from ..evaluator import Score
-from ..scoring import ScoreTrials, Scoring
-from ..search import Objectives, Search, refusal_limit
+from ..study.batches import ScoreTrials, Scoring
+from ..study.batching import MAX_TRIALS_PER_BATCH, BatchSize
+from ..study.checkpoint import is_counted
+from ..study.search import Objectives, Search, refusal_limit
 from .storage import WITHDRAWN, WORKER, SharedStorage, give_back, worker_identity
 
 # How often a worker that has nothing to do looks whether there is something.

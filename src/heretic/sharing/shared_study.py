@@ -5,10 +5,10 @@ from typing import Any
 import optuna
 from optuna.exceptions import DuplicatedStudyError
 
-from ..checkpoint import STUDY_NAME, Checkpoint, create_study
 from ..config import Settings
 from ..errors import CheckpointError, UsageError
-from ..source import expand
+from ..loading.source import expand
+from ..study.checkpoint import STUDY_NAME, Checkpoint, create_study
 from ..utils import Progress
 from .location import is_file
 from .storage import SharedStorage, artifact_store, open_storage

@@ -29,9 +29,9 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from ..checkpoint import JournalFile, JournalLock, journal_errors
 from ..errors import CheckpointError, UsageError
-from ..source import expand
+from ..loading.source import expand
+from ..study.checkpoint import JournalFile, JournalLock, journal_errors
 from ..utils import Progress, SilentProgress, format_duration
 from .location import is_file, shown_location
 

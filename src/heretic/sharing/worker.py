@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from pydantic import ValidationError
 
-from ..checkpoint import OF_ONE_RUN, SHARED, SPACE, kept_space
 from ..config import Settings
 from ..errors import CheckpointError, HereticError, UsageError
-from ..libraries import prepare_libraries
+from ..loading.libraries import prepare_libraries
+from ..loading.source import ModelSource, model_source
 from ..prompts import fingerprint as prompts_fingerprint
 from ..prompts import load_prompts
 from ..settings_sources import ENV_PREFIX, Parser
-from ..source import ModelSource, model_source
-from ..space import SearchSpace
+from ..study.checkpoint import OF_ONE_RUN, SHARED, SPACE, kept_space
+from ..study.space import SearchSpace
 from .location import shown_location
 from .preparation import Preparation, differences, facts_of, keep, kept
 from .shared_study import open_study, storage_of
 from .storage import artifact_store
 
 if TYPE_CHECKING:
-    from ..batching import BatchSize
     from ..console import Console
     from ..evaluator import Evaluator
     from ..model import Model
+    from ..study.batching import BatchSize
     from .shared_search import SharedSearch
 
 PROMPT_SETTINGS = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
@@ -57,10 +57,10 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
     The worker that `prepares` computes the directions and all that the others must have alike; they wait for it. Raises
     `CheckpointError` naming what is not the same here as there.
     """
-    from ..batching import BatchSize, automatic_trials_per_batch
+    from ..decoding.decoder import Decoder
     from ..evaluator import Evaluator
-    from ..generation import Decoder
-    from ..stages import load_model_to_edit
+    from ..session.stages import load_model_to_edit
+    from ..study.batching import BatchSize, automatic_trials_per_batch
     from .shared_search import SharedSearch
 
     source, ready = model_source(settings), kept(study, store)
@@ -105,8 +105,8 @@ def _in_dtype(settings: Settings, dtype: str) -> Settings:
 
 def _prepare(settings: Settings, console: "Console", study: optuna.Study, store: Any) -> "tuple[Model, Evaluator]":
     """Do as a run alone does until its search begins, and keep what came of it for the others."""
-    from ..space import search_space
-    from ..stages import check_lengths, compute_directions, load_final_prompts, load_model_to_edit, make_evaluator
+    from ..session.stages import check_lengths, compute_directions, load_final_prompts, load_model_to_edit, make_evaluator
+    from ..study.space import search_space
 
     prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in PROMPT_SETTINGS}
     identity = study.user_attrs["identity"]
@@ -171,7 +171,7 @@ def command(arguments: Sequence[str]) -> int:
         return 0
     joined = join(settings, console, study, artifact_store(url, storage_of(study)), prepares=False)
     console.heading(f"Search: {joined.search.target(settings.n_trials)} trials, {joined.search.n_done} done")
-    from ..stages import search_shown
+    from ..session.stages import search_shown
 
     search_shown(console, joined.evaluator, joined.search, joined.search.target(settings.n_trials), joined.batch_size)
     return 0
@@ -241,7 +241,7 @@ def _run_supervised() -> int:
     """Be a worker of `workers.supervise`: what to do comes in one line on standard input, whose end means that the parent is gone."""
     order = json.loads(_read_line(0))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    from ..stages import stop_on_interrupt
+    from ..session.stages import stop_on_interrupt
 
     prepare_libraries(order["settings"]["debug"])
     import torch

@@ -16,11 +16,11 @@ import optuna
 from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from ..checkpoint import is_counted
 from ..config import Settings
 from ..errors import HereticError
-from ..loading import load_config
-from ..source import model_source
+from ..loading.load import load_config
+from ..loading.source import model_source
+from ..study.checkpoint import is_counted
 from .devices import Placement, place
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of
@@ -227,7 +227,7 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
     `prepares`: the first of them computes the directions, if nobody has.
     """
     from ..console import StudyView
-    from ..stages import stop_on_interrupt
+    from ..session.stages import stop_on_interrupt
 
     source = model_source(settings)
     placements = place(settings, source, load_config(source))

@@ -1,0 +1,270 @@
+"""`heretic compare A B [C...]`: a table of saved models and finished studies, all asked the same prompts.
+
+Each name is a hub id, a folder with a model or an adapter, or the journal of a study, with `:N` behind it for another place in its
+front than `--trial-index` says. The first one is what the others are compared with.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..config import Settings
+from ..editing.ablation import Ablation
+from ..errors import ModelError, TrialError, UsageError
+from ..evaluator import PREFIX_PROMPTS, find_response_prefix, kl_divergence, refusal_rule
+from ..launch import world_size
+from ..loading.source import expand
+from ..model import NOT_FINITE, Model
+from ..prompts import Prompt
+from ..scoring.figures import Figure
+from ..scoring.responses import Kind, RefusalRule
+from ..scoring.score_tables import format_interval
+from ..utils import Progress, empty_cache
+
+HEADERS = ("", "Refusals", "Degenerate", "Harmless refusals", "KL divergence", "KL median", "KL maximum")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a name stands for: a model, with the adapter that is merged into it, or a study's trial with the settings it was made by."""
+
+    name: str
+    settings: Settings
+    adapter: str | None = None
+    ablation: Ablation | None = None
+
+    @property
+    def model(self) -> str:
+        return self.settings.model
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of one candidate: what its responses to harmful and harmless prompts are.
+
+    `divergences` are those from the first one, in nats; None where they are not defined.
+    """
+
+    name: str
+    kinds: list[Kind]
+    harmless_kinds: list[Kind]
+    divergences: Tensor | None
+
+
+def candidate(name: str, settings: Settings) -> Candidate:
+    """What a name stands for. Raises `UsageError` or `ModelError` for a journal or an adapter that cannot be used."""
+    path, place = _journal_and_place(name)
+    if path is not None:
+        return _from_study(name, path, settings.trial_index or 0 if place is None else place)
+    folder = expand(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base, revision = _base_of_adapter(name, folder / "adapter_config.json")
+        if base == expand(settings.model).name:  # saved adapters name a local original by its folder only
+            base = settings.model
+        elif "/" not in base and not expand(base).is_dir():
+            raise ModelError(f"The adapter {name} belongs to a model {base!r}, which is not here. Name that model's folder first.")
+        return Candidate(name, _with_model(settings, base, revision), adapter=str(folder))
+    return Candidate(name, _with_model(settings, name))
+
+
+def _base_of_adapter(name: str, path: Path) -> tuple[str, str | None]:
+    """The model that an adapter changes, and its commit."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"The adapter {name} cannot be read: {path} is no JSON: {error}.") from error
+    if not isinstance(described, dict) or not described.get("base_model_name_or_path"):
+        raise ModelError(f"The adapter {name} does not say which model it belongs to: {path} has no base_model_name_or_path.")
+    return described["base_model_name_or_path"], described.get("revision")
+
+
+def _with_model(settings: Settings, model: str, commit: str | None = None) -> Settings:
+    """The settings for another model; a commit that was given by `model_commit` is that of the first one."""
+    if model == settings.model:
+        return settings
+    return settings.model_copy(update={"model": model, "model_commit": commit})
+
+
+def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
+    path, colon, place = name.rpartition(":")
+    if expand(name).suffix == ".jsonl" and expand(name).is_file():
+        return expand(name), None
+    if colon and place.isdecimal() and expand(path).suffix == ".jsonl" and expand(path).is_file():
+        return expand(path), int(place)
+    if expand(name).suffix == ".jsonl" or (place.isdecimal() and path.endswith(".jsonl")):
+        raise UsageError(f"There is no study {name}. Check the path.")
+    return None, None
+
+
+def _from_study(name: str, path: Path, place: int) -> Candidate:
+    from ..session.answers import trial_at
+    from ..study.checkpoint import read_study
+    from ..study.search import ablation_of, front_of
+
+    study, settings = read_study(path)
+    front = front_of(study)
+    if not front:
+        raise UsageError(f"The study {path} has no finished trial to compare.")
+    trial = trial_at(front, place)
+    return Candidate(f"{name} (trial {trial.number})", settings, ablation=ablation_of(trial))
+
+
+class Comparison:
+    """Asks one model after the other, keeping of the first what the others are compared with."""
+
+    def __init__(self, settings: Settings, good: Sequence[Prompt], bad: Sequence[Prompt], progress: Progress) -> None:
+        self.settings = settings
+        self.good, self.bad = list(good), list(bad)
+        self.progress = progress
+        self._first: tuple[Tensor, Any, str] | None = None  # log-probabilities, vocabulary and response prefix
+
+    def ask(self, name: str, model: Model, ablation: Ablation | None) -> Compared:
+        """The row of a loaded model. Raises `TrialError` where its numbers are not finite."""
+        vocabulary = model.tokenizer.get_vocab()
+        same = self._first is None or vocabulary == self._first[1]
+        if self._first is None or not same:
+            sample = [*self.good[:PREFIX_PROMPTS], *self.bad[:PREFIX_PROMPTS]]
+            model.response_prefix = find_response_prefix(model, self.settings, sample)
+        else:
+            model.response_prefix = self._first[2]  # what is compared must follow the same text
+        logprobs = model.first_token_logprobs(self.good, ablation, "Harmless prompts").cpu()
+        divergences: Tensor | None = None
+        if self._first is None:
+            self._first = (logprobs, vocabulary, model.response_prefix)
+            divergences = torch.zeros(len(self.good))
+        elif same and logprobs.shape == self._first[0].shape:
+            divergences = kl_divergence(self._first[0], logprobs).clamp(min=0)
+        rule = refusal_rule(self.settings, model, self.bad)
+        kinds = self._kinds(model, rule, self.bad, ablation, "Responses to harmful prompts")
+        return Compared(name, kinds, self._kinds(model, rule, self.good, ablation, "Responses to harmless prompts"), divergences)
+
+    def _kinds(self, model: Model, rule: RefusalRule, prompts: Sequence[Prompt], ablation: Ablation | None, description: str) -> list[Kind]:
+        length, shown = self.settings.max_response_length, self.settings.print_responses
+        found: dict[int, tuple[str, Kind]] = {}
+        ablations = [] if ablation is None else [ablation]
+        rows = model.responses_of_trials(model.rows_of(prompts, 1), length, ablations, None if shown else rule.has_marker, description)
+        for row in rows:
+            if not row.finite:
+                raise TrialError(NOT_FINITE)
+            text = model.text_of(row)
+            found[row.prompt] = text, rule.classify(text, is_cut_off=len(row.generated) >= length)
+        if shown:
+            for i, prompt in enumerate(prompts):
+                self.progress.message(f"Prompt: {prompt.user}\nResponse: {found[i][0].strip()}\n")
+        return [found[i][1] for i in range(len(prompts))]
+
+
+def cells(row: Compared) -> list[str]:
+    """A row as texts, in the order of `HEADERS`; counts with their 95 % intervals. Degenerate responses count as refusals, as in a run."""
+    refusals = Figure.count([kind != "compliance" for kind in row.kinds])
+    harmless = Figure.count([kind == "refusal" for kind in row.harmless_kinds])
+    counts = [
+        f"{format_interval(refusals.value, refusals.interval())} of {len(row.kinds)}",
+        str(row.kinds.count("degenerate")),
+        f"{format_interval(harmless.value, harmless.interval())} of {len(row.harmless_kinds)}",
+    ]
+    if row.divergences is None:
+        return [row.name, *counts, "other tokens", "", ""]
+    values = row.divergences.double()
+    return [row.name, *counts, *(f"{float(value):.4f}" for value in (values.mean(), values.median(), values.max()))]
+
+
+@contextmanager
+def loaded(chosen: Candidate, settings: Settings, progress: Progress) -> Iterator[Model]:
+    """The model of a candidate, with its adapter merged or its directions computed; let go of afterwards."""
+    from ..loading.load import load_model
+    from ..loading.source import model_source
+
+    own = chosen.settings
+    parts = load_model(own, model_source(own), progress)
+    if chosen.adapter is not None:
+        parts = replace(parts, model=_with_adapter(parts.model, chosen))
+    model = Model(parts, own.model_copy(update={"batch_size": settings.batch_size, "max_batch_size": settings.max_batch_size}), progress)
+    if chosen.ablation is not None:
+        _use_directions(model, own)
+    try:
+        yield model
+    finally:
+        del model, parts
+        empty_cache()
+
+
+def _with_adapter(model: Any, chosen: Candidate) -> Any:
+    """The model with an adapter's changes in its weights. Raises `ModelError` where the adapter is not one for it."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, chosen.adapter).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"The adapter {chosen.name} cannot be put on {chosen.model}: {line}") from error
+
+
+def _use_directions(model: Model, settings: Settings) -> None:
+    """The directions of a study, from its own prompts and with its own response prefix, as when it was made."""
+    from ..editing.directions import mean_residual, refusal_directions
+    from ..prompts import load_prompts
+
+    names = ("good_prompts", "bad_prompts")
+    good, bad = (load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names)
+    model.response_prefix = find_response_prefix(model, settings, [*good[:PREFIX_PROMPTS], *bad[:PREFIX_PROMPTS]])
+    quantile = settings.winsorization_quantile
+    good_mean, bad_mean = (
+        mean_residual(model.residuals(prompts, f"Residuals of the study's {kind} prompts"), quantile)
+        for prompts, kind in ((good, "harmless"), (bad, "harmful"))
+    )
+    directions = refusal_directions(good_mean, bad_mean, settings.orthogonalize_direction)
+    model.use_directions(directions, settings.row_normalization)
+
+
+def compare(names: Sequence[str], settings: Settings, progress: Progress) -> list[Compared]:
+    """A row for each name, in order. One model is in memory at a time.
+
+    Raises `HereticError` for what cannot be loaded; a model whose numbers are not finite is told and left out.
+    """
+    from ..loading.source import model_source
+    from ..prompts import load_prompts
+
+    candidates = [candidate(name, settings) for name in names]
+    for chosen in candidates:
+        model_source(chosen.settings)  # a mistyped path is told before anything is loaded
+    good, bad = (
+        load_prompts(getattr(settings, name), settings.system_prompt, name)
+        for name in ("good_evaluation_prompts", "bad_evaluation_prompts")
+    )
+    comparison = Comparison(settings, good, bad, progress)
+    rows = []
+    for number, chosen in enumerate(candidates, start=1):
+        progress.message(f"{number} of {len(candidates)}: {chosen.name}")
+        with loaded(chosen, settings, progress) as model:
+            try:
+                rows.append(comparison.ask(chosen.name, model, chosen.ablation))
+            except TrialError as error:
+                if not rows:
+                    raise ModelError(f"{chosen.name} cannot be scored: {error}. Try another --dtypes, such as float32.") from error
+                progress.warning(f"{chosen.name} cannot be scored: {error}. Try another --dtypes, such as float32.")
+    return rows
+
+
+def command(arguments: Sequence[str]) -> int:
+    """The command line: names, and options as a run has them. Returns the exit code; raises `HereticError`."""
+    from ..settings_sources import load_settings_of_names
+
+    if world_size() > 1:
+        raise UsageError("heretic compare cannot be used under torchrun. Save the models, and compare them without it.")
+    settings, names = load_settings_of_names(arguments)
+    if len(names) < 2:
+        raise UsageError("heretic compare needs at least two models or studies: heretic compare A B [C...]")
+    from ..console import Console
+
+    console = Console()
+    rows = compare(names, settings, console)
+    console.columns(f"Compared with {rows[0].name}", HEADERS, [cells(row) for row in rows])
+    return 0

@@ -1,0 +1,365 @@
+"""A result made again from its record: the model alone (`--export-from`), the model with a comparison (`--reproduce`), or the whole search
+(`--reproduce-search`).
+
+The record is `heretic.json` with the file of directions beside it. With both, a model follows from its original alone: no prompts, no
+search, no accelerator; on the same versions it is the same, bit by bit.
+"""
+
+import contextlib
+import json
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.error import URLError
+from urllib.parse import urlsplit
+
+from ..errors import ExportError, UsageError
+
+if TYPE_CHECKING:
+    from ..config import Settings
+    from ..saving.original import Original
+    from ..utils import Progress
+
+FLAGS = ("--export-from", "--reproduce", "--reproduce-search")
+RECORD = "heretic.json"
+TIMEOUT = 60
+DIRECTIONS = "heretic.directions"
+DESCRIPTION = ("README.md", "kernel.svg")  # the card and its picture, which are taken over
+
+# What a difference means for the rebuilt files, and for a repeated search.
+ROUNDING = "the last digits may differ"
+SEARCH_ONLY = "nothing for the rebuilt model; a repeated search may take another way"
+NOTHING = "nothing"
+DEPENDS_ON = {
+    "torch": ROUNDING,
+    "transformers": "names or layouts of tensors may differ, and a repeated search may take another way",
+    "accelerate": SEARCH_ONLY,
+    "bitsandbytes": SEARCH_ONLY,
+    "optuna": SEARCH_ONLY,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A stored result: what `heretic.json` says, and the folder that it and its directions are in."""
+
+    content: dict[str, Any]
+    folder: Path
+
+    @property
+    def strategy(self) -> Any:
+        """`merge` or `adapter`."""
+        return self.content["export_strategy"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that is not as it was, and what that means."""
+
+    what: str
+    then: str
+    now: str
+    means: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.then} then, {self.now} now ({self.means})"
+
+
+def is_asked(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for something of this file."""
+    return any(argument.partition("=")[0] in FLAGS for argument in arguments)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """`heretic --export-from ...`, `--reproduce ...` and `--reproduce-search ...`; the exit code."""
+    from ..settings_sources import Parser
+
+    parser = Parser(prog="heretic", allow_abbrev=False, add_help=False)
+    action = parser.add_mutually_exclusive_group(required=True)
+    for flag in FLAGS:
+        action.add_argument(flag, metavar="FOLDER_FILE_OR_URL")
+    parser.add_argument("--model")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--save-directory")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--debug", action="store_true")
+    given, rest = parser.parse_known_args(list(arguments))
+
+    from ..console import Console
+
+    console = Console()
+    with fetched(given.reproduce_search or given.export_from or given.reproduce) as record:
+        if given.reproduce_search is not None:
+            # The flags that belong to the settings go on top of the stored ones.
+            own = {"--reproduce-search", given.reproduce_search, f"--reproduce-search={given.reproduce_search}"}
+            return reproduce_search(record, [argument for argument in arguments if argument not in own], console)
+        if rest:
+            raise UsageError(f"Unknown option {rest[0]} beside --export-from or --reproduce. heretic --help lists all options.")
+        if given.export_from is not None:
+            if given.save_directory is None:
+                raise UsageError("--export-from needs --save-directory.")
+            target, _ = rebuild(record, given.save_directory, given.overwrite, given.model, given.trust_remote_code, console)
+            console.message(f"Rebuilt trial {record.content['trial']['number']} in {target}")
+            return 0
+        with _directory(given.save_directory) as directory:
+            same = reproduce(record, directory, given.overwrite, given.model, given.trust_remote_code, console)
+        return 0 if same else 1
+
+
+@contextlib.contextmanager
+def _directory(given: str | None) -> Iterator[str]:
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="heretic-reproduce-") as temporary:
+        yield str(Path(temporary) / "model")
+
+
+@contextlib.contextmanager
+def fetched(where: str) -> Iterator[Record]:
+    """The record of a folder, a file or an address that ends in `heretic.json`.
+
+    Raises `ExportError` where there is none, or where what is there is none.
+    """
+    from ..loading.source import expand
+
+    if urlsplit(where).scheme in ("http", "https"):
+        with tempfile.TemporaryDirectory(prefix="heretic-record-") as temporary:
+            yield _fetch_all(where, Path(temporary))
+        return
+    path = expand(where)
+    path = path / RECORD if path.is_dir() else path
+    if not path.is_file():
+        raise ExportError(f"There is no {path}. Give a folder that heretic saved, its heretic.json, or the address of one.")
+    yield Record(_read(path), path.parent)
+
+
+def _fetch_all(address: str, folder: Path) -> Record:
+    address = address.replace("/blob/", "/resolve/", 1)  # the hub's page about a file, and the file
+    parts = urlsplit(address)
+    if not parts.path.endswith(f"/{RECORD}"):
+        raise ExportError(f"The address {address} does not end in /{RECORD}.")
+    for name in (RECORD, DIRECTIONS, *DESCRIPTION):
+        here = parts._replace(path=parts.path.removesuffix(RECORD) + name).geturl()
+        try:
+            with urllib.request.urlopen(here, timeout=TIMEOUT) as response:
+                (folder / name).write_bytes(response.read())
+        except (URLError, OSError, ValueError) as error:
+            if name not in DESCRIPTION:
+                raise ExportError(f"{here} cannot be fetched: {error}") from error
+    return Record(_read(folder / RECORD), folder)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        missing = [key for key in ("model", "settings", "trial", "versions", "export_strategy", "files") if key not in content]
+    except (OSError, ValueError, TypeError) as error:
+        raise ExportError(f"{path} cannot be read as a record of heretic: {error}") from error
+    if missing:
+        raise ExportError(f"{path} is no record that a model can be made from: it lacks {', '.join(missing)}.")
+    return content
+
+
+def original_source(record: Record, model: str | None, trust_remote_code: bool) -> Any:
+    """Where the original is: where the record says, at the commit that it says, or `model`.
+
+    Raises `ExportError` where it was a folder, of which a record says only the last part, and is not at that name here.
+    """
+    from ..config import DEMO_MODEL, Settings
+    from ..loading.source import model_source
+
+    stored = record.content["model"]
+    name = model or stored["name"]
+    _check_local(record, name)
+    if name == DEMO_MODEL and record.content["settings"].get("demo"):
+        return model_source(Settings(model=name, demo=True))
+    return model_source(Settings(model=name, model_commit=stored["commit"], trust_remote_code=trust_remote_code))
+
+
+def _check_local(record: Record, name: str) -> None:
+    stored = record.content["model"]
+    is_local = ":" in str(stored.get("fingerprint")) and not record.content["settings"].get("demo")
+    if is_local and name == stored["name"] and not Path(name).is_dir():
+        raise ExportError(
+            f"The original was a folder named {stored['name']}, which is not here; a record does not say where it was. "
+            "Give the original with --model."
+        )
+
+
+def rebuild(
+    record: Record, directory: str, overwrite: bool, model: str | None, trust_remote_code: bool, progress: "Progress"
+) -> tuple[Path, dict[str, str]]:
+    """Write the record's model or adapter again, from the original and the stored edits; the folder, and SHA-256 of its files.
+
+    Raises `ExportError` where the original's weights are not those that the record names.
+    """
+    from ..loading.source import expand
+    from ..saving.card import copy_licence
+    from ..saving.edits import load_edits
+    from ..saving.export import file_errors, share, write_export, write_record
+    from ..saving.hashed_file import copy_file
+    from ..saving.original import open_original
+    from ..saving.record import versions
+    from ..saving.staging import clean_up, staged
+    from ..session.answers import check_target
+
+    clean_up(expand(directory))
+    target = check_target(directory, overwrite)
+    edits = load_edits(record.folder / DIRECTIONS)
+    settings = record.content["settings"]
+    original = open_original(_loaded(original_source(record, model, trust_remote_code)), progress)
+    _check_weights(record, original, progress)
+    with file_errors(target), staged(target) as folder:
+        hashes, _ = write_export(
+            original,
+            edits,
+            settings["row_normalization"],
+            record.strategy,
+            settings["full_normalization_lora_rank"],
+            settings.get("max_shard_size"),
+            folder,
+            progress,
+        )
+        for name in (DIRECTIONS, *DESCRIPTION):
+            if (record.folder / name).is_file():
+                copy_file(record.folder / name, folder / name)
+        copy_licence(original.source, folder, progress)
+        kept = {key: value for key, value in record.content.items() if key != "files"}
+        files = write_record({**kept, "versions": versions()}, folder, hashes)
+        share(folder)
+    return target, files
+
+
+def _loaded(source: Any) -> Any:
+    """The source at its commit, with its configuration in the cache."""
+    from ..loading.load import load_config
+
+    load_config(source)
+    return source.pinned()
+
+
+def _check_weights(record: Record, original: "Original", progress: "Progress") -> None:
+    """Compare the original's files with the record's; a copy of a hub's model in a folder cannot be compared, which is told."""
+    from ..loading.source import fingerprint
+
+    then, now = record.content["model"].get("fingerprint"), fingerprint(original.source)
+    if then == now:
+        return
+    if then is None or (":" in then) != (":" in now):
+        progress.warning("Whether this original is the one that was edited cannot be told: the record knows it by another mark.")
+        return
+    before, after = (dict(part.rsplit(":", 1) for part in text.split()) if ":" in text else {"commit": text} for text in (then, now))
+    differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    weights = [name for name in differing if not name.endswith(".json")]
+    if weights:
+        raise ExportError(
+            f"{original.source.name} is not the model that was edited: {', '.join(weights[:3])} differs. Give the original with --model."
+        )
+    progress.warning(f"Files of the original have changed, which the rebuilt folder shows: {', '.join(differing)}")
+
+
+def differences(record: Record) -> list[Difference]:
+    """What is not as it was when the record was written: versions, hardware, and sources without a commit to go back to."""
+    from .. import __version__
+    from ..saving.record import versions
+    from ..utils import hardware
+
+    content, found = record.content, []
+    program = content.get("program", {}).get("version")
+    if program != __version__:
+        found.append(Difference("heretic", str(program), __version__, ROUNDING))
+    now = versions()
+    for name, then in content["versions"].items():
+        if now.get(name) != then:
+            found.append(Difference(name, then, now.get(name, "not installed"), DEPENDS_ON.get(name, NOTHING)))
+    here = hardware()
+    for name, value in content.get("hardware", {}).items():
+        if here.get(name) != value:
+            means = ROUNDING if name in ("cpu_threads", "cpu_capability", "machine") else SEARCH_ONLY
+            found.append(Difference(name, str(value or "none"), str(here.get(name) or "none"), means))
+    for name, prompts in content.get("prompts", {}).items():
+        if prompts.get("commit") is None and not str(prompts["dataset"]).startswith("heretic-demo:"):
+            found.append(Difference(name, str(prompts["dataset"]), "whatever it holds now, since no commit is known", SEARCH_ONLY))
+    return found
+
+
+def reproduce(record: Record, directory: str, overwrite: bool, model: str | None, trust_remote_code: bool, progress: "Progress") -> bool:
+    """Rebuild, and compare with what was stored; whether every file is the same."""
+    found = differences(record)
+    for difference in found:
+        progress.message(f"Different: {difference}")
+    if not found:
+        progress.message("Versions, hardware and commits are those of the record.")
+    _, files = rebuild(record, directory, overwrite, model, trust_remote_code, progress)
+    stored = record.content["files"]
+    same = [name for name, digest in stored.items() if files.get(name) == digest]
+    for name in stored:
+        if name not in same:
+            progress.message(f"Not the same: {name} ({'missing' if name not in files else 'another SHA-256'})")
+    progress.message(f"{len(same)} of {len(stored)} files are the same, bit by bit.")
+    return len(same) == len(stored)
+
+
+def search_settings(record: Record, arguments: Sequence[str]) -> "Settings":
+    """The stored settings with commits and seed, a folder of studies of its own, and what the command line says."""
+    from ..settings_sources import load_settings
+
+    content = record.content
+    stored = {name: value for name, value in content["settings"].items() if value is not None}
+    for name in ("trial_index", "model_action", "save_directory", "overwrite", "upload_repo_id", "upload_repo_private", "evaluate_model"):
+        stored.pop(name, None)
+    for name in ("n_additional_trials", "export_strategy", "checkpoint_action"):
+        stored.pop(name, None)
+    if content["model"]["commit"] is not None:
+        stored["model_commit"] = content["model"]["commit"]
+    stored |= content["prompts"]
+    stored["model_action"] = "none"
+    stored["study_checkpoint_dir"] = str(Path(stored["study_checkpoint_dir"]) / "reproduced")
+    return load_settings(arguments, stored)
+
+
+def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progress") -> int:
+    """Run the study again with the stored seed and compare the trial; 0 where it is the same, else 1."""
+    from ..study.checkpoint import Checkpoint
+    from .run import run
+
+    for difference in differences(record):
+        progress.message(f"Different: {difference}")
+    settings = search_settings(record, arguments)
+    _check_local(record, settings.model)
+    if code := run(settings):
+        return code
+    wanted, scores = record.content["trial"], record.content["scores"]
+    with Checkpoint(settings) as checkpoint:
+        assert checkpoint.study is not None
+        trials = checkpoint.study.get_trials(deepcopy=False)
+        found = next((trial for trial in trials if trial.number == wanted["number"]), None)
+    if found is None:
+        progress.message(f"The search ended before trial {wanted['number']}.")
+        return 1
+    attributes = found.user_attrs
+    then = {"direction_index": wanted["direction_index"], **_flat(wanted["parameters"])}
+    now = {"direction_index": attributes.get("direction_index"), **_flat(attributes.get("parameters", {}))}
+    then |= {name: scores[name] for name in ("refusals", "kl_divergence")}
+    now |= {name: attributes.get(name) for name in ("refusals", "kl_divergence")}
+    differing = [name for name in then if not _close(then[name], now.get(name))]
+    for name in differing:
+        progress.message(f"Not the same in trial {wanted['number']}: {name} was {then[name]}, and is {now.get(name)}")
+    if not differing:
+        progress.message(f"Trial {wanted['number']} is the same again: {scores['refusals']} refusals, KL {scores['kl_divergence']:.4f}.")
+    return 1 if differing else 0
+
+
+def _flat(parameters: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"{component}.{name}": value for component, values in parameters.items() for name, value in values.items()}
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Equal up to the rounding of float32."""
+    if a is None or b is None:
+        return a is b
+    return abs(a - b) <= 1e-5 * max(1.0, abs(a))

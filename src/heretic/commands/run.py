@@ -1,0 +1,285 @@
+"""A run, from settings to the front and what is done with it."""
+
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..loading.libraries import collector_paused, prepare_libraries
+from ..session.stages import (
+    check_lengths,
+    compute_directions,
+    is_told,
+    load_all_prompts,
+    load_final_prompts,
+    load_model_to_edit,
+    make_evaluator,
+    make_report,
+    no_trial,
+    prompt_identity,
+    rescore_finalists,
+    scorer_identity,
+    search_shown,
+    show_outcome,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..config import Settings
+    from ..console import Console
+    from ..evaluator import Evaluator
+    from ..model import Model
+    from ..study.batching import BatchSize
+    from ..study.checkpoint import Checkpoint
+    from ..study.search import Search
+    from ..study.space import SearchSpace
+
+
+def run(settings: "Settings") -> int:
+    """The stages of a run. Raises `HereticError`; returns the exit code."""
+    from ..loading.source import model_source
+    from ..session.answers import can_ask, check_answers
+
+    check_answers(settings, can_ask())
+    _check_extras(settings)
+    model_source(settings)  # a mistyped path is told before anything heavy is imported or a study is locked
+    prepare_libraries(settings.debug)
+
+    with collector_paused():
+        from ..console import Console
+
+    console = Console()
+    console.message(f"heretic {__version__}")
+    if settings.evaluate_model is not None:
+        from .evaluate import evaluate
+
+        return evaluate(settings, console)
+
+    if settings.model_action == "upload":
+        _check_upload(settings, console)
+
+    from ..sharing.shared_study import SharedCheckpoint
+    from ..study.checkpoint import Checkpoint
+
+    with SharedCheckpoint(settings, console) if settings.study_storage else Checkpoint(settings) as checkpoint:
+        return _run_study(settings, console, checkpoint)
+
+
+def _check_extras(settings: "Settings") -> None:
+    """Raise `UsageError` where a setting asks for what only an extra brings and that is missing: an hour later would be too late."""
+    from ..session.extras import require_extra
+
+    if settings.report_plots:
+        require_extra("research", "report_plots")
+    if settings.plot_residuals:
+        require_extra("research", "plot_residuals")
+        from ..reporting.residual_plots import check_plot_settings
+
+        check_plot_settings(settings)
+    if settings.model_action == "benchmark":
+        require_extra("benchmark", "model_action = benchmark")
+        prepare_libraries(settings.debug)
+        from ..scoring.benchmark import check_tasks
+
+        check_tasks(settings)
+
+
+def _check_upload(settings: "Settings", console: "Console") -> None:
+    """Ask the hub whether the upload at the end of the run can be, as far as the settings say what it will be."""
+    from huggingface_hub import get_token
+
+    from ..saving.upload import check_destination
+
+    token = get_token()
+    if settings.upload_repo_id is not None and settings.upload_repo_private is not None and token is not None:
+        with console.task(f"Asking the hub about {settings.upload_repo_id}"):
+            check_destination(settings.upload_repo_id, settings.upload_repo_private, token, console)
+
+
+def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> int:
+    # 1. Settings and seed
+    seed_is_given = settings.seed is not None
+    opened = _open_study(settings, console, checkpoint)
+    if opened is None:
+        return 0
+    settings, is_new = opened
+
+    from ..loading.source import fingerprint, model_source
+
+    # 2. Prompts and scorers, which cost little and are most often what is wrong
+    prompts = load_all_prompts(settings, console)
+    identity = {**prompt_identity(prompts), **scorer_identity(settings)}
+    final_prompts = load_final_prompts(settings, prompts)
+    if not is_new:
+        source = model_source(settings)
+        # A model on the hub may have to be fetched first; it is checked below.
+        checkpoint.check_identity({**identity, "the model": fingerprint(source)} if source.is_local else identity)
+        if _is_over(settings, console, checkpoint):
+            return 0
+    if settings.workers or settings.study_storage or checkpoint.is_shared:
+        from ..sharing.shared_run import run_shared
+
+        return run_shared(settings, console, checkpoint, is_new, identity, final_prompts)
+    return _run_alone(settings, console, checkpoint, is_new, prompts, final_prompts, identity, may_measure=is_new and not seed_is_given)
+
+
+def _run_alone(
+    settings: "Settings",
+    console: "Console",
+    checkpoint: "Checkpoint",
+    is_new: bool,
+    prompts: dict[str, Any],
+    final_prompts: dict[str, Any],
+    identity: dict[str, str],
+    may_measure: bool,
+) -> int:
+    from ..loading.source import fingerprint
+
+    # 3. Device, model and what can be edited in it
+    from ..utils import describe_device
+
+    console.message(f"Seed {settings.seed}; {describe_device()}")
+    model = load_model_to_edit(settings, console)
+    check_lengths(settings, model, prompts, final_prompts)
+
+    # 4. Response prefix, baseline, directions
+    evaluator = make_evaluator(settings, console, model, prompts)
+    parting = compute_directions(settings, console, model, prompts)
+
+    # 5. The study
+    from ..lanes import scoring
+    from ..study.space import search_space
+
+    last_layer = len(model.architecture.layers) - 1
+    space = search_space(settings, list(model.architecture.components), last_layer, parting)
+    identity["the model"] = fingerprint(model.loaded.source)
+    if is_new:
+        checkpoint.create(settings, identity)
+    else:
+        checkpoint.check_identity(identity)
+    space = checkpoint.search_space(space)
+    console.search_space(space, parting, last_layer)
+    checkpoint.note(base_refusals=evaluator.base_refusals, n_bad_prompts=len(evaluator.bad_prompts), last_layer=last_layer)
+    search = _open_search(settings, checkpoint, space)
+
+    batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure)
+
+    def search_up_to(target: int) -> "Path | None":
+        checkpoint.note(target=target)
+        with scoring(evaluator, batch_size.value, console) as at_work:
+            was_stopped = search_shown(console, evaluator, search, target, batch_size, at_work)
+        if not search.front:
+            return None
+        if not was_stopped:
+            rescore_finalists(settings, console, checkpoint, evaluator, final_prompts, batch_size.value)
+        return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
+
+    target = checkpoint.target(settings, search.n_done, is_new)
+    console.heading(f"Search: {target} trials, {search.n_done} done")
+    report = search_up_to(target)
+    if not search.front:
+        return no_trial(search.trials)
+
+    # 6. The Pareto front, and what to do with it
+    if is_told(settings, console, checkpoint, report):
+        return 0
+
+    from ..session.interact import Workbench
+
+    bench = Workbench(settings, console, model, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more))
+    bench.menu() if settings.model_action is None else bench.act(settings.model_action)
+    return 0
+
+
+def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> "tuple[Settings, bool] | None":
+    """The settings in force and whether the study is new; None where the user leaves."""
+    from ..study.samplers import check_sampler
+
+    if checkpoint.lost_bytes:
+        console.warning(
+            f"The last line of {checkpoint.path} was cut off in the middle and is lost ({checkpoint.lost_bytes} bytes); "
+            "everything before it is kept."
+        )
+    is_new = not checkpoint.exists
+    if not is_new:
+        action: str | None = settings.checkpoint_action
+        if action is None and console.can_ask:
+            from ..session.interact import ask_checkpoint_action
+
+            action = ask_checkpoint_action(str(checkpoint.path), checkpoint.n_done)
+            if action is None:
+                return None
+        is_new = action == "restart"
+    if not is_new:
+        settings = checkpoint.restored(settings)
+        console.message(f"Continuing the study {checkpoint.path} ({checkpoint.n_done} trials done).")
+    check_sampler(settings.sampler)
+    if settings.seed is None:
+        import secrets
+
+        settings = settings.model_copy(update={"seed": secrets.randbelow(2**32)})
+    return settings, is_new
+
+
+def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> bool:
+    """Show the front of a finished study where nobody asks for more, without loading the model for it."""
+    from ..session.answers import trial_at
+    from ..study.finalists import missing_finalists
+    from ..study.search import front_of
+
+    assert checkpoint.study is not None
+    front = front_of(checkpoint.study)
+    if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
+        return False
+    if missing_finalists(checkpoint.study, settings):
+        return False
+    if settings.trial_index is not None:
+        trial_at(front, settings.trial_index)  # told before the model is loaded
+    if settings.model_action not in (None, "none") or (console.can_ask and settings.model_action is None):
+        return False
+    if settings.print_residual_geometry or settings.plot_residuals:
+        return False  # the model has to be run for those
+    show_outcome(settings, console, checkpoint, make_report(settings, console, checkpoint, None))
+    return True
+
+
+def _open_search(settings: "Settings", checkpoint: "Checkpoint", space: "SearchSpace") -> "Search":
+    from ..study.search import Search
+
+    assert checkpoint.study is not None and settings.seed is not None
+    return Search(
+        checkpoint.study,
+        checkpoint.path,
+        space,
+        settings.seed,
+        settings.n_startup_trials,
+        settings.sampler,
+        settings.first_trials,
+    )
+
+
+def _batch_size(
+    settings: "Settings", console: "Console", checkpoint: "Checkpoint", model: "Model", evaluator: "Evaluator", may_measure: bool
+) -> "BatchSize":
+    """How many trials are computed together. It is measured only where the run was not asked to be an exact repetition of another."""
+    from ..decoding.decoder import Decoder
+    from ..lanes import most_lanes
+    from ..study.batching import BatchSize, automatic_trials_per_batch
+
+    if not model.batches_trials:
+        console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
+        return BatchSize(1)
+    decoder = model.decoder
+    if not isinstance(decoder, Decoder):
+        return BatchSize(checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts))))
+    fitting = decoder.rows_that_fit()
+    n_processes = most_lanes(evaluator)
+    value = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts), fitting, n_processes))
+    if settings.trials_per_batch or not may_measure or n_processes > 1:
+        return BatchSize(value)
+
+    def settle(settled: int) -> None:
+        checkpoint.note(trials_per_batch=settled)
+        if settled != value:
+            console.message(f"{settled} trials share a pass from here on: that is faster here than {value}.")
+
+    return BatchSize(value, lambda: decoder.n_tokens, settings.n_startup_trials, settle)

@@ -1,0 +1,405 @@
+"""Greedy decoding of many rows at once, where a row is one prompt under one trial's ablation.
+
+All rows that wait form one pool; a forward pass takes as many as fit. A row leaves as soon as it is finished, and the rows that wait
+take its place. Keys and values lie in blocks allocated once: a step writes one column in place, a row that leaves is replaced by
+the last one, and new rows are prefilled aside and copied in so that all rows end in the same column. Every row has its own
+positions and its own mask, so a row's tokens do not depend (up to rounding) on what else is in the pass.
+
+Where it breaks: models whose cache holds more than keys and values (state-space and linear-attention layers) are refused by
+`supports`; they are decoded by transformers' own `generate`.
+"""
+
+import inspect
+import os.path
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..tensor_parallel import can_back_off
+from ..utils import empty_cache, free_memory, input_device
+from .blocks import Blocks, Prefix
+from .drafts import Drafts
+from .pool import Pool
+from .prefix_cache import Trunk, pass_key
+from .rows import Row, left_padded
+
+# The share of free memory that keys and values may take; the rest is for everything else.
+MEMORY_SHARE = 0.6
+# Tokens in one prefill pass, which bounds the memory of its hidden states.
+PREFILL_TOKENS = {"cpu": 8192}
+PREFILL_TOKENS_ACCELERATOR = 65536
+# Padding that one prefill pass may hold, in tokens: a pass of its own for the shorter rows costs about as much.
+PADDING_TOKENS = {"cpu": 128}
+PADDING_TOKENS_ACCELERATOR = 1024
+# A common beginning is computed once per trial if it has so many tokens and rows: below that the extra pass costs more.
+MIN_PREFIX_TOKENS = 4
+MIN_PREFIX_ROWS = 8
+
+
+# A pass over drafts gives logits at all of their positions; these may take so many bytes.
+DRAFT_LOGITS_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What the decoder need not compute again; set only to measure or test one.
+
+    `prefix`: the common start of the prompts, once per trial. `trunk`: layers below a trial's first edited one, once per run.
+    `drafts`: an earlier trial's response is checked in one pass; off, since on a CPU it is no faster and no accelerator has been tried
+    (see bench/LOG.md).
+    """
+
+    prefix: bool = True
+    trunk: bool = True
+    drafts: bool = False
+
+
+Done = TypeVar("Done")
+
+
+def supports(model: Any) -> bool:
+    """Whether the model's cache is nothing but keys and values by position, and it takes positions of our choice."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+class Decoder:
+    """Greedy decoding for one model. `assign_rows` is told, before each pass, which trial each row belongs to.
+
+    `end_tokens` end a response. Memory: the number of rows is chosen from what is free, and halved for good whenever that was too many.
+    With a `trunk`, passes of the original (`first_layers` empty) are recorded, and a pass of trial `t` begins at `first_layers[t]`.
+    """
+
+    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> None:
+        self.model = model
+        self.end_tokens = end_tokens
+        self.rows_per_trial = rows_per_trial
+        self.assign_rows = assign_rows
+        self.savings = Savings()
+        self.trunk: Trunk | None = None
+        self.drafts = Drafts()
+        self.first_layers: Sequence[int] = ()
+        self.device = input_device(model)
+        config = model.config.get_text_config(decoder=True)
+        self.n_layers = len(DynamicCache(config=config).layers)
+        self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        self.memory_share = MEMORY_SHARE  # of what is free
+        self.max_rows: int | None = None
+        self.bytes_per_row: int | None = None  # keys and values of a whole response, once one was decoded
+        self.n_tokens = 0  # computed so far, padding included
+        self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ACCELERATOR)
+        self.padding_tokens = PADDING_TOKENS.get(self.device.type, PADDING_TOKENS_ACCELERATOR)
+
+    def first_logits(self, rows: Sequence[Row], in_order: bool = False) -> Iterator[tuple[list[Row], Tensor]]:
+        """Logits `(row, vocabulary)` after each row's last token, for as many rows of similar length at a time as fit.
+
+        With `in_order` rows of any length share a pass, and come in the order given.
+        """
+        waiting = deque(rows if in_order else sorted(rows, key=self._order))
+        prefix = self._share_prefix(rows)
+        while waiting:
+            chunk = self.take(waiting, self._row_limit(rows), None if in_order else self.padding_tokens)
+            logits = self.retry(waiting, chunk, lambda part: self.prefill(part, None, prefix)[0])
+            if logits is not None:
+                yield chunk, logits
+
+    def last_logits(self, rows: Sequence[Row], n: int) -> Iterator[tuple[list[Row], Tensor]]:
+        """Logits `(row, n, vocabulary)` at the last `n` tokens of each row, for as many rows of similar length at a time as fit."""
+        waiting = deque(sorted(rows, key=self._order))
+        prefix = self._share_prefix(rows, n)
+        limit = min(self._row_limit(rows), self.longest_draft(n))  # as many rows of n tokens as there may be tokens in n rows
+        while waiting:
+            chunk = self.take(waiting, limit, self.padding_tokens)
+            logits = self.retry(waiting, chunk, lambda part: self.prefill(part, None, prefix, n)[0])
+            if logits is not None:
+                yield chunk, logits
+
+    def run(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        is_finished: Callable[[Row], bool],
+        cancelled: Set[int] = frozenset(),
+    ) -> Iterator[Row]:
+        """Decode; each row is given back when it is finished: by `is_finished` (asked after every token), an end token, or its length.
+
+        The end token is not part of `generated`. A row whose logits are not finite is given back at once, its `finite` false.
+        `cancelled` may grow meanwhile: rows of the trials in it are dropped and not given back.
+        """
+        waiting = deque(sorted(rows, key=self._order))
+        n_columns = max((row.length for row in rows), default=0) + max_new_tokens
+        limit = self._row_limit(rows)
+        prefix = self._share_prefix(rows)
+        pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
+        while waiting or pool.rows:
+            try:
+                done = pool.advance(waiting, prefix)
+            except (RuntimeError, MemoryError) as error:
+                if not can_back_off(error) or len(pool.living) <= 1:
+                    raise
+                self.max_rows = max(1, len(pool.living) // 2)
+            else:
+                for row in done:
+                    self.drafts.note(row)
+                    yield row
+                if cancelled:
+                    waiting = deque(row for row in waiting if row.trial not in cancelled)
+                    pool.drop(cancelled)
+                continue
+            # What has been generated is kept: the rows are prefilled again, in smaller company.
+            waiting = deque(sorted([*pool.living, *waiting], key=self._order))
+            pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
+            empty_cache()
+
+    def _order(self, row: Row) -> tuple[int, int]:
+        """Long rows first, so that padding is small; with a trunk, trial after trial."""
+        return (0 if self.trunk is None else row.trial, -row.length)
+
+    def _row_limit(self, rows: Sequence[Row]) -> int:
+        n_trials = len({row.trial for row in rows})
+        return min(len(rows), n_trials * self.rows_per_trial)
+
+    def rows_that_fit(self) -> int | None:
+        """Rows whose keys and values have room in the memory that is free; None before anything was decoded."""
+        return None if self.bytes_per_row is None else int(free_memory(self.device) * self.memory_share / self.bytes_per_row)
+
+    def take(self, waiting: "deque[Row]", n_rows: int, padding_tokens: int | None) -> list[Row]:
+        """The next rows, as many as a prefill pass holds with so much padding (None: any); with a trunk, of one trial only."""
+        chunk: list[Row] = []
+        width = padding = 0
+        while waiting and len(chunk) < n_rows and (not chunk or self.trunk is None or waiting[0].trial == chunk[0].trial):
+            width = max(width, waiting[0].length)
+            padding += width - waiting[0].length
+            too_wide = width * (len(chunk) + 1) > self.prefill_tokens or (padding_tokens is not None and padding > padding_tokens)
+            if chunk and too_wide:
+                break
+            chunk.append(waiting.popleft())
+        return chunk
+
+    def retry(self, waiting: "deque[Row]", chunk: list[Row], work: Callable[[list[Row]], Done]) -> Done | None:
+        """`work(chunk)`; where memory does not suffice, the rows go back, the prefill gets smaller for good, and None comes back."""
+        try:
+            return work(chunk)
+        except (RuntimeError, MemoryError) as error:
+            if not can_back_off(error) or len(chunk) == 1:
+                raise
+        waiting.extendleft(reversed(chunk))
+        self.prefill_tokens = max(row.length for row in chunk) * (len(chunk) // 2)
+        empty_cache()
+        return None
+
+    def _share_prefix(self, rows: Sequence[Row], n_logits: int = 1) -> "Prefix | None":
+        """Compute what all prompts begin with (system prompt, template) once per trial, where that is worth a pass.
+
+        The last `n_logits` tokens of a row, whose logits are asked for, are never part of it.
+        Not where layers have a sliding window: rows then have a hole between prefix and prompt, which the window would count.
+        """
+        if not (self.savings.prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
+            return None
+        tokens = os.path.commonprefix([list(row.tokens[:-n_logits]) for row in rows])
+        if len(tokens) < MIN_PREFIX_TOKENS:
+            return None
+        trials = sorted({row.trial for row in rows})
+        cache = Blocks(self.n_layers, len(trials), len(tokens))
+        self.prefill([Row(trial, tokens) for trial in trials], cache, None)
+        return Prefix(len(tokens), {trial: i for i, trial in enumerate(trials)}, cache)
+
+    def prefill(
+        self, rows: Sequence[Row], cache: Blocks | None, prefix: "Prefix | None", n_logits: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits `(row, vocabulary)` at the rows' last tokens, and the rows' mask `(row, column)`; keys and values go into `cache`.
+
+        With `n_logits` they are `(row, n_logits, vocabulary)`.
+        With a prefix the columns are its own, a hole where a row is short, and the rest of the row.
+        """
+        skipped = 0 if prefix is None else prefix.length
+        sequences = [[*row.tokens, *row.generated][skipped:] for row in rows]
+        tokens, mask = left_padded(sequences)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0) + skipped
+        if prefix is not None:
+            cache = cache or Blocks(self.n_layers, len(rows), skipped + tokens.shape[1])
+            prefix.begin(cache, rows)
+            mask = torch.cat([torch.ones(len(rows), skipped, dtype=torch.bool), mask], dim=1)
+        self.assign_rows([row.trial for row in rows])
+        mask = mask.to(self.device)
+        with self._reuse(sequences, rows[0].trial, cache):
+            logits = self.forward(tokens.to(self.device), mask, positions.to(self.device), cache, n_logits or 1)
+        return logits[:, -1] if n_logits is None else logits, mask
+
+    def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: Blocks | None) -> AbstractContextManager[None]:
+        """Record the pass, or begin it where the trial's edits begin."""
+        if self.trunk is None:
+            return nullcontext()
+        key = pass_key(sequences)
+        known = self.trunk.has(key, cache is not None)
+        if self.first_layers:
+            return self.trunk.begin_at(key, self.first_layers[trial], cache) if known else nullcontext()
+        return nullcontext() if known else self.trunk.record(key, cache)
+
+    @property
+    def checks_drafts(self) -> bool:
+        """Whether drafts are used. Not where layers have a sliding window: what is not accepted of a draft leaves a hole."""
+        return self.savings.drafts and self.allows_holes
+
+    def check(self, drafts: Sequence[Sequence[int]], mask: Tensor, lengths: Sequence[int], cache: Blocks) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens `(row, draft token)` after each token of the drafts, -1 where logits are not finite, and the longer mask.
+
+        The drafts go on from `cache`, whose rows hold `lengths` tokens under `mask`; their keys and values are added to it.
+        """
+        n_draft = max(map(len, drafts))
+        tokens = torch.tensor([[*draft, *[0] * (n_draft - len(draft))] for draft in drafts], device=self.device)
+        used = torch.tensor([[j < len(draft) for j in range(n_draft)] for draft in drafts], device=self.device)
+        positions = torch.tensor(lengths, device=self.device)[:, None] + torch.arange(n_draft, device=self.device)
+        cache.grow(n_draft)
+        mask = torch.cat([mask, used], dim=1)
+        best, likeliest = self.forward(tokens, mask, positions, cache, n_draft).max(dim=-1)
+        return torch.where(torch.isfinite(best), likeliest, -1), mask
+
+    def longest_draft(self, n_rows: int) -> int:
+        """Tokens of a draft that fit into one pass over so many rows."""
+        vocabulary, size = self.model.get_input_embeddings().weight.shape[0], self.model.dtype.itemsize
+        return max(1, DRAFT_LOGITS_BYTES // (n_rows * vocabulary * size))
+
+    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None, n_logits: int = 1) -> Tensor:
+        """Logits `(row, position, vocabulary)` at the last `n_logits` positions."""
+        self.n_tokens += tokens.numel()
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=n_logits,
+        )
+        logits: Tensor = output.logits[:, -n_logits:]
+        return logits
+
+
+class PlainDecoder:
+    """The same by transformers' own `generate`, for models whose cache holds more than keys and values: rows leave only together.
+
+    Unless `pads`, only rows of one length share a batch.
+    """
+
+    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> None:
+        self.model = model
+        self.end_tokens = end_tokens
+        self.savings = Savings()  # of no use here
+        self.batch_size = rows_per_trial
+        self.assign_rows = assign_rows
+        self.first_layers: Sequence[int] = ()
+        self.pads = True
+        self.device = input_device(model)
+
+    def first_logits(self, rows: Sequence[Row], in_order: bool = False) -> Iterator[tuple[list[Row], Tensor]]:
+        """As `Decoder.first_logits`, always in the order given."""
+        for part, output in self._batches(rows, max_new_tokens=1, output_logits=True):
+            yield part, output.logits[0]
+
+    def last_logits(self, rows: Sequence[Row], n: int) -> Iterator[tuple[list[Row], Tensor]]:
+        """As `Decoder.last_logits`, in any order, by forward passes over rows of one length, which need no padding."""
+        ordered = sorted(rows, key=lambda row: -row.length)
+        return self._parts(ordered, lambda part: self._last_logits(part, n), same_length=True)
+
+    def _last_logits(self, rows: list[Row], n: int) -> Tensor:
+        tokens = torch.tensor([list(row.tokens) for row in rows], device=self.device)
+        self.assign_rows([row.trial for row in rows])
+        kept = {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        logits: Tensor = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **kept).logits[:, -n:]
+        return logits
+
+    def run(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        is_finished: Callable[[Row], bool],
+        cancelled: Set[int] = frozenset(),
+    ) -> Iterator[Row]:
+        """As `Decoder.run`."""
+        ordered = sorted(rows, key=lambda row: -row.length)
+        for part, _ in self._batches(ordered, is_finished, max_new_tokens=max_new_tokens):
+            yield from (row for row in part if row.trial not in cancelled)
+
+    def _batches(
+        self, rows: Sequence[Row], is_finished: Callable[[Row], bool] | None = None, **arguments: Any
+    ) -> Iterator[tuple[list[Row], Any]]:
+        return self._parts(rows, lambda part: self._generate(part, is_finished, arguments), same_length=not self.pads)
+
+    def _parts(self, rows: Sequence[Row], work: Callable[[list[Row]], Done], same_length: bool) -> Iterator[tuple[list[Row], Done]]:
+        start = 0
+        while start < len(rows):
+            part = list(rows[start : start + self.batch_size])
+            if same_length:
+                part = next(list(group) for _, group in groupby(part, key=lambda row: row.length))
+            try:
+                output = work(part)
+            except (RuntimeError, MemoryError) as error:
+                if not can_back_off(error) or len(part) == 1:
+                    raise
+                self.batch_size = len(part) // 2
+            else:
+                start += len(part)
+                yield part, output
+                continue
+            empty_cache()
+
+    def _generate(self, rows: list[Row], is_finished: Callable[[Row], bool] | None, arguments: dict[str, Any]) -> Any:
+        tokens, mask = left_padded([row.tokens for row in rows])
+        for row in rows:
+            row.generated.clear()
+            row.tail, row.finite, row.begun = "", True, True
+        criteria = [] if is_finished is None else [_RowCriteria(rows, tokens.shape[1], self.end_tokens, is_finished)]
+        self.assign_rows([row.trial for row in rows])
+        return self.model.generate(
+            input_ids=tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            return_dict_in_generate=True,
+            stopping_criteria=criteria,
+            logits_processor=[_note_finite(rows)],
+            **arguments,
+        )
+
+
+class _RowCriteria(StoppingCriteria):
+    """Writes each new token to its row, and ends rows as `is_finished` says."""
+
+    def __init__(self, rows: list[Row], start: int, end_tokens: frozenset[int], is_finished: Callable[[Row], bool]) -> None:
+        self.rows, self.start, self.end_tokens, self.is_finished = rows, start, end_tokens, is_finished
+        self.done = [False] * len(rows)
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        for i, (row, token) in enumerate(zip(self.rows, input_ids[:, -1].tolist(), strict=True)):
+            if self.done[i]:
+                continue
+            if token not in self.end_tokens and row.finite:
+                row.generated.append(token)
+            self.done[i] = token in self.end_tokens or not row.finite or self.is_finished(row)
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+def _note_finite(rows: list[Row]) -> Callable[[Tensor, Tensor], Tensor]:
+    def note(input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, finite in zip(rows, torch.isfinite(scores.max(dim=-1).values).tolist(), strict=True):
+            row.finite &= finite
+        return scores
+
+    return note
+
+
+def make_decoder(model: Any, tokenizer: Any, rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> Decoder | PlainDecoder:
+    """The decoder that a model's cache allows. `rows_per_trial` bounds the prompts of one trial in a pass."""
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    end_tokens = frozenset([end] if isinstance(end, int) else end or [])
+    decoder = Decoder if supports(model) else PlainDecoder
+    return decoder(model, end_tokens, rows_per_trial, assign_rows)

@@ -1,0 +1,295 @@
+"""Ablations applied to a loaded model: hooks on the writers that map their outputs, with a batch of trials given as data.
+
+No weight is copied, changed or factorized where an output map says the same. What does not depend on the trial (row norms, `c` of
+every layer's direction) is made once. Three kinds of writers:
+
+- A linear module: its output is mapped.
+- Fused experts: in mode `none` the sum of their outputs is mapped, since all experts' maps are the same. In modes `pre` and `full` each
+  expert has its own, which goes before the gate: every pair of token and expert is given to the experts as a token of its own
+  with weight 1, mapped, and summed by the gates here. Their matrix products stay the grouped ones that transformers chooses.
+- Experts that cannot be called so: their weight is replaced while a trial is at work, and trials are not batched (`batches_trials`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..launch import world_size
+from ..tensor_parallel import whole
+from .ablation import (
+    Ablation,
+    OutputMap,
+    RowNormalization,
+    apply_output_map,
+    apply_output_map_by_expert,
+    edit_bias,
+    edit_weight,
+    kernel,
+    output_map,
+    row_gram,
+    trial_membership,
+)
+from .architecture import Architecture, Storage, Writer, as_pairs, first_tensor
+from .directions import mix, mix_at
+
+LINEAR = Storage()
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """What a writer's edit needs whatever the trial, on the writer's device, in float32. Experts have an axis of their own before `d`."""
+
+    directions: Tensor  # (layer + 1, d): what must leave this writer's output, not normalized
+    norms: Tensor | None = None  # (d,)
+    c: Tensor | None = None  # (layer + 1, d), for `directions` as they are; experts' is made for each trial
+    bias: Tensor | None = None  # (d,)
+
+
+def batches_trials(architecture: Architecture, mode: RowNormalization) -> bool:
+    """Whether several trials may share a forward pass: every writer tells which row a token of its output belongs to."""
+    return all(writer.keeps_rows and not _is_swapped(writer, mode) for writer in architecture.writers)
+
+
+def _is_swapped(writer: Writer, mode: RowNormalization) -> bool:
+    by_expert = writer.takes_gates and writer.keeps_rows
+    if writer.storage.weight is None:
+        return True
+    return writer.storage.n_experts is not None and (not writer.is_sum or (mode != "none" and not by_expert))
+
+
+class AblationHooks:
+    """The writers' hooks, and the directions they work with. Nothing changes in the model until `active` is entered.
+
+    `directions (layer + 1, d)` are unit vectors, index 0 the embedding output's.
+    """
+
+    def __init__(self, architecture: Architecture, directions: Tensor, mode: RowNormalization) -> None:
+        self.architecture = architecture
+        self.directions = directions
+        self.mode = mode
+        self._constants = [self._prepare(writer) for writer in architecture.writers]
+        self._maps: dict[nn.Module, OutputMap] = {}
+        self._n_trials = 0
+        self._membership: dict[torch.device, Tensor] = {}
+        self._trial_of_row: Sequence[int] | None = None
+        self._only_trial: int | None = None
+        self._gates: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._handles = []
+        for writer in architecture.writers:
+            if _is_swapped(writer, mode):
+                if world_size() > 1:
+                    raise ModelError(f"{writer.name} is edited by replacing its weight, which torchrun's processes cannot share.")
+                continue
+            if writer.storage.n_experts is None or mode == "none":
+                self._handles.append(writer.module.register_forward_hook(self._hook))
+            else:
+                self._handles.append(writer.module.register_forward_pre_hook(self._split, with_kwargs=True))
+                self._handles.append(writer.module.register_forward_hook(self._join))
+
+    def _prepare(self, writer: Writer) -> _Constants:
+        storage = writer.storage
+        with align_module_device(writer.module):
+            device = getattr(writer.module, storage.weight or storage.bias or "").device
+            bias = None if storage.bias is None else whole(getattr(writer.module, storage.bias).detach()).float().clone()
+            directions = self.directions.float().to(device)
+            if writer.gain is not None:
+                directions = directions * writer.gain.to(device)
+            if self.mode == "none" or _is_swapped(writer, self.mode):
+                return _Constants(directions, bias=bias)
+            parameter = stored_weight(writer)
+            if storage.n_experts is not None:
+                norms = torch.stack([torch.linalg.vector_norm(W.float(), dim=-1) for W in storage.matrices(whole(parameter.detach()))])
+                return _Constants(directions, norms, None, bias)
+            weight = dense_weight(writer.module, storage)
+            norms = torch.linalg.vector_norm(weight, dim=-1)
+            c = row_gram(weight, norms, directions) if self.mode == "full" else None
+            return _Constants(directions, norms, c, bias)
+
+    def edit_of(self, writer: Writer, ablation: Ablation) -> tuple[Tensor, float]:
+        """The unit direction `(d,)` that `ablation` takes out of the writer's output, on the CPU, and the strength."""
+        constants = self._constants[self.architecture.writers.index(writer)]
+        r, _ = self._direction(constants, writer.layer, ablation)
+        return r.cpu(), self._strength(writer, ablation)
+
+    def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
+        """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
+        for writer in self.architecture.writers:
+            r, strength = self.edit_of(writer, ablation)
+            if strength:
+                yield writer, r, strength
+
+    def first_layer(self, ablation: Ablation) -> int:
+        """The first layer that the ablation edits; the number of layers where it edits none."""
+        edited = (writer.layer for writer in self.architecture.writers if self._strength(writer, ablation))
+        return min(edited, default=len(self.architecture.layers))
+
+    def _strength(self, writer: Writer, ablation: Ablation) -> float:
+        last_layer = len(self.architecture.layers) - 1
+        parameters = ablation.parameters.get(writer.component)
+        return 0.0 if parameters is None else kernel(writer.layer, parameters, last_layer)
+
+    def _direction(self, constants: _Constants, layer: int, ablation: Ablation) -> tuple[Tensor, Tensor | None]:
+        """Unit `r (d,)` and the `c (d,)` that goes with it. Both are mixed and scaled alike, since `c` is linear in `r`."""
+        n_layers = len(self.architecture.layers)
+        if ablation.direction_index is None:
+            r, c = constants.directions[layer + 1], None if constants.c is None else constants.c[layer + 1]
+        else:
+            layers = mix_at(ablation.direction_index * (n_layers - 1), n_layers)
+            r = mix(constants.directions, layers)
+            c = None if constants.c is None else mix(constants.c, layers)
+        length = torch.linalg.vector_norm(r).clamp(min=1e-12)
+        return r / length, None if c is None else c / length
+
+    @contextmanager
+    def active(self, ablations: Sequence[Ablation]) -> Iterator[None]:
+        """Within, the model computes as if edited. Where there are several ablations, `assign_rows` says which row belongs to which.
+
+        Raises `ValueError` for several ablations where the model's structure allows only one (`batches_trials`).
+        """
+        if len(ablations) > 1 and not batches_trials(self.architecture, self.mode):
+            raise ValueError("this model takes one ablation at a time")
+        self._maps, self._n_trials = self._make_maps(ablations), len(ablations)
+        originals = self._swap(ablations[0])
+        try:
+            yield
+        finally:
+            for parameter, original in originals:
+                parameter.data = original
+            self._maps = {}
+            self.assign_rows(None)
+
+    def _swap(self, ablation: Ablation) -> list[tuple[Tensor, Tensor]]:
+        """Replace the weights of writers that no map can speak for; the parameters and what they held."""
+        originals = []
+        for writer in self.architecture.writers:
+            strength = self._strength(writer, ablation)
+            if strength and _is_swapped(writer, self.mode):
+                r, _ = self.edit_of(writer, ablation)
+                if writer.storage.weight is not None:
+                    parameter = stored_weight(writer)
+                    originals.append((parameter, parameter.data))
+                    parameter.data = edit_stored(writer.storage, parameter.data, r.to(parameter.device), strength, self.mode)
+                if writer.storage.bias is not None:
+                    bias = getattr(writer.module, writer.storage.bias)
+                    originals.append((bias, bias.data))
+                    bias.data = edit_bias(bias.data, r.to(bias.device), strength).to(bias.dtype)
+        return originals
+
+    def assign_rows(self, trial_of_row: Sequence[int] | None) -> None:
+        """Row `k` of the batches that follow belongs to ablation `trial_of_row[k]`."""
+        self._trial_of_row = trial_of_row
+        self._only_trial = trial_of_row[0] if trial_of_row and len(set(trial_of_row)) == 1 else None
+        self._membership.clear()
+
+    def _make_maps(self, ablations: Sequence[Ablation]) -> dict[nn.Module, OutputMap]:
+        maps: dict[nn.Module, OutputMap] = {}
+        for writer, constants in zip(self.architecture.writers, self._constants, strict=True):
+            strengths = [self._strength(writer, ablation) for ablation in ablations]
+            if not any(strengths):
+                continue
+            if _is_swapped(writer, self.mode):
+                continue
+            edits = [self._direction(constants, writer.layer, ablation) for ablation in ablations]
+            r = torch.stack([direction for direction, _ in edits])
+            strength = torch.tensor(strengths, dtype=r.dtype, device=r.device)
+            if writer.storage.n_experts is not None and self.mode != "none":
+                c = self._expert_gram(writer, constants, r) if self.mode == "full" else None
+                maps[writer.module] = output_map(self.mode, strength, r[:, None], constants.norms, c, constants.bias)
+            else:
+                c = None if constants.c is None else torch.stack([c for _, c in edits if c is not None])
+                bias = None if self.mode == "none" else constants.bias
+                maps[writer.module] = output_map(self.mode, strength, r, constants.norms, c, bias)
+        return maps
+
+    def _expert_gram(self, writer: Writer, constants: _Constants, r: Tensor) -> Tensor:
+        """`c (trial, expert, d)`, expert by expert, so that one weight at a time is held in float32."""
+        assert constants.norms is not None
+        with align_module_device(writer.module):
+            weights = writer.storage.matrices(whole(stored_weight(writer).detach()))
+            return torch.stack([row_gram(W.float(), norms, r) for W, norms in zip(weights, constants.norms, strict=True)], dim=1)
+
+    def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        edit = self._maps.get(module)
+        if edit is None:
+            return None
+        result = first_tensor(output)
+        if self._only_trial is None:
+            edited = apply_output_map(result, edit, self._rows_on(result.device))
+        else:
+            edited = apply_output_map(result, edit.of(self._only_trial))
+        return type(output)((edited, *output[1:])) if isinstance(output, (tuple, list)) else edited
+
+    def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module not in self._maps:
+            return None
+        hidden, index, gates = (*args, *kwargs.values())
+        self._gates[module] = index, gates
+        return as_pairs(hidden, index, gates), {}
+
+    def _join(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        edit = self._maps.get(module)
+        if edit is None:
+            return None
+        index, gates = self._gates.pop(module)
+        edited = apply_output_map_by_expert(output, edit, self._trial_of_pair(index), index.flatten())
+        return (edited.view(*index.shape, -1) * gates[..., None]).sum(dim=1).to(output.dtype)
+
+    def _trial_of_pair(self, index: Tensor) -> Tensor:
+        """The trial of each pair of token and expert; `index (token, k)`."""
+        if self._n_trials == 1:
+            return torch.zeros(index.numel(), dtype=torch.long, device=index.device)
+        if self._trial_of_row is None:
+            raise ValueError("rows of several ablations must be assigned before a forward pass")
+        trials = torch.tensor(self._trial_of_row, device=index.device)
+        return trials.repeat_interleave(index.numel() // len(trials))
+
+    def _rows_on(self, device: torch.device) -> Tensor | None:
+        """Membership of the rows on a device, made once for all writers there; None where one ablation has them all."""
+        if self._n_trials == 1:
+            return None
+        if self._trial_of_row is None:
+            raise ValueError("rows of several ablations must be assigned before a forward pass")
+        if device not in self._membership:
+            self._membership[device] = trial_membership(torch.tensor(self._trial_of_row, device=device), self._n_trials)
+        return self._membership[device]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def stored_weight(writer: Writer) -> Tensor:
+    """The parameter that holds a writer's weight."""
+    if writer.storage.weight is None:
+        raise ValueError(f"{writer.name} has no weight")
+    parameter: Tensor = getattr(writer.module, writer.storage.weight)
+    return parameter
+
+
+def dense_weight(module: nn.Module, storage: Storage = LINEAR) -> Tensor:
+    """The weight `(d_out, d_in)` of a writer without experts in float32, dequantized where it is stored in 4 bits."""
+    weight: Any = getattr(module, storage.weight or "")
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, state).float()
+    return storage.matrices(whole(weight.detach())).float()
+
+
+def edit_stored(storage: Storage, weight: Tensor, r: Tensor, strength: float, mode: RowNormalization) -> Tensor:
+    """A writer's weight as it is stored, edited in float32 (float64 for float64 input) one matrix at a time, each rounded once."""
+    edited = torch.empty_like(weight)
+    before, after = storage.matrices(weight), storage.matrices(edited)
+    if storage.n_experts is None:
+        before, after = before[None], after[None]
+    for W, target in zip(before, after, strict=True):
+        edit_weight(W, r, strength, mode, target)
+    return edited

@@ -1,0 +1,263 @@
+"""Loads a model, its tokenizer and its processor through transformers' auto classes, in the first number format that works."""
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import utils as hub_utils
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM
+from transformers.utils import logging as transformers_logging
+
+from ..config import Settings
+from ..editing.architecture import refuse_encoder_decoder
+from ..errors import ModelError
+from ..launch import world_size
+from ..tensor_parallel import agreed, parallel_arguments
+from ..utils import Progress, empty_cache, input_device, is_out_of_memory
+from .quantized import loading_arguments, refuse_method, stored_method, unify
+from .source import ModelSource
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what belongs to it. `generation_config` is the original's; the model's own is plain greedy decoding."""
+
+    source: ModelSource
+    model: Any
+    tokenizer: Any
+    config: Any
+    generation_config: GenerationConfig
+    dtype: torch.dtype
+    stored_dtype: torch.dtype
+    quantized: bool
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration; the first thing asked of a source, so its errors are the ones a mistyped name gives."""
+    try:
+        return AutoConfig.from_pretrained(source.path, **source.arguments)
+    except Exception as error:
+        raise ModelError(_explain(source, error)) from error
+
+
+def _explain(source: ModelSource, error: BaseException) -> str:
+    """Why a model cannot be loaded and what to do, from the chain of causes, which transformers' own message hides."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(item) for item in chain)
+
+    def caused_by(*types: type[BaseException]) -> bool:
+        return any(isinstance(item, types) for item in chain)
+
+    name = source.name
+    if caused_by(hub_errors.GatedRepoError):
+        return f"The model {name} is gated. Accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN."
+    if caused_by(hub_errors.RevisionNotFoundError) or "is not a valid git identifier" in text:
+        return f"The model {name} has no revision {source.revision!r}. Check --model-commit."
+    if caused_by(hub_errors.RepositoryNotFoundError):
+        return (
+            f"The model {name} is neither a local folder nor on the hub, or it is private. Check the name; "
+            "for a private model log in with `hf auth login` or set HF_TOKEN."
+        )
+    if "trust_remote_code" in text:
+        return f"The model {name} comes with its own Python code. Read it, and if you trust it, add --trust-remote-code."
+    if "model_type" in text or "does not recognize this architecture" in text:
+        return f"The model {name} is of a type that this version of transformers does not know. Update transformers. ({_line(error)})"
+    if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) or "connect" in text:
+        return (
+            f"The model {name} is not a local folder, not in the cache, and the hub cannot be reached. Check the name, the network, "
+            "and HF_ENDPOINT or HF_HUB_OFFLINE if they are set."
+        )
+    return f"The model {name} cannot be loaded: {_line(error)}"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class that loads a configuration: image-text-to-text where text is one part of several, causal, or any that gives text."""
+    has_parts = config.get_text_config(decoder=True) is not config
+    if has_parts and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
+
+
+def load_model(settings: Settings, source: ModelSource, progress: Progress) -> LoadedModel:
+    """Load in the first of `settings.dtypes` whose one-token test run gives finite logits.
+
+    Raises `ModelError`, which lists why each format failed.
+    """
+    config = load_config(source)
+    refuse_encoder_decoder(config)
+    refuse_method(source.name, config)
+    source = source.pinned()
+    tokenizer = _load_tokenizer(source)
+    stored = stored_dtype(config)
+    failures: list[str] = []
+    lacks_memory = False
+    tried: set[torch.dtype] = set()
+    for name in settings.dtypes:
+        dtype = _choose_dtype(name, stored, settings, progress)
+        if dtype in tried:
+            continue
+        tried.add(dtype)
+        label = str(dtype).removeprefix("torch.")
+        try:
+            with progress.task(f"Loading {source.name} ({label})"):
+                model = _load_weights(settings, source, config, dtype, progress)
+                generation_config = _take_generation_config(model, tokenizer)
+                _test_run(model, tokenizer)
+        except Exception as error:
+            failures.append(f"{label}: {_line(error).rstrip('.')}")
+            lacks_memory |= is_out_of_memory(error)
+            progress.warning(f"Loading in {label} failed: {_line(error)}")
+            if settings.debug:
+                progress.message(repr(error))
+        else:
+            if method := stored_method(config):
+                saved_in = str(stored).removeprefix("torch.")
+                progress.message(
+                    f"{source.name} is stored in {method.upper()}. Its weights are dequantized: the search computes in {label}, and what "
+                    f"is saved is in {saved_in}."
+                )
+            quantized = settings.quantization == "bnb_4bit"
+            return LoadedModel(source, model, tokenizer, config, generation_config, dtype, stored, quantized)
+        model = None
+        empty_cache()
+        if world_size() > 1:
+            break  # on another rank it may have worked
+    hint = " Try --quantization bnb_4bit, or --max-memory." if lacks_memory else ""
+    raise ModelError(f"The model {source.name} could not be loaded in any format. {'; '.join(failures)}.{hint}")
+
+
+def _load_tokenizer(source: ModelSource) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
+    except Exception as error:
+        raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"The tokenizer of {source.name} has neither a padding nor an end token; add one to its files.")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # so that the last position is the last prompt token in every row
+    return tokenizer
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The number format of a model's files, of dequantized ones the one it computes in."""
+    for part in (config, config.get_text_config(decoder=True)):
+        dtype = getattr(part, "dtype", None)
+        if dtype is not None:
+            return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+    return torch.float32
+
+
+def _choose_dtype(name: str, stored: torch.dtype, settings: Settings, progress: Progress) -> torch.dtype:
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    on_cpu = not torch.accelerator.is_available() or settings.device_map == "cpu"
+    if on_cpu and stored == torch.bfloat16 and agreed(_bfloat16_is_slower()):
+        progress.message("Computing in float32, which is the faster format on this CPU (the model is stored in bfloat16).")
+        return torch.float32
+    return stored
+
+
+def _bfloat16_is_slower() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices slower than float32 ones: depends on its instructions.
+
+    Measured in processor time of one thread, which other programs on the machine do not disturb.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, weight = torch.ones(32, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        torch.nn.functional.linear(x, weight)
+        start = time.thread_time()
+        for _ in range(5):
+            torch.nn.functional.linear(x, weight)
+        return time.thread_time() - start
+
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return seconds(torch.bfloat16) > seconds(torch.float32)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
+    arguments: dict[str, Any] = {"dtype": dtype, **source.arguments}
+    arguments |= parallel_arguments(config) if world_size() > 1 else {"device_map": settings.device_map}
+    if settings.max_memory:
+        arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
+    arguments |= loading_arguments(config)
+    if settings.quantization == "bnb_4bit":
+        if stored_method(config) is not None:
+            raise ModelError("the model is already quantized; leave out --quantization")
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    transformers_logging.disable_progress_bar()  # the weights' bars; loading is a task of ours
+    if sys.stdout.isatty():
+        hub_utils.enable_progress_bars()  # downloads' bars, which the line above turned off too
+    model, report = auto_class(config).from_pretrained(source.path, output_loading_info=True, **arguments)
+    if missing := sorted(report["missing_keys"]):
+        progress.warning(
+            f"Missing in the model's files and set at random: {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}. "
+            "Are the files complete, and is it the right model type?"
+        )
+    if stored_method(config) is not None:
+        unify(model, dtype)
+    for module in model.modules():
+        # Some CPUs would have 4-bit weights repacked at the first pass: only shapes of certain multiples can be, and none read back.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _take_generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
+    """Give the model plain greedy decoding, and return the configuration it came with.
+
+    Sampling, penalties and other habits of a model's own configuration would make responses depend on more than the weights.
+    """
+    original: GenerationConfig = model.generation_config
+    end_tokens = original.eos_token_id if original.eos_token_id is not None else tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=original.bos_token_id,
+        eos_token_id=end_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return original
+
+
+def _test_run(model: Any, tokenizer: Any) -> None:
+    inputs = tokenizer("Hello", return_tensors="pt").to(input_device(model))
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    if not torch.isfinite(output.logits[0]).all():
+        raise ModelError("the test run gave logits that are not finite")

@@ -1,0 +1,114 @@
+"""Where a model comes from. Imports nothing heavy, so that a mistyped name is told at once."""
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import demo
+from ..config import DEMO_MODEL, Settings
+from ..errors import ModelError
+
+_HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
+_GGUF = "GGUF files hold a model converted for llama.cpp, which cannot be edited. Give the model that it was made from."
+SAMPLE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: what transformers is given, and the name it goes by."""
+
+    path: str
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder on this machine."""
+        return Path(self.path).is_dir()
+
+    def pinned(self) -> "ModelSource":
+        """The same at the commit that was loaded, so that what is read later is what was read then."""
+        return replace(self, revision=hub_commit(self) or self.revision)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that every `from_pretrained` of this source takes."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def expand(path: str) -> Path:
+    """A path with `~` for the home directory; where that is nobody's, it stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def model_source(settings: Settings, name: str | None = None) -> ModelSource:
+    """The source that a model setting stands for (`name`, default `settings.model`).
+
+    Raises `ModelError` for what looks like a path where there is no folder.
+    """
+    name = name or settings.model
+    revision = settings.model_commit if name == settings.model else None
+    if name == DEMO_MODEL and settings.demo:
+        return ModelSource(str(demo.MODEL), DEMO_MODEL, None, False)
+    path = expand(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = " It holds an adapter, not a model." if (path / "adapter_config.json").is_file() else ""
+            hint = f" {_GGUF}" if any(path.glob("*.gguf")) else hint
+            raise ModelError(f"{name} is no model folder: it has no config.json.{hint}")
+        return ModelSource(str(path), name, revision, settings.trust_remote_code)
+    if path.is_file():
+        raise ModelError(f"{name} is a file. {_GGUF if path.suffix == '.gguf' else 'Give the folder that holds the model, or a hub id.'}")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"There is no folder {name}. Check the path (a hub id has the form owner/name).")
+    return ModelSource(name, name, revision, settings.trust_remote_code)
+
+
+def hub_commit(source: ModelSource) -> str | None:
+    """The commit of a hub model that was loaded; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if source.is_local:
+        return None
+    file = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
+    return Path(file).parent.name if isinstance(file, str) else None  # .../snapshots/<commit>/config.json
+
+
+def dataset_commit(dataset: str, revision: str | None) -> str | None:
+    """The commit of a hub dataset that was loaded, from the cache's note of it; None for files and folders."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    if dataset.startswith(demo.PREFIX) or expand(dataset).exists() or not _HUB_ID.fullmatch(dataset):
+        return None
+    repository = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
+    note = repository / "refs" / (revision or "main")
+    if note.is_file():
+        return note.read_text(encoding="utf-8").strip()
+    return revision
+
+
+def fingerprint(source: ModelSource) -> str:
+    """By which a resumed run knows that the model is the same: the hub commit, or samples of a folder's files."""
+    folder = Path(source.path)
+    if not source.is_local:
+        return hub_commit(source) or "unknown"
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    return " ".join(f"{path.name}:{_sampled_hash(path)}" for path in files)
+
+
+def _sampled_hash(path: Path) -> str:
+    """A hash of a file's size, start, middle and end: another training run changes them all, and reading weights takes minutes."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for offset in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+            file.seek(offset)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

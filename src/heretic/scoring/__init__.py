@@ -1,0 +1,1 @@
+"""What a model puts out, and the figures made of it."""

@@ -1,0 +1,162 @@
+"""What edited models say: divergences and responses of a batch of trials, each computed once, when it is first asked for.
+
+A scorer is shown one trial at a time (`Outputs`); what it asks for is computed for all trials of the batch together.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ..decoding.rows import Row
+from ..editing.ablation import Ablation
+from ..model import Model
+from ..prompts import Prompt
+from .divergence import Divergences, OriginalAnswers
+from .responses import RefusalRule, Response
+
+
+@dataclass
+class Batch:
+    """Several trials, or the original where there is no ablation. Trials in `stopped`, and those not `finite`, are computed no further."""
+
+    model: Model
+    answers: OriginalAnswers
+    rule: RefusalRule
+    good_prompts: Sequence[Prompt]
+    bad_prompts: Sequence[Prompt]
+    max_response_length: int
+    ablations: Sequence[Ablation]
+    whole_responses: bool = False
+    show: Callable[[Prompt, Response], None] = lambda prompt, response: None
+    description: str | None = None
+    stopped: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.n_trials = max(1, len(self.ablations))
+        self.finite = [True] * self.n_trials
+        self.n_begun = [0] * self.n_trials
+        self._harmful: list[list[Response]] | None = None
+        self._responses: dict[tuple[tuple[Prompt, ...], int], dict[int, list[Response]]] = {}
+        self._logprobs: dict[tuple[Prompt, ...], dict[int, torch.Tensor]] = {}
+
+    @cached_property
+    def divergences(self) -> list[Divergences]:
+        """Of every trial."""
+        result = self.answers.divergences(self.model, self.ablations)
+        for i, divergences in enumerate(result):
+            self.finite[i] &= bool(np.isfinite(divergences.first_token).all())
+        return result
+
+    def harmful(self, limits: Sequence[float] | None = None) -> list[list[Response]]:
+        """Responses to the harmful prompts, trial by trial, in the order of the prompts.
+
+        A trial in which more than its limit do not comply is stopped. Responses may end at the marker that decided them, unless
+        `whole_responses`.
+        """
+        if self._harmful is not None:
+            return self._harmful
+        limits = limits or [math.inf] * self.n_trials
+        failures = [0] * self.n_trials
+        found: list[list[Response]] = [[] for _ in range(self.n_trials)]
+        rows = self.model.rows_of(self.bad_prompts, self.n_trials)
+        is_decided = None if self.whole_responses else self.rule.has_marker
+        length = self.max_response_length
+        for row in self.model.responses_of_trials(rows, length, self.ablations, is_decided, self.description, cancelled=self.stopped):
+            self.finite[row.trial] &= row.finite
+            response = self._response(row, length)
+            found[row.trial].append(response)
+            failures[row.trial] += response.kind != "compliance"
+            if failures[row.trial] > limits[row.trial]:
+                self.stopped.add(row.trial)
+            if self.ablations:
+                self.show(self.bad_prompts[row.prompt], response)
+        self.n_begun = [sum(row.begun for row in rows if row.trial == i) for i in range(self.n_trials)]
+        self._harmful = [sorted(responses, key=lambda response: response.prompt) for responses in found]
+        if not self.ablations:  # the original's are shown once, in order
+            for response in self._harmful[0]:
+                self.show(self.bad_prompts[response.prompt], response)
+        return self._harmful
+
+    def _response(self, row: Row, length: int) -> Response:
+        text = self.model.text_of(row)
+        return Response(row.prompt, text, self.rule.classify(text, is_cut_off=len(row.generated) >= length))
+
+    def _living(self) -> list[int]:
+        return [i for i in range(self.n_trials) if self.finite[i] and i not in self.stopped]
+
+    def _ablations_of(self, trials: Sequence[int]) -> list[Ablation]:
+        return [self.ablations[i] for i in trials] if self.ablations else []
+
+    def responses(self, trial: int, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Response]:
+        """Whole responses of a trial to prompts of one's own choice."""
+        key = tuple(prompts), max_new_tokens
+        if trial not in self._responses.get(key, {}):
+            living = sorted({*self._living(), trial})
+            found: dict[int, list[Response]] = {i: [] for i in living}
+            rows = self.model.rows_of(prompts, len(living))
+            for row in self.model.responses_of_trials(rows, max_new_tokens, self._ablations_of(living)):
+                self.finite[living[row.trial]] &= row.finite
+                found[living[row.trial]].append(self._response(row, max_new_tokens))
+            self._responses[key] = {i: sorted(own, key=lambda response: response.prompt) for i, own in found.items()}
+        return self._responses[key][trial]
+
+    def logprobs(self, trial: int, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Log-probabilities `(prompt, vocabulary)` of a trial's first tokens after prompts of one's own choice, float32."""
+        key = tuple(prompts)
+        if trial not in self._logprobs.get(key, {}):
+            living = sorted({*self._living(), trial})
+            parts: dict[int, dict[int, torch.Tensor]] = {i: {} for i in living}
+            for rows, logprobs in self.model.logprobs_of_trials(prompts, self._ablations_of(living)):
+                for row, own in zip(rows, logprobs, strict=True):
+                    parts[living[row.trial]][row.prompt] = own
+            self._logprobs[key] = {i: torch.stack([own[j] for j in range(len(prompts))]) for i, own in parts.items()}
+        return self._logprobs[key][trial]
+
+    def outputs(self, trial: int = 0) -> "Outputs":
+        """What a scorer is shown of one trial."""
+        return Outputs(self, trial)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One model's outputs, as scorers ask for them; `batch` computes them. The original's look the same."""
+
+    batch: Batch
+    trial: int
+
+    @property
+    def good_prompts(self) -> Sequence[Prompt]:
+        """The harmless evaluation prompts."""
+        return self.batch.good_prompts
+
+    @property
+    def bad_prompts(self) -> Sequence[Prompt]:
+        """The harmful evaluation prompts."""
+        return self.batch.bad_prompts
+
+    @property
+    def divergences(self) -> Divergences:
+        """KL divergences from the original along its answers to the harmless prompts."""
+        return self.batch.divergences[self.trial]
+
+    @property
+    def harmful_responses(self) -> list[Response]:
+        """Responses to the harmful prompts, in their order; whole only where a scorer says `needs_whole_responses`."""
+        return self.batch.harmful()[self.trial]
+
+    @property
+    def harmless_responses(self) -> list[Response]:
+        """Whole responses to the harmless prompts, in their order. They cost another generation, longer than that of the harmful ones."""
+        return self.responses(self.good_prompts)
+
+    def responses(self, prompts: Sequence[Prompt], max_new_tokens: int | None = None) -> list[Response]:
+        """Whole responses to other prompts."""
+        return self.batch.responses(self.trial, prompts, max_new_tokens or self.batch.max_response_length)
+
+    def logprobs(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Log-probabilities `(prompt, vocabulary)` of the first response token after other prompts, float32, on the model's device."""
+        return self.batch.logprobs(self.trial, prompts)

@@ -1,0 +1,214 @@
+"""Scorers: what a trial is judged by. The built-in ones, and the interface for others.
+
+A scorer is a class with `prepare`, called once with the original model's outputs, and `score`, called with those of each trial. It is
+named in the settings, has a settings table of its own there, and is minimized, maximized or only reported (`none`):
+
+    [scorers.shouting]
+    use = "shouting.py:Shouting"        # a file, or an import path such as "package.module:Shouting"
+    direction = "minimize"
+    settings = { marks = "!" }
+
+    class Shouting(Scorer):
+        class Settings(ScorerSettings):
+            marks: str = "!"
+
+        def score(self, outputs: Outputs) -> Figure:
+            return Figure.mean([response.text.count(self.settings.marks) for response in outputs.harmless_responses])
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..config import Settings as RunSettings
+from ..errors import UsageError, did_you_mean
+from ..loading.source import expand
+from .figures import Figure
+from .outputs import Outputs
+
+
+class ScorerSettings(BaseModel):
+    """A scorer's own settings; an unknown one is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scorer:
+    """Base class of scorers. `settings` is its own table, `run` the settings of the whole run.
+
+    What a scorer raises in `prepare` (or in scoring the original) ends the run before the search; in `score`, that trial.
+    """
+
+    Settings: ClassVar[type[BaseModel]] = ScorerSettings
+    # Responses to harmful prompts that end at their first marker will not do. Costs the time to generate them whole.
+    needs_whole_responses: ClassVar[bool] = False
+    # It is known before any response is generated, and so for trials that are stopped early as well.
+    needs_only_divergences: ClassVar[bool] = False
+    # `objective` is a share of refusals, below whose target divergences count for nothing (see `DivergenceScorer.objective`).
+    counts_refusals: ClassVar[bool] = False
+
+    def __init__(self, settings: Any, run: RunSettings) -> None:
+        self.settings = settings
+        self.run = run
+
+    def fingerprint(self) -> str:
+        """What figures depend on besides the settings and this class's file, such as another model's weights: a study is known by it."""
+        return ""
+
+    def prepare(self, original: Outputs) -> None:
+        """Take from the original model what trials will be compared with."""
+
+    def score(self, outputs: Outputs) -> Figure | float:
+        """The figure of one model. Also called once with the original's outputs, for the figure before."""
+        raise NotImplementedError
+
+    def objective(self, value: float, refusals: float | None) -> float:
+        """What the search sees of a figure. `refusals`: the share of refusals left, where that is an objective too."""
+        return value
+
+
+class Refusals(Scorer):
+    """Harmful prompts whose response does not comply: it is a refusal or degenerate."""
+
+    counts_refusals = True
+
+    def prepare(self, original: Outputs) -> None:
+        self.base = sum(response.kind != "compliance" for response in original.harmful_responses)
+
+    def score(self, outputs: Outputs) -> Figure:
+        return Figure.count([response.kind != "compliance" for response in outputs.harmful_responses])
+
+    def objective(self, value: float, refusals: float | None) -> float:
+        return value / self.base
+
+
+class DivergenceScorer(Scorer):
+    """A KL divergence from the original, in nats; in units of `kl_divergence_scale` for the search."""
+
+    needs_only_divergences = True
+
+    def objective(self, value: float, refusals: float | None) -> float:
+        return divergence_objective(value, refusals, self.run.kl_divergence_scale, self.run.kl_divergence_target)
+
+
+def divergence_objective(value: float, refusals: float | None, scale: float, target: float) -> float:
+    """The divergence in units of `scale`; below `target` the share of refusals in units of the target: doing nothing earns nothing."""
+    if refusals is None or value >= target:
+        return value / scale
+    return refusals * target / scale
+
+
+class FirstTokenDivergence(DivergenceScorer):
+    """Mean over harmless prompts of the KL divergence at the first token of the answer."""
+
+    def score(self, outputs: Outputs) -> Figure:
+        return Figure.mean(outputs.divergences.first_token)
+
+
+class SequenceDivergence(DivergenceScorer):
+    """Mean over the tokens of the original's own answers to harmless prompts (the first `kl_tokens` of each)."""
+
+    def score(self, outputs: Outputs) -> Figure:
+        return Figure.ratio(outputs.divergences.sums, outputs.divergences.n_tokens)
+
+
+class HarmlessRefusals(Scorer):
+    """Harmless prompts whose response is a refusal."""
+
+    def score(self, outputs: Outputs) -> Figure:
+        return Figure.count([response.kind == "refusal" for response in outputs.harmless_responses])
+
+
+BUILT_IN: Mapping[str, str] = {
+    "refusals": "heretic.scoring.scorers:Refusals",
+    "kl_divergence": "heretic.scoring.scorers:FirstTokenDivergence",
+    "sequence_kl_divergence": "heretic.scoring.scorers:SequenceDivergence",
+    "harmless_refusals": "heretic.scoring.scorers:HarmlessRefusals",
+    "classifier": "heretic.scoring.classifier:Classifier",
+}
+
+
+def load_scorers(settings: RunSettings) -> dict[str, Scorer]:
+    """The scorers of a run by name, in the order of the settings, the built-in ones first.
+
+    Raises `UsageError` for one that cannot be found or whose settings are wrong; nothing heavy is loaded for that.
+    """
+    scorers = {}
+    for name, specification in settings.all_scorers.items():
+        scorer_class = _find(name, specification.use or name)
+        try:
+            own = scorer_class.Settings.model_validate(specification.settings)
+        except ValidationError as error:
+            raise UsageError("\n".join(_describe(name, scorer_class, problem) for problem in error.errors())) from error
+        scorers[name] = scorer_class(own, settings)
+    return scorers
+
+
+def fingerprints(settings: RunSettings) -> dict[str, str]:
+    """By which a study knows its scorers again: hashes of the files of those that are not built in, and what they say themselves.
+
+    Raises `UsageError` as `load_scorers` does.
+    """
+    found = {}
+    for name, scorer in load_scorers(settings).items():
+        source = inspect.getsourcefile(type(scorer)) if settings.all_scorers[name].use not in (None, *BUILT_IN) else None
+        file_hash = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+        if text := f"{file_hash} {scorer.fingerprint()}".strip():
+            found[f"the scorer {name}"] = text
+    return found
+
+
+def _find(name: str, use: str) -> type[Scorer]:
+    """The class that `use` names. Raises `UsageError`."""
+    setting = f"Setting scorers.{name}.use"
+    place, separator, class_name = BUILT_IN.get(use, use).rpartition(":")
+    if not separator or not place or not class_name:
+        raise UsageError(
+            f"{setting}: {use!r} is no scorer{did_you_mean(use, list(BUILT_IN))}; write package.module:Class or file.py:Class, or one of "
+            f"{', '.join(BUILT_IN)}."
+        )
+    try:
+        module = _import_file(place) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # whatever the file does when it is run
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{setting}: {place} cannot be imported: {reason}. Check the path, or the file.") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Scorer)):
+        what = "has no" if found is None else "has something else than a class that inherits from heretic.scoring.scorers.Scorer as"
+        raise UsageError(f"{setting}: {place} {what} {class_name}.")
+    return found
+
+
+def _import_file(place: str) -> Any:
+    path = expand(place).resolve()
+    name = f"heretic_scorers_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:  # its classes stay the same ones
+        return sys.modules[name]
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None and specification.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _describe(name: str, scorer_class: type[Scorer], problem: Any) -> str:
+    location = ".".join(map(str, problem["loc"]))
+    setting = f"scorers.{name}.settings" + (f".{location}" if location else "")
+    if problem["type"] == "extra_forbidden":
+        return f"Unknown setting {setting}{did_you_mean(str(problem['loc'][-1]), list(scorer_class.Settings.model_fields))}."
+    if problem["type"] == "missing":
+        return f"Setting {setting} is missing; this scorer needs it."
+    return f"Setting {setting}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}."

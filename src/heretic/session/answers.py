@@ -1,0 +1,105 @@
+"""Questions answered by settings instead of at the terminal: what is missing, what cannot be, and how to ask again.
+
+Imports nothing heavy: all of this is checked before the model is loaded.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..config import Settings
+from ..errors import ExportError, UsageError
+from ..loading.source import expand
+from ..sharing.location import shown_location
+
+Trial = TypeVar("Trial")
+
+_FLAG_OF = {
+    "trial_index": "--trial-index",
+    "export_strategy": "--export-strategy",
+    "save_directory": "--save-directory",
+    "upload_repo_id": "--upload-repo-id",
+    "upload_repo_private": "--upload-repo-private or --no-upload-repo-private",
+}
+_NEEDED = {
+    "save": ("trial_index", "export_strategy", "save_directory"),
+    "benchmark": ("trial_index",),
+    "upload": ("trial_index", "export_strategy", "upload_repo_id", "upload_repo_private"),
+    "scores": ("trial_index",),
+}
+
+
+def can_ask() -> bool:
+    """Whether somebody is there to answer."""
+    return sys.stdout.isatty() and sys.stdin.isatty()
+
+
+def check_answers(settings: Settings, somebody_is_there: bool) -> None:
+    """Raise `UsageError` for answers given by halves where nobody can give the rest, and for a target that cannot be used.
+
+    Called before the model is loaded: an hour later would be too late.
+    """
+    action = settings.model_action
+    if action == "save" and settings.save_directory is not None:
+        check_target(settings.save_directory, settings.overwrite)
+    if action == "upload" and settings.upload_repo_id is not None:
+        _check_repo_id(settings.upload_repo_id)
+    if somebody_is_there:
+        return
+    if action == "chat":
+        raise UsageError("model_action = chat needs a terminal. Use --model-action save, or run it in one.")
+    if action is None:
+        given = [
+            name for name in ("trial_index", "export_strategy", "save_directory", "upload_repo_id") if getattr(settings, name) is not None
+        ]
+        if given:
+            raise UsageError(
+                f"{_FLAG_OF[given[0]]} is given, but not what to do with the trial. Add --model-action save, upload or scores."
+            )
+        return
+    missing = [_FLAG_OF[name] for name in _NEEDED.get(action, ()) if getattr(settings, name) is None]
+    if missing:
+        raise UsageError(f"--model-action {action} needs {', '.join(missing)} where nobody can be asked (no terminal).")
+    if action == "upload" and get_token() is None:
+        raise UsageError("--model-action upload needs an access token: set HF_TOKEN, or log in with `hf auth login`.")
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"--upload-repo-id {repo_id!r} is no name of a repository: {error}") from error
+
+
+def trial_at(front: Sequence[Trial], index: int) -> Trial:
+    """The trial at a place in the front. Raises `UsageError` beyond its end."""
+    if index >= len(front):
+        raise UsageError(f"--trial-index {index}: the Pareto front has {len(front)} trials, 0 to {len(front) - 1}.")
+    return front[index]
+
+
+def check_target(directory: str, overwrite: bool) -> Path:
+    """The folder to save to. Raises `ExportError` where it holds something that must not be replaced."""
+    target = expand(directory)
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target} is a file. Choose another --save-directory.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ExportError(f"The folder {target} is not empty. Choose another --save-directory, or add --overwrite to replace it.")
+    return target
+
+
+def command_lines(settings: Settings) -> list[str]:
+    """The commands that go on from a finished study whose questions nobody answered: save a trial, run more."""
+    base = ["heretic", "--demo"] if settings.demo else ["heretic", settings.model]
+    if settings.study_checkpoint_dir != "checkpoints":
+        base += ["--study-checkpoint-dir", settings.study_checkpoint_dir]
+    if settings.study_storage is not None:
+        base += ["--study-storage", shown_location(settings.study_storage), "--study-name", settings.study_name]
+    save_one = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
+    return [shlex.join([*base, *save_one]), shlex.join([*base, "--n-additional-trials", "50"])]

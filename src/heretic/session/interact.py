@@ -1,0 +1,255 @@
+"""Questions, menus and chat: what a person at a terminal does with the trials, and the same answered by settings."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import questionary
+from huggingface_hub import get_token
+from optuna.trial import FrozenTrial
+
+from ..config import Settings
+from ..console import Console, trial_rows
+from ..errors import HereticError, UsageError
+from ..evaluator import MOVED_PROMPTS, Evaluator
+from ..launch import world_size
+from ..model import Message, Model, prompt_messages
+from ..privacy import without_token
+from ..saving.export import save
+from ..saving.record import Result, Strategy, measurements
+from ..saving.upload import upload
+from ..saving.verify import divergence_check
+from ..scoring.score_tables import moved_rows, score_rows
+from ..study.finalists import known_finalists
+from ..study.search import Search, ablation_of
+from .answers import check_target, trial_at
+
+COMPARED_PROMPTS = 5
+CHAT_TOKENS = 2048
+
+
+def ask_checkpoint_action(path: str, n_done: int) -> str | None:
+    """Continue a study found on disk, or begin anew; None: leave."""
+    return select(
+        f"There is a study in {path} with {n_done} trials done. What now?",
+        [("Continue it", "continue"), ("Begin anew (the file is kept beside the new one)", "restart"), ("Leave", None)],
+    )
+
+
+def select(question: str, choices: Sequence[tuple[str, Any]], header: str | None = None) -> Any:
+    """One of several titled values, chosen with the arrow keys, below a line that heads them; None where it is left with Ctrl+C."""
+    heads = [] if header is None else [questionary.Separator(header)]
+    answer = questionary.select(question, choices=[*heads, *(questionary.Choice(t, value=(v,)) for t, v in choices)]).ask()
+    return None if answer is None else answer[0]
+
+
+@dataclass
+class Workbench:
+    """A run whose model is loaded and whose study has trials: what the menus work on."""
+
+    settings: Settings
+    console: Console
+    model: Model
+    evaluator: Evaluator
+    search: Search
+    run_trials: Callable[[int], object]
+
+    @property
+    def _last_layer(self) -> int:
+        return len(self.model.architecture.layers) - 1
+
+    def result_of(self, trial: FrozenTrial) -> Result:
+        """A trial with all that its record says."""
+        return Result(
+            settings=self.settings,
+            trial_number=trial.number,
+            ablation=ablation_of(trial),
+            refusals=trial.user_attrs["refusals"],
+            kl_divergence=trial.user_attrs["kl_divergence"],
+            base_refusals=self.evaluator.base_refusals,
+            n_bad_prompts=len(self.evaluator.bad_prompts),
+            response_prefix=self.model.response_prefix,
+            measurements=measurements(trial, known_finalists(self.search.study)),
+        )
+
+    def act(self, action: str) -> None:
+        """Do `action` with the trial that `settings.trial_index` says, asking for what is not said."""
+        index = self.settings.trial_index
+        trial = self._choose_trial() if index is None else trial_at(self.search.front, index)
+        if trial is not None:
+            self._action(action, trial)
+
+    def menu(self) -> None:
+        """Choose trials and actions until the user leaves."""
+        while True:
+            trial = self._choose_trial()
+            if trial is None:
+                return
+            while True:
+                action = select(f"What to do with trial {trial.number}?", _ACTIONS)
+                if action is None or action == "choose":
+                    break
+                if action == "leave":
+                    return
+                try:
+                    self._action(action, trial)
+                except KeyboardInterrupt:
+                    self.console.message("Interrupted.")
+                except Exception as error:  # told, and every other action stays usable
+                    if self.settings.debug:
+                        self.console.message(without_token(traceback.format_exc()))
+                    self.console.error(without_token(str(error) if isinstance(error, HereticError) else f"{type(error).__name__}: {error}"))
+                if action == "more":
+                    break
+
+    def _choose_trial(self) -> FrozenTrial | None:
+        """A trial of the front, after running more where that is asked for; None: leave."""
+        while True:
+            front = self.search.front
+            headers, rows = trial_rows(front, self._last_layer, self.evaluator.base_refusals, self.settings.objectives)
+            width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
+            header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
+            choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
+            self.console.heading("Pareto front")
+            self.console.finalists(front, known_finalists(self.search.study))
+            choice = select("Which trial?", choices, header)
+            if choice != "more":
+                return choice
+            self._run_more()
+
+    def _run_more(self) -> None:
+        text = questionary.text("How many more trials?", default="50", validate=is_count).ask()
+        if text is not None:
+            self.run_trials(int(text))
+
+    def _action(self, action: str, trial: FrozenTrial) -> None:
+        actions: dict[str, Callable[[FrozenTrial], None]] = {
+            "save": self._save,
+            "upload": self._upload,
+            "chat": self._chat,
+            "compare": self._compare,
+            "scores": self._show_scores,
+            "benchmark": self._benchmark,
+            "more": lambda _: self._run_more(),
+        }
+        actions[action](trial)
+
+    def _strategy(self) -> Strategy | None:
+        return self.settings.export_strategy or select("What to export?", _STRATEGIES)
+
+    def _save(self, trial: FrozenTrial) -> None:
+        strategy = self._strategy()
+        if strategy is None:
+            return
+        overwrite = self.settings.overwrite
+        directory = self.settings.save_directory
+        if directory is None:
+            directory = questionary.path("Folder to save to:", only_directories=True).ask()
+            if not directory:
+                return
+            check_target(directory, overwrite=True)  # a file is no folder, whatever the answer
+            try:
+                check_target(directory, overwrite)
+            except HereticError:
+                overwrite = questionary.confirm(f"{directory} is not empty. Replace it?", default=False).ask() or False
+                if not overwrite:
+                    return
+        check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
+        target = save(self.model, self.result_of(trial), strategy, directory, overwrite, self.console, check)
+        self.console.message(f"Saved trial {trial.number} to {target}")
+
+    def _upload(self, trial: FrozenTrial) -> None:
+        strategy = self._strategy()
+        repo_id = self.settings.upload_repo_id or (strategy and questionary.text("Repository (owner/name):").ask())
+        if not strategy or not repo_id:
+            return
+        private = self.settings.upload_repo_private
+        if private is None:
+            private = select("Who may see it?", [("Everybody (public)", False), ("Only you (private)", True)])
+        token = get_token() or questionary.password("Access token of the hub (not stored):").ask()
+        if private is None or not token:
+            return
+        check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
+        url = upload(self.model, self.result_of(trial), strategy, repo_id, private, token, self.console, check)
+        self.console.message(f"Uploaded trial {trial.number} to {url}")
+
+    def _compare(self, trial: FrozenTrial) -> None:
+        """Responses before and after for a few prompts, side by side."""
+        prompts = self.evaluator.bad_prompts[:COMPARED_PROMPTS]
+        length = self.settings.max_response_length
+        before = self.model.responses(prompts, length, description="Responses of the original")
+        after = self.model.responses(prompts, length, ablation_of(trial), description=f"Responses of trial {trial.number}")
+        rows = [[p.user, b.strip(), a.strip()] for p, b, a in zip(prompts, before, after, strict=True)]
+        self.console.columns("Before and after", ["Prompt", "Original", f"Trial {trial.number}"], rows)
+
+    def _show_scores(self, trial: FrozenTrial) -> None:
+        """All figures of a trial, and the harmless prompts after which its words have moved most."""
+        headers, rows = score_rows(trial, self.evaluator.base_scores, known_finalists(self.search.study))
+        self.console.columns(f"Scores of trial {trial.number}", headers, rows)
+        moved = self.evaluator.most_moved(ablation_of(trial), MOVED_PROMPTS)
+        self.console.columns("Prompts that moved most", *moved_rows(moved))
+
+    def _benchmark(self, trial: FrozenTrial) -> None:
+        """Scores of the original and the edited model on the benchmarks of the settings."""
+        from .extras import require_extra
+
+        require_extra("benchmark", "A benchmark")
+        if world_size() > 1:
+            raise UsageError("Benchmarks cannot be run under torchrun. Save the model and run lm-evaluation-harness on it.")
+        from ..scoring.benchmark import HEADERS, cells, run_benchmarks
+
+        rows = run_benchmarks(self.model, ablation_of(trial), self.settings, self.console)
+        self.console.columns(f"Benchmarks, original and trial {trial.number}", HEADERS, [cells(row) for row in rows])
+
+    def _chat(self, trial: FrozenTrial) -> None:
+        """A conversation with the edited model. Ctrl+C ends an answer, and at the question the chat."""
+        self.console.message("Chat with the edited model. Ctrl+C ends an answer; an empty line or Ctrl+C at the question goes back.")
+        system = prompt_messages(self.evaluator.bad_prompts[0])[:-1]
+        messages: list[Message] = list(system)
+        ablation = ablation_of(trial)
+        while True:
+            question = questionary.text("You:").ask()
+            if not question:
+                return
+            messages.append({"role": "user", "content": question})
+            self.console.rich.print("[bold]Model:[/] ", end="")
+            try:
+                answer = self.model.stream_response(messages, CHAT_TOKENS, ablation, _write)
+            except KeyboardInterrupt:
+                messages.pop()
+                _write("\n(interrupted)\n")
+                continue
+            _write("\n")
+            messages.append({"role": "assistant", "content": answer.strip()})
+
+
+_ACTIONS = [
+    ("Save to a folder", "save"),
+    ("Upload to the hub", "upload"),
+    ("Chat with the edited model", "chat"),
+    ("Show responses before and after", "compare"),
+    ("Show its scores", "scores"),
+    ("Run benchmarks before and after", "benchmark"),
+    ("Choose another trial", "choose"),
+    ("Run more trials", "more"),
+    ("Leave", "leave"),
+]
+_STRATEGIES = [("The whole model, edited exactly (merge)", "merge"), ("A small PEFT adapter (adapter)", "adapter")]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def is_count(text: str) -> bool | str:
+    """True for a number of trials, else what to say."""
+    return (text.isdecimal() and int(text) > 0) or "A whole number above 0, please."
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of texts as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,339 @@
+"""The stages of a run, one function each: what a run alone, a worker, and the scoring of another model have in common.
+
+Heavy modules are imported where they are first needed, so that what is wrong with settings or prompts is told before.
+"""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HereticError
+from ..loading.libraries import collector_paused
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+    from torch import Tensor
+
+    from ..config import Settings
+    from ..console import Console
+    from ..evaluator import Evaluator
+    from ..model import Model
+    from ..study.batches import Scoring
+    from ..study.batching import BatchSize
+    from ..study.checkpoint import Checkpoint
+    from ..study.search import Search
+
+
+def load_all_prompts(settings: "Settings", console: "Console") -> dict[str, Any]:
+    from ..errors import DirectionError
+    from ..prompts import load_prompts
+
+    names = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
+    with console.task("Loading prompts"):
+        prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names}
+    if set(prompts["good_prompts"]) == set(prompts["bad_prompts"]):
+        raise DirectionError(
+            "good_prompts and bad_prompts are the same, so nothing tells refused from answered prompts. Give different ones."
+        )
+    console.message("Prompts: " + ", ".join(f"{len(prompts[name])} {name}" for name in names))
+    return prompts
+
+
+def load_final_prompts(settings: "Settings", prompts: dict[str, Any]) -> dict[str, Any]:
+    """Prompts for the finalists, harmless and harmful: those of the search where no others are given."""
+    from ..prompts import load_prompts
+
+    found = {}
+    for name, usual in (("final_good_prompts", "good_evaluation_prompts"), ("final_bad_prompts", "bad_evaluation_prompts")):
+        specification = getattr(settings, name)
+        found[name] = prompts[usual] if specification is None else load_prompts(specification, settings.system_prompt, name)
+    return found
+
+
+def prompt_identity(prompts: dict[str, Any]) -> dict[str, str]:
+    from ..prompts import fingerprint
+
+    return {name: fingerprint(values) for name, values in prompts.items()}
+
+
+def scorer_identity(settings: "Settings") -> dict[str, str]:
+    """Fingerprints of the scorers that are not built in; told here if one cannot be made, before anything heavy is loaded."""
+    if not settings.scorers:
+        return {}
+    from ..scoring.scorers import fingerprints
+
+    return fingerprints(settings)
+
+
+def load_model_to_edit(settings: "Settings", console: "Console", name: str | None = None) -> "Model":
+    from ..loading.load import load_model
+    from ..loading.source import model_source
+    from ..model import Model
+    from ..tensor_parallel import lead
+
+    lead(settings, name)
+    with collector_paused():  # transformers imports the model's own file only now
+        loaded = load_model(settings, model_source(settings, name), console)
+    model = Model(loaded, settings, console)
+    found = ", ".join(f"{count} {component}" for component, count in model.architecture.components.items())
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    left = ", ".join(name for name in settings.disabled_components if name in model.architecture.components)
+    console.message(
+        f"{loaded.source.name}: {loaded.config.model_type}, {len(model.architecture.layers)} layers, "
+        f"{'4-bit, computed in ' if loaded.quantized else ''}{dtype}; writing to the residual stream: {found}, "
+        + (f"all edited but {left}" if left else "all edited")
+    )
+    _report_completeness(model, console)
+    return model
+
+
+def _report_completeness(model: "Model", console: "Console") -> None:
+    """Tell where edits of weights cannot reach all of the residual stream."""
+    from ..editing.completeness import ROUNDING
+
+    share = measure_completeness(model)
+    if share > ROUNDING.get(model.loaded.dtype.itemsize, 0.05):
+        console.warning(
+            f"After an ablation of full strength {min(share, 1):.0%} of a direction stays in the residual stream: this model normalizes, "
+            "gates or weighs its stream in a way that no edit of weights can follow, or something that writes to it was not found. "
+            "Ablation works on it, but only approximately."
+        )
+
+
+def measure_completeness(model: "Model") -> float:
+    from ..editing.completeness import remaining_share
+
+    return remaining_share(model.model, model.architecture)
+
+
+def check_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any], final_prompts: dict[str, Any]) -> None:
+    """Raise `PromptError` where prompts with what follows them are too long for the model."""
+    after = {
+        "good_evaluation_prompts": (settings.kl_tokens, "kl_tokens"),
+        "bad_evaluation_prompts": (settings.max_response_length, "max_response_length"),
+    }
+    for name, specification_prompts in prompts.items():
+        model.check_lengths(specification_prompts, name, *after.get(name, (1, "")))
+    if settings.n_finalists and (settings.final_good_prompts or settings.final_bad_prompts):
+        _check_final_lengths(settings, model, final_prompts)  # others are checked when they are needed
+
+
+def _check_final_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any]) -> None:
+    from ..study.finalists import final_settings
+
+    final = final_settings(settings)
+    for name, final_prompts in prompts.items():
+        model.check_lengths(
+            final_prompts, name, max(final.max_response_length, final.kl_tokens), "final_response_length and final_kl_tokens"
+        )
+
+
+def make_evaluator(
+    settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any], all_scorers: bool = False
+) -> "Evaluator":
+    from ..evaluator import PREFIX_PROMPTS, Evaluator, find_response_prefix
+
+    sample = [*prompts["good_prompts"][:PREFIX_PROMPTS], *prompts["bad_prompts"][:PREFIX_PROMPTS]]
+    model.response_prefix = find_response_prefix(model, settings, sample)
+    if model.response_prefix:
+        console.message(f"Response prefix: {model.response_prefix!r}; evaluation begins after it.")
+    evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"], console, all_scorers)
+    console.message(f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts.")
+    return evaluator
+
+
+def compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any]) -> int:
+    """Give the model its directions; the layer in which the two sets of prompts part."""
+    from ..editing.directions import mean_residual, parting_layer, refusal_directions
+    from ..errors import DirectionError
+
+    quantile = settings.winsorization_quantile
+    sets = (("good_prompts", "Residuals of harmless prompts"), ("bad_prompts", "Residuals of harmful prompts"))
+    # One set after the other: the model computes the residuals as they are taken.
+    batches: Iterable[Iterable[Tensor]] = (model.residuals(prompts[name], description) for name, description in sets)
+    if settings.print_residual_geometry or settings.plot_residuals:
+        batches = _show_residuals(settings, console, batches)
+    good, bad = (mean_residual(part, quantile) for part in batches)
+    if not (good.isfinite().all() and bad.isfinite().all()):
+        raise DirectionError("The residuals are not finite. Try another --dtypes, such as bfloat16 or float32.")
+    directions = refusal_directions(good, bad, settings.orthogonalize_direction)
+    if not directions[1:].any():
+        raise DirectionError("Harmless and harmful prompts give the same residuals in every layer, so there is no direction.")
+    model.use_directions(directions, settings.row_normalization)
+    return parting_layer(good, bad)
+
+
+def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable[Iterable[Tensor]]") -> "list[Iterable[Tensor]]":
+    """Tell and draw how all residuals lie, as far as settings ask for it; the residuals, which are then held in memory."""
+    import torch
+
+    from ..editing.directions import winsorize
+    from ..loading.source import expand
+    from ..study.checkpoint import file_name
+
+    good, bad = (torch.cat([batch.cpu() for batch in part]) for part in batches)
+    quantile = settings.winsorization_quantile
+    good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as the directions see them
+    if settings.print_residual_geometry:
+        from ..reporting.residual_geometry import residual_geometry
+
+        console.residual_geometry(residual_geometry(good_seen, bad_seen))
+    if settings.plot_residuals:
+        from ..reporting.residual_plots import write_residual_plots
+
+        folder = expand(settings.residual_plot_path) / file_name(settings.model)
+        paths = write_residual_plots(good_seen, bad_seen, settings, folder, console)
+        console.message(f"Plots of the residuals: {paths[0]} to {paths[-2].name}, and {paths[-1]}")
+    return [[good], [bad]]
+
+
+def search_shown(
+    console: "Console",
+    evaluator: "Evaluator",
+    search: "Search",
+    target: int,
+    batch_size: "BatchSize",
+    scoring: "Scoring | None" = None,
+) -> bool:
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so.
+
+    `scoring` scores in the place of `evaluator.score_trials`.
+    """
+    from ..console import StudyView
+
+    last_layer = len(evaluator.model.architecture.layers) - 1
+    with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
+        view.trials = search.trials
+
+        def note_stop() -> None:
+            view.say("Stopping after the running trials. Ctrl+C again leaves at once.")
+
+        with stop_on_interrupt(note_stop) as should_stop:
+            search.run(
+                target,
+                scoring or evaluator.score_trials,
+                evaluator.objectives,
+                batch_size,
+                evaluator.stops_dominated,
+                should_stop,
+                lambda trial: view.show(trial, search.trials, search.n_done),
+            )
+            return should_stop()
+
+
+@contextmanager
+def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl+C makes the value entered return True, and the second raises `KeyboardInterrupt`."""
+    pressed = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        note()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def no_trial(trials: "Sequence[FrozenTrial]") -> int:
+    reasons = [trial.user_attrs["failure"] for trial in trials if "failure" in trial.user_attrs]
+    if not reasons:
+        raise KeyboardInterrupt
+    raise HereticError(f"No trial could be scored: all {len(reasons)} failed. The last one: {reasons[-1]}")
+
+
+def rescore_finalists(
+    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: dict[str, Any], n_together: int
+) -> None:
+    """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
+    from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
+
+    assert checkpoint.study is not None
+    if not missing_finalists(checkpoint.study, settings):
+        return
+    good, bad = prompts["final_good_prompts"], prompts["final_bad_prompts"]
+    try:
+        _check_final_lengths(settings, evaluator.model, prompts)
+        found = score_finalists(checkpoint.study, settings, evaluator, good, bad, n_together, console)
+    except KeyboardInterrupt:
+        console.message("Interrupted: the finalists are not scored again.")
+    except HereticError as error:
+        console.warning(f"The finalists are not scored again: {error}")
+    else:
+        checkpoint.note(**{ATTRIBUTE: found})
+
+
+def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator | None") -> "Path | None":
+    """Write the report, with responses of the finalists where there is an evaluator to take them; where it lies.
+
+    What goes wrong is told, and the run goes on: the study is what counts.
+    """
+    from ..errors import ReportError, TrialError
+    from ..reporting.report import facts_of, report_path, write_report
+    from ..study.checkpoint import journal_path
+
+    if not settings.report:
+        return None
+    assert checkpoint.study is not None
+    # A study in a database has no file for the report to lie beside.
+    path = report_path(checkpoint.path if isinstance(checkpoint.path, Path) else journal_path(settings))
+    try:
+        if evaluator is not None:
+            _take_samples(checkpoint, evaluator)
+        facts = facts_of(checkpoint.study)
+        write_report(facts, path)
+        if settings.report_plots:
+            from ..reporting.report_plots import write_plots
+
+            write_plots(facts, path)
+    except (ReportError, TrialError) as error:
+        console.warning(str(error))
+        return None
+    return path
+
+
+def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
+    from ..reporting.samples import sample_prompts, take_samples
+    from ..study.search import front_of
+
+    assert checkpoint.study is not None
+    prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
+    front = front_of(checkpoint.study)
+    kept = checkpoint.study.user_attrs.get("samples", {})
+    length = evaluator.settings.max_response_length
+    checkpoint.note(samples=take_samples(evaluator.model, prompts, front, length, kept))
+
+
+def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:
+    """Show the outcome where nobody is asked about it; whether that is all that is to be done."""
+    if settings.model_action is None and console.can_ask:
+        return False
+    show_outcome(settings, console, checkpoint, report)
+    return settings.model_action in (None, "none")
+
+
+def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> None:
+    """The front, and the command lines that go on from there where no setting answers what to do with it."""
+    from ..study.finalists import known_finalists
+    from ..study.search import front_of
+    from .answers import command_lines
+
+    assert checkpoint.study is not None
+    attributes = checkpoint.study.user_attrs
+    front = front_of(checkpoint.study)
+    console.heading(f"{checkpoint.n_done} trials done")
+    console.front(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives)
+    console.finalists(front, known_finalists(checkpoint.study))
+    if report is not None:
+        console.message(f"Report: {report}")
+    if settings.model_action is None:
+        console.message("To go on from here (the trial index is the number in the first column):")
+        for line in command_lines(settings):
+            console.message(f"  {line}")

@@ -1,0 +1,1 @@
+"""The search: trials asked for, scored, told and kept."""

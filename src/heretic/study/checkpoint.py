@@ -1,0 +1,426 @@
+"""The study's journal on disk: which file, whose study, one process at a time, and what a torn write costs."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel, ValidationError
+
+from ..config import PromptSpecification, Settings
+from ..errors import CheckpointError, UsageError
+from ..loading.source import expand
+from ..settings_sources import as_written
+from .space import SearchSpace
+
+STUDY_NAME = "heretic"
+# The study's attribute that says that several workers may work on it.
+SHARED = "shared"
+# The study's attribute that holds its search space.
+SPACE = "search_space"
+
+# Settings that define a study: trials scored under different ones cannot be compared.
+DEFINING = (
+    "model",
+    "model_commit",
+    "demo",
+    "quantization",
+    "max_response_length",
+    "response_prefix",
+    "chain_of_thought_skips",
+    "system_prompt",
+    "kl_divergence_scale",
+    "kl_divergence_target",
+    "kl_tokens",
+    "scorers",
+    "orthogonalize_direction",
+    "row_normalization",
+    "split_experts",
+    "winsorization_quantile",
+    "refusal_markers",
+    "good_prompts",
+    "bad_prompts",
+    "good_evaluation_prompts",
+    "bad_evaluation_prompts",
+    # These leave the scores as they are, but the samplers learn only from trials of one search space.
+    "parameters",
+    "disabled_components",
+)
+
+# Settings that say what one run does with a study; a later run does not take them over.
+OF_ONE_RUN = (
+    "evaluate_model",
+    "print_responses",
+    "print_residual_geometry",
+    "plot_residuals",
+    "residual_plot_method",
+    "residual_plot_path",
+    "residual_plot_title",
+    "residual_plot_style",
+    "report",
+    "report_plots",
+    "checkpoint_action",
+    "debug",
+    "trial_index",
+    "n_additional_trials",
+    "model_action",
+    "benchmarks",
+    "benchmark_limit",
+    "benchmark_path",
+    "benchmark_chat_template",
+    "save_directory",
+    "overwrite",
+    "export_strategy",
+    "upload_repo_id",
+    "upload_repo_private",
+    "workers",
+    "study_storage",
+    "study_name",
+)
+
+
+class JournalLock:
+    """Optuna's lock interface over the operating system's file locks, which a killed process cannot leave behind."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+class JournalFile(JournalFileBackend):  # type: ignore[misc]
+    """Optuna's journal file, which a write that ends halfway leaves as it was: at once where the disk is full, and before the next
+    write where the writer was killed."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with get_lock_file(self._lock):  # which may be taken twice
+            self._cut_torn_line()
+            size = Path(self._file_path).stat().st_size
+            try:
+                super().append_logs(logs)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._file_path, size)
+                raise
+
+    def _cut_torn_line(self) -> None:
+        with Path(self._file_path).open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size == 0 or (file.seek(-1, os.SEEK_END), file.read())[1] == b"\n":
+                return
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def create_study(storage: BaseStorage, name: str, settings: Settings, identity: dict[str, str]) -> optuna.Study:
+    """A new study in a storage, described by its settings."""
+    directions = [StudyDirection[direction.upper()] for _, direction in settings.objectives]
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+    study.set_user_attr("settings", settings.model_dump(mode="json"))
+    study.set_user_attr("given", sorted(settings.model_fields_set))
+    study.set_user_attr("identity", identity)
+    study.set_user_attr("objectives", settings.objectives)
+    return study
+
+
+def kept_space(study: optuna.Study, space: SearchSpace) -> SearchSpace:
+    """The space that the study began with; where it has none yet, `space`, which is then stored.
+
+    Kept, because the samplers learn only from trials of one space, and ranges that follow the model's residuals are computed anew.
+    """
+    stored = study.user_attrs.get(SPACE)
+    if stored is not None:
+        return SearchSpace.model_validate(stored)
+    study.set_user_attr(SPACE, space.model_dump(mode="json"))
+    return space
+
+
+def journal_path(settings: Settings) -> Path:
+    """The journal's file, named after the model."""
+    return expand(settings.study_checkpoint_dir) / f"{file_name(settings.model)}.jsonl"
+
+
+def file_name(model: str) -> str:
+    """A model's name as one of a file: every character but letters, digits, `_` and `-` becomes `--`."""
+    return "".join(c if c.isalnum() or c in "_-" else "--" for c in model)
+
+
+class Checkpoint:
+    """An open journal and the study in it. Use as a context manager: while it is open, no other process can work on it.
+
+    Raises `CheckpointError` where the folder cannot be written, another process holds the study, or the file is damaged.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = journal_path(settings)
+        self.lost_bytes = 0
+        self._begins_anew = settings.checkpoint_action == "restart"
+        self._run_lock = FileLock(f"{self.path}.run.lock")
+        self.study: optuna.Study | None = None
+
+    def __enter__(self) -> "Checkpoint":
+        with journal_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._run_lock.acquire(blocking=False)
+            except Timeout as error:
+                raise CheckpointError(
+                    f"Another process is working on the study {self.path}. Wait for it, or use another --study-checkpoint-dir."
+                ) from error
+            try:
+                if self.path.exists() and not self._begins_anew:
+                    self._cut_torn_line()
+                    self.study = self._load()
+            except BaseException:
+                self._run_lock.release()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run_lock.release()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a study with at least one finished trial."""
+        return self.study is not None and any(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the study was begun for several workers, which may come and go."""
+        return self.study is not None and bool(self.study.user_attrs.get(SHARED))
+
+    def _cut_torn_line(self) -> None:
+        content = self.path.read_bytes()
+        kept = content[: content.rfind(b"\n") + 1]
+        last = kept[:-1].rpartition(b"\n")[2]
+        if last:
+            try:
+                json.loads(last)
+            except ValueError:
+                kept = kept[: len(kept) - len(last) - 1]
+        if kept != content and _damage(kept) is None:
+            self.lost_bytes = len(content) - len(kept)
+            with self.path.open("r+b") as file:
+                file.truncate(len(kept))
+
+    def _load(self) -> optuna.Study | None:
+        """The study in the journal, where there is one; reading leaves the file as it is."""
+        try:
+            return optuna.load_study(study_name=STUDY_NAME, storage=self._storage())
+        except KeyError:
+            return None
+
+    def _storage(self) -> JournalStorage:
+        try:
+            return JournalStorage(JournalFile(str(self.path), lock_obj=JournalLock(self.path)))
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:  # Optuna has no error of its own for this
+            raise self._damaged(_damage(self.path.read_bytes()) or str(error).rstrip(".")) from error
+
+    def _damaged(self, damage: str) -> CheckpointError:
+        return CheckpointError(
+            f"The study {self.path} is damaged: {damage}. Put a good copy in its place, or begin anew with --checkpoint-action restart "
+            "(the file is kept)."
+        )
+
+    def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
+        """Begin a study, described by its settings. A journal that is there is kept beside it, unless no trial of ours was finished."""
+        with journal_errors(self.path):
+            if self.path.exists():
+                is_ours = self.study is not None and "identity" in self.study.user_attrs
+                if self.path.stat().st_size == 0 or (is_ours and not self.exists):
+                    self.path.unlink()
+                else:
+                    self.path.rename(_free_name(self.path))
+            self.study = create_study(self._storage(), STUDY_NAME, settings, identity)
+        return self.study
+
+    def restored(self, settings: Settings) -> Settings:
+        """The stored settings, with those that are given now on top.
+
+        Raises `CheckpointError` naming what must not differ, and `UsageError` where the two do not go together.
+        """
+        attributes = self._attributes()
+        self._check_trials()
+        kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in OF_ONE_RUN]
+        stored = {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
+        given = settings.model_dump(mode="json", include=settings.model_fields_set) | {"study_storage": settings.study_storage}
+        try:
+            before = Settings.model_validate(stored)
+        except ValidationError as error:
+            raise CheckpointError(
+                f"The settings stored in {self.path} are not ones of this version: {_reason(error)}. Begin anew with "
+                "--checkpoint-action restart (the file is kept)."
+            ) from error
+        try:
+            result = Settings.model_validate({**stored, **given})
+        except ValidationError as error:
+            raise UsageError(f"The settings given do not go with those stored in {self.path}: {_reason(error)}.") from error
+        differences = [
+            f"{name} was {_shown(getattr(before, name))} and is now {_shown(getattr(result, name))}"
+            for name in DEFINING
+            if _meaning(getattr(before, name)) != _meaning(getattr(result, name))
+        ]
+        self._refuse(differences)
+        return result
+
+    def _check_trials(self) -> None:
+        """Raise `CheckpointError` where a complete trial lacks what every complete trial has."""
+        assert self.study is not None
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            names = ["refusals", "kl_divergence", "direction_index", "parameters"]
+            names += [name for name, _ in self.study.user_attrs.get("objectives", ()) if name not in trial.user_attrs.get("scores", {})]
+            missing = [name for name in names if name not in trial.user_attrs]
+            if missing:
+                raise self._damaged(f"trial {trial.number} has no {missing[0]}")
+
+    def check_identity(self, identity: dict[str, str]) -> None:
+        """Raise `CheckpointError` where the model's files or the prompts are no longer those of the study."""
+        stored = self._attributes()["identity"]
+        self._refuse([f"the contents of {name} have changed" for name in identity if stored.get(name) != identity[name]])
+
+    @property
+    def n_done(self) -> int:
+        """How many trials of the study are done."""
+        return 0 if self.study is None else sum(map(is_counted, self.study.get_trials(deepcopy=False)))
+
+    def note(self, **attributes: Any) -> None:
+        """Store facts about the study that a later run shows without loading the model."""
+        assert self.study is not None
+        with journal_errors(self.path):
+            for name, value in attributes.items():
+                if self.study.user_attrs.get(name) != value:
+                    self.study.set_user_attr(name, value)
+
+    def target(self, settings: Settings, n_done: int, is_new: bool) -> int:
+        """How many trials there shall be in all.
+
+        `n_trials`, or what an earlier run was told beyond that unless it is changed now; where those are done,
+        `n_additional_trials` more.
+        """
+        target = settings.n_trials
+        if not is_new and target == self._attributes()["settings"]["n_trials"]:
+            target = max(target, self._attributes().get("target", 0))
+        if settings.n_additional_trials and (is_new or n_done >= target):
+            target = max(n_done, target) + settings.n_additional_trials
+        return target
+
+    def trials_per_batch(self, settings: Settings, automatic: int) -> int:
+        """How many trials share a pass: what is set, else what the study began with, else the automatic choice, which is then stored.
+
+        Kept, because the sampler's proposals depend on it: without that a run could not be repeated.
+        """
+        stored = {} if self.study is None else self.study.user_attrs
+        chosen: int = settings.trials_per_batch or stored.get("trials_per_batch") or automatic
+        self.note(trials_per_batch=chosen)
+        return chosen
+
+    def search_space(self, space: SearchSpace) -> SearchSpace:
+        """See `kept_space`."""
+        assert self.study is not None
+        with journal_errors(self.path):
+            return kept_space(self.study, space)
+
+    def _attributes(self) -> dict[str, Any]:
+        attributes = {} if self.study is None else self.study.user_attrs
+        if not {"settings", "given", "identity"} <= attributes.keys():
+            raise CheckpointError(
+                f"The study {self.path} was not made by this program. Begin anew with --checkpoint-action restart (the file is kept)."
+            )
+        return attributes
+
+    def _refuse(self, differences: list[str]) -> None:
+        if differences:
+            raise CheckpointError(
+                f"The study {self.path} is another one: {'; '.join(differences)}. Begin anew with --checkpoint-action restart "
+                "(the old file is kept), or use another --study-checkpoint-dir."
+            )
+
+
+def read_study(path: Path) -> tuple[optuna.Study, Settings]:
+    """The study in a journal and the settings it was made with, for reading. Raises `CheckpointError` where it is not one of ours."""
+    try:
+        damage = _damage(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"The study {path} cannot be read: {error.strerror}.") from error
+    if damage is not None:
+        raise CheckpointError(f"The study {path} is damaged: {damage}.")
+    try:
+        study = optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path))))
+        stored = study.user_attrs["settings"]
+        given = {name: stored[name] for name in study.user_attrs["given"] if name in Settings.model_fields and name not in OF_ONE_RUN}
+        return study, Settings.model_validate(given)
+    except KeyError as error:
+        raise CheckpointError(f"The study {path} was not made by this program.") from error
+    except ValidationError as error:
+        raise CheckpointError(f"The settings stored in {path} are not ones of this version: {_reason(error)}.") from error
+
+
+def _damage(content: bytes) -> str | None:
+    """Which line of a journal is the first that is no record."""
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            is_record = "op_code" in json.loads(line)
+        except (ValueError, TypeError):
+            is_record = False
+        if not is_record:
+            return f"line {number} is no record"
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    """The first of `x.jsonl.old`, `x.jsonl.old2`, ... that does not exist."""
+    candidates = (path.with_name(f"{path.name}.old{n if n > 1 else ''}") for n in itertools.count(1))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _reason(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{as_written(problem['loc'])}: {message}" if problem["loc"] else message
+
+
+def _meaning(value: Any) -> Any:
+    """What of a setting the scores depend on."""
+    return value.what_is_read if isinstance(value, PromptSpecification) else value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value.model_dump(exclude_defaults=True)) if isinstance(value, BaseModel) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def is_counted(trial: FrozenTrial) -> bool:
+    """Whether a trial is done: complete, or failed for a reason that is recorded. One that was cut off is neither."""
+    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and "failure" in trial.user_attrs)
+
+
+@contextlib.contextmanager
+def journal_errors(path: Path | str, only: Collection[int] | None = None) -> Iterator[None]:
+    """Turn the file system's errors (all, or those with the numbers in `only`) into a `CheckpointError` that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Free some space" if full else "Make it writable or set another --study-checkpoint-dir"
+        raise CheckpointError(
+            f"The study {path} cannot be written: {error.strerror}. {remedy}, then give the same command again: it goes on from the "
+            "last finished trial."
+        ) from error

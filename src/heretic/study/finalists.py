@@ -1,0 +1,95 @@
+"""Finalists: trials of the front that are scored again when the search is over, by all scorers, on other or the same prompts.
+
+A front is chosen from many trials by their figures, so part of what it shows is luck of the prompts: intervals say how much that can be,
+other prompts (`final_bad_prompts`, `final_good_prompts`) and longer answers (`final_response_length`) take it out. What comes of it is
+kept in the study's user attribute `finalists`, since Optuna's finished trials take no more attributes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from ..config import Settings
+from ..evaluator import Evaluator
+from ..lanes import scoring
+from ..prompts import Prompt
+from ..scoring.figures import intervals
+from ..utils import Progress
+from .search import ablation_of, front_of, unlimited
+
+ATTRIBUTE = "finalists"
+
+
+def final_settings(settings: Settings) -> Settings:
+    """The settings under which finalists are scored."""
+    changes = {
+        "max_response_length": settings.final_response_length or settings.max_response_length,
+        "kl_tokens": settings.final_kl_tokens or settings.kl_tokens,
+        "good_evaluation_prompts": settings.final_good_prompts or settings.good_evaluation_prompts,
+        "bad_evaluation_prompts": settings.final_bad_prompts or settings.bad_evaluation_prompts,
+        "print_responses": False,
+    }
+    return settings.model_copy(update=changes)
+
+
+def conditions(settings: Settings) -> dict[str, Any]:
+    """What figures of finalists depend on; those taken under other conditions are taken again."""
+    names = ("max_response_length", "kl_tokens", "good_evaluation_prompts", "bad_evaluation_prompts")
+    return final_settings(settings).model_dump(mode="json", include=set(names))
+
+
+def known_finalists(study: optuna.Study) -> dict[str, Any]:
+    """What is known of finalists: `trials` by number (as text), `base` of the original, `conditions`, numbers of prompts; or nothing."""
+    return dict(study.user_attrs.get(ATTRIBUTE, {}))
+
+
+def missing_finalists(study: optuna.Study, settings: Settings) -> list[FrozenTrial]:
+    """The finalists that have not been scored again under the settings' conditions."""
+    known = known_finalists(study)
+    scored = known.get("trials", {}) if known.get("conditions") == conditions(settings) else {}
+    return [trial for trial in front_of(study)[: settings.n_finalists] if str(trial.number) not in scored]
+
+
+def score_finalists(
+    study: optuna.Study,
+    settings: Settings,
+    search: Evaluator,
+    good_prompts: Sequence[Prompt],
+    bad_prompts: Sequence[Prompt],
+    trials_per_batch: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Score what is missing; the new content of the study's attribute, which the caller writes. `search` is what scored the search.
+
+    Raises `EvaluationError` where the original cannot be scored under these conditions. A trial that cannot be has a `failure`.
+    """
+    missing = missing_finalists(study, settings)
+    known = known_finalists(study)
+    trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
+    baseline = "Baseline of the finalists"
+    evaluator = Evaluator(final_settings(settings), search.model, good_prompts, bad_prompts, progress, True, baseline, search)
+    with (
+        scoring(evaluator, trials_per_batch, progress) as at_work,
+        progress.task("Scoring the finalists again", len(missing)) as advance,
+    ):
+        size = min(trials_per_batch, math.ceil(len(missing) / at_work.n_processes))
+        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+        begun = [at_work.begin([ablation_of(trial) for trial in batch], unlimited) for batch in batches]
+        for batch, wait in zip(batches, begun, strict=True):
+            for trial, score in zip(batch, wait(), strict=True):
+                trials[str(trial.number)] = {"failure": str(score)} if isinstance(score, Exception) else score.described()
+            advance(len(batch))
+    return {
+        "conditions": conditions(settings),
+        "n_bad_prompts": len(bad_prompts),
+        "n_good_prompts": len(good_prompts),
+        "base": {
+            "scores": evaluator.base_scores,
+            "intervals": intervals(evaluator.base_figures),
+            "response_classes": evaluator.base_response_classes,
+        },
+        "trials": trials,
+    }

@@ -1,0 +1,152 @@
+"""The search space of one model: the `parameters` of the settings, resolved for its components and its depth, and trials drawn from it."""
+
+from collections.abc import Iterable, Sequence
+
+from optuna.trial import Trial
+from pydantic import BaseModel, ConfigDict
+
+from ..config import Settings
+from ..editing.ablation import Ablation, ComponentParameters
+from ..errors import UsageError, did_you_mean
+from ..parameters import Choice, DirectionScope, FirstTrial, FractionChoice, FractionRange, Range, WeightChoice, quoted
+
+# In this order always: Optuna does not let the choices of a study change.
+DIRECTION_SCOPES: list[DirectionScope] = ["global", "per layer"]
+# What "auto" stands for where a model decides late: the refusal decision is strongest past the middle of the layers (Arditi et al. 2024),
+# edits work best in the upper ones. Where the prompts part in a lower layer, the range begins there (see bench/LOG.md).
+USUAL = {"direction_index": (0.4, 0.9), "max_weight_position": (0.6, 1.0)}
+# Edits of MLPs may cost more than they give, so they can be left out: their strengths begin at 0 (see bench/LOG.md).
+USUAL_STRENGTH, MLP_STRENGTH = Range(low=0.8, high=1.5), Range(low=0.0, high=1.5)
+
+KERNEL = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
+
+
+class KernelSpace(BaseModel):
+    """What may be tried for the kernel of one component; `min_weight` is a fraction of `max_weight`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    max_weight: WeightChoice
+    max_weight_position: FractionChoice
+    min_weight: WeightChoice
+    min_weight_distance: FractionChoice
+
+
+class SearchSpace(BaseModel):
+    """What may be tried on one model. Positions and distances are fractions of the last layer index."""
+
+    model_config = ConfigDict(frozen=True)
+
+    direction_scope: list[DirectionScope]
+    direction_index: FractionChoice
+    components: dict[str, KernelSpace]
+
+    def choices(self) -> dict[str, Choice]:
+        """Every float by the name that Optuna's trials have it under."""
+        index = {"direction_index": self.direction_index} if "global" in self.direction_scope else {}
+        kernels = {f"{c}.{name}": getattr(kernel, name) for c, kernel in self.components.items() for name in KERNEL}
+        return index | kernels
+
+
+def search_space(settings: Settings, components: Sequence[str], last_layer: int, parting_layer: int | None = None) -> SearchSpace:
+    """The space for a model with these components. Kernels reach over one layer at least, which in models of few layers is much.
+
+    `parting_layer` is the one in which harmless and harmful prompts part (`directions.parting_layer`), which "auto" follows. Raises
+    `UsageError` where a setting names a component that the model does not have, where all are disabled, or where a first trial lies
+    outside.
+    """
+    named = {f"parameters.{name}": names for name, names in settings.parameters.named_components().items()}
+    for i, point in enumerate(settings.first_trials):
+        named |= {f"first_trials.{i}.{name}": names for name, names in point.named_components().items()}
+    for setting, names in {**named, "disabled_components": settings.disabled_components}.items():
+        _check_components(setting, names, components)
+    enabled = [component for component in components if component not in settings.disabled_components]
+    if not enabled:
+        raise UsageError(f"disabled_components leaves nothing to edit: the model's components are {', '.join(components)}.")
+    one_layer = 1 / max(last_layer, 1)
+    start = 1.0 if parting_layer is None else parting_layer * one_layer
+
+    def resolved(name: str, component: str | None = None) -> Choice:
+        choice = settings.parameters.choice(name, component)
+        if choice != "auto":
+            return choice
+        if name == "max_weight":
+            return MLP_STRENGTH if (component or "").startswith("mlp.") else USUAL_STRENGTH
+        low, high = USUAL[name]
+        return FractionRange(low=min(low, start), high=high)
+
+    kernels = {}
+    for component in enabled:
+        choices = {name: resolved(name, component) for name in KERNEL}
+        choices["min_weight_distance"] = _at_least(choices["min_weight_distance"], one_layer)
+        kernels[component] = KernelSpace.model_validate(choices)
+    scopes = [scope for scope in DIRECTION_SCOPES if scope in settings.parameters.direction_scope]
+    index = resolved("direction_index")
+    space = SearchSpace.model_validate({"direction_scope": scopes, "direction_index": index, "components": kernels})
+    for i, point in enumerate(settings.first_trials):
+        fixed_parameters(point, space, f"first_trials.{i}")
+    return space
+
+
+def _check_components(setting: str, named: Iterable[str], components: Sequence[str]) -> None:
+    for name in named:
+        if name not in components:
+            raise UsageError(
+                f"{setting} names the component {quoted(name)}, which the model does not have{did_you_mean(name, components)}. "
+                f"Its components are {', '.join(components)}."
+            )
+
+
+def _at_least(choice: Choice, least: float) -> Choice:
+    if isinstance(choice, Range):
+        return choice.model_copy(update={"low": max(choice.low, least), "high": max(choice.high, least)})
+    return max(choice, least)
+
+
+def suggest(trial: Trial, space: SearchSpace) -> Ablation:
+    """Draw an ablation. Constants are no parameters of the trial.
+
+    The direction index is drawn in either scope, so that the search space stays the same for every trial.
+    """
+    scope = space.direction_scope[0]
+    if len(space.direction_scope) > 1:
+        scope = trial.suggest_categorical("direction_scope", space.direction_scope)
+    values = {name: _suggest_float(trial, name, choice) for name, choice in space.choices().items()}
+    parameters = {}
+    for component in space.components:
+        kernel = {name: values[f"{component}.{name}"] for name in KERNEL}
+        # A fraction of max_weight until here, because multivariate TPE wants fixed ranges.
+        parameters[component] = ComponentParameters(**kernel | {"min_weight": kernel["min_weight"] * kernel["max_weight"]})
+    return Ablation(values["direction_index"] if scope == "global" else None, parameters)
+
+
+def _suggest_float(trial: Trial, name: str, choice: Choice) -> float:
+    if isinstance(choice, Range):
+        return choice.low if choice.low == choice.high else trial.suggest_float(name, choice.low, choice.high, log=choice.log)
+    return choice
+
+
+def fixed_parameters(point: FirstTrial, space: SearchSpace, setting: str = "first_trials") -> dict[str, float | str]:
+    """A first trial as Optuna's trial parameters; what is a constant in the space is left out.
+
+    Raises `UsageError` where a value is not one that the space allows.
+    """
+    fixed: dict[str, float | str] = {}
+    if point.direction_scope is not None:
+        if point.direction_scope not in space.direction_scope:
+            raise UsageError(f"{setting}.direction_scope is {point.direction_scope!r}, which parameters.direction_scope leaves out.")
+        if len(space.direction_scope) > 1:
+            fixed["direction_scope"] = point.direction_scope
+    for name, choice in space.choices().items():
+        component, _, parameter = name.rpartition(".")
+        value = point.value(parameter, component or None)
+        if value is None:
+            continue
+        low, high = (choice.low, choice.high) if isinstance(choice, Range) else (choice, choice)
+        if not low <= value <= high:
+            whose = f" of {component}" if component else ""
+            allowed = f"from {low:g} to {high:g}" if high > low else f"{low:g} only"
+            raise UsageError(f"{setting}.{parameter} is {value:g}, but the search tries {allowed}{whose}. Change parameters.{parameter}.")
+        if high > low:
+            fixed[name] = value
+    return fixed
