@@ -19,7 +19,6 @@ from .scoring.figures import Figure, intervals
 from .scoring.outputs import Batch
 from .scoring.responses import RefusalRule, Response, count_kinds, normalize
 from .scoring.scorers import Scorer, divergence_objective, load_scorers
-from .tensor_parallel import register, together
 from .utils import Progress, SilentProgress, is_out_of_memory
 
 __all__ = [
@@ -130,7 +129,6 @@ class Evaluator:
     `UsageError` for scorers that cannot be made.
     """
 
-    @together
     def __init__(
         self,
         settings: Settings,
@@ -142,7 +140,6 @@ class Evaluator:
         baseline: str = "Baseline",
         like: "Evaluator | None" = None,
     ) -> None:
-        register(self, baseline)
         self.settings = settings
         self.model = model
         self.good_prompts = list(good_prompts)
@@ -234,7 +231,6 @@ class Evaluator:
             raise result
         return result
 
-    @together
     def score_trials(
         self, ablations: Sequence[Ablation], limit: Callable[[float], float] = lambda kl: math.inf
     ) -> list[Score | TrialError]:
@@ -292,7 +288,6 @@ class Evaluator:
             raise TrialError(f"the scorer {name} gives {figure.value}, which is no finite number")
         return figure
 
-    @together
     def most_moved(self, ablation: Ablation | None, n: int) -> list[tuple[Prompt, float, float]]:
         """The harmless prompts after which an edited model's words have moved most (None: the model as it is), farthest first.
 

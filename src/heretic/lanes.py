@@ -20,7 +20,6 @@ from .decoding.attention import use_products
 from .decoding.decoder import Decoder
 from .editing.ablation import Ablation
 from .evaluator import Evaluator, Score
-from .launch import world_size
 from .study.batches import Limit, Scores, Scoring, Wait
 from .study.batching import MAX_TRIALS_AT_WORK
 from .utils import Progress
@@ -38,7 +37,7 @@ def most_lanes(evaluator: Evaluator) -> int:
     """How many processes could score a batch that is large enough: one for every thread, or this one alone."""
     model = evaluator.model
     is_small = sum(p.numel() for p in model.model.parameters()) <= MAX_PARAMETERS
-    may_fork = sys.platform == "linux" and world_size() == 1 and not torch.accelerator.is_available()
+    may_fork = sys.platform == "linux" and not torch.accelerator.is_available()
     is_plain = isinstance(model.decoder, Decoder) and not model.loaded.quantized and not evaluator.settings.print_responses
     return torch.get_num_threads() if may_fork and is_small and is_plain else 1
 

@@ -20,7 +20,6 @@ from .editing.hooks import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
 from .loading.load import LoadedModel
 from .prompts import Prompt
-from .tensor_parallel import register, together
 from .utils import Progress, SilentProgress, input_device
 
 Message = dict[str, str]
@@ -35,7 +34,6 @@ class Model:
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings, progress: Progress | None = None, savings: Savings | None = None) -> None:
-        register(self)
         self.loaded = loaded
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -61,7 +59,6 @@ class Model:
         length: int | None = getattr(self.loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return length
 
-    @together
     def use_directions(self, directions: Tensor, mode: RowNormalization) -> None:
         """Prepare ablations along `directions (layer + 1, d)`."""
         if self.hooks is not None:
@@ -166,7 +163,6 @@ class Model:
             with self.progress.task(description, total) as advance:
                 yield advance
 
-    @together
     def residuals(self, prompts: Sequence[Prompt], description: str | None = None) -> Iterator[Tensor]:
         """Residual stream at the last prompt position: batches `(prompt, layer + 1, d)` in float32, in the order of the prompts.
 
@@ -246,7 +242,6 @@ class Model:
                 width = logits.shape[1]  # a prompt and its answer can be shorter than the longest answer
                 yield part, logits[asked[:, n - width :].to(logits.device)]
 
-    @together
     def responses(
         self,
         prompts: Sequence[Prompt],
@@ -268,7 +263,6 @@ class Model:
             texts[row.prompt] = self.tokenizer.decode(row.generated, skip_special_tokens=skip_special_tokens)
         return texts
 
-    @together
     def responses_by_trial(
         self, prompts: Sequence[Prompt], max_new_tokens: int, ablations: Sequence[Ablation], description: str | None = None
     ) -> list[list[str | None]]:
@@ -321,14 +315,9 @@ class Model:
             if max_new_tokens < 1:
                 raise ModelError(f"The conversation fills the model's context of {self.context_length} tokens. Begin a new one.")
         streamer = _CallbackStreamer(self.tokenizer, write)
-        self._generate(dict(inputs), max_new_tokens, ablation, streamer)
-        return "".join(streamer.pieces)
-
-    @together
-    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int, ablation: Ablation | None, streamer: TextStreamer | None) -> None:
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         with self._edited([] if ablation is None else [ablation]):
-            self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
+            self.model.generate(**inputs.to(self.device), max_new_tokens=max_new_tokens, streamer=streamer)
+        return "".join(streamer.pieces)
 
 
 def prompt_messages(prompt: Prompt) -> list[Message]:

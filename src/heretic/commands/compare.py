@@ -19,7 +19,6 @@ from ..config import Settings
 from ..editing.ablation import Ablation
 from ..errors import ModelError, TrialError, UsageError
 from ..evaluator import PREFIX_PROMPTS, find_response_prefix, kl_divergence, refusal_rule
-from ..launch import world_size
 from ..loading.source import expand
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
@@ -257,8 +256,6 @@ def command(arguments: Sequence[str]) -> int:
     """The command line: names, and options as a run has them. Returns the exit code; raises `HereticError`."""
     from ..settings_sources import load_settings_of_names
 
-    if world_size() > 1:
-        raise UsageError("heretic compare cannot be used under torchrun. Save the models, and compare them without it.")
     settings, names = load_settings_of_names(arguments)
     if len(names) < 2:
         raise UsageError("heretic compare needs at least two models or studies: heretic compare A B [C...]")

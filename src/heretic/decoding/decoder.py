@@ -23,8 +23,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..tensor_parallel import can_back_off
-from ..utils import empty_cache, free_memory, input_device
+from ..utils import empty_cache, free_memory, input_device, is_out_of_memory
 from .blocks import Blocks, Prefix
 from .drafts import Drafts
 from .pool import Pool
@@ -145,7 +144,7 @@ class Decoder:
             try:
                 done = pool.advance(waiting, prefix)
             except (RuntimeError, MemoryError) as error:
-                if not can_back_off(error) or len(pool.living) <= 1:
+                if not is_out_of_memory(error) or len(pool.living) <= 1:
                     raise
                 self.max_rows = max(1, len(pool.living) // 2)
             else:
@@ -191,7 +190,7 @@ class Decoder:
         try:
             return work(chunk)
         except (RuntimeError, MemoryError) as error:
-            if not can_back_off(error) or len(chunk) == 1:
+            if not is_out_of_memory(error) or len(chunk) == 1:
                 raise
         waiting.extendleft(reversed(chunk))
         self.prefill_tokens = max(row.length for row in chunk) * (len(chunk) // 2)
@@ -344,7 +343,7 @@ class PlainDecoder:
             try:
                 output = work(part)
             except (RuntimeError, MemoryError) as error:
-                if not can_back_off(error) or len(part) == 1:
+                if not is_out_of_memory(error) or len(part) == 1:
                     raise
                 self.batch_size = len(part) // 2
             else:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensor_parallel import agreed
 from ..utils import free_memory
 
 # The share of the memory free at the start that recordings may take.
@@ -40,7 +39,7 @@ class Trunk:
         self.layers = list(layers)
         self.bytes_per_token = bytes_per_token
         self.recording = False
-        self.budget = agreed(int(free_memory(device) * BUDGET_SHARE))
+        self.budget = int(free_memory(device) * BUDGET_SHARE)
         self._recordings: dict[Key, _Recording] = {}
         self._returns_tuple = False
 

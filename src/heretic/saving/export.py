@@ -26,7 +26,6 @@ from ..errors import ExportError
 from ..loading.source import expand
 from ..model import Model
 from ..session.answers import check_target
-from ..tensor_parallel import beginning
 from ..utils import Progress
 from .adapter import save_adapter
 from .card import write_card
@@ -238,9 +237,7 @@ def compare_with_loaded(original: Original, edits: Sequence[Edit], model: Model)
             for parameter in (edit.weight, edit.bias):
                 if parameter is None:
                     continue
-                loaded = beginning(getattr(module, parameter.rpartition(".")[2]).detach())
-                if loaded is None:
-                    continue
+                loaded = getattr(module, parameter.rpartition(".")[2]).detach()
                 if loaded.is_floating_point() and loaded.element_size() > 1 and not _agrees(original, parameter, loaded):
                     raise ExportError(
                         f"{parameter} is not the same in the files of {model.loaded.source.name} as in the model that was searched: they "
@@ -259,7 +256,6 @@ def _agrees(original: Original, parameter: str, loaded: Tensor) -> bool:
             part = loaded if piece.index is None else loaded[piece.index][None]
         # A dequantized weight is rounded to its number format in the files and not in a search in another one.
         rtol = DEQUANTIZED_ROUNDING if original.dequantized else 0.0
-        value = value[tuple(slice(n) for n in part.shape)]  # of what is spread over several processes only the beginning is here
         if not torch.allclose(value.to(loaded.dtype), part.cpu(), rtol=rtol, atol=0, equal_nan=True):
             return False
     return True

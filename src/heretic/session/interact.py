@@ -12,9 +12,8 @@ from optuna.trial import FrozenTrial
 
 from ..config import Settings
 from ..console import Console, trial_rows
-from ..errors import HereticError, UsageError
+from ..errors import HereticError
 from ..evaluator import MOVED_PROMPTS, Evaluator
-from ..launch import world_size
 from ..model import Message, Model, prompt_messages
 from ..privacy import without_token
 from ..saving.export import save
@@ -196,8 +195,6 @@ class Workbench:
         from .extras import require_extra
 
         require_extra("benchmark", "A benchmark")
-        if world_size() > 1:
-            raise UsageError("Benchmarks cannot be run under torchrun. Save the model and run lm-evaluation-harness on it.")
         from ..scoring.benchmark import HEADERS, cells, run_benchmarks
 
         rows = run_benchmarks(self.model, ablation_of(trial), self.settings, self.console)

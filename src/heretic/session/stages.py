@@ -71,9 +71,7 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
     from ..loading.load import load_model
     from ..loading.source import model_source
     from ..model import Model
-    from ..tensor_parallel import lead
 
-    lead(settings, name)
     with collector_paused():  # transformers imports the model's own file only now
         loaded = load_model(settings, model_source(settings, name), console)
     model = Model(loaded, settings, console)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..editing.ablation import Ablation
-from ..errors import TeamError
 from ..evaluator import Score
 
 Limit = Callable[[float], float]
@@ -34,8 +33,6 @@ class Scoring:
         """Scores of a batch that was begun. Where scoring it crashes, each is scored alone, so that only those that crash again fail."""
         try:
             return wait()
-        except TeamError:
-            raise
         except Exception as error:
             if len(ablations) == 1:
                 return [error]
