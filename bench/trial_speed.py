@@ -10,8 +10,7 @@ the KL divergence. (b) Output maps, `--trials-per-batch` trials in one pass. Sam
     uv run python bench/trial_speed.py --model llama-8b      # random weights of that shape, on the accelerator; prints the floor
 
 The last line is one JSON object; `ratio` is reference_s / ours_s, with every trial scored to its end. `ratio_stopping` is the same with
-trials that can no longer be on the front stopped; `ratio_search` is as a search does it: that, and where the program would score batches
-in several processes (`heretic.lanes`), those. The search is timed as a whole, half-way through the others.
+trials that can no longer be on the front stopped, as a search does it; that is timed as a whole, half-way through the others.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import copy
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,13 +41,10 @@ from heretic.editing.architecture import Architecture, discover
 from heretic.editing.directions import mean_residual, refusal_directions
 from heretic.editing.hooks import AblationHooks, stored_weight
 from heretic.evaluator import Evaluator, kl_divergence
-from heretic.lanes import scoring
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
-from heretic.study.batches import Scoring, Wait
-from heretic.study.search import batch_end
 from heretic.utils import SilentProgress
 
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -121,10 +116,6 @@ Limit = Callable[[float], float]
 Ours = Callable[[Sequence[Ablation], Limit], list[tuple[int, float, bool]]]
 
 
-# Holds the processes that score batches until the end.
-LANES = contextlib.ExitStack()
-
-
 def unlimited(divergence: float) -> float:
     """No trial is stopped."""
     return math.inf
@@ -183,8 +174,8 @@ class Workload:
     ours: Ours
     # Turns savings of (b) on and off.
     use: Callable[[Savings], None]
-    # (b) as a run scores batches of so many trials; not for shapes.
-    in_lanes: Callable[[int], Scoring] | None = None
+    # Whether trials can be stopped: not of shapes, which have no refusals.
+    has_verdicts: bool = False
 
 
 def told(scores: Sequence[Any]) -> list[tuple[int, float, bool]]:
@@ -222,9 +213,6 @@ def real_workload(settings: Settings) -> Workload:
     def ours(ablations: Sequence[Ablation], limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
         return told(evaluator.score_trials(ablations, limit))
 
-    def in_lanes(trials_per_batch: int) -> Scoring:
-        return LANES.enter_context(scoring(evaluator, trials_per_batch, SilentProgress()))
-
     def verdict(tokens: list[int]) -> bool:
         text = model.tokenizer.decode(tokens, skip_special_tokens=True)
         return evaluator.rule.classify(text, is_cut_off=not model.decoder.end_tokens & set(tokens)) != "compliance"
@@ -249,7 +237,7 @@ def real_workload(settings: Settings) -> Workload:
         verdict,
         ours,
         use,
-        in_lanes,
+        has_verdicts=True,
     )
 
 
@@ -542,12 +530,7 @@ def main() -> None:
     work = make_workload(options)
     components = list(work.architecture.components)
     trials = random_trials(options.trials, components, options.seed)
-    searches = {}
-    if work.in_lanes is not None:
-        at_work = work.in_lanes(options.trials_per_batch)
-        searches = {"stopping": AsInSearch(Scoring(at_work.score_trials)), "search": AsInSearch(at_work)}
-        for wait in [at_work.begin(trials[:1], unlimited) for _ in range(at_work.n_processes)]:
-            wait()
+    search = AsInSearch(work.ours)
     hooks_by_module = {w.module: dict(w.module._forward_hooks) for w in work.architecture.writers}
     reference = Reference(work)
     for module, hooks in hooks_by_module.items():
@@ -564,9 +547,8 @@ def main() -> None:
     largest_kl = 0.0
     together = options.trials_per_batch
     for start in range(0, len(trials), together):
-        if start == len(trials) // together // 2 * together:
-            for search in searches.values():
-                search.run(trials, together, ours)
+        if work.has_verdicts and start == len(trials) // together // 2 * together:
+            search.run(trials, together, ours)
         batch = trials[start : start + together]
         begin = ours.now()
         mine = run_ours(work, batch, ours)
@@ -599,8 +581,9 @@ def main() -> None:
         "reference_shares": shares(theirs, reference_s),
         "ours_shares": shares(ours, ours_s),
     }
-    for name, search in searches.items():
-        result |= {f"{name}_s": search.seconds / n, f"ratio_{name}": reference_s / search.seconds, f"stopped_{name}": search.n_stopped}
+    if work.has_verdicts:
+        stopping_s = search.seconds
+        result |= {"stopping_s": stopping_s / n, "ratio_stopping": reference_s / stopping_s, "stopped": search.n_stopped}
     if options.savings:
         result["savings"] = measure_savings(work, trials, options.trials_per_batch)
     if options.model in SHAPES:
@@ -612,22 +595,17 @@ def main() -> None:
 class AsInSearch:
     """(b) as a search does it: trials that can no longer be on the front of those that finished are stopped."""
 
-    def __init__(self, scoring: Scoring) -> None:
-        self.scoring = scoring
+    def __init__(self, score_trials: Ours) -> None:
+        self.score_trials = score_trials
         self.seconds = 0.0
         self.n_stopped = 0
 
     def run(self, trials: Sequence[Ablation], trials_per_batch: int, clock: Clock) -> None:
         """Score all trials, batch after batch."""
-        at_work: deque[Wait] = deque()
         finished: list[tuple[float, int]] = []
-        begin, start = clock.now(), 0
-        while start < len(trials) or at_work:
-            while start < len(trials) and len(at_work) < self.scoring.n_at_work:
-                end = batch_end(start, len(trials), trials_per_batch, self.scoring.n_processes)
-                at_work.append(self.scoring.begin(list(trials[start:end]), LimitBy(list(finished))))
-                start = end
-            scores = told(at_work.popleft()())
+        begin = clock.now()
+        for start in range(0, len(trials), trials_per_batch):
+            scores = self.score_trials(trials[start : start + trials_per_batch], LimitBy(list(finished)))
             self.n_stopped += sum(stopped for _, _, stopped in scores)
             finished += [(divergence, refusals) for refusals, divergence, stopped in scores if not stopped]
         self.seconds = clock.now() - begin

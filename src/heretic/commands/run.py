@@ -146,7 +146,6 @@ def _run_alone(
     parting = compute_directions(settings, console, model, prompts)
 
     # 5. The study
-    from ..lanes import scoring
     from ..study.space import search_space
 
     last_layer = len(model.architecture.layers) - 1
@@ -165,8 +164,7 @@ def _run_alone(
 
     def search_up_to(target: int) -> "Path | None":
         checkpoint.note(target=target)
-        with scoring(evaluator, batch_size.value, console) as at_work:
-            was_stopped = search_shown(console, evaluator, search, target, batch_size, at_work)
+        was_stopped = search_shown(console, evaluator, search, target, batch_size)
         if not search.front:
             return None
         if not was_stopped:
@@ -262,19 +260,17 @@ def _batch_size(
 ) -> "BatchSize":
     """How many trials are computed together. It is measured only where the run was not asked to be an exact repetition of another."""
     from ..decoding.decoder import Decoder
-    from ..lanes import most_lanes
     from ..study.batching import BatchSize, automatic_trials_per_batch
 
     if not model.batches_trials:
         console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
         return BatchSize(1)
-    decoder = model.decoder
+    decoder, n_prompts = model.decoder, len(evaluator.bad_prompts)
     if not isinstance(decoder, Decoder):
-        return BatchSize(checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts))))
-    fitting = decoder.rows_that_fit()
-    n_processes = most_lanes(evaluator)
-    value = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts), fitting, n_processes))
-    if settings.trials_per_batch or not may_measure or n_processes > 1:
+        return BatchSize(checkpoint.trials_per_batch(settings, automatic_trials_per_batch(n_prompts, settings.n_trials)))
+    automatic = automatic_trials_per_batch(n_prompts, settings.n_trials, decoder.rows_that_fit())
+    value = checkpoint.trials_per_batch(settings, automatic)
+    if settings.trials_per_batch or not may_measure:
         return BatchSize(value)
 
     def settle(settled: int) -> None:

@@ -92,7 +92,6 @@ class Decoder:
         config = model.config.get_text_config(decoder=True)
         self.n_layers = len(DynamicCache(config=config).layers)
         self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-        self.memory_share = MEMORY_SHARE  # of what is free
         self.max_rows: int | None = None
         self.bytes_per_row: int | None = None  # keys and values of a whole response, once one was decoded
         self.n_tokens = 0  # computed so far, padding included
@@ -170,7 +169,7 @@ class Decoder:
 
     def rows_that_fit(self) -> int | None:
         """Rows whose keys and values have room in the memory that is free; None before anything was decoded."""
-        return None if self.bytes_per_row is None else int(free_memory(self.device) * self.memory_share / self.bytes_per_row)
+        return None if self.bytes_per_row is None else int(free_memory(self.device) * MEMORY_SHARE / self.bytes_per_row)
 
     def take(self, waiting: "deque[Row]", n_rows: int, padding_tokens: int | None) -> list[Row]:
         """The next rows, as many as a prefill pass holds with so much padding (None: any); with a trunk, of one trial only."""

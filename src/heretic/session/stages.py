@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..console import Console
     from ..evaluator import Evaluator
     from ..model import Model
-    from ..study.batches import Scoring
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
     from ..study.search import Search
@@ -193,12 +192,8 @@ def search_shown(
     search: "Search",
     target: int,
     batch_size: "BatchSize",
-    scoring: "Scoring | None" = None,
 ) -> bool:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so.
-
-    `scoring` scores in the place of `evaluator.score_trials`.
-    """
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so."""
     from ..console import StudyView
 
     last_layer = len(evaluator.model.architecture.layers) - 1
@@ -211,7 +206,7 @@ def search_shown(
         with stop_on_interrupt(note_stop) as should_stop:
             search.run(
                 target,
-                scoring or evaluator.score_trials,
+                evaluator.score_trials,
                 evaluator.objectives,
                 batch_size,
                 evaluator.stops_dominated,

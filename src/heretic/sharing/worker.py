@@ -95,7 +95,7 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
         search.queue_first_trials()
     model.model.register_forward_pre_hook(search.pulse.step)
     fitting = model.decoder.rows_that_fit() if isinstance(model.decoder, Decoder) else None
-    n_together = settings.trials_per_batch or automatic_trials_per_batch(len(evaluator.bad_prompts), fitting)
+    n_together = settings.trials_per_batch or automatic_trials_per_batch(len(evaluator.bad_prompts), settings.n_trials, fitting)
     return Joined(settings, model, evaluator, search, BatchSize(n_together if model.batches_trials else 1))
 
 
