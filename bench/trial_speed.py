@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3Mo
 from heretic.config import Settings
 from heretic.decoding import decoder as generation
 from heretic.decoding.decoder import Savings
-from heretic.decoding.drafts import Drafts
 from heretic.decoding.prefix_cache import Trunk
 from heretic.decoding.rows import Row, left_padded
 from heretic.editing.ablation import Ablation, ComponentParameters, edit_weight
@@ -107,9 +106,8 @@ SHAPE_PROMPT_TOKENS = 55
 # Scores that the reference path does not have are not computed.
 AS_REFERENCE = {"kl_tokens": 1}
 RANK, SVD_Q, SVD_ITERATIONS = 3, 10, 6
-# A realistic mix: this share of the rows is decided after so many tokens, and this share of a draft's tokens is accepted.
+# A realistic mix: this share of the rows is decided after so many tokens.
 EARLY_SHARE, EARLY_TOKENS = 0.5, 15
-ACCEPTED_SHARE = 2 / 3
 
 
 Limit = Callable[[float], float]
@@ -219,7 +217,7 @@ def real_workload(settings: Settings) -> Workload:
 
     def use(savings: Savings) -> None:
         if isinstance(model.decoder, generation.Decoder):
-            model.decoder.savings, model.decoder.trunk, model.decoder.drafts = savings, None, Drafts()
+            model.decoder.savings, model.decoder.trunk = savings, None
             with model.recording_trunk():
                 evaluator.answers.record(model)
                 rows = model.rows_of(evaluator.bad_prompts, 1)
@@ -256,8 +254,6 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
     directions = torch.nn.functional.normalize(torch.randn(config.num_hidden_layers + 1, config.hidden_size), dim=-1)
     hooks = AblationHooks(architecture, directions, "none")
     decoder = generation.Decoder(model, frozenset(), n_prompts, hooks.assign_rows)
-    if mix:
-        force_acceptance(decoder)
     prompts = torch.randint(1, config.vocab_size, (2 * n_prompts, SHAPE_PROMPT_TOKENS)).tolist()
     good, bad = prompts[:n_prompts], prompts[n_prompts:]
     base: list[Tensor] = []
@@ -282,7 +278,7 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
 
     def use(savings: Savings) -> None:
         """Turn savings on and take the original's figures, as a run does before its first trial."""
-        decoder.savings, decoder.drafts = savings, Drafts()
+        decoder.savings = savings
         decoder.trunk = Trunk(architecture.layers, config.hidden_size * model.dtype.itemsize, device) if savings.trunk else None
         decoder.first_layers = []
         with torch.inference_mode(), hooks.active([Ablation(None, {})]):
@@ -301,20 +297,6 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
 def rows_of(prompts: Sequence[list[int]]) -> list[Row]:
     """Rows of one trial."""
     return [Row(0, ids, i) for i, ids in enumerate(prompts)]
-
-
-def force_acceptance(decoder: Any) -> None:
-    """Have two thirds of each draft accepted, whatever the random model would say; the passes that check them are made all the same."""
-    check = decoder.check
-
-    def checked(drafts: Sequence[Sequence[int]], *args: Any) -> tuple[Tensor, Tensor]:
-        likeliest, mask = check(drafts, *args)
-        for row, draft in zip(likeliest, drafts, strict=True):
-            n_right = int(ACCEPTED_SHARE * (len(draft) - 1))
-            row[:n_right] = torch.tensor(draft[1 : 1 + n_right], device=row.device)
-        return likeliest, mask
-
-    decoder.check = checked
 
 
 class Reference:
@@ -416,7 +398,7 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock, limit:
     forward = generation.Decoder.forward
 
     def counted(decoder: Any, tokens: Tensor, *args: Any) -> Tensor:
-        clock.tokens += tokens.numel()  # a draft that is checked counts as prefill
+        clock.tokens += tokens.numel()
         with clock.part("prefill" if tokens.shape[1] > 1 else "decode"):
             return forward(decoder, tokens, *args)
 
@@ -429,12 +411,10 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock, limit:
 
 
 SAVINGS = {
-    "none": Savings(prefix=False, trunk=False, drafts=False),
-    "prefix": Savings(prefix=True, trunk=False, drafts=False),
-    "trunk": Savings(prefix=False, trunk=True, drafts=False),
-    "drafts": Savings(prefix=False, trunk=False, drafts=True),
-    "prefix and trunk": Savings(prefix=True, trunk=True, drafts=False),
-    "all": Savings(prefix=True, trunk=True, drafts=True),
+    "none": Savings(prefix=False, trunk=False),
+    "prefix": Savings(prefix=True, trunk=False),
+    "trunk": Savings(prefix=False, trunk=True),
+    "all": Savings(),
 }
 
 

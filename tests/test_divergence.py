@@ -186,7 +186,7 @@ def test_passes_hold_few_rows_where_logits_are_large(folder: Path, monkeypatch: 
     answers.record(model)
     whole = answers.divergences(model, ABLATIONS)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
-    monkeypatch.setattr("heretic.decoding.decoder.DRAFT_LOGITS_BYTES", 2 * N_TOKENS * vocabulary * 4)
+    monkeypatch.setattr("heretic.decoding.decoder.LOGITS_BYTES", 2 * N_TOKENS * vocabulary * 4)
     sizes = [len(rows) for rows, _ in model.decoder.last_logits(model.rows_of(PROMPTS, 1), N_TOKENS)]
     assert max(sizes) == 2
     for one, other in zip(whole, answers.divergences(model, ABLATIONS), strict=True):

@@ -25,7 +25,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..utils import empty_cache, free_memory, input_device, is_out_of_memory
 from .blocks import Blocks, Prefix
-from .drafts import Drafts
 from .pool import Pool
 from .prefix_cache import Trunk, pass_key
 from .rows import Row, left_padded
@@ -43,8 +42,8 @@ MIN_PREFIX_TOKENS = 4
 MIN_PREFIX_ROWS = 8
 
 
-# A pass over drafts gives logits at all of their positions; these may take so many bytes.
-DRAFT_LOGITS_BYTES = 2**30
+# A pass that gives logits at several positions may take so many bytes for them.
+LOGITS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,10 @@ class Savings:
     """What the decoder need not compute again; set only to measure or test one.
 
     `prefix`: the common start of the prompts, once per trial. `trunk`: layers below a trial's first edited one, once per run.
-    `drafts`: an earlier trial's response is checked in one pass; off, since on a CPU it is no faster and no accelerator has been tried
-    (see bench/LOG.md).
     """
 
     prefix: bool = True
     trunk: bool = True
-    drafts: bool = False
 
 
 Done = TypeVar("Done")
@@ -86,7 +82,6 @@ class Decoder:
         self.assign_rows = assign_rows
         self.savings = Savings()
         self.trunk: Trunk | None = None
-        self.drafts = Drafts()
         self.first_layers: Sequence[int] = ()
         self.device = input_device(model)
         config = model.config.get_text_config(decoder=True)
@@ -115,7 +110,8 @@ class Decoder:
         """Logits `(row, n, vocabulary)` at the last `n` tokens of each row, for as many rows of similar length at a time as fit."""
         waiting = deque(sorted(rows, key=self._order))
         prefix = self._share_prefix(rows, n)
-        limit = min(self._row_limit(rows), self.longest_draft(n))  # as many rows of n tokens as there may be tokens in n rows
+        vocabulary, size = self.model.get_input_embeddings().weight.shape[0], self.model.dtype.itemsize
+        limit = min(self._row_limit(rows), max(1, LOGITS_BYTES // (n * vocabulary * size)))
         while waiting:
             chunk = self.take(waiting, limit, self.padding_tokens)
             logits = self.retry(waiting, chunk, lambda part: self.prefill(part, None, prefix, n)[0])
@@ -147,9 +143,7 @@ class Decoder:
                     raise
                 self.max_rows = max(1, len(pool.living) // 2)
             else:
-                for row in done:
-                    self.drafts.note(row)
-                    yield row
+                yield from done
                 if cancelled:
                     waiting = deque(row for row in waiting if row.trial not in cancelled)
                     pool.drop(cancelled)
@@ -243,30 +237,6 @@ class Decoder:
         if self.first_layers:
             return self.trunk.begin_at(key, self.first_layers[trial], cache) if known else nullcontext()
         return nullcontext() if known else self.trunk.record(key, cache)
-
-    @property
-    def checks_drafts(self) -> bool:
-        """Whether drafts are used. Not where layers have a sliding window: what is not accepted of a draft leaves a hole."""
-        return self.savings.drafts and self.allows_holes
-
-    def check(self, drafts: Sequence[Sequence[int]], mask: Tensor, lengths: Sequence[int], cache: Blocks) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens `(row, draft token)` after each token of the drafts, -1 where logits are not finite, and the longer mask.
-
-        The drafts go on from `cache`, whose rows hold `lengths` tokens under `mask`; their keys and values are added to it.
-        """
-        n_draft = max(map(len, drafts))
-        tokens = torch.tensor([[*draft, *[0] * (n_draft - len(draft))] for draft in drafts], device=self.device)
-        used = torch.tensor([[j < len(draft) for j in range(n_draft)] for draft in drafts], device=self.device)
-        positions = torch.tensor(lengths, device=self.device)[:, None] + torch.arange(n_draft, device=self.device)
-        cache.grow(n_draft)
-        mask = torch.cat([mask, used], dim=1)
-        best, likeliest = self.forward(tokens, mask, positions, cache, n_draft).max(dim=-1)
-        return torch.where(torch.isfinite(best), likeliest, -1), mask
-
-    def longest_draft(self, n_rows: int) -> int:
-        """Tokens of a draft that fit into one pass over so many rows."""
-        vocabulary, size = self.model.get_input_embeddings().weight.shape[0], self.model.dtype.itemsize
-        return max(1, DRAFT_LOGITS_BYTES // (n_rows * vocabulary * size))
 
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None, n_logits: int = 1) -> Tensor:
         """Logits `(row, position, vocabulary)` at the last `n_logits` positions."""
