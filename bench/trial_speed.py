@@ -39,11 +39,12 @@ from heretic.editing.ablation import Ablation, ComponentParameters, edit_weight
 from heretic.editing.architecture import Architecture, discover
 from heretic.editing.directions import mean_residual, refusal_directions
 from heretic.editing.hooks import AblationHooks, stored_weight
-from heretic.evaluator import Evaluator, kl_divergence
+from heretic.evaluator import Evaluator
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
+from heretic.scoring.divergence import kl_divergence
 from heretic.utils import SilentProgress
 
 SHAPES: dict[str, Callable[[], Any]] = {

@@ -31,8 +31,8 @@ from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.saving.export import save
 from heretic.saving.record import Result
-from heretic.twin import discover_by_twin
 from heretic.utils import SilentProgress
+from twin import discover_by_twin
 
 MODES = ["none", "pre", "full"]
 # Rounding of float32, relative to the largest logit.

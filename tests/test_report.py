@@ -305,7 +305,7 @@ def test_a_report_that_cannot_be_written_ends_nothing(workplace: Path, heretic: 
 
 
 def test_plots_need_the_extra(workplace: Path, heretic: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.session.extras.find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr("heretic.session.answers.find_spec", lambda name: None if name == "matplotlib" else name)
     outcome = heretic("--report-plots")
     assert outcome.code == 2 and not Path("checkpoints").exists()
     assert outcome.err == (

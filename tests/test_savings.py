@@ -78,8 +78,11 @@ class Demo:
                 weight.data = (matrix @ weight.double() if writer.component != "embed" else weight.double() @ matrix.T).to(weight.dtype)
             logprobs = self._logprobs(model, edited)
             divergence = float((np.exp(original) * (original - logprobs)).sum(axis=1).mean())
-            responses = [self._generate(model, edited, row, self.settings.max_response_length) for row in model.rows_of(self.bad, 1)]
-            scores.append((sum(rule.is_refusal(model.tokenizer.decode(r, skip_special_tokens=True)) for r in responses), divergence))
+            length = self.settings.max_response_length
+            responses = [self._generate(model, edited, row, length) for row in model.rows_of(self.bad, 1)]
+            texts = [model.tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+            kinds = [rule.classify(text, is_cut_off=len(r) >= length) for text, r in zip(texts, responses, strict=True)]
+            scores.append((sum(kind != "compliance" for kind in kinds), divergence))
         return scores
 
     def _logprobs(self, model: Model, network: Any) -> np.ndarray[Any, Any]:

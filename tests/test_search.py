@@ -16,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from heretic.config import Settings
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import CheckpointError, TrialError
-from heretic.evaluator import Score, objectives
+from heretic.evaluator import Score
+from heretic.scoring.scorers import divergence_objective
 from heretic.study.search import Search, ablation_of, pareto_front, refusal_limit
 from heretic.study.space import search_space
 
@@ -48,7 +49,8 @@ def score(ablations: list[Ablation], limit: object = None) -> list[Score | Excep
 
 
 def scaled(result: Score) -> tuple[float, float]:
-    return objectives(result, base_refusals=20, scale=1.0, target=0.01)
+    refusals = result.refusals / 20
+    return refusals, divergence_objective(result.kl_divergence, refusals, scale=1.0, target=0.01)
 
 
 def run(path: Path, n_trials: int, trials_per_batch: int = 1, score: ScoreTrials = score, **more: Any) -> list[FrozenTrial]:

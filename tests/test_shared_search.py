@@ -21,8 +21,8 @@ from heretic.editing.ablation import Ablation
 from heretic.errors import CheckpointError, UsageError
 from heretic.evaluator import Score
 from heretic.parameters import FirstTrial
+from heretic.privacy import shown_location
 from heretic.sharing import storage as storage_module
-from heretic.sharing.location import shown_location
 from heretic.sharing.shared_search import Pulse, SharedSearch
 from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
 from heretic.study.checkpoint import JournalFile, JournalLock, is_counted

@@ -14,24 +14,12 @@ from .editing.ablation import Ablation
 from .errors import EvaluationError, HereticError, TrialError
 from .model import NOT_FINITE, Model, prompt_messages
 from .prompts import Prompt
-from .scoring.divergence import OriginalAnswers, kl_divergence, statistics
+from .scoring.divergence import OriginalAnswers, statistics
 from .scoring.figures import Figure, intervals
 from .scoring.outputs import Batch
-from .scoring.responses import RefusalRule, Response, count_kinds, normalize
-from .scoring.scorers import Scorer, divergence_objective, load_scorers
+from .scoring.responses import RefusalRule, Response, count_kinds
+from .scoring.scorers import Scorer, load_scorers
 from .utils import Progress, SilentProgress, is_out_of_memory
-
-__all__ = [
-    "Evaluator",
-    "RefusalRule",
-    "Score",
-    "close_thought",
-    "common_prefix",
-    "find_response_prefix",
-    "kl_divergence",
-    "normalize",
-    "objectives",
-]
 
 # Prompts of each kind, and tokens of each response, from which the common start of all responses is found.
 PREFIX_PROMPTS = 50
@@ -85,15 +73,6 @@ class Score:
             "response_classes": dict(self.response_classes),
             "kl_statistics": dict(self.kl_statistics),
         }
-
-
-def objectives(score: Score, base_refusals: int, scale: float, target: float) -> tuple[float, float]:
-    """What the search minimizes by default: share of refusals left, and the divergence in units of `scale`.
-
-    Below `target` the divergence is replaced by the refusals in units of the target, so that doing nothing is never rewarded.
-    """
-    refusals = score.refusals / base_refusals
-    return refusals, divergence_objective(score.kl_divergence, refusals, scale, target)
 
 
 def find_response_prefix(model: Model, settings: Settings, prompts: Sequence[Prompt]) -> str:

@@ -18,10 +18,11 @@ from torch import Tensor
 from ..config import Settings
 from ..editing.ablation import Ablation
 from ..errors import ModelError, TrialError, UsageError
-from ..evaluator import PREFIX_PROMPTS, find_response_prefix, kl_divergence, refusal_rule
+from ..evaluator import PREFIX_PROMPTS, find_response_prefix, refusal_rule
 from ..loading.source import expand
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
+from ..scoring.divergence import kl_divergence
 from ..scoring.figures import Figure
 from ..scoring.responses import Kind, RefusalRule
 from ..scoring.score_tables import format_interval

@@ -66,7 +66,7 @@ def run(settings: "Settings") -> int:
 
 def _check_extras(settings: "Settings") -> None:
     """Raise `UsageError` where a setting asks for what only an extra brings and that is missing: an hour later would be too late."""
-    from ..session.extras import require_extra
+    from ..session.answers import require_extra
 
     if settings.report_plots:
         require_extra("research", "report_plots")

@@ -53,14 +53,27 @@ class Frame:
 
 def chart(frame: Frame, x: Axis, y: Axis, lines: Sequence[Line] = (), marks: Sequence[Mark] = (), kind: str = "") -> str:
     """Lines, then marks above them, with axes and a grid, as one `<svg>` element."""
-    parts = [
-        f'<svg class="chart {kind}" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(frame.title)}">',
+    head = f'<svg class="chart {kind}" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(frame.title)}">'
+    return "\n".join([head, *elements(frame, x, y, lines, marks), "</svg>"])
+
+
+def elements(
+    frame: Frame, x: Axis, y: Axis, lines: Sequence[Line] = (), marks: Sequence[Mark] = (), verticals: Sequence[tuple[float, str]] = ()
+) -> list[str]:
+    """What a chart is made of. `verticals` are places on the x axis that are marked by a line from top to bottom, with a text."""
+    return [
         *_grid(frame, x, y),
+        *(_vertical(frame, x.place(value), text) for value, text in verticals),
         *(_line(line, x, y) for line in lines if line.points),
         *(_mark(mark, x, y) for mark in marks),
-        "</svg>",
     ]
-    return "\n".join(parts)
+
+
+def _vertical(frame: Frame, at: float, text: str) -> str:
+    (left, right), (bottom, top) = frame.x_range, frame.y_range
+    side, anchor = (-4, "end") if at > (left + right) / 2 else (4, "start")
+    label = f'<text class="tick" x="{at + side:.1f}" y="{top + 10}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<path class="vertical" d="M{at:.1f} {top}V{bottom}"/>{label}'
 
 
 def _grid(frame: Frame, x: Axis, y: Axis) -> list[str]:

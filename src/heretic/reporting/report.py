@@ -256,7 +256,7 @@ def kernel_charts(facts: Facts) -> list[str]:
     charts = []
     for component in facts.components:
         frame = Frame(PANEL, 230, "Layer", "Strength", f"Strength of the edits of {component} over the layers")
-        x, y = Axis(0, max(1, last_layer), *frame.x_range), Axis(0, 1.08 * max([1e-9, *strengths]), *frame.y_range)
+        x, y = Axis(0, max(1, last_layer), *frame.x_range, whole=True), Axis(0, 1.08 * max([1e-9, *strengths]), *frame.y_range)
         lines = [
             Line(kernel_points(ablation.parameters[component], last_layer), "kernel", describe(trial), i)
             for i, (trial, ablation) in enumerate(zip(facts.front, ablations, strict=True))

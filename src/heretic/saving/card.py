@@ -19,8 +19,8 @@ from ..loading.load import auto_class
 from ..loading.source import ModelSource
 from ..model import Model
 from ..privacy import public_model_name, public_name
+from ..reporting.kernel_picture import kernel_picture
 from ..utils import Progress, SilentProgress
-from .kernel_picture import kernel_picture
 from .record import LIBRARIES, Result, Strategy, prompt_source
 
 CARD, PICTURE = "README.md", "kernel.svg"

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, ModelError
-from ..evaluator import Evaluator, kl_divergence
+from ..evaluator import Evaluator
 from ..loading.load import load_model
 from ..loading.source import ModelSource
 from ..model import Model
+from ..scoring.divergence import kl_divergence
 from ..utils import Progress, empty_cache, free_memory, is_out_of_memory
 
 # Of the bytes of the weights: what a second model takes at work.

@@ -6,6 +6,7 @@ Imports nothing heavy: all of this is checked before the model is loaded.
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +17,12 @@ from huggingface_hub.utils import validate_repo_id
 from ..config import Settings
 from ..errors import ExportError, UsageError
 from ..loading.source import expand
-from ..sharing.location import shown_location
+from ..privacy import shown_location
 
 Trial = TypeVar("Trial")
+
+# Modules that each extra of the distribution brings.
+EXTRAS = {"research": ("matplotlib", "pacmap", "sklearn"), "benchmark": ("lm_eval",)}
 
 _FLAG_OF = {
     "trial_index": "--trial-index",
@@ -103,3 +107,13 @@ def command_lines(settings: Settings) -> list[str]:
         base += ["--study-storage", shown_location(settings.study_storage), "--study-name", settings.study_name]
     save_one = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
     return [shlex.join([*base, *save_one]), shlex.join([*base, "--n-additional-trials", "50"])]
+
+
+def require_extra(extra: str, wanted_for: str) -> None:
+    """Raise `UsageError`, with the command that installs it, if a module of an extra is missing. Nothing is imported."""
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"{wanted_for} needs the extra {extra!r}, of which {', '.join(missing)} is not installed. "
+            f"Install it with: pip install 'heretic-llm[{extra}]' (in a clone: uv sync --extra {extra})."
+        )

@@ -192,7 +192,7 @@ class Workbench:
 
     def _benchmark(self, trial: FrozenTrial) -> None:
         """Scores of the original and the edited model on the benchmarks of the settings."""
-        from .extras import require_extra
+        from .answers import require_extra
 
         require_extra("benchmark", "A benchmark")
         from ..scoring.benchmark import HEADERS, cells, run_benchmarks

@@ -16,12 +16,12 @@ from ..config import Settings
 from ..errors import CheckpointError, HereticError, UsageError
 from ..loading.libraries import prepare_libraries
 from ..loading.source import ModelSource, model_source
+from ..privacy import shown_location
 from ..prompts import fingerprint as prompts_fingerprint
 from ..prompts import load_prompts
 from ..settings_sources import ENV_PREFIX, Parser
 from ..study.checkpoint import OF_ONE_RUN, SHARED, SPACE, kept_space
 from ..study.space import SearchSpace
-from .location import shown_location
 from .preparation import Preparation, differences, facts_of, keep, kept
 from .shared_study import open_study, storage_of
 from .storage import artifact_store
