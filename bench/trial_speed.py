@@ -33,11 +33,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3Mo
 from heretic.config import Settings
 from heretic.decoding import decoder as generation
 from heretic.decoding.decoder import Savings
-from heretic.decoding.prefix_cache import Trunk
+from heretic.decoding.prefix_cache import PrefixCache
 from heretic.decoding.rows import Row, left_padded
 from heretic.editing.ablation import Ablation, ComponentParameters, edit_weight
-from heretic.editing.architecture import Architecture, discover
+from heretic.editing.architecture import Architecture
 from heretic.editing.directions import mean_residual, refusal_directions
+from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks, stored_weight
 from heretic.evaluator import Evaluator
 from heretic.loading.load import load_model
@@ -218,8 +219,8 @@ def real_workload(settings: Settings) -> Workload:
 
     def use(savings: Savings) -> None:
         if isinstance(model.decoder, generation.Decoder):
-            model.decoder.savings, model.decoder.trunk = savings, None
-            with model.recording_trunk():
+            model.decoder.savings, model.decoder.prefix_cache = savings, None
+            with model.recording_prefix_cache():
                 evaluator.answers.record(model)
                 rows = model.rows_of(evaluator.bad_prompts, 1)
                 for _ in model.responses_of_trials(rows, settings.max_response_length, [], evaluator.rule.has_marker):
@@ -280,16 +281,18 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
     def use(savings: Savings) -> None:
         """Turn savings on and take the original's figures, as a run does before its first trial."""
         decoder.savings = savings
-        decoder.trunk = Trunk(architecture.layers, config.hidden_size * model.dtype.itemsize, device) if savings.trunk else None
+        decoder.prefix_cache = (
+            PrefixCache(architecture.layers, config.hidden_size * model.dtype.itemsize, device) if savings.prefix_cache else None
+        )
         decoder.first_layers = []
         with torch.inference_mode(), hooks.active([Ablation(None, {})]):
-            if decoder.trunk is not None:
-                decoder.trunk.recording = True
+            if decoder.prefix_cache is not None:
+                decoder.prefix_cache.recording = True
             base[:] = [torch.cat([torch.log_softmax(logits.float(), dim=-1) for _, logits in decoder.first_logits(rows_of(good))])]
             for _ in decoder.run(rows_of(bad), length, decided):
                 pass
-            if decoder.trunk is not None:
-                decoder.trunk.recording = False
+            if decoder.prefix_cache is not None:
+                decoder.prefix_cache.recording = False
 
     use(Savings())
     return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda tokens: False, ours, use)
@@ -412,9 +415,9 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock, limit:
 
 
 SAVINGS = {
-    "none": Savings(prefix=False, trunk=False),
-    "prefix": Savings(prefix=True, trunk=False),
-    "trunk": Savings(prefix=False, trunk=True),
+    "none": Savings(shared_prefix=False, prefix_cache=False),
+    "prefix": Savings(shared_prefix=True, prefix_cache=False),
+    "prefix cache": Savings(shared_prefix=False, prefix_cache=True),
     "all": Savings(),
 }
 

@@ -22,11 +22,13 @@ import zoo
 from conftest import Outcome
 from heretic.decoding.rows import Row
 from heretic.editing.ablation import Ablation, ComponentParameters
-from heretic.editing.architecture import Architecture, discover, probe_tokens, refuse_encoder_decoder
+from heretic.editing.architecture import Architecture
 from heretic.editing.completeness import remaining_share
+from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks, batches_trials
+from heretic.editing.probe import probe_tokens
 from heretic.errors import UnsupportedModelError
-from heretic.loading.load import LoadedModel, auto_class, load_config
+from heretic.loading.load import LoadedModel, auto_class, load_config, refuse_encoder_decoder
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.saving.export import save

@@ -128,4 +128,4 @@ def test_scores_are_those_of_generate_on_edited_weights(savings: Savings, demo: 
         )
     decoder = evaluator.model.decoder
     assert isinstance(decoder, Decoder)
-    assert (decoder.trunk is not None) == savings.trunk
+    assert (decoder.prefix_cache is not None) == savings.prefix_cache

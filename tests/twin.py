@@ -9,7 +9,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from heretic.editing.architecture import Architecture, discover
+from heretic.editing.architecture import Architecture
+from heretic.editing.discovery import discover
 from heretic.loading.load import auto_class
 
 HIDDEN = 64

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import DEFAULT_OBJECTIVES, Settings
-from .decoding.prefix_cache import Trunk
+from .decoding.prefix_cache import PrefixCache
 from .editing.ablation import Ablation
 from .errors import EvaluationError, HereticError, TrialError
 from .model import NOT_FINITE, Model, prompt_messages
@@ -130,17 +130,17 @@ class Evaluator:
         self.stops_dominated = settings.stop_dominated_trials and settings.objectives == DEFAULT_OBJECTIVES
         self.rule = refusal_rule(settings, model, self.bad_prompts)
         self.answers: OriginalAnswers
-        self._trunk: Trunk | None
+        self._prefix_cache: PrefixCache | None
         try:
             if like is not None and like._has_seen(self.good_prompts, self.bad_prompts, settings):
-                self.answers, model.trunk = like.answers, like._trunk
+                self.answers, model.prefix_cache = like.answers, like._prefix_cache
                 original = self._take_original(f"{baseline}: harmful prompts")
             else:
                 self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, f"{baseline}: answers to harmless prompts")
-                with model.recording_trunk():
+                with model.recording_prefix_cache():
                     self.answers.record(model, f"{baseline}: harmless prompts")
                     original = self._take_original(f"{baseline}: harmful prompts")
-            self._trunk = model.trunk
+            self._prefix_cache = model.prefix_cache
         except TrialError as error:
             raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
         self.base_response_classes = count_kinds(original.harmful()[0])
@@ -187,7 +187,7 @@ class Evaluator:
     def detach(self) -> None:
         """Let go of the original model, keeping its scores, so that another one can take its place in `model`."""
         del self.model
-        self._trunk = None
+        self._prefix_cache = None
 
     def _batch(self, ablations: Sequence[Ablation], description: str | None = None) -> Batch:
         return Batch(
@@ -219,7 +219,7 @@ class Evaluator:
         stopped: its score is `bounded`, its count the share of refusals among its prompts begun so far, scaled to all of them, and
         scorers that read responses are not asked.
         """
-        self.model.trunk = self._trunk
+        self.model.prefix_cache = self._prefix_cache
         batch = self._batch(ablations)
         first = [float(divergences.first_token.mean()) for divergences in batch.divergences]
         batch.harmful([math.inf if batch.whole_responses else limit(divergence) for divergence in first])
@@ -272,7 +272,7 @@ class Evaluator:
 
         Each with its KL divergence at the first token, by which they are sorted, and the mean along the original's answer.
         """
-        self.model.trunk = self._trunk
+        self.model.prefix_cache = self._prefix_cache
         (divergences,) = self.answers.divergences(self.model, [] if ablation is None else [ablation])
         first, means = divergences.first_token, divergences.sums / divergences.n_tokens
         return [(self.good_prompts[i], float(first[i]), float(means[i])) for i in (-first).argsort(kind="stable")[:n]]

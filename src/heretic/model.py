@@ -11,11 +11,12 @@ from transformers import TextStreamer
 
 from .config import Settings
 from .decoding.decoder import Decoder, Savings
-from .decoding.prefix_cache import Trunk
+from .decoding.prefix_cache import PrefixCache
 from .decoding.rows import Row, TextWatch
 from .decoding.selfcheck import choose_decoder, resumes_well
 from .editing.ablation import Ablation, RowNormalization
-from .editing.architecture import Architecture, Writer, discover, first_tensor, split_experts
+from .editing.architecture import Architecture, Writer, first_tensor, split_experts
+from .editing.discovery import discover
 from .editing.hooks import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
 from .loading.load import LoadedModel
@@ -43,8 +44,7 @@ class Model:
         self.architecture: Architecture = split_experts(found) if settings.split_experts else found
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
-        self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self._assign_rows, self.progress)
-        self.decoder.savings = savings or Savings()
+        self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self._assign_rows, self.progress, savings or Savings())
         self._template = _ChatTemplate(self.tokenizer, self.progress)
         self._ids: dict[tuple[str, tuple[Prompt, ...]], list[list[int]]] = {}
 
@@ -92,28 +92,32 @@ class Model:
             yield self.model
 
     @property
-    def trunk(self) -> Trunk | None:
+    def prefix_cache(self) -> PrefixCache | None:
         """What passes of the original have left for trials to begin at; whoever scores sets what belongs to its prompts."""
-        return self.decoder.trunk if isinstance(self.decoder, Decoder) else None
+        return self.decoder.prefix_cache if isinstance(self.decoder, Decoder) else None
 
-    @trunk.setter
-    def trunk(self, trunk: Trunk | None) -> None:
+    @prefix_cache.setter
+    def prefix_cache(self, prefix_cache: PrefixCache | None) -> None:
         if isinstance(self.decoder, Decoder):
-            self.decoder.trunk = trunk
+            self.decoder.prefix_cache = prefix_cache
 
     @contextmanager
-    def recording_trunk(self) -> Iterator[None]:
+    def recording_prefix_cache(self) -> Iterator[None]:
         """Within, passes of the original are recorded, so that trials on the same prompts need not repeat what they do not change."""
-        if not isinstance(self.decoder, Decoder) or not self.decoder.savings.trunk or not resumes_well(self.decoder, self.architecture):
+        if (
+            not isinstance(self.decoder, Decoder)
+            or not self.decoder.savings.prefix_cache
+            or not resumes_well(self.decoder, self.architecture)
+        ):
             yield
             return
         bytes_per_token = self.architecture.hidden_size * self.model.dtype.itemsize
-        self.decoder.trunk = Trunk(self.architecture.layers, bytes_per_token, self.device)
-        self.decoder.trunk.recording = True
+        self.decoder.prefix_cache = PrefixCache(self.architecture.layers, bytes_per_token, self.device)
+        self.decoder.prefix_cache.recording = True
         try:
             yield
         finally:
-            self.decoder.trunk.recording = False
+            self.decoder.prefix_cache.recording = False
 
     def _assign_rows(self, trial_of_row: Sequence[int]) -> None:
         if self.hooks is not None:

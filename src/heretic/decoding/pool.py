@@ -1,8 +1,8 @@
 """The rows of a running decode: who is let in, who leaves, and where their keys and values lie."""
 
 from collections import deque
-from collections.abc import Callable, Set
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence, Set
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .blocks import Blocks, Prefix
 from .rows import Row
 
-if TYPE_CHECKING:
-    from .decoder import Decoder
+Done = TypeVar("Done")
 
 # New rows are prefilled when at least this share of the pass is free, or all that wait fit in: prefills of single rows are inefficient.
 REFILL_SHARE = 0.25
@@ -22,10 +21,32 @@ COMPACT_SHARE = 0.1
 SLACK_COLUMNS = 48
 
 
+class Passes(Protocol):
+    """What a pool needs of a decoder: forward passes, and what is known of memory. See `Decoder`."""
+
+    device: torch.device
+    n_layers: int
+    end_tokens: frozenset[int]
+    padding_tokens: int
+    max_rows: int | None
+    bytes_per_row: int | None
+    assign_rows: Callable[[Sequence[int]], None]
+
+    def rows_that_fit(self) -> int | None: ...
+
+    def take(self, waiting: "deque[Row]", n_rows: int, padding_tokens: int | None) -> list[Row]: ...
+
+    def retry(self, waiting: "deque[Row]", chunk: list[Row], work: Callable[[list[Row]], Done]) -> Done | None: ...
+
+    def prefill(self, rows: Sequence[Row], cache: Blocks | None, prefix: Prefix | None) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None) -> Tensor: ...
+
+
 class Pool:
     """The rows of a running decode and their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
 
-    def __init__(self, decoder: "Decoder", n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
+    def __init__(self, decoder: Passes, n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
         self.decoder = decoder
         self.limit = min(n_rows, decoder.max_rows or n_rows)
         self.n_columns = 0

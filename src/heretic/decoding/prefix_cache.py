@@ -29,7 +29,7 @@ class _Recording:
     keys_values: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
 
-class Trunk:
+class PrefixCache:
     """Recordings of the original's passes over `layers`, within a memory budget; made only while `recording` is set.
 
     `bytes_per_token` is the size of one hidden state.

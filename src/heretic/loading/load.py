@@ -22,8 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging as transformers_logging
 
 from ..config import Settings
-from ..editing.architecture import refuse_encoder_decoder
-from ..errors import ModelError
+from ..errors import ModelError, UnsupportedModelError
 from ..utils import Progress, empty_cache, input_device, is_out_of_memory
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
@@ -156,6 +155,15 @@ def _load_tokenizer(source: ModelSource) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # so that the last position is the last prompt token in every row
     return tokenizer
+
+
+def refuse_encoder_decoder(config: Any) -> None:
+    """Raise `UnsupportedModelError` for a configuration that has an encoder beside the decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"Models of type {config.model_type} are not supported: it is an encoder with a decoder; only decoders that stand alone can be "
+            "edited."
+        )
 
 
 def stored_dtype(config: Any) -> torch.dtype:
