@@ -41,7 +41,8 @@ from heretic.model import Model
 from heretic.prompts import load_prompts
 from heretic.sharing.shared_search import SharedSearch
 from heretic.sharing.storage import SharedStorage
-from heretic.study.search import Search, pareto_front, refusal_limit
+from heretic.study.front import pareto_front, refusal_limit
+from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
 

@@ -54,7 +54,8 @@ def test_refusals(response: str) -> None:
 
 @pytest.mark.parametrize("response", ANSWERED)
 def test_answers(response: str) -> None:
-    assert RefusalRule(REFUSAL_MARKERS).classify(response) == "compliance"
+    rule = RefusalRule(REFUSAL_MARKERS)
+    assert not rule.has_marker(response) and rule.classify(response) != "refusal"
 
 
 def test_markers_in_any_case() -> None:

@@ -21,7 +21,7 @@ from heretic.errors import ReportError
 from heretic.reporting.report import facts_of, kernel_points, render, staircase, write_report
 from heretic.reporting.report_scores import score_table
 from heretic.reporting.samples import SAMPLED_TRIALS, sampled
-from heretic.study.search import ablation_of, pareto_front
+from heretic.study.front import ablation_of, pareto_front
 
 HOSTILE = "</script><script>fetch('https://example.invalid')</script><img src=x onerror=alert(1)> & \"quotes\""
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")

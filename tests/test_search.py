@@ -18,7 +18,8 @@ from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import CheckpointError, TrialError
 from heretic.evaluator import Score
 from heretic.scoring.scorers import divergence_objective
-from heretic.study.search import Search, ablation_of, pareto_front, refusal_limit
+from heretic.study.front import ablation_of, pareto_front, refusal_limit
+from heretic.study.search import Search
 from heretic.study.space import search_space
 
 COMPONENTS = ["attn.o_proj", "mlp.down_proj"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import DEFAULT_OBJECTIVES, Settings
 from .decoding.prefix_cache import PrefixCache
+from .device import is_out_of_memory
 from .editing.ablation import Ablation
 from .errors import EvaluationError, HereticError, TrialError
 from .model import NOT_FINITE, Model, prompt_messages
@@ -19,7 +20,7 @@ from .scoring.figures import Figure, intervals
 from .scoring.outputs import Batch
 from .scoring.responses import RefusalRule, Response, count_kinds
 from .scoring.scorers import Scorer, load_scorers
-from .utils import Progress, SilentProgress, is_out_of_memory
+from .utils import Progress, SilentProgress
 
 # Prompts of each kind, and tokens of each response, from which the common start of all responses is found.
 PREFIX_PROMPTS = 50

@@ -15,6 +15,7 @@ from typing import NoReturn
 from . import __version__
 from .errors import HereticError
 from .loading.libraries import prepare_libraries
+from .utils import first_line
 
 INTERRUPTED = 130
 
@@ -83,7 +84,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # nothing foresaw it; it is told in plain words all the same
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        reason = first_line(f"{type(error).__name__}: {error}")
         _tell(f"{reason} (this is a defect of the program; --debug shows where it happened). What was finished is kept.", debug)
         return 1
 

@@ -14,6 +14,7 @@ from .decoding.decoder import Decoder, Savings
 from .decoding.prefix_cache import PrefixCache
 from .decoding.rows import Row, TextWatch
 from .decoding.selfcheck import choose_decoder, resumes_well
+from .device import input_device
 from .editing.ablation import Ablation, RowNormalization
 from .editing.architecture import Architecture, Writer, first_tensor, split_experts
 from .editing.discovery import discover
@@ -21,7 +22,7 @@ from .editing.hooks import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
 from .loading.load import LoadedModel
 from .prompts import Prompt
-from .utils import Progress, SilentProgress, input_device
+from .utils import Progress, SilentProgress
 
 Message = dict[str, str]
 

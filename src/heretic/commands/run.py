@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 def run(settings: "Settings") -> int:
     """The stages of a run. Raises `HereticError`; returns the exit code."""
     from ..loading.source import model_source
-    from ..session.answers import can_ask, check_answers
+    from ..session.answers import check_answers
+    from ..utils import can_ask
 
     check_answers(settings, can_ask())
     _check_extras(settings)
@@ -132,10 +133,9 @@ def _run_alone(
     identity: dict[str, str],
     may_measure: bool,
 ) -> int:
-    from ..loading.source import fingerprint
-
     # 3. Device, model and what can be edited in it
-    from ..utils import describe_device
+    from ..device import describe_device
+    from ..loading.source import fingerprint
 
     console.message(f"Seed {settings.seed}; {describe_device()}")
     model = load_model_to_edit(settings, console)
@@ -146,6 +146,7 @@ def _run_alone(
     parting = compute_directions(settings, console, model, prompts)
 
     # 5. The study
+    from ..reporting.tables import space_text
     from ..study.space import search_space
 
     last_layer = len(model.architecture.layers) - 1
@@ -156,7 +157,7 @@ def _run_alone(
     else:
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
-    console.search_space(space, parting, last_layer)
+    console.message(space_text(space, parting, last_layer))
     checkpoint.note(base_refusals=evaluator.base_refusals, n_bad_prompts=len(evaluator.bad_prompts), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
 
@@ -222,7 +223,7 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
     """Show the front of a finished study where nobody asks for more, without loading the model for it."""
     from ..session.answers import trial_at
     from ..study.finalists import missing_finalists
-    from ..study.search import front_of
+    from ..study.front import front_of
 
     assert checkpoint.study is not None
     front = front_of(checkpoint.study)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..utils import empty_cache, free_memory, input_device, is_out_of_memory
+from ..device import empty_cache, free_memory, input_device, is_out_of_memory
 from .blocks import Blocks, Prefix
 from .pool import Pool
 from .prefix_cache import PrefixCache, pass_key

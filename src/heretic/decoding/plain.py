@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from ..utils import empty_cache, input_device, is_out_of_memory
+from ..device import empty_cache, input_device, is_out_of_memory
 from .rows import Row, left_padded
 
 Done = TypeVar("Done")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..utils import free_memory
+from ..device import free_memory
 
 # The share of the memory free at the start that recordings may take.
 BUDGET_SHARE = 0.2

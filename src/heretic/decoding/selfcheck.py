@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import input_device
 from ..editing.architecture import Architecture
 from ..editing.probe import probe_tokens
-from ..utils import Progress, input_device
+from ..utils import Progress
 from .blocks import Blocks
 from .decoder import Decoder, Savings, supports
 from .plain import PlainDecoder

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..utils import input_device
+from ..device import input_device
 
 PROBE_ROWS, PROBE_TOKENS = 2, 12
 

@@ -22,8 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging as transformers_logging
 
 from ..config import Settings
+from ..device import empty_cache, input_device, is_out_of_memory
 from ..errors import ModelError, UnsupportedModelError
-from ..utils import Progress, empty_cache, input_device, is_out_of_memory
+from ..utils import Progress, first_line
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
 
@@ -75,17 +76,13 @@ def _explain(source: ModelSource, error: BaseException) -> str:
     if "trust_remote_code" in text:
         return f"The model {name} comes with its own Python code. Read it, and if you trust it, add --trust-remote-code."
     if "model_type" in text or "does not recognize this architecture" in text:
-        return f"The model {name} is of a type that this version of transformers does not know. Update transformers. ({_line(error)})"
+        return f"The model {name} is of a type that this version of transformers does not know. Update transformers. ({first_line(error)})"
     if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) or "connect" in text:
         return (
             f"The model {name} is not a local folder, not in the cache, and the hub cannot be reached. Check the name, the network, "
             "and HF_ENDPOINT or HF_HUB_OFFLINE if they are set."
         )
-    return f"The model {name} cannot be loaded: {_line(error)}"
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"The model {name} cannot be loaded: {first_line(error)}"
 
 
 def auto_class(config: Any) -> Any:
@@ -124,9 +121,9 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
                 generation_config = _take_generation_config(model, tokenizer)
                 _test_run(model, tokenizer)
         except Exception as error:
-            failures.append(f"{label}: {_line(error).rstrip('.')}")
+            failures.append(f"{label}: {first_line(error).rstrip('.')}")
             lacks_memory |= is_out_of_memory(error)
-            progress.warning(f"Loading in {label} failed: {_line(error)}")
+            progress.warning(f"Loading in {label} failed: {first_line(error)}")
             if settings.debug:
                 progress.message(repr(error))
         else:
@@ -148,7 +145,7 @@ def _load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     except Exception as error:
-        raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {_line(error)}") from error
+        raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"The tokenizer of {source.name} has neither a padding nor an end token; add one to its files.")

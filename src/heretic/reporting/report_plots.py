@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..errors import ReportError
-from ..study.search import ablation_of, is_finished
+from ..study.front import ablation_of, is_finished
 from .report import Facts, kernel_points, staircase
 
 DOT, FRONT = "#8d8d86", "#1f5fbf"

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 from ..editing.ablation import Ablation
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
-from ..study.search import ablation_of
+from ..study.front import ablation_of
 
 HARMFUL_SAMPLES, HARMLESS_SAMPLES = 3, 2
 # Of a longer front every so manieth trial is sampled, its ends included.

@@ -25,7 +25,6 @@ from ..editing.hooks import edit_stored
 from ..errors import ExportError
 from ..loading.source import expand
 from ..model import Model
-from ..session.answers import check_target
 from ..utils import Progress
 from .adapter import save_adapter
 from .card import write_card
@@ -34,7 +33,7 @@ from .hashed_file import copy_file, sha256
 from .original import Original, open_original
 from .placement import Piece
 from .record import Result, Strategy, record
-from .staging import clean_up, staged
+from .staging import check_target, clean_up, staged
 from .stored import bytes_of, resharded, write_stored
 
 # How much of a file that is read again may stay in memory before it is opened anew.

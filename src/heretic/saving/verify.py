@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..device import empty_cache, free_memory, is_out_of_memory
 from ..errors import ExportError, ModelError
 from ..evaluator import Evaluator
 from ..loading.load import load_model
 from ..loading.source import ModelSource
 from ..model import Model
 from ..scoring.divergence import kl_divergence
-from ..utils import Progress, empty_cache, free_memory, is_out_of_memory
+from ..utils import Progress
 
 # Of the bytes of the weights: what a second model takes at work.
 ROOM = 1.3

@@ -4,10 +4,8 @@ Imports nothing heavy: all of this is checked before the model is loaded.
 """
 
 import shlex
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import get_token
@@ -15,9 +13,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import Settings
-from ..errors import ExportError, UsageError
-from ..loading.source import expand
+from ..errors import UsageError
 from ..privacy import shown_location
+from ..saving.staging import check_target
 
 Trial = TypeVar("Trial")
 
@@ -37,11 +35,6 @@ _NEEDED = {
     "upload": ("trial_index", "export_strategy", "upload_repo_id", "upload_repo_private"),
     "scores": ("trial_index",),
 }
-
-
-def can_ask() -> bool:
-    """Whether somebody is there to answer."""
-    return sys.stdout.isatty() and sys.stdin.isatty()
 
 
 def check_answers(settings: Settings, somebody_is_there: bool) -> None:
@@ -86,16 +79,6 @@ def trial_at(front: Sequence[Trial], index: int) -> Trial:
     if index >= len(front):
         raise UsageError(f"--trial-index {index}: the Pareto front has {len(front)} trials, 0 to {len(front) - 1}.")
     return front[index]
-
-
-def check_target(directory: str, overwrite: bool) -> Path:
-    """The folder to save to. Raises `ExportError` where it holds something that must not be replaced."""
-    target = expand(directory)
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"{target} is a file. Choose another --save-directory.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ExportError(f"The folder {target} is not empty. Choose another --save-directory, or add --overwrite to replace it.")
-    return target
 
 
 def command_lines(settings: Settings) -> list[str]:

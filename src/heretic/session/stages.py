@@ -175,8 +175,9 @@ def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable
     good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as the directions see them
     if settings.print_residual_geometry:
         from ..reporting.residual_geometry import residual_geometry
+        from ..reporting.tables import geometry_table
 
-        console.residual_geometry(residual_geometry(good_seen, bad_seen))
+        console.show(geometry_table(residual_geometry(good_seen, bad_seen), wraps=console.is_terminal))
     if settings.plot_residuals:
         from ..reporting.residual_plots import write_residual_plots
 
@@ -194,7 +195,7 @@ def search_shown(
     batch_size: "BatchSize",
 ) -> bool:
     """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so."""
-    from ..console import StudyView
+    from ..reporting.study_view import StudyView
 
     last_layer = len(evaluator.model.architecture.layers) - 1
     with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
@@ -294,7 +295,7 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
 def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     from ..reporting.samples import sample_prompts, take_samples
-    from ..study.search import front_of
+    from ..study.front import front_of
 
     assert checkpoint.study is not None
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
@@ -314,16 +315,18 @@ def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", 
 
 def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> None:
     """The front, and the command lines that go on from there where no setting answers what to do with it."""
+    from ..reporting.tables import finalists_table, front_table
     from ..study.finalists import known_finalists
-    from ..study.search import front_of
+    from ..study.front import front_of
     from .answers import command_lines
 
     assert checkpoint.study is not None
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")
-    console.front(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives)
-    console.finalists(front, known_finalists(checkpoint.study))
+    console.show(front_table(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives))
+    if (table := finalists_table(front, known_finalists(checkpoint.study))) is not None:
+        console.show(table)
     if report is not None:
         console.message(f"Report: {report}")
     if settings.model_action is None:

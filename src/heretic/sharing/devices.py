@@ -10,10 +10,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..config import Settings
+from ..device import free_memory
 from ..errors import UsageError
 from ..loading.load import stored_dtype
 from ..loading.source import ModelSource
-from ..utils import free_memory
 from .preparation import snapshot_folder
 
 # What a copy takes besides its weights: keys and values, activations, the logits of a batch, the libraries themselves.

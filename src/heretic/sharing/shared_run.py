@@ -12,7 +12,7 @@ from ..session.answers import command_lines
 from ..session.stages import is_told, make_report, no_trial, rescore_finalists, search_shown
 from ..study.checkpoint import SHARED, is_counted
 from ..study.finalists import missing_finalists
-from ..study.search import front_of
+from ..study.front import front_of
 from .shared_study import share
 from .storage import WORKER, give_back
 from .worker import Joined, join

@@ -19,6 +19,7 @@ from ..loading.source import ModelSource, model_source
 from ..privacy import shown_location
 from ..prompts import fingerprint as prompts_fingerprint
 from ..prompts import load_prompts
+from ..reporting.tables import space_text
 from ..settings_sources import ENV_PREFIX, Parser
 from ..study.checkpoint import OF_ONE_RUN, SHARED, SPACE, kept_space
 from ..study.space import SearchSpace
@@ -120,7 +121,7 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study, store:
     assert model.hooks is not None
     last_layer = len(model.architecture.layers) - 1
     space = kept_space(study, search_space(settings, list(model.architecture.components), last_layer, parting))
-    console.search_space(space, parting, last_layer)
+    console.message(space_text(space, parting, last_layer))
     preparation = Preparation(
         directions=model.hooks.directions,
         prompts=prompts,

@@ -226,7 +226,7 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
 
     `prepares`: the first of them computes the directions, if nobody has.
     """
-    from ..console import StudyView
+    from ..reporting.study_view import StudyView
     from ..session.stages import stop_on_interrupt
 
     source = model_source(settings)

@@ -16,7 +16,7 @@ from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..scoring.figures import intervals
 from ..utils import Progress
-from .search import ablation_of, front_of
+from .front import ablation_of, front_of
 
 ATTRIBUTE = "finalists"
 
