@@ -124,11 +124,11 @@ def test_the_last_trials_are_divided_among_those_at_work(tmp_path: Path) -> None
     path = tmp_path / "j.jsonl"
     lose(path)
     search = shared(path)
-    assert search._share(search.trials, 9, 16) == 4, "half of the eight that are left"
-    assert search._share(search.trials, 1000, 16) == 8, "together no more than one worker alone would have"
+    assert search._n_to_begin(search.trials, 9, 16) == 4, "half of the eight that are left"
+    assert search._n_to_begin(search.trials, 1000, 16) == 8, "together no more than one worker alone would have"
     search.study.set_user_attr("workers", 16)
-    assert search._share(search.trials, 1000, 16) == 1
-    assert search._share(search.trials, 1, 16) == 0
+    assert search._n_to_begin(search.trials, 1000, 16) == 1
+    assert search._n_to_begin(search.trials, 1, 16) == 0
 
 
 def test_more_trials_than_were_asked_for_at_first(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def rebuild(
     from ..loading.source import expand
     from ..saving.card import copy_licence
     from ..saving.edits import load_edits
-    from ..saving.export import file_errors, share, write_export, write_record
+    from ..saving.export import file_errors, give_usual_permissions, write_export, write_record
     from ..saving.hashed_file import copy_file
     from ..saving.original import open_original
     from ..saving.record import LIBRARIES
@@ -230,7 +230,7 @@ def rebuild(
         copy_licence(original.source, folder, progress)
         kept = {key: value for key, value in record.content.items() if key != "files"}
         files = write_record({**kept, "versions": versions(LIBRARIES)}, folder, hashes)
-        share(folder)
+        give_usual_permissions(folder)
     return target, files
 
 

@@ -11,13 +11,13 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a chart: its place, style class, what is told when it is pointed at, and which finalist it stands for."""
+    """A point of a chart: its place, style class, what is told when it is pointed at, and which place on the front it stands for."""
 
     x: float
     y: float
     style: str
     text: str
-    finalist: int | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Line:
     points: Sequence[tuple[float, float]]
     style: str
     text: str = ""
-    finalist: int | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def _grid(frame: Frame, x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def _attributes(style: str, finalist: int | None) -> str:
-    return f'class="{style}"' + ("" if finalist is None else f' data-finalist="{finalist}"')
+def _attributes(style: str, place: int | None) -> str:
+    return f'class="{style}"' + ("" if place is None else f' data-place="{place}"')
 
 
 def _title(text: str) -> str:
@@ -105,9 +105,9 @@ def _title(text: str) -> str:
 
 def _line(line: Line, x: Axis, y: Axis) -> str:
     places = " ".join(f"{x.place(a):.1f},{y.place(b):.1f}" for a, b in line.points)
-    return f'<polyline {_attributes(line.style, line.finalist)} points="{places}">{_title(line.text)}</polyline>'
+    return f'<polyline {_attributes(line.style, line.place)} points="{places}">{_title(line.text)}</polyline>'
 
 
 def _mark(mark: Mark, x: Axis, y: Axis) -> str:
-    place = f'cx="{x.place(mark.x):.1f}" cy="{y.place(mark.y):.1f}"'
-    return f'<circle {_attributes(mark.style, mark.finalist)} {place} r="4">{_title(mark.text)}</circle>'
+    centre = f'cx="{x.place(mark.x):.1f}" cy="{y.place(mark.y):.1f}"'
+    return f'<circle {_attributes(mark.style, mark.place)} {centre} r="4">{_title(mark.text)}</circle>'

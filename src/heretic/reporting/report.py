@@ -179,7 +179,7 @@ def _marks(facts: Facts, x: Callable[[FrozenTrial], float], y: Callable[[FrozenT
     places = {trial.number: i for i, trial in enumerate(facts.front)}
     others = [trial for trial in facts.trials if trial.number not in places]
     marks = [Mark(x(t), y(t), "trial" if is_finished(t) else "trial stopped", describe(t)) for t in others]
-    return marks + [Mark(x(t), y(t), "trial finalist", describe(t), places[t.number]) for t in facts.front]
+    return marks + [Mark(x(t), y(t), "trial on-front", describe(t), places[t.number]) for t in facts.front]
 
 
 def _divergence(trial: FrozenTrial) -> float:
@@ -242,7 +242,7 @@ def importance_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def kernel_charts(facts: Facts) -> list[str]:
-    """For each component the strengths of the finalists over the layers, and of one direction the layer it comes from."""
+    """For each component the strengths of the trials of the front over the layers, and of one direction the layer it comes from."""
     last_layer = facts.last_layer
     if last_layer is None:
         return []
@@ -269,7 +269,7 @@ def kernel_points(parameters: ComponentParameters, last_layer: int) -> list[tupl
 
 
 def sample_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Prompts with the response of the original and those of the finalists (None where none was kept)."""
+    """Prompts with the response of the original and those of the trials of the front (None where none was kept)."""
     kept, original = facts.samples.get("trials", {}), facts.samples.get("original", [])
     return [
         {

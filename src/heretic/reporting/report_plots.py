@@ -73,7 +73,7 @@ def _scatter(axes: Axes, facts: Facts, x: str | None, y: str) -> None:
 
 
 def kernel_figure(facts: Facts) -> Figure:
-    """The finalists' kernels for each component, from fewest refusals (dark) to the lowest divergence (light)."""
+    """The kernels of the front's trials for each component, from fewest refusals (dark) to the lowest divergence (light)."""
     figure = Figure(figsize=(5 * len(facts.components), 3.5), layout="constrained")
     colors = matplotlib.colormaps["viridis"]
     last_layer = facts.last_layer or 1

@@ -81,7 +81,7 @@ def save(
         save_edits(edits, model.hooks.directions, folder / DIRECTIONS_FILE)
         write_card(model, result, strategy, folder, progress)
         write_record({**record(model, result, strategy), **more}, folder, hashes)
-        share(folder)
+        give_usual_permissions(folder)
     return target
 
 
@@ -260,7 +260,7 @@ def _agrees(original: Original, parameter: str, loaded: Tensor) -> bool:
     return True
 
 
-def share(folder: Path) -> None:
+def give_usual_permissions(folder: Path) -> None:
     """Give every file the permissions that new files usually have: safetensors writes its own for the owner only."""
     mask = os.umask(0)
     os.umask(mask)

@@ -113,12 +113,12 @@ class SharedSearch(Search):
         trials, target = self.trials, self.target(n_trials)
         if sum(map(is_counted, trials)) >= target:
             return None
-        asked = self._ask_some(self._share(trials, target, trials_per_batch), target)
+        asked = self._ask_some(self._n_to_begin(trials, target, trials_per_batch), target)
         if not asked:
             time.sleep(IDLE_SECONDS)
         return asked
 
-    def _share(self, trials: Sequence[FrozenTrial], target: int, trials_per_batch: int) -> int:
+    def _n_to_begin(self, trials: Sequence[FrozenTrial], target: int, trials_per_batch: int) -> int:
         """How many trials this worker may begin: what is left shared among those at work, and together no more than a batch may hold."""
         n_waiting = sum(trial.state == TrialState.WAITING for trial in trials)
         n_free = max(0, target - sum(map(_is_live, trials))) + n_waiting

@@ -71,7 +71,7 @@ class SharedCheckpoint(Checkpoint):
             )
 
 
-def share(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, Any]:
+def open_for_workers(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, Any]:
     """A checkpoint's study opened for several workers, its storage's URL, and where its artifacts are kept."""
     if isinstance(checkpoint, SharedCheckpoint):
         assert checkpoint.study is not None
