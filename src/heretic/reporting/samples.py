@@ -1,4 +1,4 @@
-"""Responses of the original and of the trials of the front to a few prompts, kept with the study, so that a report can show them at any time."""
+"""Responses of the original and of the front's trials to a few prompts, kept with the study for any report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

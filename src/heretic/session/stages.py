@@ -88,21 +88,15 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
 
 def _report_completeness(model: "Model", console: "Console") -> None:
     """Tell where edits of weights cannot reach all of the residual stream."""
-    from ..editing.completeness import ROUNDING
+    from ..editing.completeness import ROUNDING, remaining_share
 
-    share = measure_completeness(model)
+    share = remaining_share(model.model, model.architecture)
     if share > ROUNDING.get(model.loaded.dtype.itemsize, 0.05):
         console.warning(
             f"After an ablation of full strength {min(share, 1):.0%} of a direction stays in the residual stream: this model normalizes, "
             "gates or weighs its stream in a way that no edit of weights can follow, or something that writes to it was not found. "
             "Ablation works on it, but only approximately."
         )
-
-
-def measure_completeness(model: "Model") -> float:
-    from ..editing.completeness import remaining_share
-
-    return remaining_share(model.model, model.architecture)
 
 
 def check_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any], final_prompts: dict[str, Any]) -> None:
