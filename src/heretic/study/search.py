@@ -1,7 +1,6 @@
 """The search: the loop that asks and tells, and the Pareto front. What a trial may look like is in `space.py`."""
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,9 +25,6 @@ Scores = Sequence[Score | Exception]
 ScoreTrials = Callable[[list[Ablation], Limit], Scores]
 # What the sampler is told of a score: a number for each objective.
 ObjectiveValues = Callable[[Score], Sequence[float]]
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def score_batch(score_trials: ScoreTrials, ablations: list[Ablation], limit: Limit) -> Scores:
