@@ -43,6 +43,10 @@ class TrialError(HereticError):
     """One trial cannot be scored; the study goes on without it."""
 
 
+class LearningError(HereticError):
+    """No edit can be learned from this model; the search goes on without."""
+
+
 class CheckpointError(HereticError):
     """The study's journal is missing, locked, damaged or belongs to something else."""
 

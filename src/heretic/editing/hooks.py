@@ -242,9 +242,9 @@ class AblationHooks:
             for r, s in [edits[writer.name]]
         }
 
-    def initial_direction(self, writer: Writer) -> Tensor:
-        """The direction of the writer's own layer `(d,)`, before the gain of a norm behind it."""
-        return self.directions[writer.layer + 1].float()
+    def has_map(self, writer: Writer) -> bool:
+        """Whether a map of its output says what an edit of the writer does."""
+        return not _is_swapped(writer, self.mode)
 
     @contextmanager
     def mapping(self, maps: dict[nn.Module, OutputMap]) -> Iterator[None]:
