@@ -8,11 +8,22 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config import DEFAULT_OBJECTIVES, Objectives
-from ..editing.ablation import Ablation, ComponentParameters
+from ..editing.ablation import Ablation, ComponentParameters, LearnedEdit
+
+
+def is_learned(trial: FrozenTrial) -> bool:
+    """Whether a trial's edit was learned, and not proposed by a sampler."""
+    return bool(trial.user_attrs.get("origin") == "learned")
 
 
 def ablation_of(trial: FrozenTrial) -> Ablation:
-    """The ablation that a finished trial stands for, from its user attributes."""
+    """The ablation that a finished trial stands for, from its user attributes.
+
+    A learned one has its strengths and no directions, which is what screens show; `LearnedEdits.ablation_of` reads those.
+    """
+    if is_learned(trial):
+        writers = trial.user_attrs["learned"]["writers"]
+        return Ablation(None, {}, LearnedEdit({}, {writer["writer"]: writer["strength"] for writer in writers}))
     parameters = {name: ComponentParameters(**values) for name, values in trial.user_attrs["parameters"].items()}
     return Ablation(trial.user_attrs["direction_index"], parameters)
 
