@@ -11,8 +11,8 @@ from transformers import TextStreamer
 
 from .config import Settings
 from .decoding.decoder import Decoder, Savings
-from .decoding.prefix_cache import PrefixCache
 from .decoding.plain import PlainDecoder
+from .decoding.prefix_cache import PrefixCache
 from .decoding.rows import Row, TextWatch, left_padded
 from .decoding.selfcheck import choose_decoder, resumes_well
 from .device import input_device

@@ -107,14 +107,15 @@ def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
 def _from_study(name: str, path: Path, place: int) -> Candidate:
     from ..session.answers import trial_at
     from ..study.checkpoint import read_study
-    from ..study.front import ablation_of, front_of
+    from ..study.front import front_of
+    from ..study.learned_edits import LearnedEdits
 
     study, settings = read_study(path)
     front = front_of(study)
     if not front:
         raise UsageError(f"The study {path} has no finished trial to compare.")
     trial = trial_at(front, place)
-    return Candidate(f"{name} (trial {trial.number})", settings, ablation=ablation_of(trial))
+    return Candidate(f"{name} (trial {trial.number})", settings, ablation=LearnedEdits.beside(path).ablation_of(trial))
 
 
 class Comparison:

@@ -343,8 +343,8 @@ def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progre
         progress.message(f"The search ended before trial {wanted['number']}.")
         return 1
     attributes = found.user_attrs
-    then = {"direction_index": wanted["direction_index"], **_flat(wanted["parameters"])}
-    now = {"direction_index": attributes.get("direction_index"), **_flat(attributes.get("parameters", {}))}
+    then = {"direction_index": wanted["direction_index"], **_flat(wanted["parameters"] or {})}
+    now = {"direction_index": attributes.get("direction_index"), **_flat(attributes.get("parameters") or {})}
     then |= {name: scores[name] for name in ("refusals", "kl_divergence")}
     now |= {name: attributes.get(name) for name in ("refusals", "kl_divergence")}
     differing = [name for name in then if not _close(then[name], now.get(name))]

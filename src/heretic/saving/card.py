@@ -19,6 +19,7 @@ from ..loading.source import ModelSource
 from ..model import Model
 from ..privacy import public_model_name, public_name
 from ..reporting.kernel_picture import kernel_picture
+from ..reporting.learned import Points
 from ..utils import Progress, SilentProgress, first_line, versions
 from .record import LIBRARIES, Result, Strategy, prompt_source
 
@@ -41,7 +42,7 @@ def write_card(model: Model, result: Result, strategy: Strategy, folder: Path, p
     """
     copy_licence(model.loaded.source, folder, progress)
     (folder / CARD).write_text(model_card(model, result, strategy, progress), encoding="utf-8")
-    picture = kernel_picture(result.ablation, len(model.architecture.layers) - 1)
+    picture = _picture(result, len(model.architecture.layers) - 1)
     (folder / PICTURE).write_text(picture, encoding="utf-8")
 
 
@@ -118,15 +119,31 @@ def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> 
 
 def _introduction(model: Model, result: Result, strategy: Strategy) -> str:
     source = model.loaded.source
-    edited = {name: count for name, count in model.architecture.components.items() if name in result.ablation.parameters}
+    edited = {name: count for name, count in model.architecture.components.items() if name in result.components}
     modules = " and ".join(f"{count} `{name}` modules" for name, count in edited.items())
     what = "an adapter for" if strategy == "adapter" else "a modified copy of"
     return f"""# {public_model_name(source).split("/")[-1]}, refusals removed
 
 This is {what} {_model_link(source)}. Its refusals were reduced by directional ablation with heretic {__version__}, without training:
-the directions that tell refused prompts from answered ones in the residual stream were taken out of what {modules} write to it.
+{_DIRECTIONS[bool(result.learned)]} were taken out of what {modules} write to it.
 
 **Safeguards were removed.** See [Responsible use](#responsible-use) before you run or share it."""
+
+
+_DIRECTIONS = {
+    False: "the directions that tell refused prompts from answered ones in the residual stream",
+    True: "directions in the residual stream, learned by gradient from those that tell refused prompts from answered ones,",
+}
+
+
+def _picture(result: Result, last_layer: int) -> str:
+    ablation = result.ablation
+    layers = range(last_layer + 1)
+    strengths: dict[str, Points] = {n: [(i, kernel(i, p, last_layer)) for i in layers] for n, p in ablation.parameters.items()}
+    for name, found in result.learned.items():
+        strengths[name] = [(layer, strength) for layer, strength, _ in found]
+    index = ablation.direction_index
+    return kernel_picture(strengths, last_layer, None if index is None else index * last_layer)
 
 
 def _model_link(source: ModelSource) -> str:
@@ -234,7 +251,14 @@ def _parameters(result: Result, last_layer: int) -> str:
         ("trial", str(result.trial_number)),
         ("seed", str(settings.seed)),
         ("row normalization", settings.row_normalization),
-        ("direction", "each layer's own" if index is None else f"one for all layers, index {index:.4f} (layer {index * last_layer:.1f})"),
+        (
+            "direction",
+            "learned, each layer's own"
+            if result.learned
+            else "each layer's own"
+            if index is None
+            else f"one for all layers, index {index:.4f} (layer {index * last_layer:.1f})",
+        ),
         ("direction orthogonalized to the harmless mean", "yes" if settings.orthogonalize_direction else "no"),
         ("winsorization quantile of residuals", f"{settings.winsorization_quantile:g}"),
     ]
@@ -245,7 +269,7 @@ def _parameters(result: Result, last_layer: int) -> str:
             rows.append((f"{name}.{field}", f"{value:.4f}{layers}"))
     return f"""## Parameters
 
-Positions, distances and the direction's index are fractions of the last layer index ({last_layer}).
+{"" if result.learned else f"Positions, distances and the direction's index are fractions of the last layer index ({last_layer})."}
 
 {_table(("parameter", "value"), rows)}
 
@@ -253,7 +277,7 @@ Positions, distances and the direction's index are fractions of the last layer i
 
 <details><summary>Strength in every layer</summary>
 
-{_strengths(ablation, last_layer)}
+{_learned_strengths(result) if result.learned else _strengths(ablation, last_layer)}
 
 </details>"""
 
@@ -264,6 +288,17 @@ def _strengths(ablation: Ablation, last_layer: int) -> str:
         for layer in range(last_layer + 1)
     ]
     return _table(["layer", *ablation.parameters], rows)
+
+
+def _learned_strengths(result: Result) -> str:
+    """Each layer's strengths, and how much of the difference of means its direction has kept."""
+    layers = sorted({layer for found in result.learned.values() for layer, _, _ in found})
+    rows = []
+    for layer in layers:
+        own = {name: [(s, cosine) for at, s, cosine in found if at == layer] for name, found in result.learned.items()}
+        cosine = next(cosine for found in own.values() for _, cosine in found)
+        rows.append([str(layer), f"{cosine:.4f}", *(", ".join(f"{s:.4f}" for s, _ in found) for found in own.values())])
+    return _table(["layer", "cosine to the difference of means", *result.learned], rows)
 
 
 def _rebuilding(strategy: Strategy) -> str:

@@ -69,7 +69,7 @@ class Openings:
 
     def state(self) -> list[tuple[list[int], int, int]]:
         """All that has been seen, as plain data."""
-        return [(list(path), *counts) for path, counts in self._counts.items()]
+        return [(list(path), answers, refusals) for path, (answers, refusals) in self._counts.items()]
 
     def restore(self, state: Sequence[tuple[Sequence[int], int, int]]) -> None:
         """Take over what `state` gave."""

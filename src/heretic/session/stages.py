@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import HereticError
 from ..loading.libraries import collector_paused
+from ..reporting.learned import learned_text
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -211,6 +212,31 @@ def search_shown(
             return should_stop()
 
 
+def learn_shown(
+    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: dict[str, Any]
+) -> bool:
+    """Learn the edits that the search begins after, each shown when it is scored. Whether Ctrl+C ended it."""
+    from ..study.learned_search import learn_trials
+
+    assert checkpoint.study is not None
+    study, n_trials = checkpoint.study, checkpoint.n_learned_trials(settings)
+    with stop_on_interrupt(lambda: console.message("Stopping. Ctrl+C again leaves at once.")) as should_stop:
+        learn_trials(
+            study,
+            checkpoint.edits,
+            checkpoint.path,
+            evaluator,
+            (prompts["good_prompts"], prompts["bad_prompts"]),
+            settings.disabled_components,
+            settings.seed or 0,
+            n_trials,
+            console,
+            lambda trial, outcome: console.message(learned_text(trial, n_trials, evaluator.base_refusals)),
+            should_stop,
+        )
+        return should_stop()
+
+
 @contextmanager
 def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     """Within, the first Ctrl+C makes the value entered return True, and the second raises `KeyboardInterrupt`."""
@@ -249,7 +275,7 @@ def rescore_finalists(
     good, bad = prompts["final_good_prompts"], prompts["final_bad_prompts"]
     try:
         _check_final_lengths(settings, evaluator.model, prompts)
-        found = score_finalists(checkpoint.study, settings, evaluator, good, bad, n_together, console)
+        found = score_finalists(checkpoint.study, settings, evaluator, good, bad, n_together, console, checkpoint.edits)
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
     except HereticError as error:
@@ -296,7 +322,7 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
     length = evaluator.settings.max_response_length
-    checkpoint.note(samples=take_samples(evaluator.model, prompts, front, length, kept))
+    checkpoint.note(samples=take_samples(evaluator.model, prompts, front, length, kept, checkpoint.edits.ablation_of))
 
 
 def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:

@@ -16,7 +16,8 @@ from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..scoring.figures import intervals
 from ..utils import Progress
-from .front import ablation_of, front_of
+from .front import front_of
+from .learned_edits import LearnedEdits
 
 ATTRIBUTE = "finalists"
 
@@ -59,6 +60,7 @@ def score_finalists(
     bad_prompts: Sequence[Prompt],
     trials_per_batch: int,
     progress: Progress,
+    edits: LearnedEdits,
 ) -> dict[str, Any]:
     """Score what is missing; the new content of the study's attribute, which the caller writes. `search` is what scored the search.
 
@@ -71,7 +73,7 @@ def score_finalists(
     evaluator = Evaluator(final_settings(settings), search.model, good_prompts, bad_prompts, progress, True, baseline, search)
     with progress.task("Scoring the finalists again", len(missing)) as advance:
         for batch in (missing[start : start + trials_per_batch] for start in range(0, len(missing), trials_per_batch)):
-            for trial, score in zip(batch, evaluator.score_trials([ablation_of(trial) for trial in batch]), strict=True):
+            for trial, score in zip(batch, evaluator.score_trials([edits.ablation_of(trial) for trial in batch]), strict=True):
                 trials[str(trial.number)] = {"failure": str(score)} if isinstance(score, Exception) else score.described()
             advance(len(batch))
     return {

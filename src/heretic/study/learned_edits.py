@@ -78,8 +78,8 @@ class LearnedEdits:
                 strengths, facts = json.loads(metadata["strengths"]), json.loads(metadata["facts"])
             except (KeyError, OSError, ValueError, TypeError, SafetensorError, ArtifactNotFound) as error:
                 raise CheckpointError(
-                    f"The edit of trial {trial.number} was learned and lies beside the study as artifact {artifact_id}, which is missing or "
-                    "damaged. Put the file back, or choose another trial."
+                    f"The edit of trial {trial.number} was learned. It lies beside the study as artifact {artifact_id}, which is missing "
+                    "or damaged. Put the file back, or choose another trial."
                 ) from error
         directions = {name.removeprefix("direction."): r for name, r in tensors.items() if name.startswith("direction.")}
         state = {name.removeprefix(STATE): tensor for name, tensor in tensors.items() if name.startswith(STATE)}

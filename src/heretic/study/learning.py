@@ -3,9 +3,9 @@
 The loss of a step, over some harmless and some harmful prompts of those that the directions are made of:
 
 - harmless: KL(original || edited) at the first token of the original's own answer, and its mean over the tokens that follow;
-- harmful, with a weight: `-log(1 - p)`, where `p` is the probability of all refusals known to begin as some response does (`Openings`). They
-  are taken from what the model says under the present edit, every few steps: one that only unlearns the refusals of the original
-  learns to refuse in other words;
+- harmful, with a weight: `-log(1 - p)`, where `p` is the probability of all refusals known to begin as some response does (`Openings`).
+  They are taken from what the model says under the present edit, every few steps: an edit that only unlearns the refusals of the
+  original learns to refuse in other words;
 - harmful: KL(original || edited) along answers, from their second token on, which holds them to what the original would write once it has
   begun to answer. Answers are the original's own, begun with other first tokens than its likeliest, and the edited model's.
 
@@ -94,7 +94,7 @@ class Learner:
     """Learns edits of a model from the prompts for its directions. Takes the original's answers when made.
 
     `seed` and the number of a trial decide what is drawn in it, so that a trial learned again from the state before it is the same.
-    Raises `LearningError` if the model cannot be learned from: nothing is refused, nothing can be edited through a map, or no gradient flows.
+    Raises `LearningError` if the model cannot be learned from: it refuses too little, or nothing can be edited through a map.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from ..parameters import FirstTrial
 from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
 from .front import ablation_of, front_of, refusal_limit
+from .learned_edits import LearnedEdits
 from .samplers import make_sampler
 from .space import SearchSpace, fixed_parameters, suggest
 
@@ -53,6 +54,7 @@ class Search:
         n_startup_trials: int,
         sampler: SamplerName = "tpe",
         first_trials: Sequence[FirstTrial] = (),
+        edits: LearnedEdits | None = None,
     ) -> None:
         self.study = study
         self.path = path
@@ -60,6 +62,7 @@ class Search:
         self.seed = seed
         self.n_startup_trials = n_startup_trials
         self.sampler = sampler
+        self.edits = edits or LearnedEdits(None)
         self.first_trials = [fixed_parameters(point, space) for point in first_trials]
         self._cut_off = self._find_cut_off_trials()
 
@@ -81,7 +84,7 @@ class Search:
 
     @property
     def n_done(self) -> int:
-        """How many trials are done, as `is_counted` counts."""
+        """How many trials of the search are done, as `is_counted` counts."""
         return sum(map(is_counted, self.trials))
 
     @property
@@ -110,6 +113,7 @@ class Search:
 
     def _draw(self, trial: Trial) -> Ablation:
         ablation = suggest(trial, self.space)
+        trial.set_user_attr("origin", "search")
         trial.set_user_attr("direction_index", ablation.direction_index)
         trial.set_user_attr("parameters", {name: vars(p) for name, p in ablation.parameters.items()})
         return ablation
