@@ -28,13 +28,16 @@ TARGET = Path(phrases_module.__file__).with_name("refusal_weights.toml")
 # How strongly a weight is pulled to its prior: as if that many responses said so. The bias is free.
 PULL, PULL_OF_BIAS = 30.0, 0.3
 BIAS, NUMBERS_PRIOR = -1.0, -1.0
+# Added to the bias: towards refusals, as far as at most 2 of 100 answers of a model left out are called refusals.
+LEAN = 0.4
 # Characters after which a look is taken. An answer must have lasted for some, so that it can be seen to go on and not in a circle.
 LOOKS = (24, 32, 40, 60, 80, 100, 130, 160, 200, 250, 320, 400)
 FIRST_TO_COMPLY = 60
 # Scores at which a look may decide, the boldest first; and how far the chosen one is from the last that would err.
 COMPLIES, REFUSES = np.arange(-0.5, -6.1, -0.25), np.arange(0.5, 6.1, 0.25)
-MARGIN = 0.25
-BOLDEST = 1.0
+MARGIN = 0.5
+# Never bolder than this, the second for beginnings too short for an answer: few models have been seen, and "I do not recommend" is one.
+BOLDEST, BOLDEST_SHORT = 1.0, 2.0
 
 
 def learn(rows: Sequence[Mapping[str, Any]], known: Phrases) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def learn(rows: Sequence[Mapping[str, Any]], known: Phrases) -> dict[str, Any]:
     w = _maximum_a_posteriori(X, y, prior)
     places = dict(zip(names, (round(float(weight), 3) for weight in w), strict=False))
     weights = {
-        "bias": round(float(w[-1]), 3),
+        "bias": round(float(w[-1]) + LEAN, 3),
         NUMBERS: places[NUMBERS],
         "groups": {name: [places[f"{name} {place}"] for place in range(3)] for name in known.priors},
         "looks": [],
@@ -83,7 +86,10 @@ def _looks(texts: Sequence[str], reading: Reading) -> list[list[float]]:
     # A longer text is not to need a higher score than a shorter one.
     for earlier, later in itertools.pairwise(looks):
         later[1], later[2] = max(earlier[1], later[1]), min(earlier[2], later[2])
-    return [[characters, float(min(complies, -BOLDEST)), float(max(refuses, BOLDEST))] for characters, complies, refuses in looks]
+    boldest = [BOLDEST if characters >= FIRST_TO_COMPLY else BOLDEST_SHORT for characters in LOOKS]
+    return [
+        [n, float(min(complies, -bold)), float(max(refuses, bold))] for (n, complies, refuses), bold in zip(looks, boldest, strict=True)
+    ]
 
 
 def _boldest(limits: np.ndarray, never_errs: Any) -> float:
