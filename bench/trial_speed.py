@@ -235,7 +235,7 @@ def real_workload(settings: Settings) -> Workload:
             with model.recording_trunk():
                 evaluator.answers.record(model)
                 rows = model.rows_of(evaluator.bad_prompts, 1)
-                for _ in model.responses_of_trials(rows, settings.max_response_length, [], evaluator.rule.has_marker):
+                for _ in model.responses_of_trials(rows, settings.max_response_length, [], evaluator.rule.is_decided):
                     pass
 
     return Workload(

@@ -22,7 +22,16 @@ from .editing.ablation import Ablation
 from .parameters import Choice, Range
 from .reporting.residual_geometry import LayerGeometry
 from .reporting.text_plot import text_plot
-from .scoring.score_tables import finalist_rows, format_figure, refusals_text, title_of
+from .scoring.score_tables import (
+    Baseline,
+    degenerate,
+    finalist_rows,
+    format_figure,
+    refused,
+    shows_degenerate,
+    title_of,
+    verdicts_text,
+)
 from .session.answers import can_ask
 from .study.search import ablation_of, pareto_front, score_of
 from .study.space import SearchSpace
@@ -85,11 +94,11 @@ class Console:
         self,
         front: Sequence[FrozenTrial],
         last_layer: int | None,
-        base_refusals: int | None,
+        baseline: Baseline,
         objectives: Objectives = DEFAULT_OBJECTIVES,
     ) -> None:
         """The Pareto front as a table."""
-        self.rich.print(front_table(front, last_layer, base_refusals, objectives))
+        self.rich.print(front_table(front, last_layer, baseline, objectives))
 
     def finalists(self, front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> None:
         """What came of scoring trials of the front again, where that was done (`finalists.known_finalists`)."""
@@ -193,28 +202,30 @@ def other_scores(trials: Sequence[FrozenTrial], objectives: Objectives) -> list[
 
 
 def trial_rows(
-    trials: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None, objectives: Objectives = DEFAULT_OBJECTIVES
+    trials: Sequence[FrozenTrial], last_layer: int | None, baseline: Baseline, objectives: Objectives = DEFAULT_OBJECTIVES
 ) -> tuple[list[str], list[list[str]]]:
     """Headers and rows that describe trials: scores, then what was done."""
     others = other_scores(trials, objectives)
     components = list(ablation_of(trials[0]).parameters) if trials else []
-    headers = ["#", "Trial", "Refusals", "KL divergence", *map(title_of, others), "Direction", *components]
+    verdicts = {"Refused": refused} | ({"Degenerate": degenerate} if shows_degenerate(trials, baseline) else {})
+    headers = ["#", "Trial", *verdicts, "KL divergence", *map(title_of, others), "Direction", *components]
     rows = []
     for i, trial in enumerate(trials):
         ablation = ablation_of(trial)
         kernels = [describe_component(ablation, component, last_layer) for component in components]
-        scores = [str(i), str(trial.number), refusals_text(trial, base_refusals), f"{trial.user_attrs['kl_divergence']:.4f}"]
+        scores = [str(i), str(trial.number), *(text(trial) for text in verdicts.values()), f"{trial.user_attrs['kl_divergence']:.4f}"]
         scores += [format_figure(score_of(trial, name)) for name in others]
         rows.append([*scores, describe_direction(ablation, last_layer), *kernels])
     return headers, rows
 
 
 def front_table(
-    front: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None, objectives: Objectives = DEFAULT_OBJECTIVES
+    front: Sequence[FrozenTrial], last_layer: int | None, baseline: Baseline, objectives: Objectives = DEFAULT_OBJECTIVES
 ) -> Table:
     """The Pareto front; the first column is what `--trial-index` counts."""
-    headers, rows = trial_rows(front, last_layer, base_refusals, objectives)
-    table = Table(title="Pareto front (# is the trial index)", title_justify="left")
+    headers, rows = trial_rows(front, last_layer, baseline, objectives)
+    original = baseline.described()
+    table = Table(title="Pareto front (# is the trial index" + (f"; the original {original})" if original else ")"), title_justify="left")
     numbers = headers[: headers.index("Direction")]
     for header in headers:
         table.add_column(escape(header), justify="right" if header in numbers else "left", no_wrap=header in numbers)
@@ -231,7 +242,7 @@ class StudyView:
         console: Console,
         n_trials: int,
         n_done: int,
-        base_refusals: int,
+        baseline: Baseline,
         last_layer: int | None = None,
         objectives: Objectives = DEFAULT_OBJECTIVES,
     ) -> None:
@@ -239,7 +250,7 @@ class StudyView:
         self.objectives = objectives
         self.n_trials = n_trials
         self.n_done = n_done
-        self.base_refusals = base_refusals
+        self.baseline = baseline
         self.last_layer = last_layer
         self.trials: list[FrozenTrial] = []
         self.note = ""
@@ -269,7 +280,7 @@ class StudyView:
             sequence = "" if known is None else f" (sequence {known:.4f})"
             others = [f"{title_of(name)} {format_figure(score_of(latest, name))}" for name in self._others]
             self.console.message(
-                f"Trial {self.n_done}/{self.n_trials}: {_refusals(latest, self.base_refusals)}, "
+                f"Trial {self.n_done}/{self.n_trials}: {verdicts_text(latest, self.baseline)}, "
                 f"KL divergence {attributes['kl_divergence']:.4f}{sequence}; {''.join(f'{text}; ' for text in others)}{self._times()}; "
                 f"front: {front}"
             )
@@ -321,7 +332,7 @@ class StudyView:
         width = min(PLOT_WIDTH, screen.width - taken - PLOT_AXIS_WIDTH)
         if width < MIN_PLOT_WIDTH:
             return Group(*tables)
-        plot = Text("\n".join(plot_lines(self.trials, front, self.base_refusals, width, PLOT_HEIGHT)), no_wrap=True)
+        plot = Text("\n".join(plot_lines(self.trials, front, self.baseline.refusals or 0, width, PLOT_HEIGHT)), no_wrap=True)
         title = Text("Refusals by KL divergence, front ●", style="italic")
         grid = Table.grid(padding=(0, 2))
         grid.add_row(Group(*tables), Group(title, plot))
@@ -331,12 +342,13 @@ class StudyView:
         more = f" ({n_all - len(trials)} more)" if n_all is not None and n_all > len(trials) else ""
         table = Table(title=title + more, title_justify="left")
         others = other_scores(trials, self.objectives)
-        for header in ("Trial", "Refusals", "KL divergence", *map(title_of, others), "Direction"):
+        verdicts = {"Refused": refused} | ({"Degenerate": degenerate} if shows_degenerate(trials, self.baseline) else {})
+        for header in ("Trial", *verdicts, "KL divergence", *map(title_of, others), "Direction"):
             table.add_column(escape(header), justify="right")
         for trial in trials:
             figures = [f"{trial.user_attrs['kl_divergence']:.4f}", *(format_figure(score_of(trial, name)) for name in others)]
             direction = describe_direction(ablation_of(trial), self.last_layer)
-            table.add_row(str(trial.number), refusals_text(trial, self.base_refusals), *figures, direction)
+            table.add_row(str(trial.number), *(text(trial) for text in verdicts.values()), *figures, direction)
         return table
 
 
@@ -347,9 +359,3 @@ def plot_lines(trials: Sequence[FrozenTrial], front: Sequence[FrozenTrial], base
     ordered = sorted(complete, key=lambda trial: trial.number in numbers)
     points = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"], "●" if t.number in numbers else "·") for t in ordered]
     return text_plot(points, (0, max([base_refusals, *(refusals for _, refusals, _ in points)])), width, height)
-
-
-def _refusals(trial: FrozenTrial, base_refusals: int) -> str:
-    """`9/100 refusals`, with how many of them are degenerate where any is."""
-    text, bracket, degenerate = refusals_text(trial, base_refusals).partition(" (")
-    return f"{text} refusals{bracket}{degenerate}"

@@ -158,7 +158,8 @@ def _run_alone(
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
     console.search_space(space, parting, last_layer)
-    checkpoint.note(base_refusals=evaluator.base_refusals, n_bad_prompts=len(evaluator.bad_prompts), last_layer=last_layer)
+    checkpoint.check_counts(evaluator.base_response_classes["degenerate"])
+    checkpoint.note(**evaluator.baseline.attributes(), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
 
     batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure)

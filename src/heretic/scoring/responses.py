@@ -59,7 +59,8 @@ class Verdict(NamedTuple):
 class Response:
     """A response to prompt number `prompt`, and what it is. Its text may end where that was decided.
 
-    `is_failure`: it counts against an edit (see `counts_against`). `early`: what it is by its beginning, where `kind` is by the whole.
+    `is_failure`: it counts against an edit (see `counts_against`). `early` and `whole`: what it is by its beginning, and by all of its
+    text where that was generated; `kind` is one of them.
     """
 
     prompt: int
@@ -67,6 +68,7 @@ class Response:
     kind: Kind
     is_failure: bool = False
     early: Kind | None = None
+    whole: Kind | None = None
 
 
 def counts_against(kind: Kind, original: Kind) -> bool:
@@ -191,6 +193,6 @@ def lacks_variety(words: Sequence[str]) -> bool:
     return len(last) >= fewest and len(set(last)) < VARIETY_SHARE * len(last)
 
 
-def count_kinds(responses: Sequence[Response]) -> dict[str, int]:
-    """How many responses are of each kind."""
-    return {kind: sum(response.kind == kind for response in responses) for kind in KINDS}
+def count_kinds(responses: Sequence[Response], early: bool = False) -> dict[str, int]:
+    """How many responses are of each kind; `early`: by their beginnings."""
+    return {kind: sum((response.early if early else response.kind) == kind for response in responses) for kind in KINDS}

@@ -71,7 +71,7 @@ class Workbench:
             base_refusals=self.evaluator.base_refusals,
             n_bad_prompts=len(self.evaluator.bad_prompts),
             response_prefix=self.model.response_prefix,
-            measurements=measurements(trial, known_finalists(self.search.study)),
+            measurements=measurements(trial, known_finalists(self.search.study), self.evaluator.base_response_classes),
         )
 
     def act(self, action: str) -> None:
@@ -108,7 +108,7 @@ class Workbench:
         """A trial of the front, after running more where that is asked for; None: leave."""
         while True:
             front = self.search.front
-            headers, rows = trial_rows(front, self._last_layer, self.evaluator.base_refusals, self.settings.objectives)
+            headers, rows = trial_rows(front, self._last_layer, self.evaluator.baseline, self.settings.objectives)
             width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]

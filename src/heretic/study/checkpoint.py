@@ -48,6 +48,7 @@ DEFINING = (
     "row_normalization",
     "split_experts",
     "winsorization_quantile",
+    "refusal_rule",
     "refusal_markers",
     "good_prompts",
     "bad_prompts",
@@ -267,6 +268,8 @@ class Checkpoint:
                 f"The settings stored in {self.path} are not ones of this version: {_reason(error)}. Begin anew with "
                 "--checkpoint-action restart (the file is kept)."
             ) from error
+        if "refusal_rule" not in attributes["settings"]:  # versions before that setting had but one rule
+            before = before.model_copy(update={"refusal_rule": "markers"})
         try:
             result = Settings.model_validate({**stored, **given})
         except ValidationError as error:
@@ -276,8 +279,20 @@ class Checkpoint:
             for name in DEFINING
             if _meaning(getattr(before, name)) != _meaning(getattr(result, name))
         ]
+        if before.refusal_rule != result.refusal_rule and "refusal_rule" not in attributes["settings"]:
+            differences = ["it was begun by an earlier version, which judged responses by markers (--refusal-rule markers goes on so)"]
         self._refuse(differences)
         return result
+
+    def check_counts(self, n_degenerate: int) -> None:
+        """Raise `CheckpointError` where the study's trials count degenerate responses as the original's `n_degenerate` ones forbid."""
+        if n_degenerate and self.exists and "base_response_classes" not in self._attributes():
+            self._refuse(
+                [
+                    f"it was begun by an earlier version, which counted every degenerate response as a refusal; {n_degenerate} of the "
+                    "original's are degenerate, and an edit is no longer blamed for those"
+                ]
+            )
 
     def _check_trials(self) -> None:
         """Raise `CheckpointError` where a complete trial lacks what every complete trial has."""
