@@ -81,7 +81,10 @@ class Demo:
             logprobs = self._logprobs(model, edited)
             divergence = float((np.exp(original) * (original - logprobs)).sum(axis=1).mean())
             responses = [self._generate(model, edited, row, self.settings.max_response_length) for row in model.rows_of(self.bad, 1)]
-            scores.append((sum(rule.is_refusal(model.tokenizer.decode(r, skip_special_tokens=True)) for r in responses), divergence))
+            texts = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
+            kinds = [rule.judge(text, is_cut_off=len(tokens) == 40).kind for text, tokens in zip(texts, responses, strict=True)]
+            assert "degenerate" not in kinds
+            scores.append((kinds.count("refusal"), divergence))
         return scores
 
     def _logprobs(self, model: Model, network: Any) -> np.ndarray[Any, Any]:
