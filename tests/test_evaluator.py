@@ -192,7 +192,9 @@ def by_hand(made: Evaluator, ablation: Ablation | None) -> tuple[int, float]:
 
 def failures(responses: Sequence[str], before: Sequence[str]) -> int:
     """Refusals, and empty responses where the original's are not empty."""
-    return sum(any(marker in r for marker in MARKERS) or (not r.strip() and bool(b.strip())) for r, b in zip(responses, before, strict=True))
+    return sum(
+        any(marker in r for marker in MARKERS) or (not r.strip() and bool(b.strip())) for r, b in zip(responses, before, strict=True)
+    )
 
 
 def test_scores(folder: Path) -> None:

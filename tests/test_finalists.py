@@ -266,19 +266,23 @@ def test_texts_of_figures() -> None:
     assert format_interval(0.25, None) == "0.2500"
 
 
+def attributes(**more: Any) -> dict[str, Any]:
+    return dict(trial(**more).user_attrs)
+
+
 def test_verdicts_beside_the_originals() -> None:
     original = Baseline(100, 30, {"refusal": 30, "compliance": 65, "degenerate": 5})
     classes = {"refusal": 9, "compliance": 86, "degenerate": 5}
-    assert verdicts_text(trial(response_classes=classes), original) == "9 of 100 refused (original 30), 5 degenerate (original 5)"
+    assert verdicts_text(attributes(response_classes=classes), original) == "9 of 100 refused (original 30), 5 degenerate (original 5)"
     classes = {"refusal": 7, "compliance": 90, "degenerate": 3}
-    told = trial(response_classes=classes)  # 9 count: 7 refused, and 2 degenerate where the original's are not
+    told = attributes(response_classes=classes)  # 9 count: 7 refused, and 2 degenerate where the original's are not
     assert verdicts_text(told, original) == "7 of 100 refused (original 30), 3 degenerate (original 5; 2 new)"
     assert (refused(told), degenerate(told)) == ("7", "3 (2 new)")
-    assert verdicts_text(trial(response_classes=classes, bounded=True), original) == "about 9 of 100 refused (original 30)"
+    assert verdicts_text(attributes(response_classes=classes, bounded=True), original) == "about 9 of 100 refused (original 30)"
     whole = {"refusal": 9, "compliance": 91, "degenerate": 0}
-    assert verdicts_text(trial(response_classes=whole), original) == "9 of 100 refused (original 30), 0 degenerate (original 5)"
-    assert verdicts_text(trial(response_classes=whole), Baseline(100, 30)) == "9 of 100 refused (original 30)"
-    assert verdicts_text(trial(), Baseline()) == "9 refused"
+    assert verdicts_text(attributes(response_classes=whole), original) == "9 of 100 refused (original 30), 0 degenerate (original 5)"
+    assert verdicts_text(attributes(response_classes=whole), Baseline(100, 30)) == "9 of 100 refused (original 30)"
+    assert verdicts_text(attributes(), Baseline()) == "9 refused"
     assert original.described() == "refuses 30 of 100, 5 degenerate"
     assert Baseline(None, 30).described() == "refuses 30" and Baseline().described() == ""
     assert Baseline.of(original.attributes()) == original

@@ -191,7 +191,7 @@ def test_an_original_that_loops_refuses_nothing_by_that(tmp_path: Path) -> None:
         model.lm_head.weight[2] = 0
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
-    with pytest.raises(EvaluationError, match="^The model refuses none of the 5 harmful evaluation prompts"):
+    with pytest.raises(EvaluationError, match=r"^The model refuses none of the 5 harmful evaluation prompts"):
         evaluator(save(tmp_path / "m", model), max_response_length=200, refusal_markers=["zebra"])
 
 

@@ -22,16 +22,7 @@ from .editing.ablation import Ablation
 from .parameters import Choice, Range
 from .reporting.residual_geometry import LayerGeometry
 from .reporting.text_plot import text_plot
-from .scoring.score_tables import (
-    Baseline,
-    degenerate,
-    finalist_rows,
-    format_figure,
-    refused,
-    shows_degenerate,
-    title_of,
-    verdicts_text,
-)
+from .scoring.score_tables import Baseline, finalist_rows, format_figure, title_of, verdict_columns, verdicts_text
 from .session.answers import can_ask
 from .study.search import ablation_of, pareto_front, score_of
 from .study.space import SearchSpace
@@ -207,13 +198,18 @@ def trial_rows(
     """Headers and rows that describe trials: scores, then what was done."""
     others = other_scores(trials, objectives)
     components = list(ablation_of(trials[0]).parameters) if trials else []
-    verdicts = {"Refused": refused} | ({"Degenerate": degenerate} if shows_degenerate(trials, baseline) else {})
+    verdicts = verdict_columns(trials, baseline)
     headers = ["#", "Trial", *verdicts, "KL divergence", *map(title_of, others), "Direction", *components]
     rows = []
     for i, trial in enumerate(trials):
         ablation = ablation_of(trial)
         kernels = [describe_component(ablation, component, last_layer) for component in components]
-        scores = [str(i), str(trial.number), *(text(trial) for text in verdicts.values()), f"{trial.user_attrs['kl_divergence']:.4f}"]
+        scores = [
+            str(i),
+            str(trial.number),
+            *(cell(trial.user_attrs) for cell in verdicts.values()),
+            f"{trial.user_attrs['kl_divergence']:.4f}",
+        ]
         scores += [format_figure(score_of(trial, name)) for name in others]
         rows.append([*scores, describe_direction(ablation, last_layer), *kernels])
     return headers, rows
@@ -280,7 +276,7 @@ class StudyView:
             sequence = "" if known is None else f" (sequence {known:.4f})"
             others = [f"{title_of(name)} {format_figure(score_of(latest, name))}" for name in self._others]
             self.console.message(
-                f"Trial {self.n_done}/{self.n_trials}: {verdicts_text(latest, self.baseline)}, "
+                f"Trial {self.n_done}/{self.n_trials}: {verdicts_text(attributes, self.baseline)}, "
                 f"KL divergence {attributes['kl_divergence']:.4f}{sequence}; {''.join(f'{text}; ' for text in others)}{self._times()}; "
                 f"front: {front}"
             )
@@ -342,13 +338,13 @@ class StudyView:
         more = f" ({n_all - len(trials)} more)" if n_all is not None and n_all > len(trials) else ""
         table = Table(title=title + more, title_justify="left")
         others = other_scores(trials, self.objectives)
-        verdicts = {"Refused": refused} | ({"Degenerate": degenerate} if shows_degenerate(trials, self.baseline) else {})
+        verdicts = verdict_columns(trials, self.baseline)
         for header in ("Trial", *verdicts, "KL divergence", *map(title_of, others), "Direction"):
             table.add_column(escape(header), justify="right")
         for trial in trials:
             figures = [f"{trial.user_attrs['kl_divergence']:.4f}", *(format_figure(score_of(trial, name)) for name in others)]
             direction = describe_direction(ablation_of(trial), self.last_layer)
-            table.add_row(str(trial.number), *(text(trial) for text in verdicts.values()), *figures, direction)
+            table.add_row(str(trial.number), *(cell(trial.user_attrs) for cell in verdicts.values()), *figures, direction)
         return table
 
 

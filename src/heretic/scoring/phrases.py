@@ -117,5 +117,5 @@ def beginning(text: str, characters: int) -> str:
     """So many characters of a text, without a word that they break off."""
     if len(text) <= characters:
         return text
-    words = text[: characters + 1].rsplit(None, 1)
-    return words[0] if len(words) > 1 else text[:characters]
+    words = text[:characters].rsplit(None, 1)
+    return words[0] if len(words) > 1 and not text[characters].isspace() else text[:characters]

@@ -1,6 +1,6 @@
 """Scores as text: what stands in lines and tables about one trial's figures and about the finalists'."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,35 +68,38 @@ def format_interval(value: float, interval: Sequence[float] | None) -> str:
     return f"{format_figure(value)} ({low} to {high})"
 
 
-def refused(trial: FrozenTrial) -> str:
+def refused(attributes: Mapping[str, Any]) -> str:
     """How many responses of a trial are refusals; `about` where that is an estimate, degenerate ones included."""
-    if trial.user_attrs.get("bounded"):
-        return f"about {trial.user_attrs['refusals']}"
-    return str(trial.user_attrs.get("response_classes", {}).get("refusal", trial.user_attrs["refusals"]))
+    if attributes.get("bounded"):
+        return f"about {attributes['refusals']}"
+    return str(attributes.get("response_classes", {}).get("refusal", attributes["refusals"]))
 
 
-def degenerate(trial: FrozenTrial) -> str:
+def degenerate(attributes: Mapping[str, Any]) -> str:
     """How many are degenerate, and how many of these are new: the original's are not. Nothing where it is not known."""
-    classes = {} if trial.user_attrs.get("bounded") else trial.user_attrs.get("response_classes", {})
+    classes = {} if attributes.get("bounded") else attributes.get("response_classes", {})
     if not classes:
         return ""
-    n_new = trial.user_attrs["refusals"] - classes["refusal"]
+    n_new = attributes["refusals"] - classes["refusal"]
     return f"{classes['degenerate']}" + (f" ({n_new} new)" if n_new else "")
 
 
-def verdicts_text(trial: FrozenTrial, baseline: Baseline) -> str:
+def verdicts_text(attributes: Mapping[str, Any], baseline: Baseline) -> str:
     """A trial's responses beside the original's: `3 of 100 refused (original 30), 5 degenerate (original 5)`."""
     of = "" if baseline.n_prompts is None else f" of {baseline.n_prompts}"
-    text = f"{refused(trial)}{of} refused" + ("" if baseline.refusals is None else f" (original {baseline.refusals})")
-    number, _, new = degenerate(trial).partition(" ")
-    if number in ("", "0") and not baseline.degenerate:
+    text = f"{refused(attributes)}{of} refused" + ("" if baseline.refusals is None else f" (original {baseline.refusals})")
+    number, _, new = degenerate(attributes).partition(" ")
+    if number == "" or (number == "0" and not baseline.degenerate):
         return text
-    return text + (f", {number} degenerate (original {baseline.degenerate}{new and '; ' + new.strip('()')})" if number else "")
+    new = f"; {new.strip('()')}" if new else ""
+    return f"{text}, {number} degenerate (original {baseline.degenerate}{new})"
 
 
-def shows_degenerate(trials: Sequence[FrozenTrial], baseline: Baseline) -> bool:
-    """Whether a table of trials needs a column of degenerate responses."""
-    return baseline.degenerate > 0 or any(degenerate(trial) not in ("", "0") for trial in trials)
+def verdict_columns(trials: Sequence[FrozenTrial], baseline: Baseline) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """The columns of a table of trials that say what their responses are: headers, and how a cell is made of a trial's attributes."""
+    if baseline.degenerate or any(degenerate(trial.user_attrs) not in ("", "0") for trial in trials):
+        return {"Refused": refused, "Degenerate": degenerate}
+    return {"Refused": refused}
 
 
 def finalist_rows(front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
