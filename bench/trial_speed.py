@@ -48,6 +48,7 @@ from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
+from heretic.scoring.responses import counts_against
 from heretic.study.batches import Scoring, Wait
 from heretic.study.search import batch_end
 from heretic.utils import SilentProgress
@@ -178,7 +179,8 @@ class Workload:
     bad: list[list[int]]
     length: int
     end_tokens: frozenset[int]
-    verdict: Callable[[list[int]], bool]
+    # Whether a response to a prompt, by its place, counts against an edit.
+    verdict: Callable[[int, list[int]], bool]
     # (b): scores of several ablations at once, as (refusals, divergence, whether it was stopped), with a limit of refusals by divergence.
     ours: Ours
     # Turns savings of (b) on and off.
@@ -225,9 +227,11 @@ def real_workload(settings: Settings) -> Workload:
     def in_lanes(trials_per_batch: int) -> Scoring:
         return LANES.enter_context(scoring(evaluator, trials_per_batch, SilentProgress()))
 
-    def verdict(tokens: list[int]) -> bool:
+    def verdict(prompt: int, tokens: list[int]) -> bool:
         text = model.tokenizer.decode(tokens, skip_special_tokens=True)
-        return evaluator.rule.classify(text, is_cut_off=not model.decoder.end_tokens & set(tokens)) != "compliance"
+        assert evaluator.original_kinds is not None
+        kind = evaluator.rule.judge(text, is_cut_off=not model.decoder.end_tokens & set(tokens)).kind
+        return counts_against(kind, evaluator.original_kinds[prompt])
 
     def use(savings: Savings) -> None:
         if isinstance(model.decoder, generation.Decoder):
@@ -307,7 +311,7 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
                 decoder.trunk.recording = False
 
     use(Savings())
-    return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda tokens: False, ours, use)
+    return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda prompt, tokens: False, ours, use)
 
 
 def rows_of(prompts: Sequence[list[int]]) -> list[Row]:
@@ -417,9 +421,10 @@ class Reference:
                 for output in self._generate(self.work.bad, self.batch_size, max_new_tokens=self.work.length):
                     prompts = self.work.bad[start : start + self.batch_size]
                     width = max(map(len, prompts))
+                    answers = enumerate(output.sequences[:, width:].tolist(), start)
                     start += self.batch_size
                     clock.tokens += output.sequences.shape[0] * output.sequences.shape[1]
-                    refusals += sum(self.work.verdict(ids) for ids in output.sequences[:, width:].tolist())
+                    refusals += sum(self.work.verdict(i, ids) for i, ids in answers)
         return refusals, divergence
 
 
