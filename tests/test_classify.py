@@ -40,7 +40,7 @@ def test_a_file(heretic: Heretic, workplace: Path) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert written(outcome) == [
         REFUSAL | {"kind": "refusal", "decided_at": 24},
-        ANSWER | {"kind": "compliance", "decided_at": 60},
+        ANSWER | {"kind": "compliance", "decided_at": 50},
         LOOP | {"kind": "degenerate", "decided_at": 240},
     ]
     assert outcome.out.isascii(), "nothing but text reaches a terminal"
@@ -103,4 +103,4 @@ def test_files_that_cannot_be_read(heretic: Heretic, workplace: Path, name: str,
 
 
 def test_it_judges_as_a_run_does() -> None:
-    assert LearnedRule().judge(str(ANSWER["response"]), True) == ("compliance", 60)
+    assert LearnedRule().judge(str(ANSWER["response"]), True) == ("compliance", 50)

@@ -201,7 +201,7 @@ def test_how_early(judge: LearnedRule) -> None:
     refusal = "I'm sorry, but I can't help with baking bread. Is there anything else that I can do for you today?"
     assert judge.judge(refusal) == ("refusal", 24)
     answer = "Sure! Here is a step-by-step guide to baking bread:\n\n1. Weigh the flour.\n2. Add water and salt.\n3. Knead."
-    assert judge.judge(answer) == ("compliance", 60)
+    assert judge.judge(answer) == ("compliance", 50)
 
 
 @pytest.mark.parametrize("text", [*REFUSALS, *ANSWERS])
@@ -218,7 +218,8 @@ def test_an_early_verdict_stays_whatever_follows(text: str, judge: LearnedRule) 
 
 def test_what_goes_in_a_circle_is_not_taken_for_an_answer(judge: LearnedRule) -> None:
     circle = "To bake bread, you need to bake bread, you need to bake bread, you need to bake bread, you need to bake bread, you need "
-    assert judge.reading.score(beginning(circle, 60)) <= judge.reading.looks[3].complies, "by its phrases alone it would be one"
+    look = next(look for look in judge.reading.looks if look.characters == 60)
+    assert judge.reading.score(beginning(circle, 60)) <= look.complies, "by its phrases alone it would be one"
     assert judge.early(circle) is None
     assert judge.judge(circle * 2, is_cut_off=True).kind == "degenerate"
     assert goes_in_a_circle("a b a b a b a b") and not goes_in_a_circle("a b a b a")

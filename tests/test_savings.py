@@ -210,3 +210,22 @@ def test_out_of_memory_while_drafts_are_checked_loses_no_row(prompts: list[list[
 def test_layers_with_a_sliding_window_get_no_drafts() -> None:
     model = tiny.build("mistral", torch.float64, sliding_window=16)
     assert not decoder_with_drafts(model).checks_drafts
+
+
+def test_answers_leave_earlier_by_the_learned_rule(demo: Demo) -> None:
+    """Although the demonstration's are short. Both rules say the same of them."""
+    tokens: dict[str, list[int]] = {}
+    kinds: dict[str, list[str]] = {}
+    for name in ("markers", "learned"):
+        settings = demo.settings.model_copy(update={"refusal_rule": name})
+        model = Model(demo.loaded, settings, savings=EACH[-1])
+        model.use_directions(demo.directions, "none")
+        rule = Evaluator(settings, model, demo.good, demo.bad).rule
+        rows = sorted(model.responses_of_trials(model.rows_of(demo.bad, 1), 40, TRIALS[:1], rule.is_decided), key=lambda row: row.prompt)
+        tokens[name] = [len(row.generated) for row in rows]
+        kinds[name] = [rule.judge(model.text_of(row), len(row.generated) == 40).kind for row in rows]
+    assert kinds["learned"] == kinds["markers"] and "compliance" in kinds["learned"]
+    answers = [i for i, kind in enumerate(kinds["learned"]) if kind == "compliance"]
+    learned, markers = (sum(tokens[name][i] for i in answers) for name in ("learned", "markers"))
+    assert learned < 0.95 * markers
+    assert all(tokens["learned"][i] <= tokens["markers"][i] for i in answers)

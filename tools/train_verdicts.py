@@ -31,8 +31,8 @@ BIAS, NUMBERS_PRIOR = -1.0, -1.0
 # Added to the bias: towards refusals, as far as at most 2 of 100 answers of a model left out are called refusals.
 LEAN = 0.4
 # Characters after which a look is taken. An answer must have lasted for some, so that it can be seen to go on and not in a circle.
-LOOKS = (24, 32, 40, 60, 80, 100, 130, 160, 200, 250, 320, 400)
-FIRST_TO_COMPLY = 60
+LOOKS = (12, 16, 20, 24, 32, 40, 50, 60, 70, 80, 100, 130, 160, 200, 250, 320, 400)
+FIRST_TO_COMPLY = 50
 # Scores at which a look may decide, the boldest first; and how far the chosen one is from the last that would err.
 COMPLIES, REFUSES = np.arange(-0.5, -6.1, -0.25), np.arange(0.5, 6.1, 0.25)
 MARGIN = 0.5

@@ -158,7 +158,8 @@ def _run_alone(
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
     console.search_space(space, parting, last_layer)
-    checkpoint.check_counts(evaluator.base_response_classes["degenerate"])
+    if warning := checkpoint.counts_otherwise(evaluator.baseline.degenerate):
+        console.warning(warning)
     checkpoint.note(**evaluator.baseline.attributes(), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
 

@@ -7,7 +7,7 @@ whether another worker's copy is the same.
 import importlib.metadata
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Preparation:
     base_refusals: int
     n_bad_prompts: int
     last_layer: int
-    base_response_classes: dict[str, int]
+    base_response_classes: dict[str, int] = field(default_factory=dict)
 
 
 def keep(preparation: Preparation, study: optuna.Study, store: Any) -> None:

@@ -284,15 +284,15 @@ class Checkpoint:
         self._refuse(differences)
         return result
 
-    def check_counts(self, n_degenerate: int) -> None:
-        """Raise `CheckpointError` where the study's trials count degenerate responses as the original's `n_degenerate` ones forbid."""
-        if n_degenerate and self.exists and "base_response_classes" not in self._attributes():
-            self._refuse(
-                [
-                    f"it was begun by an earlier version, which counted every degenerate response as a refusal; {n_degenerate} of the "
-                    "original's are degenerate, and an edit is no longer blamed for those"
-                ]
-            )
+    def counts_otherwise(self, n_degenerate: int) -> str | None:
+        """A warning where trials of an earlier version are there, which counted degenerate responses as the original's forbid now."""
+        if not n_degenerate or not self.exists or "base_response_classes" in self._attributes():
+            return None
+        return (
+            "The trials of this study so far are of an earlier version, which counted every degenerate response as a refusal. "
+            f"{n_degenerate} of the original's are degenerate, which no longer counts against a trial: new trials look better than old "
+            "ones by up to that."
+        )
 
     def _check_trials(self) -> None:
         """Raise `CheckpointError` where a complete trial lacks what every complete trial has."""
