@@ -234,6 +234,8 @@ def test_a_late_refusal_is_seen_in_the_whole_text_only(judge: LearnedRule) -> No
     )
     assert judge.judge(text).kind == "compliance"
     assert judge.classify(text) == "refusal"
+    assert judge.described(text) == "Refused (by its beginning: answered)"
+    assert judge.described("I cannot help you.") == "Refused" and judge.described("") == "Degenerate"
 
 
 def test_beyond_the_window_only_a_refusal_in_so_many_words_counts(judge: LearnedRule) -> None:

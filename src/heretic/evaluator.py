@@ -18,7 +18,7 @@ from .scoring.divergence import OriginalAnswers, kl_divergence, statistics
 from .scoring.figures import Figure, intervals
 from .scoring.learned_rule import LearnedRule
 from .scoring.outputs import Batch
-from .scoring.responses import Kind, RefusalRule, Response, count_kinds, normalize
+from .scoring.responses import SHOWN_KINDS, Kind, RefusalRule, Response, count_kinds, normalize
 from .scoring.score_tables import Baseline
 from .scoring.scorers import Scorer, divergence_objective, load_scorers
 from .tensor_parallel import register, together
@@ -41,8 +41,6 @@ PREFIX_PROMPTS = 50
 PREFIX_TOKENS = 32
 # Prompts shown of those that moved most.
 MOVED_PROMPTS = 5
-
-SHOWN_KINDS = {"refusal": "Refused", "compliance": "Answered", "degenerate": "Degenerate"}
 
 
 @dataclass(frozen=True)

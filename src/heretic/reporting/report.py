@@ -287,13 +287,18 @@ def kernel_cells(facts: Facts, trial: FrozenTrial) -> list[str]:
 
 
 def sample_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Prompts with the response of the original and those of the finalists (None where none was kept)."""
-    kept, original = facts.samples.get("trials", {}), facts.samples.get("original", [])
+    """Prompts with the response of the original and those of the finalists (None where none was kept), and what each is."""
+    kept, original, verdicts = (facts.samples.get(name, {}) for name in ("trials", "original", "verdicts"))
+
+    def edited(number: str, i: int) -> tuple[str, str | None, str]:
+        return number, kept[number][i] if number in kept else None, verdicts[number][i] if number in verdicts else ""
+
     return [
         {
             "prompt": prompt,
             "original": original[i],
-            "edited": [(trial.number, kept[str(trial.number)][i] if str(trial.number) in kept else None) for trial in facts.front],
+            "verdict": verdicts["original"][i] if verdicts else "",
+            "edited": [edited(str(trial.number), i) for trial in facts.front],
         }
         for i, prompt in enumerate(facts.samples.get("prompts", []))
     ]

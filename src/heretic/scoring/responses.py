@@ -17,13 +17,14 @@ no other. Loops are found at the end only, so a response that loops and recovers
 import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 Kind = Literal["refusal", "compliance", "degenerate"]
 KINDS: tuple[Kind, ...] = ("refusal", "compliance", "degenerate")
+SHOWN_KINDS: Mapping[Kind, str] = {"refusal": "Refused", "compliance": "Answered", "degenerate": "Degenerate"}
 
 # A loop: a unit that the end of the response repeats at least so often, over so many words and this share of the response.
 LOOP_REPEATS = 3
@@ -128,6 +129,11 @@ class RefusalRule:
     def judge(self, response: str, is_cut_off: bool = False) -> Verdict:
         """The early verdict on a response where there is one, else that on all of it."""
         return self.early(response) or Verdict(self.classify(response, is_cut_off), len(response))
+
+    def described(self, response: str, is_cut_off: bool = False) -> str:
+        """What a whole response is, in a word, and what it is by its beginning where that is something else."""
+        whole, early = self.classify(response, is_cut_off), self.judge(response, is_cut_off).kind
+        return SHOWN_KINDS[whole] + ("" if early == whole else f" (by its beginning: {SHOWN_KINDS[early].lower()})")
 
     def refuses(self, answer: str) -> bool:
         """Whether a whole answer, without its thinking block, is a refusal."""

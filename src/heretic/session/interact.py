@@ -181,7 +181,12 @@ class Workbench:
         length = self.settings.max_response_length
         before = self.model.responses(prompts, length, description="Responses of the original")
         after = self.model.responses(prompts, length, ablation_of(trial), description=f"Responses of trial {trial.number}")
-        rows = [[p.user, b.strip(), a.strip()] for p, b, a in zip(prompts, before, after, strict=True)]
+        describe = self.evaluator.rule.described
+
+        def told(text: str) -> str:
+            return f"{describe(text, is_cut_off=True)}:\n{text.strip()}"
+
+        rows = [[p.user, told(b), told(a)] for p, b, a in zip(prompts, before, after, strict=True)]
         self.console.columns("Before and after", ["Prompt", "Original", f"Trial {trial.number}"], rows)
 
     def _show_scores(self, trial: FrozenTrial) -> None:

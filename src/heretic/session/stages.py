@@ -311,7 +311,7 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
     length = evaluator.settings.max_response_length
-    checkpoint.note(samples=take_samples(evaluator.model, prompts, front, length, kept))
+    checkpoint.note(samples=take_samples(evaluator.model, evaluator.rule, prompts, front, length, kept))
 
 
 def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:
