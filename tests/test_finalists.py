@@ -30,7 +30,7 @@ from heretic.scoring.score_tables import (
     score_rows,
     verdicts_text,
 )
-from heretic.study.search import front_of
+from heretic.study.front import front_of
 
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")

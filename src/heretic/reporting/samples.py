@@ -1,4 +1,4 @@
-"""Responses of the original and of the finalists to a few prompts, kept with the study, so that a report can show them at any time."""
+"""Responses of the original and of the front's trials to a few prompts, kept with the study for any report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from ..editing.ablation import Ablation
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
 from ..scoring.responses import RefusalRule
-from ..study.search import ablation_of
+from ..study.front import ablation_of
 
 HARMFUL_SAMPLES, HARMLESS_SAMPLES = 3, 2
 # Of a longer front every so manieth trial is sampled, its ends included.
@@ -46,7 +46,7 @@ def take_samples(
     original = kept.get("original") or _responses(model, prompts, [], max_new_tokens, "Responses of the original")[0]
     if missing:
         ablations = [ablation_of(trial) for trial in missing]
-        found = _responses(model, prompts, ablations, max_new_tokens, f"Responses of {len(missing)} finalists")
+        found = _responses(model, prompts, ablations, max_new_tokens, f"Responses of {len(missing)} trials of the front")
         trials |= {str(trial.number): responses for trial, responses in zip(missing, found, strict=True)}
     verdicts = {name: [rule.described(text, is_cut_off=True) for text in found] for name, found in {"original": original, **trials}.items()}
     return {"prompts": texts, "original": original, "trials": trials, "verdicts": verdicts}
