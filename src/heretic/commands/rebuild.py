@@ -317,6 +317,7 @@ def search_settings(record: Record, arguments: Sequence[str]) -> "Settings":
         stored.pop(name, None)
     if content["model"]["commit"] is not None:
         stored["model_commit"] = content["model"]["commit"]
+    stored.setdefault("refusal_rule", "markers")  # versions before that setting had but one rule
     stored |= content["prompts"]
     stored["model_action"] = "none"
     stored["study_checkpoint_dir"] = str(Path(stored["study_checkpoint_dir"]) / "reproduced")

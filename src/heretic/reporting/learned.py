@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from optuna.trial import FrozenTrial
 
 from ..editing.ablation import ComponentParameters, kernel
-from ..scoring.score_tables import refusals_text
+from ..scoring.score_tables import Baseline, verdicts_text
 from ..study.front import ablation_of, is_learned, learned_strengths
 from ..utils import format_duration
 
 Points = Sequence[tuple[float, float]]
 
 
-def learned_text(trial: FrozenTrial, n_trials: int, base_refusals: int) -> str:
+def learned_text(trial: FrozenTrial, n_trials: int, baseline: Baseline) -> str:
     """A learned trial in a line, when it has just been scored."""
     attributes = trial.user_attrs
     learned = attributes["learned"]
@@ -22,7 +22,7 @@ def learned_text(trial: FrozenTrial, n_trials: int, base_refusals: int) -> str:
     known = attributes.get("sequence_kl_divergence")
     sequence = "" if known is None else f" (sequence {known:.4f})"
     return (
-        f"{begun}: {refusals_text(trial, base_refusals)} refusals, KL divergence {attributes['kl_divergence']:.4f}{sequence}; "
+        f"{begun}: {verdicts_text(attributes, baseline)}, KL divergence {attributes['kl_divergence']:.4f}{sequence}; "
         f"{learned['steps']} steps, {format_duration(attributes['seconds'])}"
     )
 
