@@ -144,7 +144,7 @@ def render(facts: Facts) -> str:
         finalist_rows=finalists,
         history_charts=history_charts(facts),
         importances=importance_rows(facts),
-        kernel_charts=[*kernel_charts(facts), *cosine_charts(facts)],
+        kernel_charts=[*zip(facts.components, kernel_charts(facts), strict=True), *cosine_charts(facts)],
         kernel_rows=[edit_cells(trial, facts.components, facts.last_layer) for trial in facts.front],
         samples=sample_rows(facts),
         settings=[(name, json.dumps(value, ensure_ascii=False), name in facts.given) for name, value in facts.settings.items()],
@@ -262,14 +262,15 @@ def kernel_charts(facts: Facts) -> list[str]:
     return charts
 
 
-def cosine_charts(facts: Facts) -> list[str]:
+def cosine_charts(facts: Facts) -> list[tuple[str, str]]:
     """How much of the difference of means the directions of the front's learned trials have kept, over the layers."""
     learned = [(i, trial) for i, trial in enumerate(facts.front) if is_learned(trial)]
     if facts.last_layer is None or not learned:
         return []
     frame = Frame(PANEL, 230, "Layer", "Cosine", "Cosine between each layer's learned direction and its difference of means")
     x, y = Axis(0, max(1, facts.last_layer), *frame.x_range, whole=True), Axis(-0.05, 1.05, *frame.y_range)
-    return [chart(frame, x, y, [Line(cosine_curve(trial), "kernel", describe(trial), i) for i, trial in learned])]
+    lines = [Line(cosine_curve(trial), "kernel", describe(trial), i) for i, trial in learned]
+    return [("Learned directions", chart(frame, x, y, lines))]
 
 
 def sample_rows(facts: Facts) -> list[dict[str, Any]]:

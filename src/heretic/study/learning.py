@@ -40,12 +40,12 @@ STEP_PROMPTS = 8
 # Steps between two looks at what the model says by now, and at the prompts kept back.
 ROUND_STEPS = 4
 # Rounds of the first trial and of the others at most, and how many may pass without any gain.
-FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 8, 3, 1
+FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 6, 2, 1
 # Tokens of harmless answers that are held, and of responses to harmful prompts that are looked at.
 ANSWER_TOKENS, RESPONSE_TOKENS = 8, 28
 # Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
 ROUND_PROMPTS = 12
-KEPT_BACK, MOST_KEPT_BACK = 0.2, 24
+KEPT_BACK, MOST_KEPT_BACK = 0.2, 16
 # Harmful prompts at which the original's answers are begun with other words than its own, and how many first tokens are tried.
 BRANCH_PROMPTS, BRANCHES = 24, 4
 # Paths of a prompt that are remembered.
@@ -157,13 +157,13 @@ class Learner:
             prompt, token = begun[row.prompt]
             self._note(prompt, [token, *row.generated], is_cut_off=len(row.generated) >= RESPONSE_TOKENS - 1)
 
-    def _respond(self, prompts: Sequence[int], description: str | None = None, is_edited: bool = True) -> int:
-        """Let the model respond to harmful prompts under the present edit, and remember how; how many refused."""
+    def _respond(self, prompts: Sequence[int], description: str | None = None, is_edited: bool = True) -> list[bool]:
+        """Let the model respond to harmful prompts under the present edit, and remember how; which refused."""
         rows = self.model.rows_of([self.bad_prompts[i] for i in prompts], 1)
         ablations = [self.ablation()] if is_edited else []
         found = self.model.responses_of_trials(rows, RESPONSE_TOKENS, ablations, self.rule.is_decided, description)
         rows = sorted(found, key=lambda row: row.prompt)
-        return sum(self._note(prompts[row.prompt], row.generated, len(row.generated) >= RESPONSE_TOKENS) for row in rows)
+        return [self._note(prompts[row.prompt], row.generated, len(row.generated) >= RESPONSE_TOKENS) for row in rows]
 
     def _note(self, prompt: int, tokens: Sequence[int], is_cut_off: bool) -> bool:
         """Remember a response; whether it refuses. One that is neither a refusal nor an answer is of no use."""
@@ -301,7 +301,8 @@ class Learner:
         best: tuple[float, int, dict[str, Tensor]] | None = None
         n_steps = n_without_gain = 0
         for done in range(most + 1):
-            refused = self._respond(self.kept_bad)
+            asked = rng.sample(self.bad, min(ROUND_PROMPTS, len(self.bad))) if done < most else []
+            refused = sum(self._respond([*self.kept_bad, *asked])[: len(self.kept_bad)])
             loss = self._kept_back_loss(weight)
             if done and (best is None or loss < best[0]):
                 best, n_without_gain = (loss, refused, self.edit.state()), 0
@@ -309,7 +310,6 @@ class Learner:
                 n_without_gain += 1
             if n_without_gain > PATIENCE or done == most:
                 break
-            self._respond(rng.sample(self.bad, min(ROUND_PROMPTS, len(self.bad))))
             for _ in range(ROUND_STEPS):
                 if should_stop():
                     return None
