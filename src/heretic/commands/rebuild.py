@@ -197,23 +197,22 @@ def rebuild(
 
     Raises `ExportError` where the original's weights are not those that the record names.
     """
-    from ..loading.source import expand
     from ..saving.card import copy_licence
     from ..saving.edits import load_edits
     from ..saving.export import file_errors, share, write_export, write_record
     from ..saving.hashed_file import copy_file
     from ..saving.original import open_original
     from ..saving.record import versions
-    from ..saving.staging import clean_up, staged
-    from ..session.answers import check_target
+    from ..saving.staging import open_target, staged
 
-    clean_up(expand(directory))
-    target = check_target(directory, overwrite)
+    source = original_source(record, model, trust_remote_code)
+    kept = [("the model", Path(source.path))] if source.is_local else []
+    target = open_target(directory, overwrite, *kept, ("the folder of the record", record.folder))
     edits = load_edits(record.folder / DIRECTIONS)
     settings = record.content["settings"]
-    original = open_original(_loaded(original_source(record, model, trust_remote_code)), progress)
+    original = open_original(_loaded(source), progress)
     _check_weights(record, original, progress)
-    with file_errors(target), staged(target) as folder:
+    with file_errors(target.path), staged(target) as folder:
         hashes, _ = write_export(
             original,
             edits,
@@ -231,7 +230,7 @@ def rebuild(
         kept = {key: value for key, value in record.content.items() if key != "files"}
         files = write_record({**kept, "versions": versions()}, folder, hashes)
         share(folder)
-    return target, files
+    return target.path, files
 
 
 def _loaded(source: Any) -> Any:

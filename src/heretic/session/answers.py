@@ -6,7 +6,6 @@ Imports nothing heavy: all of this is checked before the model is loaded.
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import get_token
@@ -14,8 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import Settings
-from ..errors import ExportError, UsageError
-from ..loading.source import expand
+from ..errors import UsageError
+from ..saving.staging import target_of
 from ..sharing.location import shown_location
 
 Trial = TypeVar("Trial")
@@ -47,7 +46,7 @@ def check_answers(settings: Settings, somebody_is_there: bool) -> None:
     """
     action = settings.model_action
     if action == "save" and settings.save_directory is not None:
-        check_target(settings.save_directory, settings.overwrite)
+        target_of(settings, settings.save_directory, settings.overwrite)
     if action == "upload" and settings.upload_repo_id is not None:
         _check_repo_id(settings.upload_repo_id)
     if somebody_is_there:
@@ -82,16 +81,6 @@ def trial_at(front: Sequence[Trial], index: int) -> Trial:
     if index >= len(front):
         raise UsageError(f"--trial-index {index}: the Pareto front has {len(front)} trials, 0 to {len(front) - 1}.")
     return front[index]
-
-
-def check_target(directory: str, overwrite: bool) -> Path:
-    """The folder to save to. Raises `ExportError` where it holds something that must not be replaced."""
-    target = expand(directory)
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"{target} is a file. Choose another --save-directory.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ExportError(f"The folder {target} is not empty. Choose another --save-directory, or add --overwrite to replace it.")
-    return target
 
 
 def command_lines(settings: Settings) -> list[str]:

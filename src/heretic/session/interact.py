@@ -19,12 +19,13 @@ from ..model import Message, Model, prompt_messages
 from ..privacy import without_token
 from ..saving.export import save
 from ..saving.record import Result, Strategy, measurements
+from ..saving.staging import target_of
 from ..saving.upload import upload
 from ..saving.verify import divergence_check
 from ..scoring.score_tables import moved_rows, score_rows
 from ..study.finalists import known_finalists
 from ..study.search import Search, ablation_of
-from .answers import check_target, trial_at
+from .answers import trial_at
 
 COMPARED_PROMPTS = 5
 CHAT_TOKENS = 2048
@@ -149,9 +150,9 @@ class Workbench:
             directory = questionary.path("Folder to save to:", only_directories=True).ask()
             if not directory:
                 return
-            check_target(directory, overwrite=True)  # a file is no folder, whatever the answer
+            target_of(self.settings, directory, overwrite=True)  # a file is no folder, whatever the answer
             try:
-                check_target(directory, overwrite)
+                target_of(self.settings, directory, overwrite)
             except HereticError:
                 overwrite = questionary.confirm(f"{directory} is not empty. Replace it?", default=False).ask() or False
                 if not overwrite:
