@@ -88,8 +88,7 @@ def test_what_nobody_foresaw_is_told_in_a_line(heretic: Heretic, workplace: Path
     outcome = heretic()
     assert (outcome.code, outcome.err) == (
         1,
-        "Error: RuntimeError: the first line (this is a defect of the program; --debug shows where it happened). "
-        "What was finished is kept.\n",
+        "Error: RuntimeError: the first line (this is a bug in heretic; --debug shows where it happened). What was finished is kept.\n",
     )
     assert "Traceback" in heretic("--debug").err
 

@@ -20,6 +20,7 @@ import process
 from conftest import Outcome
 from heretic.commands import rebuild
 from heretic.saving.hashed_file import sha256
+from heretic.saving.staging import Target, clean_up, staged
 from heretic.utils import SilentProgress
 from test_rebuild import make
 from tiny import build
@@ -138,9 +139,7 @@ def rebuild_again(result: Path, target: Path, overwrite: bool = False) -> None:
 
 def test_two_at_the_same_time_leave_each_other_alone(tmp_path: Path, result: Path) -> None:
     """What another process is writing is not taken for a leftover."""
-    from heretic.saving.staging import clean_up, staged
-
-    with staged(tmp_path / "out") as folder:
+    with staged(Target(tmp_path / "out")) as folder:
         (folder / "half").touch()
         clean_up(tmp_path / "out")
         assert (folder / "half").exists()

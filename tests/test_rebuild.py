@@ -133,8 +133,15 @@ def test_wrong_usage(saved: Path, heretic: Heretic) -> None:
     assert outcome == Outcome(2, "", told)
     outcome = heretic("--export-from", "out", "--reproduce", "out")
     assert (outcome.code, outcome.err.startswith("Error: Wrong usage: argument --reproduce: not allowed with argument")) == (2, True)
-    outcome = heretic("--export-from", "out", "--save-directory", "m")
-    assert outcome.err == "Error: The folder m is not empty. Choose another --save-directory, or add --overwrite to replace it.\n"
+    Path("full").mkdir()
+    Path("full", "file").touch()
+    outcome = heretic("--export-from", "out", "--save-directory", "full")
+    assert outcome.err == "Error: The folder full is not empty. Choose another --save-directory, or add --overwrite to replace it.\n"
+    for folder, what in (("m", "is the model"), ("out", "is the folder of the record"), (".", "holds the model")):
+        outcome = heretic("--export-from", "out", "--overwrite", "--save-directory", folder)
+        shown = Path.cwd() if folder == "." else folder
+        told = f"Error: {shown} {what}, which must not be replaced. Choose another --save-directory.\n"
+        assert (outcome.code, outcome.err) == (1, told)
 
 
 def test_an_original_elsewhere(saved: Path, heretic: Heretic) -> None:

@@ -99,7 +99,7 @@ def run_command(arguments: Sequence[str]) -> int:
         raise
     except Exception as error:  # nothing foresaw it; it is told in plain words all the same
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        _tell(f"{reason} (this is a defect of the program; --debug shows where it happened). What was finished is kept.", debug)
+        _tell(f"{reason} (this is a bug in heretic; --debug shows where it happened). What was finished is kept.", debug)
         return 1
 
 

@@ -1,13 +1,21 @@
 """Small things that several parts need and that belong to none: progress, durations, back-off, memory."""
 
 import contextlib
+import errno
 import gc
 import platform
+import sys
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 import torch
+from safetensors import SafetensorError
+
+from .errors import HereticError
+from .privacy import without_token
 
 
 class Progress(Protocol):
@@ -61,9 +69,54 @@ def format_size(n_bytes: int) -> str:
     return f"{size:.1f} GB"
 
 
+# What allocators, drivers and libraries of all vendors say where memory is lacking, in small letters.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "out_of_memory",
+    "outofmemory",
+    "out_of_device_memory",
+    "out_of_host_memory",
+    "alloc_failed",
+    "allocfailed",
+    "allocate memory",
+    "not enough memory",
+    "memory_error",
+    "invalid buffer size",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an accelerator's allocator, or the CPU's, found no room."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, (RuntimeError, SafetensorError)) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether nothing foresaw an error: it is neither told in words of ours nor a want of memory."""
+    return not (isinstance(error, HereticError) or is_out_of_memory(error))
+
+
+def reason(error: BaseException) -> str:
+    """In one line why something failed. That of a bug says that it is one."""
+    if isinstance(error, HereticError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
+    if is_out_of_memory(error):
+        return f"memory ran out ({text})."
+    return f"{text} (this is a bug in heretic; --debug shows where it happened)."
+
+
+def tell_failure(progress: Progress, what: str, error: BaseException, debug: bool) -> None:
+    """Warn that something failed without which the run goes on; with `debug`, where a bug happened."""
+    progress.warning(f"{what}: {reason(error)}")
+    if debug and is_bug(error):
+        progress.message(traceback_of(error))
+
+
+def traceback_of(error: BaseException) -> str:
+    """Where an error happened, as Python tells it, without the user's access token."""
+    return without_token("".join(traceback.format_exception(error)).rstrip())
 
 
 def empty_cache() -> None:
@@ -84,17 +137,55 @@ def input_device(model: Any) -> torch.device:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device, what this process's allocator keeps in reserve included."""
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
+        return min(int(psutil.virtual_memory().available), *(limit - used for limit, used in memory_limits()), sys.maxsize)
     free, _ = torch.accelerator.get_memory_info(device)
     reserve = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
     return int(free + reserve)
 
 
+def memory_limits(process: Path = Path("/proc/self")) -> list[tuple[int, int]]:
+    """Limits that a container or a batch system (Linux's control groups, versions 1 and 2) sets to this process's main memory, in bytes,
+    each with what is used of it; files that the system would drop from its cache are not counted."""
+    try:
+        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
+    except OSError:  # not Linux
+        return []
+    found = []
+    for fields in mounts:
+        kind, _, options = fields[fields.index("-") + 1 :][:3]
+        if kind == "cgroup2":
+            names, files = "", ("memory.max", "memory.high", "memory.current", "inactive_file")
+        elif kind == "cgroup" and "memory" in options.split(","):
+            names, files = "memory", ("memory.limit_in_bytes", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = next((path for _, controllers, path in groups if names in controllers.split(",")), "/")
+        found += _limits_above(Path(fields[4]), own.removeprefix(fields[3].rstrip("/")).strip("/"), *files)
+    return found
+
+
+def _limits_above(top: Path, group: str, limit: str, soft_limit: str, usage: str, cached: str) -> list[tuple[int, int]]:
+    """The limits of a group and of all groups above it, as far as they can be seen here."""
+    found = []
+    folder = top / group
+    for place in [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]:
+        try:
+            limits = [text for name in (limit, soft_limit) if (text := (place / name).read_text().strip()).isdecimal()]
+            statistics = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            used = int((place / usage).read_text()) - int(statistics.get(cached, 0))
+        except (OSError, ValueError):  # the topmost group has none
+            continue
+        found += [(int(text), used) for text in limits]
+    return found
+
+
 def describe_device() -> str:
     """The accelerators and their memory, or the CPU's, in one line."""
     if not torch.accelerator.is_available():
-        memory = psutil.virtual_memory()
-        return f"CPU, {torch.get_num_threads()} threads, {_gib(memory.available)} of {_gib(memory.total)} GiB memory free"
+        free = free_memory(torch.device("cpu"))
+        total = min(int(psutil.virtual_memory().total), *(limit for limit, _ in memory_limits()), sys.maxsize)
+        return f"CPU, {torch.get_num_threads()} threads, {_gib(free)} of {_gib(total)} GiB memory free"
     device = torch.accelerator.current_accelerator()
     kind = "accelerator" if device is None else device.type
     name_of = getattr(torch.get_device_module(device), "get_device_name", None)

@@ -206,8 +206,8 @@ def rebuild(
     from ..saving.staging import open_target, staged
 
     source = original_source(record, model, trust_remote_code)
-    kept = [("the model", Path(source.path))] if source.is_local else []
-    target = open_target(directory, overwrite, *kept, ("the folder of the record", record.folder))
+    originals = [("the model", Path(source.path))] if source.is_local else []
+    target = open_target(directory, overwrite, *originals, ("the folder of the record", record.folder))
     edits = load_edits(record.folder / DIRECTIONS)
     settings = record.content["settings"]
     original = open_original(_loaded(source), progress)

@@ -93,7 +93,7 @@ def upload(
 
 @contextlib.contextmanager
 def upload_folder(settings: Settings) -> Iterator[Path]:
-    """A folder that an upload of this study is written to, gone when it is left; beside the journal, where there is room for large files."""
+    """A folder to upload from, gone when it is left; beside the journal, where there is room for large files."""
     path = journal_path(settings).with_suffix(".upload")
     clean_up(path)
     with workspace(path) as place:

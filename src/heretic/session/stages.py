@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import HereticError
+from ..errors import HereticError, TeamError
 from ..loading.libraries import collector_paused
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def search_shown(
     """
     from ..console import StudyView
 
+    show_bugs(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
     with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
@@ -221,6 +222,14 @@ def search_shown(
                 lambda trial: view.show(trial, search.trials, search.n_done),
             )
             return should_stop()
+
+
+def show_bugs(search: "Search", console: "Console", settings: "Settings") -> None:
+    """Show where a bug happened that failed a trial, if that is wanted; the trial's line says that it was one."""
+    from ..utils import traceback_of
+
+    if settings.debug:
+        search.on_bug = lambda number, error: console.message(f"Trial {number}:\n{traceback_of(error)}")
 
 
 @contextmanager
@@ -254,6 +263,7 @@ def rescore_finalists(
 ) -> None:
     """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
     from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
+    from ..utils import empty_cache, tell_failure
 
     assert checkpoint.study is not None
     if not missing_finalists(checkpoint.study, settings):
@@ -264,8 +274,11 @@ def rescore_finalists(
         found = score_finalists(checkpoint.study, settings, evaluator, good, bad, n_together, console)
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
-    except HereticError as error:
-        console.warning(f"The finalists are not scored again: {error}")
+    except TeamError:
+        raise
+    except Exception as error:
+        tell_failure(console, "The finalists are not scored again", error, settings.debug)
+        empty_cache()
     else:
         checkpoint.note(**{ATTRIBUTE: found})
 
@@ -275,9 +288,10 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
     What goes wrong is told, and the run goes on: the study is what counts.
     """
-    from ..errors import ReportError, TrialError
+    from ..errors import CheckpointError, ReportError
     from ..reporting.report import facts_of, report_path, write_report
     from ..study.checkpoint import journal_path
+    from ..utils import empty_cache, tell_failure
 
     if not settings.report:
         return None
@@ -287,14 +301,23 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
     try:
         if evaluator is not None:
             _take_samples(checkpoint, evaluator)
+    except (TeamError, CheckpointError):
+        raise
+    except Exception as error:
+        tell_failure(console, "The report has no new responses", error, settings.debug)
+        empty_cache()
+    try:
         facts = facts_of(checkpoint.study)
         write_report(facts, path)
         if settings.report_plots:
             from ..reporting.report_plots import write_plots
 
             write_plots(facts, path)
-    except (ReportError, TrialError) as error:
+    except ReportError as error:
         console.warning(str(error))
+        return None
+    except Exception as error:
+        tell_failure(console, "There is no report", error, settings.debug)
         return None
     return path
 

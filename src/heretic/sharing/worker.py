@@ -241,7 +241,7 @@ def _run_supervised() -> int:
     """Be a worker of `workers.supervise`: what to do comes in one line on standard input, whose end means that the parent is gone."""
     order = json.loads(_read_line(0))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    from ..session.stages import stop_on_interrupt
+    from ..session.stages import show_bugs, stop_on_interrupt
 
     prepare_libraries(order["settings"]["debug"])
     import torch
@@ -257,6 +257,7 @@ def _run_supervised() -> int:
     study = open_study(order["url"], order["name"], settings.worker_timeout, console)
     joined = join(settings, console, study, artifact_store(order["url"], storage_of(study)), order["prepares"])
     evaluator = joined.evaluator
+    show_bugs(joined.search, console, settings)
     with stop_on_interrupt(lambda: None) as should_stop:
         joined.search.run(
             settings.n_trials,

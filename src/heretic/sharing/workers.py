@@ -249,7 +249,8 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
             "threads": placement.threads,
             "prepares": prepares and number == 1,
         }
-        workers.append(Worker(number, placement, order, console, is_preparing if number == 1 else lambda: False))
+        tells_all = (lambda: True) if settings.debug else is_preparing if number == 1 else (lambda: False)
+        workers.append(Worker(number, placement, order, console, tells_all))
 
     def target() -> int:
         result: int = study.user_attrs.get("target", settings.n_trials)

@@ -17,7 +17,7 @@ from ..evaluator import Evaluator
 from ..lanes import scoring
 from ..prompts import Prompt
 from ..scoring.figures import intervals
-from ..utils import Progress
+from ..utils import Progress, reason, tell_failure
 from .search import ablation_of, front_of, unlimited
 
 ATTRIBUTE = "finalists"
@@ -79,8 +79,11 @@ def score_finalists(
         batches = [missing[start : start + size] for start in range(0, len(missing), size)]
         begun = [at_work.begin([ablation_of(trial) for trial in batch], unlimited) for batch in batches]
         for batch, wait in zip(batches, begun, strict=True):
-            for trial, score in zip(batch, wait(), strict=True):
-                trials[str(trial.number)] = {"failure": str(score)} if isinstance(score, Exception) else score.described()
+            scores = at_work.finish([ablation_of(trial) for trial in batch], unlimited, wait)
+            for trial, score in zip(batch, scores, strict=True):
+                if isinstance(score, Exception):
+                    tell_failure(progress, f"Trial {trial.number} is not scored again", score, settings.debug)
+                trials[str(trial.number)] = {"failure": reason(score)} if isinstance(score, Exception) else score.described()
             advance(len(batch))
     return {
         "conditions": conditions(settings),

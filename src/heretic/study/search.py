@@ -17,8 +17,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ..config import DEFAULT_OBJECTIVES, SamplerName
 from ..config import Objectives as ObjectiveNames
 from ..editing.ablation import Ablation, ComponentParameters
+from ..errors import HereticError
 from ..evaluator import Score
 from ..parameters import FirstTrial
+from ..utils import is_bug, reason
 from .batches import Limit, ScoreTrials, Scoring, Wait
 from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
@@ -139,6 +141,7 @@ class Search:
         self.n_startup_trials = n_startup_trials
         self.sampler = sampler
         self.first_trials = [fixed_parameters(point, space) for point in first_trials]
+        self.on_bug: Callable[[int, Exception], None] = lambda number, error: None  # given what failed trials by a bug of ours
         self._cut_off = self._find_cut_off_trials()
 
     def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
@@ -193,15 +196,23 @@ class Search:
         return ablation
 
     def _tell(self, trial: Trial, result: Score | Exception, seconds: float, objectives: Objectives) -> None:
+        if isinstance(result, Score):
+            try:
+                values = objectives(result)
+            except Exception as error:  # recorded like one in scoring: left unfinished, the trial would fail every resumed run anew
+                result = error
+        if isinstance(result, Exception) and is_bug(result):
+            self.on_bug(trial.number, result)
         with journal_errors(self.path):
             trial.set_user_attr("seconds", round(seconds, 3))
             if isinstance(result, Exception):
-                trial.set_user_attr("failure", f"{type(result).__name__}: {result}")
+                foreseen = isinstance(result, HereticError)
+                trial.set_user_attr("failure", f"{type(result).__name__}: {result}" if foreseen else reason(result))
                 self.study.tell(trial, state=TrialState.FAIL)
             else:
                 for name, value in result.attributes().items():
                     trial.set_user_attr(name, value)
-                self.study.tell(trial, objectives(result))
+                self.study.tell(trial, values)
 
     def run(
         self,
