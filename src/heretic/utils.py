@@ -6,7 +6,7 @@ import gc
 import platform
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -155,23 +155,23 @@ def memory_limits(process: Path = Path("/proc/self")) -> list[tuple[int, int]]:
     for fields in mounts:
         kind, _, options = fields[fields.index("-") + 1 :][:3]
         if kind == "cgroup2":
-            names, files = "", ("memory.max", "memory.high", "memory.current", "inactive_file")
+            controller, limits, files = "", ("memory.max", "memory.high"), ("memory.current", "inactive_file")
         elif kind == "cgroup" and "memory" in options.split(","):
-            names, files = "memory", ("memory.limit_in_bytes", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            controller, limits, files = "memory", ("memory.limit_in_bytes",), ("memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        own = next((path for _, controllers, path in groups if names in controllers.split(",")), "/")
-        found += _limits_above(Path(fields[4]), own.removeprefix(fields[3].rstrip("/")).strip("/"), *files)
+        own = next((path for _, controllers, path in groups if controller in controllers.split(",")), "/")
+        found += _limits_above(Path(fields[4]), own.removeprefix(fields[3].rstrip("/")).strip("/"), limits, *files)
     return found
 
 
-def _limits_above(top: Path, group: str, limit: str, soft_limit: str, usage: str, cached: str) -> list[tuple[int, int]]:
+def _limits_above(top: Path, group: str, names: Sequence[str], usage: str, cached: str) -> list[tuple[int, int]]:
     """The limits of a group and of all groups above it, as far as they can be seen here."""
     found = []
     folder = top / group
     for place in [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]:
         try:
-            limits = [text for name in (limit, soft_limit) if (text := (place / name).read_text().strip()).isdecimal()]
+            limits = [text for name in names if (text := (place / name).read_text().strip()).isdecimal()]
             statistics = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
             used = int((place / usage).read_text()) - int(statistics.get(cached, 0))
         except (OSError, ValueError):  # the topmost group has none

@@ -206,18 +206,19 @@ class Checkpoint:
         return self.study is not None and bool(self.study.user_attrs.get(SHARED))
 
     def _cut_torn_line(self) -> None:
-        content = self.path.read_bytes()
-        kept = content[: content.rfind(b"\n") + 1]
-        last = kept[:-1].rpartition(b"\n")[2]
-        if last:
-            try:
-                json.loads(last)
-            except ValueError:
-                kept = kept[: len(kept) - len(last) - 1]
-        if kept != content and _damage(kept) is None:
-            self.lost_bytes = len(content) - len(kept)
-            with self.path.open("r+b") as file:
-                file.truncate(len(kept))
+        """Cut off what a killed writer left of a line. Under the lock of writers: who is just writing is waited for."""
+        with get_lock_file(JournalLock(self.path)):
+            content = self.path.read_bytes()
+            kept = content[: content.rfind(b"\n") + 1]
+            last = kept[:-1].rpartition(b"\n")[2]
+            if last:
+                try:
+                    json.loads(last)
+                except ValueError:
+                    kept = kept[: len(kept) - len(last) - 1]
+            if kept != content and _damage(kept) is None:
+                self.lost_bytes = len(content) - len(kept)
+                os.truncate(self.path, len(kept))
 
     def _load(self) -> optuna.Study | None:
         """The study in the journal, where there is one; reading leaves the file as it is."""
@@ -355,7 +356,8 @@ class Checkpoint:
 def read_study(path: Path) -> tuple[optuna.Study, Settings]:
     """The study in a journal and the settings it was made with, for reading. Raises `CheckpointError` where it is not one of ours."""
     try:
-        damage = _damage(path.read_bytes())
+        content = path.read_bytes()
+        damage = _damage(content[: content.rfind(b"\n") + 1])  # a line that is just being written, or was cut off, is left out
     except OSError as error:
         raise CheckpointError(f"The study {path} cannot be read: {error.strerror}.") from error
     if damage is not None:
