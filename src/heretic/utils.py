@@ -176,7 +176,7 @@ def _limits_above(top: Path, group: str, names: Sequence[str], usage: str, cache
             used = int((place / usage).read_text()) - int(statistics.get(cached, 0))
         except (OSError, ValueError):  # the topmost group has none
             continue
-        found += [(int(text), used) for text in limits]
+        found += [(int(text), used) for text in limits if int(text) < psutil.virtual_memory().total]  # else it is none
     return found
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import utils as hub_utils
 from transformers import (
@@ -26,7 +27,7 @@ from ..editing.architecture import refuse_encoder_decoder
 from ..errors import ModelError
 from ..launch import world_size
 from ..tensor_parallel import agreed, parallel_arguments
-from ..utils import Progress, empty_cache, input_device, is_out_of_memory
+from ..utils import Progress, empty_cache, free_memory, input_device, is_out_of_memory, memory_limits
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
 
@@ -209,6 +210,9 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
     arguments |= parallel_arguments(config) if world_size() > 1 else {"device_map": settings.device_map}
     if settings.max_memory:
         arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
+    elif settings.device_map == "auto" and memory_limits():
+        # Accelerate sees the machine's main memory, not what a container or a batch system leaves of it.
+        arguments["max_memory"] = {**get_max_memory(), "cpu": free_memory(torch.device("cpu"))}
     arguments |= loading_arguments(config)
     if settings.quantization == "bnb_4bit":
         if stored_method(config) is not None:
