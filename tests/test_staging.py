@@ -12,6 +12,7 @@ import pytest
 
 from conftest import Outcome
 from heretic.errors import ExportError
+from heretic.saving import staging
 from heretic.saving.staging import Target, clean_up, open_target, replace_file, staged, workspace
 
 Heretic = Callable[..., Outcome]
@@ -21,6 +22,14 @@ SAVE = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "me
 def fill(target: Target, text: str = "new") -> None:
     with staged(target) as folder:
         (folder / "file").write_text(text)
+
+
+@pytest.fixture(params=[True, False], ids=["swap", "two renames"])
+def swaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the system swaps two folders at once, or not."""
+    if not request.param:
+        monkeypatch.setattr("heretic.saving.staging._swap", lambda a, b: False)
+    return bool(request.param)
 
 
 def names(folder: Path) -> list[str]:
@@ -131,6 +140,7 @@ CHECK = """
 import sys
 from pathlib import Path
 from heretic.errors import ExportError
+from heretic.saving import staging
 from heretic.saving.staging import Target
 for path in (Path(sys.argv[1]), Path(sys.argv[1], "place")):
     try:
@@ -179,6 +189,14 @@ def test_a_folder_that_becomes_a_link_meanwhile(tmp_path: Path) -> None:
     assert names(tmp_path) == ["elsewhere", "out"] and (tmp_path / "out").is_symlink()
 
 
+def test_a_folder_is_replaced(tmp_path: Path, swaps: bool) -> None:
+    target = Target(tmp_path / "out", True)
+    for text in ("one", "two"):
+        fill(target, text)
+        assert (target.path / "file").read_text() == text
+        assert names(tmp_path) == ["out"]
+
+
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     fill(Target(tmp_path / "out"))
@@ -193,6 +211,7 @@ def test_an_interrupt_between_the_two_renames(tmp_path: Path, monkeypatch: pytes
     target = Target(tmp_path / name, True)
     fill(target, "old")
     rename = Path.rename
+    monkeypatch.setattr("heretic.saving.staging._swap", lambda a, b: False)
 
     def interrupt(self: Path, to: Path) -> Path:
         moved = rename(self, to)
@@ -288,7 +307,7 @@ def test_a_workspace_that_was_just_begun_is_removed(tmp_path: Path, marker: str 
 # Flushed before the old one goes
 
 
-def test_everything_is_on_the_disk_before_the_old_folder_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_the_disk_before_the_old_folder_goes(tmp_path: Path, swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file and folder of the new one before the first rename, and its place before anything is deleted."""
     target = Target(tmp_path / "a" / "b" / "out", True)
     fill(target, "old")
@@ -308,6 +327,14 @@ def test_everything_is_on_the_disk_before_the_old_folder_goes(tmp_path: Path, mo
             events.append(("delete", os.stat(path).st_ino))  # noqa: PTH116
         rmtree(path, *rest, **named)  # type: ignore[arg-type]
 
+    if swaps:
+        swap = staging._swap
+
+        def noted_swap(a: Path, b: Path) -> bool:
+            events.append(("rename", a.stat().st_ino))
+            return swap(a, b)
+
+        monkeypatch.setattr(staging, "_swap", noted_swap)
     for place, name, function in ((os, "fsync", noted_fsync), (Path, "rename", noted_rename), (shutil, "rmtree", noted_rmtree)):
         monkeypatch.setattr(place, name, function)
     with staged(target) as folder:
@@ -319,7 +346,7 @@ def test_everything_is_on_the_disk_before_the_old_folder_goes(tmp_path: Path, mo
     flushed = {inode for kind, inode in events[:first_rename] if kind == "flush"}
     assert {path.stat().st_ino for path in (target.path, *target.path.rglob("*"))} <= flushed
     assert ("flush", target.path.parent.stat().st_ino) in events[first_rename:deletion]
-    assert kinds.count("rename") == 2 and "rename" not in kinds[deletion:]
+    assert kinds.count("rename") == (1 if swaps else 2) and "rename" not in kinds[deletion:]
 
 
 def test_folders_that_are_made_on_the_way_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ out, and deletes the rest.
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ _LOCK, _MARKER, _NEW, _OLD = "lock", "heretic.txt", "new", "replaced"
 RECORD = "heretic.json"
 # Not every file system can flush a folder.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+# From Linux's fcntl.h and stdio.h.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclass(frozen=True)
@@ -199,17 +203,25 @@ def _mark(path: Path) -> str:
 
 def _put_in_place(target: Target, place: Path) -> None:
     """Move the new folder to the target. Without `overwrite` the system itself refuses to replace a folder that is not empty."""
-    if target.overwrite and target.path.exists():
-        target.path.rename(place / _OLD)
-    try:
-        if os.name == "nt" and target.path.exists():  # which replaces no folder, not even an empty one
-            target.path.rmdir()
-        (place / _NEW).rename(target.path)
-    except OSError:
-        target.check()  # where somebody else was faster, it says so
-        raise
+    new, path = place / _NEW, target.path
+    if not (target.overwrite and path.exists() and _swap(new, path)):
+        if target.overwrite and path.exists():
+            path.rename(place / _OLD)
+        try:
+            if os.name == "nt" and path.exists():  # which replaces no folder, not even an empty one
+                path.rmdir()
+            new.rename(path)
+        except OSError:
+            target.check()  # where somebody else was faster, it says so
+            raise
     _flush_folder(place)
-    _flush_folder(target.path.absolute().parent)
+    _flush_folder(path.absolute().parent)
+
+
+def _swap(a: Path, b: Path) -> bool:
+    """Swap two folders at once, so that a process that is killed leaves one or the other; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
 def _settle(place: Path, path: Path) -> None:
