@@ -243,7 +243,8 @@ class Checkpoint:
         """Begin a study, described by its settings. A journal that is there is kept beside it, unless no trial of ours was finished."""
         with journal_errors(self.path):
             if self.path.exists():
-                is_ours = self.study is not None and "identity" in self.study.user_attrs
+                # Without a trial it is one whose making was cut off, whoever's it is.
+                is_ours = self.study is not None and ("identity" in self.study.user_attrs or not self.study.get_trials(deepcopy=False))
                 if self.path.stat().st_size == 0 or (is_ours and not self.exists):
                     self.path.unlink()
                 else:
