@@ -108,6 +108,21 @@ def test_memory_that_runs_out_in_a_trial_is_no_bug(heretic: Heretic, workplace: 
     assert study().trials[0].user_attrs["failure"] == told
 
 
+def test_a_bug_that_only_several_trials_together_show_is_told(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score_trials = Evaluator.score_trials
+
+    def crash(self: Evaluator, ablations: Any, *rest: Any) -> Any:
+        if len(ablations) > 1:
+            raise KeyError("mine")
+        return score_trials(self, ablations, *rest)
+
+    monkeypatch.setattr(Evaluator, "score_trials", crash)
+    outcome = heretic("--n-finalists", "0", "--no-report", "--trials-per-batch", "3")
+    told = "KeyError: 'mine' (this is a bug in heretic; --debug shows where it happened)."
+    assert f"Warning: Trials are scored one by one, as scoring them together failed: {told}" in outcome.out
+    assert [trial.state.name for trial in study().trials] == ["COMPLETE"] * 3
+
+
 # Finalists and report
 
 
@@ -152,7 +167,9 @@ def test_finalists_that_do_not_fit_together_are_scored_one_by_one(
 
     monkeypatch.setattr(Evaluator, "score_trials", too_many)
     outcome = heretic("--n-trials", "6", "--n-finalists", "8", "--trials-per-batch", "4")
-    assert outcome.code == 0 and "Warning" not in outcome.out
+    told = "memory ran out (OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB)."
+    assert outcome.code == 0
+    assert f"Warning: Trials are scored one by one, as scoring them together failed: {told}" in outcome.out
     found = study().user_attrs["finalists"]["trials"]
     assert len(found) > 1 and all("scores" in entry for entry in found.values())
 
@@ -177,7 +194,7 @@ def test_a_check_that_cannot_be_made_leaves_the_saved_model(
     monkeypatch.setattr("heretic.saving.verify.load_model", fail)
     outcome = heretic(*SAVE)
     assert outcome.code == 0
-    assert f"Warning: The saved model is in out, but could not be scored again: {told}" in outcome.out
+    assert f"Warning: The saved model is kept, but could not be scored again: {told}" in outcome.out
     assert "saved_kl_divergence" not in json.loads(Path("out/heretic.json").read_text())
     assert Path("out/model.safetensors").is_file()
 

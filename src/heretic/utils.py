@@ -153,11 +153,11 @@ def memory_limits(process: Path = Path("/proc/self")) -> list[tuple[int, int]]:
         return []
     found = []
     for fields in mounts:
-        kind, _, options = fields[fields.index("-") + 1 :][:3]
+        kind, *source = fields[fields.index("-", 6) + 1 :]
         if kind == "cgroup2":
-            controller, limits, files = "", ("memory.max", "memory.high"), ("memory.current", "inactive_file")
-        elif kind == "cgroup" and "memory" in options.split(","):
-            controller, limits, files = "memory", ("memory.limit_in_bytes",), ("memory.usage_in_bytes", "total_inactive_file")
+            controller, limits, files = "", ["memory.max", "memory.high"], ("memory.current", "inactive_file")
+        elif kind == "cgroup" and "memory" in source[-1].split(","):
+            controller, limits, files = "memory", ["memory.limit_in_bytes"], ("memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         own = next((path for _, controllers, path in groups if controller in controllers.split(",")), "/")

@@ -21,9 +21,10 @@ TOLERANCE, RELATIVE_TOLERANCE = 0.01, 0.1
 
 
 def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float, progress: Progress) -> Callable[[Path], dict[str, Any]]:
-    """A check for `export.save`: given a written folder, the saved model's own first-token KL divergence, for the record.
+    """A check for `export.save`: given a saved model's folder, its own first-token KL divergence, for the record.
 
-    Nothing where a second model has no room, and where the search was in 4 bits, whose divergence is another model's.
+    Nothing where a second model has no room, where the check fails, which is told, and where the search was in 4 bits, whose divergence is
+    another model's.
     """
 
     def check(folder: Path) -> dict[str, Any]:
@@ -41,13 +42,15 @@ def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float
                 f"{free / 2**30:.1f} are free. --evaluate-model does it."
             )
             return {}
+        divergence = None
         try:
             divergence = saved_divergence(folder, model, evaluator, progress)
         except KeyboardInterrupt:
             progress.message("Interrupted: the saved model is not scored again. --evaluate-model does it.")
-            return {}
-        except Exception as error:  # whatever it is, the saved model stays
-            tell_failure(progress, f"The saved model is in {folder}, but could not be scored again", error, evaluator.settings.debug)
+        except Exception as error:  # whatever it is, what was saved stays
+            tell_failure(progress, "The saved model is kept, but could not be scored again", error, evaluator.settings.debug)
+        empty_cache()
+        if divergence is None:
             return {}
         text = f"The saved model's KL divergence on harmless prompts is {divergence:.4f}; the trial's was {trial_divergence:.4f}."
         if abs(divergence - trial_divergence) > TOLERANCE + RELATIVE_TOLERANCE * trial_divergence:
@@ -73,6 +76,4 @@ def saved_divergence(folder: Path, model: Model, evaluator: Evaluator, progress:
     divergence = float(divergences.first_token.mean())
     if not math.isfinite(divergence):
         raise TrialError(NOT_FINITE)
-    del saved
-    empty_cache()
     return divergence

@@ -6,6 +6,7 @@ Heavy modules are imported where they are first needed, so that what is wrong wi
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,8 +203,12 @@ def search_shown(
     `scoring` scores in the place of `evaluator.score_trials`.
     """
     from ..console import StudyView
+    from ..study.batches import ONE_BY_ONE, Scoring
+    from ..utils import tell_failure
 
     show_bugs(search, console, evaluator.settings)
+    scoring = scoring or Scoring(evaluator.score_trials)
+    scoring.on_crash = partial(tell_failure, console, ONE_BY_ONE, debug=evaluator.settings.debug)
     last_layer = len(evaluator.model.architecture.layers) - 1
     with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
@@ -214,7 +219,7 @@ def search_shown(
         with stop_on_interrupt(note_stop) as should_stop:
             search.run(
                 target,
-                scoring or evaluator.score_trials,
+                scoring,
                 evaluator.objectives,
                 batch_size,
                 evaluator.stops_dominated,

@@ -7,6 +7,9 @@ from ..editing.ablation import Ablation
 from ..errors import TeamError
 from ..evaluator import Score
 
+# What a batch that crashed is told by.
+ONE_BY_ONE = "Trials are scored one by one, as scoring them together failed"
+
 Limit = Callable[[float], float]
 Scores = Sequence[Score | Exception]
 ScoreTrials = Callable[[list[Ablation], Limit], Scores]
@@ -20,6 +23,7 @@ class Scoring:
 
     def __init__(self, score_trials: ScoreTrials) -> None:
         self.score_trials = score_trials
+        self.on_crash: Callable[[Exception], None] = lambda error: None  # given why the trials of a batch are scored one by one
 
     @property
     def n_at_work(self) -> int:
@@ -39,4 +43,5 @@ class Scoring:
         except Exception as error:
             if len(ablations) == 1:
                 return [error]
+            self.on_crash(error)
         return [self.finish([ablation], limit, self.begin([ablation], limit))[0] for ablation in ablations]

@@ -7,6 +7,7 @@ kept in the study's user attribute `finalists`, since Optuna's finished trials t
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import optuna
@@ -18,6 +19,7 @@ from ..lanes import scoring
 from ..prompts import Prompt
 from ..scoring.figures import intervals
 from ..utils import Progress, reason, tell_failure
+from .batches import ONE_BY_ONE
 from .search import ablation_of, front_of, unlimited
 
 ATTRIBUTE = "finalists"
@@ -75,6 +77,7 @@ def score_finalists(
         scoring(evaluator, trials_per_batch, progress) as at_work,
         progress.task("Scoring the finalists again", len(missing)) as advance,
     ):
+        at_work.on_crash = partial(tell_failure, progress, ONE_BY_ONE, debug=settings.debug)
         size = min(trials_per_batch, math.ceil(len(missing) / at_work.n_processes))
         batches = [missing[start : start + size] for start in range(0, len(missing), size)]
         begun = [at_work.begin([ablation_of(trial) for trial in batch], unlimited) for batch in batches]
