@@ -17,11 +17,11 @@ from optuna.storages.journal import JournalFileBackend
 from safetensors import SafetensorError
 
 from conftest import Outcome
+from heretic.device import free_memory, is_out_of_memory, memory_limits
 from heretic.errors import ModelError
 from heretic.evaluator import Evaluator
 from heretic.settings_sources import load_settings
 from heretic.study.checkpoint import Checkpoint, JournalLock, read_study
-from heretic.utils import free_memory, is_out_of_memory, memory_limits
 
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")
@@ -366,7 +366,7 @@ def test_limits_where_there_are_none(tmp_path: Path) -> None:
 
 def test_free_memory_is_what_the_tightest_limit_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr("heretic.utils.memory_limits", lambda: [(7000, 3000), (9000, 1000)])
+    monkeypatch.setattr("heretic.device.memory_limits", lambda: [(7000, 3000), (9000, 1000)])
     assert free_memory(cpu) == 4000
-    monkeypatch.setattr("heretic.utils.memory_limits", list)
+    monkeypatch.setattr("heretic.device.memory_limits", list)
     assert 0 < free_memory(cpu) < 2**60

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 import tiny
 from conftest import Outcome
 from heretic.config import Settings
+from heretic.device import input_device
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
-from heretic.utils import SilentProgress, input_device
+from heretic.utils import SilentProgress
 from test_shared_search import as_optuna_reads
 
 SAVE = ["--model-action", "save", "--trial-index", "0", "--export-strategy", "merge"]
@@ -59,7 +60,7 @@ def test_a_containers_limit_is_kept(workplace: Path, monkeypatch: pytest.MonkeyP
     chosen = Settings(model="m", dtypes=["float32"])
     assert placed(chosen)[0] == {"cpu"}
     monkeypatch.setattr("heretic.loading.load.memory_limits", lambda: [(100_000, 40_000)])
-    monkeypatch.setattr("heretic.utils.memory_limits", lambda: [(100_000, 40_000)])
+    monkeypatch.setattr("heretic.device.memory_limits", lambda: [(100_000, 40_000)])
     assert placed(chosen)[0] == {"cpu", "meta"}
     assert placed(chosen.model_copy(update={"max_memory": {"cpu": "1GB"}}))[0] == {"cpu"}, "what the user says counts"
 

@@ -1,21 +1,10 @@
-"""Small things that several parts need and that belong to none: progress, durations, back-off, memory."""
+"""Small things that several parts need and that belong to none: progress, durations, texts. Imports nothing heavy."""
 
 import contextlib
-import errno
-import gc
-import platform
+import importlib.metadata
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol
-
-import psutil
-import torch
-from safetensors import SafetensorError
-
-from .errors import HereticError
-from .privacy import without_token
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 
 class Progress(Protocol):
@@ -69,153 +58,21 @@ def format_size(n_bytes: int) -> str:
     return f"{size:.1f} GB"
 
 
-# What allocators, drivers and libraries of all vendors say where memory is lacking, in small letters.
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "out_of_memory",
-    "outofmemory",
-    "out_of_device_memory",
-    "out_of_host_memory",
-    "alloc_failed",
-    "allocfailed",
-    "allocate memory",
-    "not enough memory",
-    "memory_error",
-    "invalid buffer size",
-)
+def first_line(error: BaseException | str) -> str:
+    """What an error says, in one line; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an accelerator's allocator, or the CPU's, found no room."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    return isinstance(error, (RuntimeError, SafetensorError)) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+def some_of(names: Sequence[str], n: int) -> str:
+    """The first `n` names, and how many more there are."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-def is_bug(error: BaseException) -> bool:
-    """Whether nothing foresaw an error: it is neither told in words of ours nor a want of memory."""
-    return not (isinstance(error, HereticError) or is_out_of_memory(error))
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Versions of installed libraries."""
+    return {name: importlib.metadata.version(name) for name in libraries}
 
 
-def reason(error: BaseException) -> str:
-    """In one line why something failed. That of a bug says that it is one."""
-    if isinstance(error, HereticError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
-    if is_out_of_memory(error):
-        return f"memory ran out ({text})."
-    return f"{text} (this is a bug in heretic; --debug shows where it happened)."
-
-
-def tell_failure(progress: Progress, what: str, error: BaseException, debug: bool) -> None:
-    """Warn that something failed without which the run goes on; with `debug`, where a bug happened."""
-    progress.warning(f"{what}: {reason(error)}")
-    if debug and is_bug(error):
-        progress.message(traceback_of(error))
-
-
-def traceback_of(error: BaseException) -> str:
-    """Where an error happened, as Python tells it, without the user's access token."""
-    return without_token("".join(traceback.format_exception(error)).rstrip())
-
-
-def empty_cache() -> None:
-    """Give memory that nothing uses any more back to the device."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-
-
-def input_device(model: Any) -> torch.device:
-    """Where a model takes token ids: where the weight of its embedding is, or comes to for a pass where Accelerate keeps it elsewhere."""
-    module = model.get_input_embeddings()
-    hook = getattr(module, "_hf_hook", None)
-    device = module.weight.device
-    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, what this process's allocator keeps in reserve included."""
-    if device.type == "cpu":
-        return min(int(psutil.virtual_memory().available), *(limit - used for limit, used in memory_limits()), sys.maxsize)
-    free, _ = torch.accelerator.get_memory_info(device)
-    reserve = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    return int(free + reserve)
-
-
-def memory_limits(process: Path = Path("/proc/self")) -> list[tuple[int, int]]:
-    """Limits that a container or a batch system (Linux's control groups, versions 1 and 2) sets to this process's main memory, in bytes,
-    each with what is used of it; files that the system would drop from its cache are not counted."""
-    try:
-        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
-    except OSError:  # not Linux
-        return []
-    found = []
-    for fields in mounts:
-        kind, *source = fields[fields.index("-", 6) + 1 :]
-        if kind == "cgroup2":
-            controller, limits, files = "", ["memory.max", "memory.high"], ("memory.current", "inactive_file")
-        elif kind == "cgroup" and "memory" in source[-1].split(","):
-            controller, limits, files = "memory", ["memory.limit_in_bytes"], ("memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        own = next((path for _, controllers, path in groups if controller in controllers.split(",")), "/")
-        found += _limits_above(Path(fields[4]), own.removeprefix(fields[3].rstrip("/")).strip("/"), limits, *files)
-    return found
-
-
-def _limits_above(top: Path, group: str, names: Sequence[str], usage: str, cached: str) -> list[tuple[int, int]]:
-    """The limits of a group and of all groups above it, as far as they can be seen here."""
-    found = []
-    folder = top / group
-    for place in [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]:
-        try:
-            limits = [text for name in names if (text := (place / name).read_text().strip()).isdecimal()]
-            statistics = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-            used = int((place / usage).read_text()) - int(statistics.get(cached, 0))
-        except (OSError, ValueError):  # the topmost group has none
-            continue
-        found += [(int(text), used) for text in limits if int(text) < psutil.virtual_memory().total]  # else it is none
-    return found
-
-
-def describe_device() -> str:
-    """The accelerators and their memory, or the CPU's, in one line."""
-    if not torch.accelerator.is_available():
-        free = free_memory(torch.device("cpu"))
-        total = min(int(psutil.virtual_memory().total), *(limit for limit, _ in memory_limits()), sys.maxsize)
-        return f"CPU, {torch.get_num_threads()} threads, {_gib(free)} of {_gib(total)} GiB memory free"
-    device = torch.accelerator.current_accelerator()
-    kind = "accelerator" if device is None else device.type
-    name_of = getattr(torch.get_device_module(device), "get_device_name", None)
-    parts = []
-    for i in range(torch.accelerator.device_count()):
-        name = name_of(i) if name_of else kind
-        try:
-            free, total = torch.accelerator.get_memory_info(i)
-        except (RuntimeError, NotImplementedError):  # not every backend tells
-            parts.append(f"{name} ({kind}:{i})")
-        else:
-            parts.append(f"{name} ({kind}:{i}), {_gib(free)} of {_gib(total)} GiB memory free")
-    return "; ".join(parts)
-
-
-def hardware() -> dict[str, Any]:
-    """What results may depend on beyond versions, and nothing that tells whose machine it is."""
-    devices: list[str] = []
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        name_of = getattr(torch.get_device_module(device), "get_device_name", None)
-        devices = [name_of(i) if name_of else str(device) for i in range(torch.accelerator.device_count())]
-    return {
-        "devices": devices,
-        "cpu_threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-    }
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f}"
+def can_ask() -> bool:
+    """Whether somebody is there to answer."""
+    return sys.stdout.isatty() and sys.stdin.isatty()

@@ -23,7 +23,6 @@ from huggingface_hub import constants
 from ..config import Settings
 from ..errors import ExportError
 from ..loading.source import expand
-from ..sharing.location import is_file
 
 # What a workspace holds: the lock of the process at work, the marker, what is written, and what that replaces.
 _LOCK, _MARKER, _NEW, _OLD = "lock", "heretic.txt", "new", "replaced"
@@ -126,7 +125,7 @@ def target_of(settings: Settings, directory: str, overwrite: bool) -> Target:
     kept = [("the folder of studies", expand(settings.study_checkpoint_dir))]
     if expand(settings.model).is_dir():
         kept.insert(0, ("the model", expand(settings.model)))
-    if settings.study_storage is not None and is_file(settings.study_storage):
+    if settings.study_storage is not None and "://" not in settings.study_storage:
         kept.append(("the study", expand(settings.study_storage)))
     return open_target(directory, overwrite, *kept)
 

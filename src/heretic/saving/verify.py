@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..device import empty_cache, free_memory
 from ..errors import TrialError
 from ..evaluator import Evaluator
-from ..launch import world_size
 from ..loading.load import load_model
 from ..loading.source import ModelSource
 from ..model import NOT_FINITE, Model
-from ..utils import Progress, empty_cache, free_memory, tell_failure
+from ..study.failures import tell_failure
+from ..utils import Progress
 
 # Of the bytes of the weights: what a second model takes at work.
 ROOM = 1.3
@@ -30,9 +31,6 @@ def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float
     def check(folder: Path) -> dict[str, Any]:
         if model.loaded.quantized:
             progress.message("The saved model is not scored again: the search computed in 4 bits, and its scores are those of that model.")
-            return {}
-        if world_size() > 1:
-            progress.message("The saved model is not scored again: torchrun's processes hold one model. --evaluate-model does it.")
             return {}
         needed = sum(p.numel() * p.itemsize for p in model.model.parameters())
         free = free_memory(model.device)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import HereticError, TeamError
+from ..errors import HereticError
 from ..loading.libraries import collector_paused
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..console import Console
     from ..evaluator import Evaluator
     from ..model import Model
-    from ..study.batches import Scoring
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
     from ..study.search import Search
@@ -72,9 +71,7 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
     from ..loading.load import load_model
     from ..loading.source import model_source
     from ..model import Model
-    from ..tensor_parallel import lead
 
-    lead(settings, name)
     with collector_paused():  # transformers imports the model's own file only now
         loaded = load_model(settings, model_source(settings, name), console)
     model = Model(loaded, settings, console)
@@ -92,21 +89,15 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
 
 def _report_completeness(model: "Model", console: "Console") -> None:
     """Tell where edits of weights cannot reach all of the residual stream."""
-    from ..editing.completeness import ROUNDING
+    from ..editing.completeness import ROUNDING, remaining_share
 
-    share = measure_completeness(model)
+    share = remaining_share(model.model, model.architecture)
     if share > ROUNDING.get(model.loaded.dtype.itemsize, 0.05):
         console.warning(
             f"After an ablation of full strength {min(share, 1):.0%} of a direction stays in the residual stream: this model normalizes, "
             "gates or weighs its stream in a way that no edit of weights can follow, or something that writes to it was not found. "
             "Ablation works on it, but only approximately."
         )
-
-
-def measure_completeness(model: "Model") -> float:
-    from ..editing.completeness import remaining_share
-
-    return remaining_share(model.model, model.architecture)
 
 
 def check_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any], final_prompts: dict[str, Any]) -> None:
@@ -179,8 +170,9 @@ def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable
     good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as the directions see them
     if settings.print_residual_geometry:
         from ..reporting.residual_geometry import residual_geometry
+        from ..reporting.tables import geometry_table
 
-        console.residual_geometry(residual_geometry(good_seen, bad_seen))
+        console.show(geometry_table(residual_geometry(good_seen, bad_seen), wraps=console.is_terminal))
     if settings.plot_residuals:
         from ..reporting.residual_plots import write_residual_plots
 
@@ -196,19 +188,11 @@ def search_shown(
     search: "Search",
     target: int,
     batch_size: "BatchSize",
-    scoring: "Scoring | None" = None,
 ) -> bool:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so.
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so."""
+    from ..reporting.study_view import StudyView
 
-    `scoring` scores in the place of `evaluator.score_trials`.
-    """
-    from ..console import StudyView
-    from ..study.batches import ONE_BY_ONE, Scoring
-    from ..utils import tell_failure
-
-    show_bugs(search, console, evaluator.settings)
-    scoring = scoring or Scoring(evaluator.score_trials)
-    scoring.on_crash = partial(tell_failure, console, ONE_BY_ONE, debug=evaluator.settings.debug)
+    tell_failures(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
     with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
@@ -219,7 +203,7 @@ def search_shown(
         with stop_on_interrupt(note_stop) as should_stop:
             search.run(
                 target,
-                scoring,
+                evaluator.score_trials,
                 evaluator.objectives,
                 batch_size,
                 evaluator.stops_dominated,
@@ -229,10 +213,11 @@ def search_shown(
             return should_stop()
 
 
-def show_bugs(search: "Search", console: "Console", settings: "Settings") -> None:
-    """Show where a bug happened that failed a trial, if that is wanted; the trial's line says that it was one."""
-    from ..utils import traceback_of
+def tell_failures(search: "Search", console: "Console", settings: "Settings") -> None:
+    """Have a search tell of batches that crash and, if that is wanted, where a bug happened that failed a trial."""
+    from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
 
+    search.on_crash = partial(tell_failure, console, ONE_BY_ONE, debug=settings.debug)
     if settings.debug:
         search.on_bug = lambda number, error: console.message(f"Trial {number}:\n{traceback_of(error)}")
 
@@ -267,8 +252,9 @@ def rescore_finalists(
     settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: dict[str, Any], n_together: int
 ) -> None:
     """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
+    from ..device import empty_cache
+    from ..study.failures import tell_failure
     from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
-    from ..utils import empty_cache, tell_failure
 
     assert checkpoint.study is not None
     if not missing_finalists(checkpoint.study, settings):
@@ -279,8 +265,6 @@ def rescore_finalists(
         found = score_finalists(checkpoint.study, settings, evaluator, good, bad, n_together, console)
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
-    except TeamError:
-        raise
     except Exception as error:
         tell_failure(console, "The finalists are not scored again", error, settings.debug)
         empty_cache()
@@ -293,10 +277,11 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
     What goes wrong is told, and the run goes on: the study is what counts.
     """
+    from ..device import empty_cache
     from ..errors import CheckpointError, ReportError
     from ..reporting.report import facts_of, report_path, write_report
     from ..study.checkpoint import journal_path
-    from ..utils import empty_cache, tell_failure
+    from ..study.failures import tell_failure
 
     if not settings.report:
         return None
@@ -306,7 +291,7 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
     try:
         if evaluator is not None:
             _take_samples(checkpoint, evaluator)
-    except (TeamError, CheckpointError):
+    except CheckpointError:
         raise
     except Exception as error:
         tell_failure(console, "The report has no new responses", error, settings.debug)
@@ -329,7 +314,7 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
 def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     from ..reporting.samples import sample_prompts, take_samples
-    from ..study.search import front_of
+    from ..study.front import front_of
 
     assert checkpoint.study is not None
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
@@ -349,16 +334,18 @@ def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", 
 
 def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> None:
     """The front, and the command lines that go on from there where no setting answers what to do with it."""
+    from ..reporting.tables import finalists_table, front_table
     from ..study.finalists import known_finalists
-    from ..study.search import front_of
+    from ..study.front import front_of
     from .answers import command_lines
 
     assert checkpoint.study is not None
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")
-    console.front(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives)
-    console.finalists(front, known_finalists(checkpoint.study))
+    console.show(front_table(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives))
+    if (table := finalists_table(front, known_finalists(checkpoint.study))) is not None:
+        console.show(table)
     if report is not None:
         console.message(f"Report: {report}")
     if settings.model_action is None:

@@ -15,12 +15,12 @@ from optuna.trial import FrozenTrial
 
 from ..config import Settings
 from ..evaluator import Evaluator
-from ..lanes import scoring
 from ..prompts import Prompt
 from ..scoring.figures import intervals
-from ..utils import Progress, reason, tell_failure
-from .batches import ONE_BY_ONE
-from .search import ablation_of, front_of, unlimited
+from ..utils import Progress
+from .failures import ONE_BY_ONE, reason, tell_failure
+from .front import ablation_of, front_of
+from .search import score_batch
 
 ATTRIBUTE = "finalists"
 
@@ -73,16 +73,10 @@ def score_finalists(
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
     baseline = "Baseline of the finalists"
     evaluator = Evaluator(final_settings(settings), search.model, good_prompts, bad_prompts, progress, True, baseline, search)
-    with (
-        scoring(evaluator, trials_per_batch, progress) as at_work,
-        progress.task("Scoring the finalists again", len(missing)) as advance,
-    ):
-        at_work.on_crash = partial(tell_failure, progress, ONE_BY_ONE, debug=settings.debug)
-        size = min(trials_per_batch, math.ceil(len(missing) / at_work.n_processes))
-        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-        begun = [at_work.begin([ablation_of(trial) for trial in batch], unlimited) for batch in batches]
-        for batch, wait in zip(batches, begun, strict=True):
-            scores = at_work.finish([ablation_of(trial) for trial in batch], unlimited, wait)
+    tell_crash = partial(tell_failure, progress, ONE_BY_ONE, debug=settings.debug)
+    with progress.task("Scoring the finalists again", len(missing)) as advance:
+        for batch in (missing[start : start + trials_per_batch] for start in range(0, len(missing), trials_per_batch)):
+            scores = score_batch(evaluator.score_trials, [ablation_of(trial) for trial in batch], lambda kl: math.inf, tell_crash)
             for trial, score in zip(batch, scores, strict=True):
                 if isinstance(score, Exception):
                     tell_failure(progress, f"Trial {trial.number} is not scored again", score, settings.debug)
