@@ -20,7 +20,7 @@ def reason(error: BaseException) -> str:
     """In one line why something failed. That of a bug says that it is one."""
     if isinstance(error, HereticError):
         return str(error)
-    text = first_line(f"{type(error).__name__}: {error}").rstrip(".")
+    text = without_token(first_line(f"{type(error).__name__}: {error}")).rstrip(".")
     if is_out_of_memory(error):
         return f"memory ran out ({text})."
     return f"{text} (this is a bug in heretic; --debug shows where it happened)."
