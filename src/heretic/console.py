@@ -3,22 +3,24 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console as RichConsole
-from rich.console import Group
+from rich.console import ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.measure import measure_renderables
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from .config import DEFAULT_OBJECTIVES, Objectives
 from .editing.ablation import Ablation
+from .loading.trust import screen_text
 from .parameters import Choice, Range
 from .reporting.residual_geometry import LayerGeometry
 from .reporting.text_plot import text_plot
@@ -37,6 +39,14 @@ MIN_PLOT_WIDTH, PLOT_WIDTH, PLOT_HEIGHT = 24, 60, 15
 PLOT_AXIS_WIDTH = 12  # its labels and the space between
 
 
+class _Screen(RichConsole):
+    """Rich's console. Only its own codes control the terminal, not those that a text brings."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(screen_text(segment.text), segment.style)
+
+
 class Console:
     """The screen. Implements `utils.Progress`."""
 
@@ -44,8 +54,8 @@ class Console:
         self.is_terminal = sys.stdout.isatty()
         self.can_ask = can_ask()
         width = None if self.is_terminal else 10_000
-        self.rich = RichConsole(highlight=False, width=width, no_color=not self.is_terminal, emoji=False)
-        self.errors = RichConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 10_000, emoji=False)
+        self.rich = _Screen(highlight=False, width=width, no_color=not self.is_terminal, emoji=False)
+        self.errors = _Screen(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 10_000, emoji=False)
 
     def message(self, text: str) -> None:
         self.rich.print(escape(text))
@@ -346,7 +356,7 @@ def plot_lines(trials: Sequence[FrozenTrial], front: Sequence[FrozenTrial], base
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     ordered = sorted(complete, key=lambda trial: trial.number in numbers)
     points = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"], "●" if t.number in numbers else "·") for t in ordered]
-    return text_plot(points, (0, max([base_refusals, *(refusals for _, refusals, _ in points)])), width, height)
+    return text_plot(points, (0, max([1, base_refusals, *(refusals for _, refusals, _ in points)])), width, height)
 
 
 def _refusals(trial: FrozenTrial, base_refusals: int) -> str:

@@ -7,6 +7,7 @@ search, no accelerator; on the same versions it is the same, bit by bit.
 
 import contextlib
 import json
+import shlex
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,26 @@ DEPENDS_ON = {
     "bitsandbytes": SEARCH_ONLY,
     "optuna": SEARCH_ONLY,
 }
+
+
+# Settings besides those that define a study on which the same search depends. Everything else is this command line's to say.
+SEARCH = (
+    "dtypes",
+    "batch_size",
+    "max_batch_size",
+    "trials_per_batch",
+    "stop_dominated_trials",
+    "n_trials",
+    "n_startup_trials",
+    "sampler",
+    "first_trials",
+    "seed",
+    "n_finalists",
+    "final_response_length",
+    "final_kl_tokens",
+    "final_good_prompts",
+    "final_bad_prompts",
+)
 
 
 @dataclass(frozen=True)
@@ -202,13 +223,14 @@ def rebuild(
     from ..saving.edits import load_edits
     from ..saving.export import file_errors, share, write_export, write_record
     from ..saving.hashed_file import copy_file
-    from ..saving.original import open_original
+    from ..saving.original import open_original, refuse_links
     from ..saving.record import versions
     from ..saving.staging import clean_up, staged
     from ..session.answers import check_target
 
     clean_up(expand(directory))
     target = check_target(directory, overwrite)
+    refuse_links(record.folder, (DIRECTIONS, *DESCRIPTION))
     edits = load_edits(record.folder / DIRECTIONS)
     settings = record.content["settings"]
     original = open_original(_loaded(original_source(record, model, trust_remote_code)), progress)
@@ -305,21 +327,45 @@ def reproduce(record: Record, directory: str, overwrite: bool, model: str | None
 
 
 def search_settings(record: Record, arguments: Sequence[str]) -> "Settings":
-    """The stored settings with commits and seed, a folder of studies of its own, and what the command line says."""
+    """What of the stored settings the search and its scores depend on, with commits, and what the command line says.
+
+    Raises `UsageError` where the record names code that the user does not agree to run, or a file or folder that the command line does
+    not name as well.
+    """
+    from ..session.answers import who_asks
     from ..settings_sources import load_settings
+    from ..study.checkpoint import DEFINING
 
     content = record.content
-    stored = {name: value for name, value in content["settings"].items() if value is not None}
-    for name in ("trial_index", "model_action", "save_directory", "overwrite", "upload_repo_id", "upload_repo_private", "evaluate_model"):
-        stored.pop(name, None)
-    for name in ("n_additional_trials", "export_strategy", "checkpoint_action"):
-        stored.pop(name, None)
+    names = (*DEFINING, *SEARCH)
+    stored = {name: value for name, value in content["settings"].items() if name in names and value is not None}
     if content["model"]["commit"] is not None:
         stored["model_commit"] = content["model"]["commit"]
     stored |= content["prompts"]
-    stored["model_action"] = "none"
-    stored["study_checkpoint_dir"] = str(Path(stored["study_checkpoint_dir"]) / "reproduced")
-    return load_settings(arguments, stored)
+    stored |= {"model_action": "none", "study_checkpoint_dir": str(Path("checkpoints") / "reproduced")}
+    settings = load_settings(arguments, stored, who_asks())
+    _refuse_local_prompts(settings, stored, arguments)
+    return settings
+
+
+def _refuse_local_prompts(settings: "Settings", stored: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Raise `UsageError` where prompts would be read from a file or folder that the record alone names: it may be any file here."""
+    from ..demo import PREFIX
+    from ..loading.source import is_hub_id
+
+    flags = []
+    for name, value in stored.items():
+        dataset = value.get("dataset") if isinstance(value, Mapping) else None
+        if not isinstance(dataset, str) or getattr(settings, name).dataset != dataset:
+            continue
+        flag = f"--{name.replace('_', '-')}.dataset"
+        is_given = any(argument.partition("=")[0] == flag for argument in arguments)
+        if not is_given and not dataset.startswith(PREFIX) and not is_hub_id(dataset):
+            flags.append(shlex.join([flag, dataset]))
+    if flags:
+        raise UsageError(
+            f"The record names files or folders of this machine as prompts. If they are those of the study, give them: {' '.join(flags)}"
+        )
 
 
 def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progress") -> int:

@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..errors import ModelError
 from ..launch import world_size
 from ..tensor_parallel import agreed, parallel_arguments
 from ..utils import Progress, empty_cache, input_device, is_out_of_memory
+from .files import check_indexes
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
 
@@ -109,6 +111,8 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
     config = load_config(source)
     refuse_encoder_decoder(config)
     refuse_method(source.name, config)
+    if source.is_local:
+        check_indexes(Path(source.path), getattr(config, "transformers_weights", None))
     source = source.pinned()
     tokenizer = _load_tokenizer(source)
     stored = stored_dtype(config)

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..config import Settings
 from ..errors import ExportError, UsageError
 from ..loading.source import expand
+from ..loading.trust import Ask, doors
 from ..sharing.location import shown_location
 
 Trial = TypeVar("Trial")
@@ -38,6 +39,17 @@ _NEEDED = {
 def can_ask() -> bool:
     """Whether somebody is there to answer."""
     return sys.stdout.isatty() and sys.stdin.isatty()
+
+
+def who_asks() -> Ask | None:
+    """Asks a question of yes or no at the terminal; None without one."""
+    return _confirm if can_ask() else None
+
+
+def _confirm(question: str) -> bool:
+    import questionary
+
+    return bool(questionary.confirm(question, default=False).ask())
 
 
 def check_answers(settings: Settings, somebody_is_there: bool) -> None:
@@ -101,5 +113,6 @@ def command_lines(settings: Settings) -> list[str]:
         base += ["--study-checkpoint-dir", settings.study_checkpoint_dir]
     if settings.study_storage is not None:
         base += ["--study-storage", shown_location(settings.study_storage), "--study-name", settings.study_name]
+    base += dict.fromkeys(door.flag for door in doors(settings) if door.path != ("benchmark_path",))
     save_one = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
     return [shlex.join([*base, *save_one]), shlex.join([*base, "--n-additional-trials", "50"])]

@@ -15,6 +15,7 @@ from ..console import Console, trial_rows
 from ..errors import HereticError, UsageError
 from ..evaluator import MOVED_PROMPTS, Evaluator
 from ..launch import world_size
+from ..loading.trust import screen_text
 from ..model import Message, Model, prompt_messages
 from ..privacy import without_token
 from ..saving.export import save
@@ -240,7 +241,7 @@ _STRATEGIES = [("The whole model, edited exactly (merge)", "merge"), ("A small P
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(screen_text(text))
     sys.stdout.flush()
 
 

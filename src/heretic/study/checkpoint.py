@@ -5,7 +5,7 @@ import errno
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
 
-from ..config import PromptSpecification, Settings
+from ..config import PromptSpecification, ScorerSpecification, Settings
 from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
+from ..loading.trust import Ask, require_consent
 from ..settings_sources import as_written
 from .space import SearchSpace
 
@@ -29,6 +30,8 @@ STUDY_NAME = "heretic"
 SHARED = "shared"
 # The study's attribute that holds its search space.
 SPACE = "search_space"
+# How the names of scorers begin in a study's identity.
+SCORER = "the scorer "
 
 # Settings that define a study: trials scored under different ones cannot be compared.
 DEFINING = (
@@ -89,6 +92,16 @@ OF_ONE_RUN = (
     "study_name",
 )
 
+# Settings that let code run or choose a place to write to. A journal may be somebody else's, so it does not say them.
+NEVER_STORED = ("trust_remote_code", "trust_scorers", "study_checkpoint_dir")
+
+
+def taken_over(attributes: Mapping[str, Any], leave: Collection[str] = ()) -> dict[str, Any]:
+    """The stored settings of a study that a later run takes over, as plain data."""
+    left = {*OF_ONE_RUN, *NEVER_STORED, *leave}
+    kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in left]
+    return {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
+
 
 class JournalLock:
     """Optuna's lock interface over the operating system's file locks, which a killed process cannot leave behind."""
@@ -132,7 +145,7 @@ def create_study(storage: BaseStorage, name: str, settings: Settings, identity: 
     """A new study in a storage, described by its settings."""
     directions = [StudyDirection[direction.upper()] for _, direction in settings.objectives]
     study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-    study.set_user_attr("settings", settings.model_dump(mode="json"))
+    study.set_user_attr("settings", settings.stored())
     study.set_user_attr("given", sorted(settings.model_fields_set))
     study.set_user_attr("identity", identity)
     study.set_user_attr("objectives", settings.objectives)
@@ -250,15 +263,15 @@ class Checkpoint:
             self.study = create_study(self._storage(), STUDY_NAME, settings, identity)
         return self.study
 
-    def restored(self, settings: Settings) -> Settings:
+    def restored(self, settings: Settings, ask: Ask | None = None) -> Settings:
         """The stored settings, with those that are given now on top.
 
-        Raises `CheckpointError` naming what must not differ, and `UsageError` where the two do not go together.
+        Raises `CheckpointError` naming what must not differ, and `UsageError` where the two do not go together or the study names code
+        that the user does not agree to run.
         """
         attributes = self._attributes()
         self._check_trials()
-        kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in OF_ONE_RUN]
-        stored = {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
+        stored = taken_over(attributes)
         given = settings.model_dump(mode="json", include=settings.model_fields_set) | {"study_storage": settings.study_storage}
         try:
             before = Settings.model_validate(stored)
@@ -271,12 +284,9 @@ class Checkpoint:
             result = Settings.model_validate({**stored, **given})
         except ValidationError as error:
             raise UsageError(f"The settings given do not go with those stored in {self.path}: {_reason(error)}.") from error
-        differences = [
-            f"{name} was {_shown(getattr(before, name))} and is now {_shown(getattr(result, name))}"
-            for name in DEFINING
-            if _meaning(getattr(before, name)) != _meaning(getattr(result, name))
-        ]
-        self._refuse(differences)
+        values = {name: (_meaning(getattr(before, name)), _meaning(getattr(result, name))) for name in DEFINING}
+        self._refuse([f"{name} was {_shown(then)} and is now {_shown(now)}" for name, (then, now) in values.items() if then != now])
+        require_consent(f"The study {self.path}", result, given, ask)
         return result
 
     def _check_trials(self) -> None:
@@ -292,7 +302,9 @@ class Checkpoint:
     def check_identity(self, identity: dict[str, str]) -> None:
         """Raise `CheckpointError` where the model's files or the prompts are no longer those of the study."""
         stored = self._attributes()["identity"]
-        self._refuse([f"the contents of {name} have changed" for name in identity if stored.get(name) != identity[name]])
+        changed = [name for name in identity if stored.get(name) != identity[name]]
+        hint = " (or its settings, which are not stored: give them again)"
+        self._refuse([f"the contents of {name} have changed{hint if name.startswith(SCORER) else ''}" for name in changed])
 
     @property
     def n_done(self) -> int:
@@ -353,7 +365,7 @@ class Checkpoint:
 
 
 def read_study(path: Path) -> tuple[optuna.Study, Settings]:
-    """The study in a journal and the settings it was made with, for reading. Raises `CheckpointError` where it is not one of ours."""
+    """The study in a journal and the settings it was made with, but its scorers. Raises `CheckpointError` where it is not one of ours."""
     try:
         damage = _damage(path.read_bytes())
     except OSError as error:
@@ -362,9 +374,7 @@ def read_study(path: Path) -> tuple[optuna.Study, Settings]:
         raise CheckpointError(f"The study {path} is damaged: {damage}.")
     try:
         study = optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path))))
-        stored = study.user_attrs["settings"]
-        given = {name: stored[name] for name in study.user_attrs["given"] if name in Settings.model_fields and name not in OF_ONE_RUN}
-        return study, Settings.model_validate(given)
+        return study, Settings.model_validate(taken_over(study.user_attrs, leave=["scorers"]))
     except KeyError as error:
         raise CheckpointError(f"The study {path} was not made by this program.") from error
     except ValidationError as error:
@@ -396,8 +406,12 @@ def _reason(error: ValidationError) -> str:
 
 
 def _meaning(value: Any) -> Any:
-    """What of a setting the scores depend on."""
-    return value.what_is_read if isinstance(value, PromptSpecification) else value
+    """What of a setting the scores depend on, and may be shown: what custom scorers are told is a part of the study's identity."""
+    if isinstance(value, PromptSpecification):
+        return value.what_is_read
+    if isinstance(value, dict) and any(isinstance(part, ScorerSpecification) and part.is_custom for part in value.values()):
+        return {name: part.model_copy(update={"settings": {}}) if part.is_custom else part for name, part in value.items()}
+    return value
 
 
 def _shown(value: Any) -> str:
