@@ -16,9 +16,7 @@ def plain_names(names: Iterable[Any], where: str) -> list[str]:
     for name in names:
         is_plain = isinstance(name, str) and name not in ("", ".", "..") and PurePosixPath(name).name == PureWindowsPath(name).name == name
         if not is_plain or ":" in name or "\0" in name:
-            raise ModelError(
-                f"{where} names the file {name!r}, which is no plain name of a file in the model's folder. It is not followed."
-            )
+            raise ModelError(f"{where} names the file {name!r}. Only plain names of files in the model's own folder are followed.")
         found.append(name)
     return found
 
