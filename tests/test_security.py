@@ -533,6 +533,10 @@ def test_values_in_tracebacks(workplace: Path, heretic: Heretic) -> None:
     outcome = heretic("--study-storage", "postgresql://u:SECRET@host/db", "--n-trials", "2", "--n-startup-trials", "5", "--debug")
     assert outcome.code == 2 and "Traceback" in outcome.err and "n_startup_trials (5) is larger" in outcome.err
     assert "SECRET" not in outcome.err
+    Path("config.toml").unlink()
+    outcome = heretic("--study-storage", "postgresql://u:SECRET@h/d", "--debug")
+    assert outcome.err.endswith("Error: No model is given. Try: heretic <model-id or folder>, or heretic --demo\n")
+    assert "SECRET" not in outcome.err and "RET@" not in outcome.err
 
 
 def test_what_custom_scorers_are_told(workplace: Path, heretic: Heretic) -> None:

@@ -13,9 +13,11 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import URLError
 from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from ..errors import ExportError, UsageError
 
@@ -174,15 +176,68 @@ def _fetch_all(address: str, folder: Path) -> Record:
     return Record(_read(folder / RECORD), folder)
 
 
+class _Model(BaseModel):
+    name: str = Field(min_length=1)
+    commit: str | None = Field(None, pattern=r"^\w[\w.-]*$")
+    fingerprint: str | None = None
+
+
+class _Trial(BaseModel):
+    number: NonNegativeInt
+    direction_index: float | None
+    parameters: dict[str, dict[str, float]] | None
+
+
+class _Prompts(BaseModel):
+    dataset: str = Field(min_length=1)
+    commit: str | None = None
+
+
+class _Content(BaseModel):
+    """What of a record is used here, as far as it is not settings, which are checked as all settings are."""
+
+    model: _Model
+    settings: dict[str, Any]
+    trial: _Trial
+    versions: dict[str, str]
+    export_strategy: Literal["merge", "adapter"]
+    files: dict[str, str]
+    prompts: dict[Literal["good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts"], _Prompts] = {}
+    scores: dict[str, float] = {}
+    hardware: dict[str, Any] = {}
+    program: dict[str, Any] = {}
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
-        missing = [key for key in ("model", "settings", "trial", "versions", "export_strategy", "files") if key not in content]
-    except (OSError, ValueError, TypeError) as error:
+        missing = [key for key, field in _Content.model_fields.items() if field.is_required() and key not in content]
+        if not missing:
+            _Content.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ExportError(f"{path} is no record that a model can be made from: {where}: {problem['msg']}.") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read as a record of heretic: {error}") from error
     if missing:
         raise ExportError(f"{path} is no record that a model can be made from: it lacks {', '.join(missing)}.")
     return content
+
+
+def _export_settings(record: Record) -> "Settings":
+    """The settings that an export depends on."""
+    from ..config import Settings
+
+    names = ("row_normalization", "full_normalization_lora_rank", "max_shard_size")
+    try:
+        return Settings.model_validate(
+            {"model": "m", **{name: value for name, value in record.content["settings"].items() if name in names}}
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ExportError(f"{record.folder / RECORD}: the setting {where} cannot be used: {problem['msg']}.") from error
 
 
 def original_source(record: Record, model: str | None, trust_remote_code: bool) -> Any:
@@ -198,7 +253,7 @@ def original_source(record: Record, model: str | None, trust_remote_code: bool) 
     _check_local(record, name)
     if name == DEMO_MODEL and record.content["settings"].get("demo"):
         return model_source(Settings(model=name, demo=True))
-    return model_source(Settings(model=name, model_commit=stored["commit"], trust_remote_code=trust_remote_code))
+    return model_source(Settings(model=name, model_commit=stored.get("commit"), trust_remote_code=trust_remote_code))
 
 
 def _check_local(record: Record, name: str) -> None:
@@ -220,7 +275,7 @@ def rebuild(
     """
     from ..loading.source import expand
     from ..saving.card import copy_licence
-    from ..saving.edits import load_edits
+    from ..saving.edits import check_edits, load_edits
     from ..saving.export import file_errors, share, write_export, write_record
     from ..saving.hashed_file import copy_file
     from ..saving.original import open_original, refuse_links
@@ -232,17 +287,18 @@ def rebuild(
     target = check_target(directory, overwrite)
     refuse_links(record.folder, (DIRECTIONS, *DESCRIPTION))
     edits = load_edits(record.folder / DIRECTIONS)
-    settings = record.content["settings"]
+    settings = _export_settings(record)
     original = open_original(_loaded(original_source(record, model, trust_remote_code)), progress)
     _check_weights(record, original, progress)
+    check_edits(edits, {name: value.shape for name, value in original.placements.model.state_dict().items()}, record.folder / DIRECTIONS)
     with file_errors(target), staged(target) as folder:
         hashes, _ = write_export(
             original,
             edits,
-            settings["row_normalization"],
+            settings.row_normalization,
             record.strategy,
-            settings["full_normalization_lora_rank"],
-            settings.get("max_shard_size"),
+            settings.full_normalization_lora_rank,
+            settings.max_shard_size,
             folder,
             progress,
         )
@@ -274,7 +330,7 @@ def _check_weights(record: Record, original: "Original", progress: "Progress") -
     if then is None or (":" in then) != (":" in now):
         progress.warning("Whether this original is the one that was edited cannot be told: the record knows it by another mark.")
         return
-    before, after = (dict(part.rsplit(":", 1) for part in text.split()) if ":" in text else {"commit": text} for text in (then, now))
+    before, after = (dict(part.rpartition(":")[::2] for part in text.split()) if ":" in text else {"commit": text} for text in (then, now))
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     weights = [name for name in differing if not name.endswith(".json")]
     if weights:
@@ -339,9 +395,9 @@ def search_settings(record: Record, arguments: Sequence[str]) -> "Settings":
     content = record.content
     names = (*DEFINING, *SEARCH)
     stored = {name: value for name, value in content["settings"].items() if name in names and value is not None}
-    if content["model"]["commit"] is not None:
+    if content["model"].get("commit") is not None:
         stored["model_commit"] = content["model"]["commit"]
-    stored |= content["prompts"]
+    stored |= content.get("prompts", {})
     stored |= {"model_action": "none", "study_checkpoint_dir": str(Path("checkpoints") / "reproduced")}
     settings = load_settings(arguments, stored, who_asks())
     _refuse_local_prompts(settings, stored, arguments)

@@ -24,10 +24,11 @@ def plain_names(names: Iterable[Any], where: str) -> list[str]:
 def files_of_index(path: Path, index: bytes) -> list[str]:
     """The files that an index of a model's weights names. Raises `ModelError` where it is none, or names something else."""
     try:
-        names = set(json.loads(index)["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = json.loads(index)["weight_map"].values()
+        found = set(plain_names(names, str(path)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is no index of a model's files: {error}. Fetch the file again.") from error
-    return sorted(plain_names(names, str(path)))
+    return sorted(found)
 
 
 def check_indexes(folder: Path, weights: Any) -> None:

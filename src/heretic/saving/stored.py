@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -149,7 +150,12 @@ def make_index(shards: Sequence[Shard]) -> bytes:
 
 def _safetensors_shard(path: Path, name: str) -> Shard:
     header, start = read_header(path)
-    entries = json.loads(header)
+    try:
+        with safe_open(path, "pt"):  # the library checks that names, shapes and offsets fit each other and the file
+            pass
+        entries = json.loads(header)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is no safetensors file, or was cut off: {error}. Fetch the file again.") from error
     entries.pop("__metadata__", None)
     tensors = [
         StoredTensor(key, e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0], (path, start + e["data_offsets"][0]))

@@ -23,6 +23,7 @@ from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
 from ..loading.trust import Ask, require_consent
 from ..settings_sources import as_written
+from .attributes import damage_of
 from .space import SearchSpace
 
 STUDY_NAME = "heretic"
@@ -30,6 +31,10 @@ STUDY_NAME = "heretic"
 SHARED = "shared"
 # The study's attribute that holds its search space.
 SPACE = "search_space"
+# The study's attributes that say what it is.
+DESCRIBED = {"settings", "given", "identity"}
+# What Optuna raises where a journal holds something else than what it writes; it has no error of its own for this.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 # How the names of scorers begin in a study's identity.
 SCORER = "the scorer "
 
@@ -225,7 +230,7 @@ class Checkpoint:
         if last:
             try:
                 json.loads(last)
-            except ValueError:
+            except (ValueError, RecursionError):
                 kept = kept[: len(kept) - len(last) - 1]
         if kept != content and _damage(kept) is None:
             self.lost_bytes = len(content) - len(kept)
@@ -238,11 +243,13 @@ class Checkpoint:
             return optuna.load_study(study_name=STUDY_NAME, storage=self._storage())
         except KeyError:
             return None
+        except _UNREADABLE as error:
+            raise self._damaged(str(error).rstrip(".")) from error
 
     def _storage(self) -> JournalStorage:
         try:
             return JournalStorage(JournalFile(str(self.path), lock_obj=JournalLock(self.path)))
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:  # Optuna has no error of its own for this
+        except _UNREADABLE as error:
             raise self._damaged(_damage(self.path.read_bytes()) or str(error).rstrip(".")) from error
 
     def _damaged(self, damage: str) -> CheckpointError:
@@ -270,7 +277,9 @@ class Checkpoint:
         that the user does not agree to run.
         """
         attributes = self._attributes()
-        self._check_trials()
+        assert self.study is not None
+        if damage := damage_of(self.study):
+            raise self._damaged(damage)
         stored = taken_over(attributes)
         given = settings.model_dump(mode="json", include=settings.model_fields_set) | {"study_storage": settings.study_storage}
         try:
@@ -288,16 +297,6 @@ class Checkpoint:
         self._refuse([f"{name} was {_shown(then)} and is now {_shown(now)}" for name, (then, now) in values.items() if then != now])
         require_consent(f"The study {self.path}", result, given, ask)
         return result
-
-    def _check_trials(self) -> None:
-        """Raise `CheckpointError` where a complete trial lacks what every complete trial has."""
-        assert self.study is not None
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            names = ["refusals", "kl_divergence", "direction_index", "parameters"]
-            names += [name for name, _ in self.study.user_attrs.get("objectives", ()) if name not in trial.user_attrs.get("scores", {})]
-            missing = [name for name in names if name not in trial.user_attrs]
-            if missing:
-                raise self._damaged(f"trial {trial.number} has no {missing[0]}")
 
     def check_identity(self, identity: dict[str, str]) -> None:
         """Raise `CheckpointError` where the model's files or the prompts are no longer those of the study."""
@@ -350,7 +349,7 @@ class Checkpoint:
 
     def _attributes(self) -> dict[str, Any]:
         attributes = {} if self.study is None else self.study.user_attrs
-        if not {"settings", "given", "identity"} <= attributes.keys():
+        if not attributes.keys() >= DESCRIBED:
             raise CheckpointError(
                 f"The study {self.path} was not made by this program. Begin anew with --checkpoint-action restart (the file is kept)."
             )
@@ -373,12 +372,19 @@ def read_study(path: Path) -> tuple[optuna.Study, Settings]:
     if damage is not None:
         raise CheckpointError(f"The study {path} is damaged: {damage}.")
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path))))
+        storage = JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path)))
+        study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+        if not study.user_attrs.keys() >= DESCRIBED:
+            raise CheckpointError(f"The study {path} was not made by this program.")
+        if damage := damage_of(study):
+            raise CheckpointError(f"The study {path} is damaged: {damage}.")
         return study, Settings.model_validate(taken_over(study.user_attrs, leave=["scorers"]))
     except KeyError as error:
         raise CheckpointError(f"The study {path} was not made by this program.") from error
     except ValidationError as error:
         raise CheckpointError(f"The settings stored in {path} are not ones of this version: {_reason(error)}.") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"The study {path} is damaged: {error}.") from error
 
 
 def _damage(content: bytes) -> str | None:
@@ -386,7 +392,7 @@ def _damage(content: bytes) -> str | None:
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             is_record = "op_code" in json.loads(line)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             is_record = False
         if not is_record:
             return f"line {number} is no record"
