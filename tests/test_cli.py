@@ -350,7 +350,7 @@ def test_a_run_without_a_terminal_ends_with_the_front_and_commands_that_work(her
     assert "\x1b" not in outcome.out and "\r" not in outcome.out
     lines = [line.rstrip() for line in outcome.out.splitlines()]
     assert lines[:4] == [
-        f"heretic {__version__}",
+        f"heretic {__version__}, settings from config.toml",
         "Loading prompts ...",
         "Prompts: 5 good_prompts, 5 bad_prompts, 5 good_evaluation_prompts, 5 bad_evaluation_prompts",
         lines[3],

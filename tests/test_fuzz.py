@@ -59,9 +59,15 @@ HOSTILE = [
     "[[[",
     "😀" * 50,
 ]
-NESTED: Any = []
-for _ in range(200):
-    NESTED = [NESTED]
+
+
+def nested() -> Any:
+    value: Any = []
+    for _ in range(60):
+        value = [value]
+    return value
+
+
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.one_of(
         st.none(),
@@ -72,7 +78,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
         st.text(max_size=20),
         st.sampled_from(HOSTILE),
         st.just(10**30),
-        st.just(NESTED),
+        st.builds(nested),
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3), st.dictionaries(st.one_of(st.text(max_size=8), st.sampled_from(HOSTILE)), inner, max_size=3)
@@ -103,13 +109,13 @@ def changed(draw: Callable[..., Any], document: Any, values: st.SearchStrategy[A
             parent = parent[key]
         action = draw(st.sampled_from(["replace", "replace", "delete", "add"]))
         if action == "replace":
-            parent[last] = draw(values)
+            parent[last] = copy.deepcopy(draw(values))
         elif action == "delete":
             del parent[last]
         elif isinstance(parent, dict):
-            parent[draw(st.one_of(st.text(max_size=8), st.sampled_from(sorted(Settings.model_fields))))] = draw(values)
+            parent[draw(st.one_of(st.text(max_size=8), st.sampled_from(sorted(Settings.model_fields))))] = copy.deepcopy(draw(values))
         else:
-            parent.append(draw(values))
+            parent.append(copy.deepcopy(draw(values)))
     return result
 
 

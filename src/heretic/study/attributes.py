@@ -7,7 +7,6 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from ..editing.ablation import ComponentParameters
 from ..settings_sources import as_written
 from .space import SearchSpace
 
@@ -29,13 +28,24 @@ class _Figures(_Stored):
     kl_statistics: dict[str, float] = {}
 
 
+class _Kernel(_Stored):
+    """`ablation.ComponentParameters`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_weight: FiniteFloat
+    max_weight_position: FiniteFloat
+    min_weight: FiniteFloat
+    min_weight_distance: FiniteFloat
+
+
 class _Trial(_Figures):
     """A complete trial."""
 
     refusals: Count
     kl_divergence: FiniteFloat
     direction_index: FiniteFloat | None
-    parameters: dict[str, ComponentParameters]
+    parameters: dict[str, _Kernel]
     bounded: bool = False
     seconds: FiniteFloat = 0.0
     sequence_kl_divergence: float | None = None
