@@ -16,9 +16,9 @@ from optuna.trial import create_trial
 from conftest import SMALL, Outcome
 from heretic.config import ScorerSpecification, Settings
 from heretic.errors import ExportError, ModelError, UsageError
-from heretic.loading.trust import screen_text
 from heretic.settings_sources import load_settings
 from heretic.study.checkpoint import DEFINING, NEVER_STORED, OF_ONE_RUN, Checkpoint
+from heretic.utils import screen_text
 
 Heretic = Callable[..., Outcome]
 
@@ -406,12 +406,12 @@ def test_files_that_were_read_are_named(workplace: Path, heretic: Heretic) -> No
 def test_modules_in_the_working_directory(workplace: Path) -> None:
     """A worker is `python -m heretic`, which would look for modules here first."""
     from heretic.console import Console
-    from heretic.sharing.devices import Placement
+    from heretic.sharing.devices import WorkerPlace
     from heretic.sharing.workers import Worker
 
     for name in ("filelock", "optuna", "psutil"):
         Path(f"{name}.py").write_text(HOSTILE_MODULE.format(marker=workplace / "ran"))
-    worker = Worker(1, Placement((), 1), {"settings": {"debug": False}}, Console(), lambda: False)
+    worker = Worker(1, WorkerPlace((), 1), {"settings": {"debug": False}}, Console(), lambda: False)
     worker.start()
     assert worker.process is not None
     worker.process.wait(60)
@@ -504,7 +504,7 @@ def test_errors_and_chat_on_the_screen(workplace: Path, heretic: Heretic, capsys
     ],
 )
 def test_passwords_of_storages(url: str, shown: str) -> None:
-    from heretic.sharing.location import shown_location
+    from heretic.privacy import shown_location
 
     assert shown_location(url) == shown
 

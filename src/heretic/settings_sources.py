@@ -28,8 +28,8 @@ from pydantic_settings import (
 from .config import DEMO_MODEL, PromptSpecification, ScorerSpecification, Settings, default_value, is_true
 from .demo import PROMPTS as DEMO_PROMPTS
 from .errors import UsageError, did_you_mean
-from .loading.trust import Ask, require_consent
 from .parameters import TAGS, FirstTrial, Parameters, Range, kind, quoted
+from .trust import Ask, require_consent
 
 ENV_PREFIX = "HERETIC_"
 DEFAULT_CONFIG_FILE = "config.toml"

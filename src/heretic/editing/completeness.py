@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import Ablation, ComponentParameters, RowNormalization
-from .architecture import Architecture, first_tensor, probe_direction, probe_tokens
+from .architecture import Architecture, first_tensor
 from .hooks import AblationHooks
+from .probe import probe_direction, probe_tokens
 
 # What rounding leaves, by the bytes of the model's numbers: float32 measured 1e-7, bfloat16 3e-3.
 ROUNDING = {4: 1e-5, 2: 2e-2}

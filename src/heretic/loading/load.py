@@ -23,11 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging as transformers_logging
 
 from ..config import Settings
-from ..editing.architecture import refuse_encoder_decoder
-from ..errors import ModelError
-from ..launch import world_size
-from ..tensor_parallel import agreed, parallel_arguments
-from ..utils import Progress, empty_cache, input_device, is_out_of_memory
+from ..device import empty_cache, input_device, is_out_of_memory
+from ..errors import ModelError, UnsupportedModelError
+from ..utils import Progress, first_line
 from .files import check_indexes
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
@@ -80,17 +78,13 @@ def _explain(source: ModelSource, error: BaseException) -> str:
     if "trust_remote_code" in text:
         return f"The model {name} comes with its own Python code. Read it, and if you trust it, add --trust-remote-code."
     if "model_type" in text or "does not recognize this architecture" in text:
-        return f"The model {name} is of a type that this version of transformers does not know. Update transformers. ({_line(error)})"
+        return f"The model {name} is of a type that this version of transformers does not know. Update transformers. ({first_line(error)})"
     if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) or "connect" in text:
         return (
             f"The model {name} is not a local folder, not in the cache, and the hub cannot be reached. Check the name, the network, "
             "and HF_ENDPOINT or HF_HUB_OFFLINE if they are set."
         )
-    return f"The model {name} cannot be loaded: {_line(error)}"
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"The model {name} cannot be loaded: {first_line(error)}"
 
 
 def auto_class(config: Any) -> Any:
@@ -131,9 +125,9 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
                 generation_config = _take_generation_config(model, tokenizer)
                 _test_run(model, tokenizer)
         except Exception as error:
-            failures.append(f"{label}: {_line(error).rstrip('.')}")
+            failures.append(f"{label}: {first_line(error).rstrip('.')}")
             lacks_memory |= is_out_of_memory(error)
-            progress.warning(f"Loading in {label} failed: {_line(error)}")
+            progress.warning(f"Loading in {label} failed: {first_line(error)}")
             if settings.debug:
                 progress.message(repr(error))
         else:
@@ -147,8 +141,6 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
             return LoadedModel(source, model, tokenizer, config, generation_config, dtype, stored, quantized)
         model = None
         empty_cache()
-        if world_size() > 1:
-            break  # on another rank it may have worked
     hint = " Try --quantization bnb_4bit, or --max-memory." if lacks_memory else ""
     raise ModelError(f"The model {source.name} could not be loaded in any format. {'; '.join(failures)}.{hint}")
 
@@ -157,13 +149,22 @@ def _load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     except Exception as error:
-        raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {_line(error)}") from error
+        raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"The tokenizer of {source.name} has neither a padding nor an end token; add one to its files.")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # so that the last position is the last prompt token in every row
     return tokenizer
+
+
+def refuse_encoder_decoder(config: Any) -> None:
+    """Raise `UnsupportedModelError` for a configuration that has an encoder beside the decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"Models of type {config.model_type} are not supported: it is an encoder with a decoder; only decoders that stand alone can be "
+            "edited."
+        )
 
 
 def stored_dtype(config: Any) -> torch.dtype:
@@ -180,7 +181,7 @@ def _choose_dtype(name: str, stored: torch.dtype, settings: Settings, progress: 
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     on_cpu = not torch.accelerator.is_available() or settings.device_map == "cpu"
-    if on_cpu and stored == torch.bfloat16 and agreed(_bfloat16_is_slower()):
+    if on_cpu and stored == torch.bfloat16 and _bfloat16_is_slower():
         progress.message("Computing in float32, which is the faster format on this CPU (the model is stored in bfloat16).")
         return torch.float32
     return stored
@@ -209,8 +210,7 @@ def _bfloat16_is_slower() -> bool:
 
 
 def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
-    arguments: dict[str, Any] = {"dtype": dtype, **source.arguments}
-    arguments |= parallel_arguments(config) if world_size() > 1 else {"device_map": settings.device_map}
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": settings.device_map, **source.arguments}
     if settings.max_memory:
         arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
     arguments |= loading_arguments(config)

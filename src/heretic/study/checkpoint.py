@@ -21,8 +21,8 @@ from pydantic import BaseModel, ValidationError
 from ..config import PromptSpecification, ScorerSpecification, Settings
 from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
-from ..loading.trust import Ask, require_consent
 from ..settings_sources import as_written
+from ..trust import Ask, require_consent
 from .attributes import damage_of
 from .space import SearchSpace
 

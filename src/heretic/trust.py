@@ -3,21 +3,18 @@
 Others wrote model files, records, journals, prompts, responses, and the configuration files that happen to lie in the working directory.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Settings, is_true
-from ..errors import UsageError
+from .config import Settings, is_true
+from .errors import UsageError
+from .utils import screen_text
 
 # Asks the user a question whose answer is yes or no.
 Ask = Callable[[str], bool]
 
 TRUST_SCORERS = "--trust-scorers"
-
-# C0 without tab and line feed, DEL, and C1: with these a text could move the cursor, set the window's title or fill in the clipboard.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,6 @@ class Door:
         for part in self.path:
             said = said.get(part) if isinstance(said, Mapping) else None
         return said == self.value if isinstance(self.value, str) else is_true(said)
-
-
-def screen_text(text: str) -> str:
-    """A text without the characters that would control a terminal."""
-    return _CONTROLS.sub("", text)
 
 
 def doors(settings: Settings) -> list[Door]:
