@@ -319,7 +319,7 @@ def test_scorers_that_cannot_be_made(folder: Path, tmp_path: Path) -> None:
     place = use.rpartition(":")[0]
     assert refused(x={"use": use, "settings": {"wort": "a"}}) == "Unknown setting scorers.x.settings.wort (did you mean word?)."
     assert refused(x={"use": use, "settings": {"weight": "a"}}) == (
-        "Setting scorers.x.settings.weight: Input should be a valid number, unable to parse string as a number, got 'a'."
+        "Setting scorers.x.settings.weight: Input should be a valid number, unable to parse string as a number."
     )
     assert refused(x={"use": "classifier"}) == "Setting scorers.x.settings.model is missing; this scorer needs it."
     assert refused(x={"use": "classifer"}) == (
