@@ -105,6 +105,26 @@ def test_model_code(marker: Path, heretic: Heretic) -> None:
     assert marker.exists()
 
 
+def test_kernels(workplace: Path, heretic: Heretic) -> None:
+    config = json.loads(Path("m/config.json").read_text())
+    Path("m/config.json").write_text(json.dumps({**config, "attn_implementation": "somebody/kernel"}))
+    told = (
+        "Error: The configuration of m names code from the hub, the kernel somebody/kernel. Read it, and if you trust it, add "
+        "--trust-remote-code.\n"
+    )
+    outcome = heretic()
+    assert (outcome.code, outcome.err) == (1, told)
+
+
+def test_modules_that_adapters_name(workplace: Path, heretic: Heretic) -> None:
+    Path("adapter").mkdir()
+    described = {"base_model_name_or_path": "m", "peft_type": "LORA", "megatron_config": {"x": 1}, "megatron_core": "hostile"}
+    Path("adapter/adapter_config.json").write_text(json.dumps(described))
+    told = "Error: The adapter adapter cannot be used: adapter/adapter_config.json has a megatron_config, by which it names code to run.\n"
+    outcome = heretic("compare", "m", "adapter")
+    assert (outcome.code, outcome.err) == (1, told)
+
+
 @pytest.mark.parametrize("name", ["../secret.safetensors", "ABSOLUTE", "sub/x.safetensors", "..", "C:x.safetensors", "a\\b.safetensors", 7])
 def test_names_of_weight_files(name: Any, workplace: Path, heretic: Heretic) -> None:
     """An index may not lead out of the folder: neither when the model is loaded, nor when its copy is written."""

@@ -83,6 +83,8 @@ def _base_of_adapter(name: str, path: Path) -> tuple[str, str | None]:
         raise ModelError(f"The adapter {name} cannot be read: {path} is no JSON: {error}.") from error
     if not isinstance(described, dict) or not described.get("base_model_name_or_path"):
         raise ModelError(f"The adapter {name} does not say which model it belongs to: {path} has no base_model_name_or_path.")
+    if described.get("megatron_config") is not None:  # PEFT would import whatever module megatron_core names
+        raise ModelError(f"The adapter {name} cannot be used: {path} has a megatron_config, by which it names code to run.")
     return described["base_model_name_or_path"], described.get("revision")
 
 
