@@ -24,6 +24,11 @@ from tiny import build, load, settings, unit_directions
 from tiny import save as save_original
 
 Heretic = Callable[..., Outcome]
+PROMPTS = [
+    part
+    for name, file in (("good", "good"), ("bad", "bad"), ("good-evaluation", "good"), ("bad-evaluation", "bad"))
+    for part in (f"--{name}-prompts.dataset", f"{file}.txt")
+]
 SAVE = ["--trial-index", 0, "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
 
 
@@ -199,7 +204,7 @@ def test_a_search_again(workplace: Path, heretic: Heretic) -> None:
     assert heretic(*SAVE).code == 0
     with Path("config.toml").open("a") as file:
         file.write("kl_divergence_target = 0.5\n")
-    outcome = heretic("--reproduce-search", "out")
+    outcome = heretic("--reproduce-search", "out", *PROMPTS)
     assert outcome.code == 0, outcome
     trial = json.loads(Path("out/heretic.json").read_text())["trial"]
     assert outcome.out.splitlines()[-1].startswith(f"Trial {trial['number']} is the same again: ")
@@ -209,6 +214,6 @@ def test_a_search_again(workplace: Path, heretic: Heretic) -> None:
 def test_a_search_that_goes_another_way(workplace: Path, heretic: Heretic) -> None:
     assert heretic(*SAVE).code == 0
     number = json.loads(Path("out/heretic.json").read_text())["trial"]["number"]
-    outcome = heretic("--reproduce-search", "out", "--seed", "2")
+    outcome = heretic("--reproduce-search", "out", "--seed", "2", *PROMPTS)
     assert outcome.code == 1
     assert f"Not the same in trial {number}: attn.o_proj.max_weight was " in outcome.out

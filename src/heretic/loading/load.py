@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..config import Settings
 from ..device import empty_cache, free_memory, input_device, is_out_of_memory, memory_limits
 from ..errors import ModelError, UnsupportedModelError
 from ..utils import Progress, first_line
+from .files import check_indexes
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
 
@@ -96,6 +98,18 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
+def _refuse_kernels(source: ModelSource, config: Any) -> None:
+    """Raise `ModelError` where a configuration names a kernel from the hub, which is code, as its attention or experts."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for name in ("_attn_implementation", "_experts_implementation"):
+            kernel = getattr(part, name, None)
+            if isinstance(kernel, str) and "/" in kernel and not source.trust_remote_code:
+                raise ModelError(
+                    f"The configuration of {source.name} names code from the hub, the kernel {kernel}. Read it, and if you trust it, add "
+                    "--trust-remote-code."
+                )
+
+
 def load_model(settings: Settings, source: ModelSource, progress: Progress) -> LoadedModel:
     """Load in the first of `settings.dtypes` whose one-token test run gives finite logits.
 
@@ -104,6 +118,9 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
     config = load_config(source)
     refuse_encoder_decoder(config)
     refuse_method(source.name, config)
+    _refuse_kernels(source, config)
+    if source.is_local:
+        check_indexes(Path(source.path), getattr(config, "transformers_weights", None))
     source = source.pinned()
     tokenizer = _load_tokenizer(source)
     stored = stored_dtype(config)

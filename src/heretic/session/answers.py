@@ -16,6 +16,8 @@ from ..config import Settings
 from ..errors import UsageError
 from ..privacy import shown_location
 from ..saving.staging import target_of
+from ..trust import Ask, doors
+from ..utils import can_ask
 
 Trial = TypeVar("Trial")
 
@@ -35,6 +37,17 @@ _NEEDED = {
     "upload": ("trial_index", "export_strategy", "upload_repo_id", "upload_repo_private"),
     "scores": ("trial_index",),
 }
+
+
+def who_asks() -> Ask | None:
+    """Asks a question of yes or no at the terminal; None without one."""
+    return _confirm if can_ask() else None
+
+
+def _confirm(question: str) -> bool:
+    import questionary
+
+    return bool(questionary.confirm(question, default=False).ask())
 
 
 def check_answers(settings: Settings, somebody_is_there: bool) -> None:
@@ -88,6 +101,7 @@ def command_lines(settings: Settings) -> list[str]:
         base += ["--study-checkpoint-dir", settings.study_checkpoint_dir]
     if settings.study_storage is not None:
         base += ["--study-storage", shown_location(settings.study_storage), "--study-name", settings.study_name]
+    base += dict.fromkeys(door.flag for door in doors(settings) if door.path != ("benchmark_path",))
     save_one = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
     return [shlex.join([*base, *save_one]), shlex.join([*base, "--n-additional-trials", "50"])]
 

@@ -26,6 +26,7 @@ from ..scoring.score_tables import moved_rows, score_rows
 from ..study.finalists import known_finalists
 from ..study.front import ablation_of
 from ..study.search import Search
+from ..utils import screen_text
 from .answers import trial_at
 
 COMPARED_PROMPTS = 5
@@ -241,7 +242,7 @@ _STRATEGIES = [("The whole model, edited exactly (merge)", "merge"), ("A small P
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(screen_text(text))
     sys.stdout.flush()
 
 

@@ -61,7 +61,8 @@ class Worker:
         self.lines.clear()
         threads = {name: str(self.placement.threads) for name in _THREADS} if not self.placement.devices else {}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "heretic", "worker", "--supervised"],
+            # -P: modules are not looked for in the working directory, where anything may lie.
+            [sys.executable, "-P", "-m", "heretic", "worker", "--supervised"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
