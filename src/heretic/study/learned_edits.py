@@ -5,13 +5,15 @@ edit: each writer's strength, and how far its direction has turned. The file has
 """
 
 import json
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial, TrialState
@@ -76,18 +78,29 @@ class LearnedEdits:
                     metadata = file.metadata()
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
                 strengths, facts = json.loads(metadata["strengths"]), json.loads(metadata["facts"])
+                directions = {name.removeprefix("direction."): r for name, r in tensors.items() if name.startswith("direction.")}
+                _check(directions, strengths)
             except (KeyError, OSError, ValueError, TypeError, SafetensorError, ArtifactNotFound) as error:
                 raise CheckpointError(
                     f"The edit of trial {trial.number} was learned. It lies beside the study as artifact {artifact_id}, which is missing "
                     "or damaged. Put the file back, or choose another trial."
                 ) from error
-        directions = {name.removeprefix("direction."): r for name, r in tensors.items() if name.startswith("direction.")}
         state = {name.removeprefix(STATE): tensor for name, tensor in tensors.items() if name.startswith(STATE)}
         return LearnedEdit(directions, strengths), State(state, facts)
 
     def ablation_of(self, trial: FrozenTrial) -> Ablation:
         """The ablation that a trial stands for, whoever proposed it, with all that it takes to apply it."""
         return Ablation(None, {}, self.load(trial)[0]) if is_learned(trial) else ablation_of(trial)
+
+
+def _check(directions: Mapping[str, Tensor], strengths: Any) -> None:
+    """Raise `ValueError` if this is no edit: the file may be anybody's."""
+    if not isinstance(strengths, dict) or strengths.keys() != directions.keys():
+        raise ValueError("directions and strengths are not of the same writers")
+    if not all(isinstance(strength, float) and math.isfinite(strength) for strength in strengths.values()):
+        raise ValueError("a strength is no finite number")
+    if not all(r.dim() == 1 and r.dtype == torch.float32 and bool(r.isfinite().all()) for r in directions.values()):
+        raise ValueError("a direction is no finite vector")
 
 
 def learned_trials(study: optuna.Study) -> list[FrozenTrial]:
