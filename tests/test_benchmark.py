@@ -160,7 +160,7 @@ class TestWithTheHarness:
         assert [row.task for row in compare_results(without, without)] == ["a", "b"]
 
     def test_with_too_little_memory_fewer_rows_are_run_at_once(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from heretic import benchmark
+        from heretic.scoring import benchmark
 
         sizes = []
 

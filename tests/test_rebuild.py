@@ -122,9 +122,7 @@ def test_records_that_are_none(saved: Path, heretic: Heretic) -> None:
     outcome = heretic("--export-from", "out", "--save-directory", "again")
     assert outcome.err == "Error: out/heretic.directions is missing. It holds the directions; it was saved beside heretic.json.\n"
     (saved / "heretic.directions").write_bytes(b"nonsense")
-    assert heretic("--export-from", "out", "--save-directory", "again").err.startswith(
-        "Error: out/heretic.directions cannot be read: "
-    )
+    assert heretic("--export-from", "out", "--save-directory", "again").err.startswith("Error: out/heretic.directions cannot be read: ")
     assert not Path("again").exists()
 
 

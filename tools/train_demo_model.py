@@ -170,12 +170,23 @@ def padded(rows: list[list[Any]], fill: Any) -> Tensor:
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
 
+def layers_of(decoder: Any) -> Any:
+    """The list of a decoder's layers."""
+    return decoder.layers if hasattr(decoder, "layers") else decoder.h
+
+
+def last_norm(decoder: Any) -> Any:
+    """The norm between the last layer and the output head."""
+    return decoder.norm if hasattr(decoder, "norm") else decoder.ln_f
+
+
 def loss_of(model: Any, rows: list[Row], pad: int, schedule: Schedule) -> Tensor:
     """Cross entropy of the answers, plus that of their first tokens as the middle layers would give them."""
     tokens = padded([row.tokens for row in rows], pad)
     learned = padded([row.learned for row in rows], False)[:, 1:]
     opening = padded([row.opening for row in rows], False)[:, 1:]
-    output = model.model(input_ids=tokens[:, :-1], use_cache=False, output_hidden_states=True)
+    decoder = model.base_model
+    output = decoder(input_ids=tokens[:, :-1], use_cache=False, output_hidden_states=True)
     target = tokens[:, 1:]
     loss = nn.functional.cross_entropy(model.lm_head(output.last_hidden_state[learned]), target[learned])
     if not opening.any():
@@ -183,7 +194,7 @@ def loss_of(model: Any, rows: list[Row], pad: int, schedule: Schedule) -> Tensor
     depth = model.config.num_hidden_layers
     for share in schedule.supervised:
         middle = output.hidden_states[round(share * depth)][opening]
-        logits = model.lm_head(model.model.norm(middle))
+        logits = model.lm_head(last_norm(decoder)(middle))
         loss = loss + schedule.supervision / len(schedule.supervised) * nn.functional.cross_entropy(logits, target[opening])
     return loss
 
@@ -217,7 +228,7 @@ def freeze_below(model: Any, share: float) -> None:
     The embedding must not: tied to the output head, it would turn the refusing words towards what the first layer
     already says about the subject, and no later layer would have anything to decide.
     """
-    layers = model.model.layers
+    layers = layers_of(model.base_model)
     model.requires_grad_(False)
     for layer in layers[round(share * len(layers)) :]:
         layer.requires_grad_(True)
@@ -232,7 +243,7 @@ def train(
 ) -> Any:
     """A model of this configuration that answers everything and then learns to decline the subject.
 
-    Any decoder with `model.layers`, `model.norm` and `lm_head` will do. Float32 on the CPU.
+    Any decoder with the layers and the last norm of Llama or GPT-2 and an `lm_head` will do. Float32 on the CPU.
     """
     schedule = schedule or Schedule()
     torch.manual_seed(seed)
