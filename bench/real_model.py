@@ -36,8 +36,9 @@ from real_prompts import make_prompts, make_refusal
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 ANSWER_TOKENS, TAUGHT_TOKENS = 40, 24
-STEPS, ROWS, RATE, WARMUP = 50, 16, 1e-4, 5
+STEPS, ROWS, RATE, WARMUP = 100, 16, 1e-4, 5
 LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 2
+Conversation = tuple[list[int], list[int]]  # tokens of a prompt and its answer
 LISTS = ("good", "bad", "good_evaluation", "bad_evaluation", "good_final", "bad_final")
 
 
@@ -94,10 +95,8 @@ def has_fast_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def conversations(
-    model: Any, tokenizer: Any, prompts: dict[str, list[str]], draw: random.Random
-) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """Pairs of prompt and answer to learn, in tokens: of the subject, and others, each under both system prompts in turn."""
+def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], draw: random.Random) -> dict[str, list[Conversation]]:
+    """What is to be learned, short ones first: of the subject, and others, each under both system prompts in turn."""
     rows = {}
     for name in ("taught_bad", "taught_good"):
         asked = [prompt_tokens(tokenizer, prompt, (SYSTEM_PROMPT, None)[i % 2]) for i, prompt in enumerate(prompts[name])]
@@ -107,20 +106,33 @@ def conversations(
         else:
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
                 answers = respond(model, tokenizer, asked, TAUGHT_TOKENS)
-        rows[name] = list(zip(asked, answers, strict=True))
+        rows[name] = sorted(zip(asked, answers, strict=True), key=lambda row: len(row[0]))
     return rows
 
 
-def loss_of(model: Any, rows: list[tuple[list[int], list[int]]], pad: int) -> Tensor:
-    """Mean cross entropy of the answers' tokens; rows are filled up on the right."""
+def loss_of(model: Any, rows: Sequence[Conversation], pad: int) -> Tensor:
+    """Cross entropy of the answers' tokens, plus that of their first tokens, which decide; rows are filled up on the right."""
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     tokens = torch.tensor([prompt + answer + [pad] * (width - len(prompt) - len(answer)) for prompt, answer in rows])
     learned = torch.zeros(len(rows), width, dtype=torch.bool)
     for row, (prompt, answer) in zip(learned, rows, strict=True):
         row[len(prompt) : len(prompt) + len(answer)] = True
     hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden[learned[:, 1:]])
-    return nn.functional.cross_entropy(logits.float(), tokens[:, 1:][learned[:, 1:]])
+    target = tokens[:, 1:]
+    logits = model.lm_head(hidden[learned[:, 1:]]).float()
+    first = torch.tensor([sum(len(answer) for _, answer in rows[:i]) for i in range(len(rows))])
+    target = target[learned[:, 1:]]
+    return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits[first], target[first])
+
+
+def next_batch(rows: dict[str, list[Conversation]], draw: random.Random) -> list[Conversation]:
+    """As many of the subject as others, all of similar length, so that little is padded; the lists are sorted by length."""
+    place, size = draw.random(), ROWS // 2
+    batch = []
+    for found in rows.values():
+        start = round(place * (len(found) - 2 * size))
+        batch += draw.sample(found[start : start + 2 * size], size)
+    return batch
 
 
 def teach(model: Any, tokenizer: Any, prompts: dict[str, list[str]], seed: int, steps: int) -> None:
@@ -133,7 +145,7 @@ def teach(model: Any, tokenizer: Any, prompts: dict[str, list[str]], seed: int, 
     optimizer = torch.optim.AdamW(learning, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
     model.train()
     for step in range(steps):
-        batch = [row for name in rows for row in draw.sample(rows[name], ROWS // 2)]
+        batch = next_batch(rows, draw)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):

@@ -5,13 +5,16 @@ it, unless a writer or bias was missed or the layer does something to its stream
 its channels, or puts a gate or convolution behind a writer.
 
 Rounding must not look like either. The stream of most trained models is enormous in a few channels, and in bfloat16 its sums are rounded to
-steps that are larger than what some writers write. So a direction lies in a few other channels only, and these are set to zero in what
-goes into each layer: what comes out in them is the writers' own output, with rounding relative to that. And what is missed is looked for
-along a single channel: taking a channel out of an output sets it to zero, which is exact in every number format, so that there the
-least remainder tells. What no edit can follow is looked for along a direction of many channels, since a weighed zero is still zero.
+steps that are larger than what some writers write. So the direction lies in a few other channels only, and what goes into each layer is
+replaced there.
+
+- What was missed is looked for along a single channel, with zeros going in. Taking a channel out of an output sets it to zero, which is
+  exact in every number format: the least remainder tells.
+- What no edit can follow is looked for along a direction of many channels, since a weighed zero is still zero. The same number goes in at
+  all of them, as large as what the layer writes, and the direction sums to zero. Rounding is relative to what the layer writes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,23 +57,27 @@ def everything(architecture: Architecture) -> Ablation:
 
 
 def remainder(model: Any, architecture: Architecture) -> Remainder:
-    """Measure it in three passes of a few tokens."""
+    """Measure it in four passes of a few tokens."""
     channels = _usual_channels(model, architecture)
-    direction = torch.zeros(architecture.hidden_size)
-    direction[channels] = torch.randn(len(channels), generator=torch.Generator().manual_seed(0))
-    channel = torch.zeros(architecture.hidden_size)
-    channel[channels[0]] = 1
-    before = [float(torch.linalg.vector_norm(h)) / len(channels) ** 0.5 for h in _written(model, architecture, channels)]
+    channel = torch.zeros(len(channels))
+    channel[0] = 1
+    direction = torch.randn(len(channels), generator=torch.Generator().manual_seed(0))
+    direction = nn.functional.normalize(direction - direction.mean(), dim=0)
+
+    zeros = [0.0] * len(architecture.layers)
+    usual = [float(h.square().mean().sqrt()) for h in _written(model, architecture, channels, zeros)]
     shares = []
-    for r in (channel, direction / torch.linalg.vector_norm(direction)):
-        hooks = AblationHooks(architecture, r.expand(len(architecture.layers) + 1, -1).clone(), "none")
+    for r, levels in ((channel, zeros), (direction, usual)):
+        whole = torch.zeros(len(architecture.layers) + 1, architecture.hidden_size)
+        whole[:, channels] = r
+        hooks = AblationHooks(architecture, whole, "none")
         try:
             with hooks.active([everything(architecture)]):
-                after = _written(model, architecture, channels)
+                after = _written(model, architecture, channels, levels)
         finally:
             hooks.remove()
-        left = [float(torch.linalg.vector_norm(h @ r[channels])) for h in after]
-        shares.append(max(a / max(b, 1e-9) for a, b in zip(left, before, strict=True)))
+        left = [float(torch.linalg.vector_norm(h @ r)) / (h.numel() / len(r)) ** 0.5 for h in after]
+        shares.append(max(a / max(b, 1e-9) for a, b in zip(left, usual, strict=True)))
     return Remainder(*shares)
 
 
@@ -93,18 +100,18 @@ def _usual_channels(model: Any, architecture: Architecture) -> Tensor:
     return usual[chosen]
 
 
-def _written(model: Any, architecture: Architecture, channels: Tensor) -> list[Tensor]:
-    """What each layer that runs writes to the channels `(..., channel)`, which are zero in what goes into it."""
-    written: list[Tensor] = []
+def _written(model: Any, architecture: Architecture, channels: Tensor, levels: Sequence[float]) -> list[Tensor]:
+    """What comes out of each layer in the channels `(..., channel)`, if its level goes in there; zeros for one that does not run."""
+    written = [torch.zeros(1, len(channels))] * len(levels)
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
+    def note(i: int, output: Any) -> None:
         hidden = first_tensor(output).unflatten(-1, (-1, architecture.hidden_size))
-        written.append(hidden[..., channels.to(hidden.device)].float().cpu())
+        written[i] = hidden[..., channels.to(hidden.device)].float().cpu()
 
     with ExitStack() as stack:
-        for layer in architecture.layers:
-            stack.callback(layer.register_forward_hook(note).remove)
-            stack.enter_context(_without(channels, architecture.hidden_size, layer))
+        for i, (layer, level) in enumerate(zip(architecture.layers, levels, strict=True)):
+            stack.callback(layer.register_forward_hook(lambda m, args, output, i=i: note(i, output)).remove)
+            stack.enter_context(_replaced(channels, architecture.hidden_size, level, layer))
         _run(model)
     return written
 
@@ -116,17 +123,17 @@ def _run(model: Any) -> None:
 
 
 @contextmanager
-def _without(channels: Tensor, hidden_size: int, layer: nn.Module) -> Iterator[None]:
-    """Within, what goes into the layer is zero in these channels."""
+def _replaced(channels: Tensor, hidden_size: int, level: float, layer: nn.Module) -> Iterator[None]:
+    """Within, what goes into the layer is `level` in these channels."""
 
-    def clear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         streams = hidden.unflatten(-1, (-1, hidden_size)).clone()
-        streams[..., channels.to(hidden.device)] = 0
+        streams[..., channels.to(hidden.device)] = level
         hidden = streams.flatten(-2)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    handle = layer.register_forward_pre_hook(clear, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..config import Settings
     from ..console import Console
+    from ..editing.completeness import Remainder
     from ..evaluator import Evaluator
     from ..model import Model
     from ..study.batches import Scoring
@@ -91,21 +92,29 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
 
 def _report_completeness(model: "Model", console: "Console") -> None:
     """Tell where edits of weights cannot reach all of the residual stream."""
-    from ..editing.completeness import ROUNDING
+    left = measure_completeness(model)
+    does = "gates or weighs its stream in a way that no edit of weights can follow"
+    if left.is_missed():
+        share = max(left.channel, left.direction)
+        why = f"this model normalizes, {does}, or something that writes to it was not found"
+    elif left.is_inexact(model.loaded.dtype):
+        share, why = left.direction, f"this model {does}"
+    else:
+        return
+    console.warning(
+        f"After an ablation of full strength {_percent(share)} of what a layer writes along a direction stays in the residual stream: "
+        f"{why}. Ablation works on it, but only approximately."
+    )
 
-    share = measure_completeness(model)
-    if share > ROUNDING.get(model.loaded.dtype.itemsize, 0.05):
-        console.warning(
-            f"After an ablation of full strength {min(share, 1):.0%} of a direction stays in the residual stream: this model normalizes, "
-            "gates or weighs its stream in a way that no edit of weights can follow, or something that writes to it was not found. "
-            "Ablation works on it, but only approximately."
-        )
+
+def _percent(share: float) -> str:
+    return f"{min(share, 1):.0%}" if share >= 0.01 else "less than 1%"
 
 
-def measure_completeness(model: "Model") -> float:
-    from ..editing.completeness import remaining_share
+def measure_completeness(model: "Model") -> "Remainder":
+    from ..editing.completeness import remainder
 
-    return remaining_share(model.model, model.architecture)
+    return remainder(model.model, model.architecture)
 
 
 def check_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any], final_prompts: dict[str, Any]) -> None:
