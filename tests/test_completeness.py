@@ -13,8 +13,6 @@ from heretic.editing.architecture import Architecture, Writer, discover, first_t
 from heretic.editing.completeness import remainder
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
-# Types that do not compute in float16 or bfloat16 as they are built here, and words from what they say.
-NOT_IN_HALF: dict[str, str] = {}
 # One of each kind of structure; all types take minutes.
 SAMPLE = ("llama", "gpt2", "gemma3_text", "gpt_oss", "qwen3_moe", "falcon_h1", "nemotron_h", "deepseek_v3", "gemma4_text", "phimoe")
 EXACT = [t for t in zoo.DECODERS if t not in zoo.INEXACT]

@@ -177,13 +177,16 @@ def original_source(record: Record, model: str | None, trust_remote_code: bool) 
     _check_local(record, name)
     if name == DEMO_MODEL and record.content["settings"].get("demo"):
         return model_source(Settings(model=name, demo=True))
-    return model_source(Settings(model=name, model_commit=stored["commit"], trust_remote_code=trust_remote_code))
+    gguf = None if name.endswith(".gguf") else stored.get("gguf_file")
+    return model_source(Settings(model=name, model_commit=stored["commit"], gguf_file=gguf, trust_remote_code=trust_remote_code))
 
 
 def _check_local(record: Record, name: str) -> None:
     stored = record.content["model"]
     is_local = ":" in str(stored.get("fingerprint")) and not record.content["settings"].get("demo")
-    if is_local and name == stored["name"] and not Path(name).is_dir():
+    if stored.get("gguf_file") and stored["commit"] is not None:
+        is_local = False  # the hub's, whose dequantized weights the record knows
+    if is_local and name == stored["name"] and not Path(name).exists():
         raise ExportError(
             f"The original was a folder named {stored['name']}, which is not here; a record does not say where it was. "
             "Give the original with --model."
@@ -211,7 +214,7 @@ def rebuild(
     target = check_target(directory, overwrite)
     edits = load_edits(record.folder / DIRECTIONS)
     settings = record.content["settings"]
-    original = open_original(_loaded(original_source(record, model, trust_remote_code)), progress)
+    original = open_original(_loaded(original_source(record, model, trust_remote_code), progress), progress)
     _check_weights(record, original, progress)
     with file_errors(target), staged(target) as folder:
         hashes, _ = write_export(
@@ -234,10 +237,12 @@ def rebuild(
     return target, files
 
 
-def _loaded(source: Any) -> Any:
+def _loaded(source: Any, progress: "Progress") -> Any:
     """The source at its commit, with its configuration in the cache."""
+    from ..loading.gguf import dequantized_source
     from ..loading.load import load_config
 
+    source = dequantized_source(source, progress)
     load_config(source)
     return source.pinned()
 

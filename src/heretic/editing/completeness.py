@@ -28,8 +28,9 @@ from .hooks import AblationHooks
 
 # Channels of the direction: few, so that the layers work on nearly what they usually do.
 CHANNELS_SHARE = 0.125
-# What rounding leaves at most along a direction, by the bytes of the model's numbers, and along a channel.
-ROUNDING = {4: 1e-5, 2: 2e-2}
+# What counts as rounding, along a direction and along a channel. Measured on 200 types of decoders: at most 7e-7, 0.015 and 0.002 along a
+# direction, where what no edit can follow leaves 0.029 and more; along a channel 0, where one writer left out leaves 0.004 and more.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CHANNEL_ROUNDING = 1e-6
 
 
@@ -48,7 +49,7 @@ class Remainder:
 
     def is_inexact(self, dtype: torch.dtype) -> bool:
         """Whether a model that computes in `dtype` does what edits cannot follow, or something was missed."""
-        return self.direction > ROUNDING.get(dtype.itemsize, 0.05)
+        return self.direction > ROUNDING[dtype]
 
 
 def everything(architecture: Architecture) -> Ablation:

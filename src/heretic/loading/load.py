@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import utils as hub_utils
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,6 +26,8 @@ from ..errors import ModelError
 from ..launch import world_size
 from ..tensor_parallel import agreed, parallel_arguments
 from ..utils import Progress, empty_cache, input_device, is_out_of_memory
+from .explain import explain, first_line
+from .gguf import dequantized_source
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
 
@@ -50,45 +51,7 @@ def load_config(source: ModelSource) -> Any:
     try:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
     except Exception as error:
-        raise ModelError(_explain(source, error)) from error
-
-
-def _explain(source: ModelSource, error: BaseException) -> str:
-    """Why a model cannot be loaded and what to do, from the chain of causes, which transformers' own message hides."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(item) for item in chain)
-
-    def caused_by(*types: type[BaseException]) -> bool:
-        return any(isinstance(item, types) for item in chain)
-
-    name = source.name
-    if caused_by(hub_errors.GatedRepoError):
-        return f"The model {name} is gated. Accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN."
-    if caused_by(hub_errors.RevisionNotFoundError) or "is not a valid git identifier" in text:
-        return f"The model {name} has no revision {source.revision!r}. Check --model-commit."
-    if caused_by(hub_errors.RepositoryNotFoundError):
-        return (
-            f"The model {name} is neither a local folder nor on the hub, or it is private. Check the name; "
-            "for a private model log in with `hf auth login` or set HF_TOKEN."
-        )
-    if "trust_remote_code" in text:
-        return f"The model {name} comes with its own Python code. Read it, and if you trust it, add --trust-remote-code."
-    if "model_type" in text or "does not recognize this architecture" in text:
-        return f"The model {name} is of a type that this version of transformers does not know. Update transformers. ({_line(error)})"
-    if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) or "connect" in text:
-        return (
-            f"The model {name} is not a local folder, not in the cache, and the hub cannot be reached. Check the name, the network, "
-            "and HF_ENDPOINT or HF_HUB_OFFLINE if they are set."
-        )
-    return f"The model {name} cannot be loaded: {_line(error)}"
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(explain(source, error)) from error
 
 
 def auto_class(config: Any) -> Any:
@@ -106,6 +69,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
 
     Raises `ModelError`, which lists why each format failed.
     """
+    source = dequantized_source(source, progress)
     config = load_config(source)
     refuse_encoder_decoder(config)
     refuse_method(source.name, config)
@@ -127,9 +91,9 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
                 generation_config = _take_generation_config(model, tokenizer)
                 _test_run(model, tokenizer)
         except Exception as error:
-            failures.append(f"{label}: {_line(error).rstrip('.')}")
+            failures.append(f"{label}: {first_line(error).rstrip('.')}")
             lacks_memory |= is_out_of_memory(error)
-            progress.warning(f"Loading in {label} failed: {_line(error)}")
+            progress.warning(f"Loading in {label} failed: {first_line(error)}")
             if settings.debug:
                 progress.message(repr(error))
         else:
@@ -153,7 +117,7 @@ def _load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     except Exception as error:
-        raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {_line(error)}") from error
+        raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"The tokenizer of {source.name} has neither a padding nor an end token; add one to its files.")
