@@ -11,8 +11,8 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from heretic.editing.architecture import discover
 from heretic.editing.completeness import everything
+from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks
 
 

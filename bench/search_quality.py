@@ -41,13 +41,13 @@ from heretic.model import Model
 from heretic.prompts import load_prompts
 from heretic.sharing.shared_search import SharedSearch
 from heretic.sharing.storage import SharedStorage
-from heretic.study.batches import Scoring
-from heretic.study.search import Search, pareto_front, refusal_limit
+from heretic.study.front import pareto_front, refusal_limit
+from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
 
-# Trials per batch, whether dominated trials are stopped, and processes that have a batch each (one more batch waits).
-RUNS = [(1, True, 1), (4, True, 1), (8, True, 1), (16, True, 1), (4, False, 1), (8, True, 2)]
+# Trials per batch, and whether dominated trials are stopped.
+RUNS = [(1, True), (4, True), (8, True), (16, True), (4, False)]
 N_TRIALS = (50, 100)
 WORKERS = [1, 4, 16]
 DURATION = (0.7, 1.3)
@@ -99,7 +99,7 @@ def demo_evaluator() -> tuple[Settings, Evaluator]:
     return settings, Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"])
 
 
-def one_run(scores: Scores, settings: Settings, seed: int, trials_per_batch: int, stops: bool, n_processes: int) -> dict[str, Any]:
+def one_run(scores: Scores, settings: Settings, seed: int, trials_per_batch: int, stops: bool) -> dict[str, Any]:
     """A search, and what its front was after so many trials."""
     evaluator = scores.evaluator
     architecture = evaluator.model.architecture
@@ -107,17 +107,15 @@ def one_run(scores: Scores, settings: Settings, seed: int, trials_per_batch: int
     last_layer = len(architecture.layers) - 1
     space = search_space(settings, list(architecture.components), last_layer)
     search = Search(study, Path("memory"), space, seed, settings.n_startup_trials)
-    scoring = Scoring(scores)
-    scoring.n_processes = n_processes  # in turn here, but asked and told as if there were so many
     start, before = time.process_time(), scores.n_computed
     volumes = {}
     for n_trials in N_TRIALS:
-        search.run(n_trials, scoring, evaluator.objectives, trials_per_batch, stops)
+        search.run(n_trials, scores, evaluator.objectives, trials_per_batch, stops)
         front = [(t.user_attrs["refusals"] / evaluator.base_refusals, t.user_attrs["kl_divergence"]) for t in pareto_front(search.trials)]
         volumes[f"after_{n_trials}"] = hypervolume(front)
     n_bounded = sum(trial.user_attrs.get("bounded", False) for trial in search.trials)
     cost = {"computed": scores.n_computed - before, "bounded": n_bounded, "cpu_s": round(time.process_time() - start, 1)}
-    setting = {"trials_per_batch": trials_per_batch, "stop_dominated": stops, "processes": n_processes}
+    setting = {"trials_per_batch": trials_per_batch, "stop_dominated": stops}
     return {"seed": seed, **setting, **volumes, **cost}
 
 
@@ -173,13 +171,13 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         by_seed[run["seed"]] = by_seed.get(run["seed"], 0) + 1
     complete = {seed for seed, n in by_seed.items() if n == len(RUNS)}
     result: dict[str, Any] = {"seeds": len(complete)}
-    for trials_per_batch, stops, n_processes in RUNS:
-        setting = (trials_per_batch, stops, n_processes)
-        own = [r for r in runs if r["seed"] in complete and (r["trials_per_batch"], r["stop_dominated"], r["processes"]) == setting]
+    for trials_per_batch, stops in RUNS:
+        setting = (trials_per_batch, stops)
+        own = [r for r in runs if r["seed"] in complete and (r["trials_per_batch"], r["stop_dominated"]) == setting]
         for key in (f"after_{n}" for n in N_TRIALS):
             values = [run[key] for run in own]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            name = f"{trials_per_batch} per batch, {n_processes} processes, {'stopping' if stops else 'to the end'}, {key}"
+            name = f"{trials_per_batch} per batch, {'stopping' if stops else 'to the end'}, {key}"
             result[name] = [round(statistics.fmean(values), 4) if values else None, round(spread, 4)]
     return result
 

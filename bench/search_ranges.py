@@ -33,7 +33,8 @@ from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
-from heretic.study.search import Search, pareto_front
+from heretic.study.front import pareto_front
+from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
 from search_quality import hypervolume

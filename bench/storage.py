@@ -21,12 +21,19 @@ import optuna
 
 from heretic.config import Settings
 from heretic.editing.ablation import Ablation
-from heretic.evaluator import Score, objectives
+from heretic.evaluator import Score
+from heretic.scoring.scorers import divergence_objective
 from heretic.sharing.shared_search import SharedSearch
 from heretic.sharing.storage import SharedStorage, open_storage
 from heretic.study.space import search_space
 
 COMPONENTS = ["attn.o_proj", "mlp.down_proj"]
+
+
+def objectives(score: Score) -> tuple[float, float]:
+    """What a search is told of a score."""
+    share = score.refusals / 100
+    return share, divergence_objective(score.kl_divergence, share, 1.0, 0.01)
 
 
 def score(ablations: list[Ablation], limit: object = None) -> list[Score | Exception]:
@@ -69,7 +76,11 @@ def main() -> None:
         rows = []
         for n in range(options.every, options.trials + 1, options.every):
             before = storage.n_operations, storage.seconds, time.process_time(), _size(url)
-            search.run(n, score, lambda result: objectives(result, 100, 1.0, 0.01))
+            search.run(
+                n,
+                score,
+                objectives,
+            )
             rows.append(
                 {
                     "trials": n,

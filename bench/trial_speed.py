@@ -10,8 +10,7 @@ the KL divergence. (b) Output maps, `--trials-per-batch` trials in one pass. Sam
     uv run python bench/trial_speed.py --model llama-8b      # random weights of that shape, on the accelerator; prints the floor
 
 The last line is one JSON object; `ratio` is reference_s / ours_s, with every trial scored to its end. `ratio_stopping` is the same with
-trials that can no longer be on the front stopped; `ratio_search` is as a search does it: that, and where the program would score batches
-in several processes (`heretic.lanes`), those. The search is timed as a whole, half-way through the others.
+trials that can no longer be on the front stopped, as a search does it; that is timed as a whole, half-way through the others.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import copy
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,21 +33,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3Mo
 from heretic.config import Settings
 from heretic.decoding import decoder as generation
 from heretic.decoding.decoder import Savings
-from heretic.decoding.drafts import Drafts
-from heretic.decoding.prefix_cache import Trunk
+from heretic.decoding.prefix_cache import PrefixCache
 from heretic.decoding.rows import Row, left_padded
 from heretic.editing.ablation import Ablation, ComponentParameters, edit_weight
-from heretic.editing.architecture import Architecture, discover
+from heretic.editing.architecture import Architecture
 from heretic.editing.directions import mean_residual, refusal_directions
+from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks, stored_weight
-from heretic.evaluator import Evaluator, kl_divergence
-from heretic.lanes import scoring
+from heretic.evaluator import Evaluator
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
-from heretic.study.batches import Scoring, Wait
-from heretic.study.search import batch_end
+from heretic.scoring.divergence import kl_divergence
 from heretic.utils import SilentProgress
 
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -112,17 +108,12 @@ SHAPE_PROMPT_TOKENS = 55
 # Scores that the reference path does not have are not computed.
 AS_REFERENCE = {"kl_tokens": 1}
 RANK, SVD_Q, SVD_ITERATIONS = 3, 10, 6
-# A realistic mix: this share of the rows is decided after so many tokens, and this share of a draft's tokens is accepted.
+# A realistic mix: this share of the rows is decided after so many tokens.
 EARLY_SHARE, EARLY_TOKENS = 0.5, 15
-ACCEPTED_SHARE = 2 / 3
 
 
 Limit = Callable[[float], float]
 Ours = Callable[[Sequence[Ablation], Limit], list[tuple[int, float, bool]]]
-
-
-# Holds the processes that score batches until the end.
-LANES = contextlib.ExitStack()
 
 
 def unlimited(divergence: float) -> float:
@@ -183,8 +174,8 @@ class Workload:
     ours: Ours
     # Turns savings of (b) on and off.
     use: Callable[[Savings], None]
-    # (b) as a run scores batches of so many trials; not for shapes.
-    in_lanes: Callable[[int], Scoring] | None = None
+    # Whether trials can be stopped: not of shapes, which have no refusals.
+    has_verdicts: bool = False
 
 
 def told(scores: Sequence[Any]) -> list[tuple[int, float, bool]]:
@@ -222,17 +213,14 @@ def real_workload(settings: Settings) -> Workload:
     def ours(ablations: Sequence[Ablation], limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
         return told(evaluator.score_trials(ablations, limit))
 
-    def in_lanes(trials_per_batch: int) -> Scoring:
-        return LANES.enter_context(scoring(evaluator, trials_per_batch, SilentProgress()))
-
     def verdict(tokens: list[int]) -> bool:
         text = model.tokenizer.decode(tokens, skip_special_tokens=True)
         return evaluator.rule.classify(text, is_cut_off=not model.decoder.end_tokens & set(tokens)) != "compliance"
 
     def use(savings: Savings) -> None:
         if isinstance(model.decoder, generation.Decoder):
-            model.decoder.savings, model.decoder.trunk, model.decoder.drafts = savings, None, Drafts()
-            with model.recording_trunk():
+            model.decoder.savings, model.decoder.prefix_cache = savings, None
+            with model.recording_prefix_cache():
                 evaluator.answers.record(model)
                 rows = model.rows_of(evaluator.bad_prompts, 1)
                 for _ in model.responses_of_trials(rows, settings.max_response_length, [], evaluator.rule.has_marker):
@@ -249,7 +237,7 @@ def real_workload(settings: Settings) -> Workload:
         verdict,
         ours,
         use,
-        in_lanes,
+        has_verdicts=True,
     )
 
 
@@ -268,8 +256,6 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
     directions = torch.nn.functional.normalize(torch.randn(config.num_hidden_layers + 1, config.hidden_size), dim=-1)
     hooks = AblationHooks(architecture, directions, "none")
     decoder = generation.Decoder(model, frozenset(), n_prompts, hooks.assign_rows)
-    if mix:
-        force_acceptance(decoder)
     prompts = torch.randint(1, config.vocab_size, (2 * n_prompts, SHAPE_PROMPT_TOKENS)).tolist()
     good, bad = prompts[:n_prompts], prompts[n_prompts:]
     base: list[Tensor] = []
@@ -294,17 +280,19 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
 
     def use(savings: Savings) -> None:
         """Turn savings on and take the original's figures, as a run does before its first trial."""
-        decoder.savings, decoder.drafts = savings, Drafts()
-        decoder.trunk = Trunk(architecture.layers, config.hidden_size * model.dtype.itemsize, device) if savings.trunk else None
+        decoder.savings = savings
+        decoder.prefix_cache = (
+            PrefixCache(architecture.layers, config.hidden_size * model.dtype.itemsize, device) if savings.prefix_cache else None
+        )
         decoder.first_layers = []
         with torch.inference_mode(), hooks.active([Ablation(None, {})]):
-            if decoder.trunk is not None:
-                decoder.trunk.recording = True
+            if decoder.prefix_cache is not None:
+                decoder.prefix_cache.recording = True
             base[:] = [torch.cat([torch.log_softmax(logits.float(), dim=-1) for _, logits in decoder.first_logits(rows_of(good))])]
             for _ in decoder.run(rows_of(bad), length, decided):
                 pass
-            if decoder.trunk is not None:
-                decoder.trunk.recording = False
+            if decoder.prefix_cache is not None:
+                decoder.prefix_cache.recording = False
 
     use(Savings())
     return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda tokens: False, ours, use)
@@ -313,20 +301,6 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
 def rows_of(prompts: Sequence[list[int]]) -> list[Row]:
     """Rows of one trial."""
     return [Row(0, ids, i) for i, ids in enumerate(prompts)]
-
-
-def force_acceptance(decoder: Any) -> None:
-    """Have two thirds of each draft accepted, whatever the random model would say; the passes that check them are made all the same."""
-    check = decoder.check
-
-    def checked(drafts: Sequence[Sequence[int]], *args: Any) -> tuple[Tensor, Tensor]:
-        likeliest, mask = check(drafts, *args)
-        for row, draft in zip(likeliest, drafts, strict=True):
-            n_right = int(ACCEPTED_SHARE * (len(draft) - 1))
-            row[:n_right] = torch.tensor(draft[1 : 1 + n_right], device=row.device)
-        return likeliest, mask
-
-    decoder.check = checked
 
 
 class Reference:
@@ -428,7 +402,7 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock, limit:
     forward = generation.Decoder.forward
 
     def counted(decoder: Any, tokens: Tensor, *args: Any) -> Tensor:
-        clock.tokens += tokens.numel()  # a draft that is checked counts as prefill
+        clock.tokens += tokens.numel()
         with clock.part("prefill" if tokens.shape[1] > 1 else "decode"):
             return forward(decoder, tokens, *args)
 
@@ -441,12 +415,10 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock, limit:
 
 
 SAVINGS = {
-    "none": Savings(prefix=False, trunk=False, drafts=False),
-    "prefix": Savings(prefix=True, trunk=False, drafts=False),
-    "trunk": Savings(prefix=False, trunk=True, drafts=False),
-    "drafts": Savings(prefix=False, trunk=False, drafts=True),
-    "prefix and trunk": Savings(prefix=True, trunk=True, drafts=False),
-    "all": Savings(prefix=True, trunk=True, drafts=True),
+    "none": Savings(shared_prefix=False, prefix_cache=False),
+    "prefix": Savings(shared_prefix=True, prefix_cache=False),
+    "prefix cache": Savings(shared_prefix=False, prefix_cache=True),
+    "all": Savings(),
 }
 
 
@@ -542,12 +514,7 @@ def main() -> None:
     work = make_workload(options)
     components = list(work.architecture.components)
     trials = random_trials(options.trials, components, options.seed)
-    searches = {}
-    if work.in_lanes is not None:
-        at_work = work.in_lanes(options.trials_per_batch)
-        searches = {"stopping": AsInSearch(Scoring(at_work.score_trials)), "search": AsInSearch(at_work)}
-        for wait in [at_work.begin(trials[:1], unlimited) for _ in range(at_work.n_processes)]:
-            wait()
+    search = AsInSearch(work.ours)
     hooks_by_module = {w.module: dict(w.module._forward_hooks) for w in work.architecture.writers}
     reference = Reference(work)
     for module, hooks in hooks_by_module.items():
@@ -564,9 +531,8 @@ def main() -> None:
     largest_kl = 0.0
     together = options.trials_per_batch
     for start in range(0, len(trials), together):
-        if start == len(trials) // together // 2 * together:
-            for search in searches.values():
-                search.run(trials, together, ours)
+        if work.has_verdicts and start == len(trials) // together // 2 * together:
+            search.run(trials, together, ours)
         batch = trials[start : start + together]
         begin = ours.now()
         mine = run_ours(work, batch, ours)
@@ -599,8 +565,9 @@ def main() -> None:
         "reference_shares": shares(theirs, reference_s),
         "ours_shares": shares(ours, ours_s),
     }
-    for name, search in searches.items():
-        result |= {f"{name}_s": search.seconds / n, f"ratio_{name}": reference_s / search.seconds, f"stopped_{name}": search.n_stopped}
+    if work.has_verdicts:
+        stopping_s = search.seconds
+        result |= {"stopping_s": stopping_s / n, "ratio_stopping": reference_s / stopping_s, "stopped": search.n_stopped}
     if options.savings:
         result["savings"] = measure_savings(work, trials, options.trials_per_batch)
     if options.model in SHAPES:
@@ -612,22 +579,17 @@ def main() -> None:
 class AsInSearch:
     """(b) as a search does it: trials that can no longer be on the front of those that finished are stopped."""
 
-    def __init__(self, scoring: Scoring) -> None:
-        self.scoring = scoring
+    def __init__(self, score_trials: Ours) -> None:
+        self.score_trials = score_trials
         self.seconds = 0.0
         self.n_stopped = 0
 
     def run(self, trials: Sequence[Ablation], trials_per_batch: int, clock: Clock) -> None:
         """Score all trials, batch after batch."""
-        at_work: deque[Wait] = deque()
         finished: list[tuple[float, int]] = []
-        begin, start = clock.now(), 0
-        while start < len(trials) or at_work:
-            while start < len(trials) and len(at_work) < self.scoring.n_at_work:
-                end = batch_end(start, len(trials), trials_per_batch, self.scoring.n_processes)
-                at_work.append(self.scoring.begin(list(trials[start:end]), LimitBy(list(finished))))
-                start = end
-            scores = told(at_work.popleft()())
+        begin = clock.now()
+        for start in range(0, len(trials), trials_per_batch):
+            scores = self.score_trials(trials[start : start + trials_per_batch], LimitBy(list(finished)))
             self.n_stopped += sum(stopped for _, _, stopped in scores)
             finished += [(divergence, refusals) for refusals, divergence, stopped in scores if not stopped]
         self.seconds = clock.now() - begin

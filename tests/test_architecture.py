@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from heretic.editing.architecture import discover, measure_gain
+from heretic.editing.discovery import discover
+from heretic.editing.probe import measure_gain
 from heretic.errors import UnsupportedModelError
 from tiny import VISION, build, unit_directions
 

@@ -9,30 +9,29 @@ from heretic.study.batching import BatchSize, automatic_trials_per_batch
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "n_prompts", "rows_that_fit", "n_processes", "expected"),
+    ("accelerator", "n_prompts", "n_trials", "rows_that_fit", "expected"),
     [
-        (False, 100, None, 1, 4),
-        (False, 100, 10**6, 1, 4),
-        (False, 100, 399, 1, 2),  # a power of two, so that 399 and 200 are the same
-        (False, 100, 200, 1, 2),
-        (False, 100, 5, 1, 1),
-        (False, 1000, None, 1, 1),
-        (False, 3, None, 1, 16),
-        (False, 100, None, 2, 8),
-        (False, 100, 1000, 2, 4),  # memory is shared by the processes
-        (False, 100, 5, 2, 1),
-        (False, 100, None, 4, 4),  # 20 trials in all, with the batch that waits
-        (False, 100, None, 16, 1),
-        (False, 100, None, 64, 1),
-        (True, 100, None, 1, 16),
-        (True, 100, 900, 1, 8),
+        (False, 100, 200, None, 4),
+        (False, 100, 200, 10**6, 4),
+        (False, 100, 200, 399, 2),  # a power of two, so that 399 and 200 are the same
+        (False, 100, 200, 200, 2),
+        (False, 100, 200, 5, 1),
+        (False, 1000, 200, None, 1),
+        (False, 3, 200, None, 16),
+        (False, 3, 159, None, 8),  # a tenth of the trials asked for
+        (False, 3, 48, None, 4),
+        (False, 3, 19, None, 1),
+        (False, 3, 1, None, 1),
+        (True, 100, 200, None, 16),
+        (True, 100, 200, 900, 8),
+        (True, 100, 40, None, 4),
     ],
 )
-def test_as_many_as_rows_and_memory_allow(
-    accelerator: bool, n_prompts: int, rows_that_fit: int | None, n_processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+def test_as_many_as_rows_memory_and_trials_allow(
+    accelerator: bool, n_prompts: int, n_trials: int, rows_that_fit: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    assert automatic_trials_per_batch(n_prompts, rows_that_fit, n_processes) == expected
+    assert automatic_trials_per_batch(n_prompts, n_trials, rows_that_fit) == expected
 
 
 def batches(rate: Callable[[int], float], value: int, n_random: int, n_trials: int) -> tuple[list[int], list[int]]:

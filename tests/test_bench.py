@@ -72,20 +72,19 @@ def test_summary_counts_the_seeds_that_are_complete(script: Any) -> None:
             "seed": seed,
             "trials_per_batch": n,
             "stop_dominated": stops,
-            "processes": n_processes,
             "after_50": seed / 10 + n / 100,
             "after_100": 0.5,
         }
         for seed in (1, 2, 4)
-        for n, stops, n_processes in module.RUNS
+        for n, stops in module.RUNS
     ][:-1]
     result = module.summary(runs)
     assert result["seeds"] == 2  # the third lacks a run
-    assert result["8 per batch, 2 processes, stopping, after_50"] == [
+    assert result["8 per batch, stopping, after_50"] == [
         pytest.approx(0.23),
         pytest.approx(statistics.stdev([0.18, 0.28]), abs=1e-4),
     ]
-    assert result["4 per batch, 1 processes, to the end, after_100"] == [0.5, 0.0]
+    assert result["4 per batch, to the end, after_100"] == [0.5, 0.0]
 
 
 def test_scores_are_looked_up_only_where_the_trial_would_have_been_finished(script: Any) -> None:

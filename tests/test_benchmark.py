@@ -70,7 +70,7 @@ def accuracies(folder: str, n: int) -> list[float]:
 
 
 def test_what_needs_the_extra_says_so(workplace: Path, heretic: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.session.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("heretic.session.answers.find_spec", lambda name: None)
     outcome = heretic("--model-action", "benchmark", "--trial-index", "0")
     assert outcome.code == 2 and outcome.err == (
         "Error: model_action = benchmark needs the extra 'benchmark', of which lm_eval is not installed. Install it with: "

@@ -20,9 +20,9 @@ from heretic.config import PromptSpecification, Settings
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.loading.source import ModelSource
 from heretic.privacy import public_name, public_settings, without_token
+from heretic.reporting.kernel_picture import kernel_picture
 from heretic.saving.card import model_card, original_card, write_card
 from heretic.saving.export import save
-from heretic.saving.kernel_picture import kernel_picture
 from heretic.saving.record import Result, Strategy, record
 from heretic.utils import SilentProgress
 from hub_server import Hub, Repository, serve

@@ -390,7 +390,7 @@ def test_a_trial_beyond_the_front(heretic: Heretic, workplace: Path) -> None:
 def test_what_is_saved_is_what_was_measured(heretic: Heretic, workplace: Path) -> None:
     from heretic.settings_sources import load_settings
     from heretic.study.checkpoint import Checkpoint
-    from heretic.study.search import pareto_front
+    from heretic.study.front import pareto_front
 
     assert heretic(*SAVE).code == 0
     with Checkpoint(load_settings([])) as checkpoint:

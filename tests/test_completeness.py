@@ -9,8 +9,10 @@ from torch import nn
 
 import tiny
 import zoo
-from heretic.editing.architecture import Architecture, Writer, discover, first_tensor, probe_tokens
+from heretic.editing.architecture import Architecture, Writer, first_tensor
 from heretic.editing.completeness import remainder
+from heretic.editing.discovery import discover
+from heretic.editing.probe import probe_tokens
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 # One of each kind of structure; all types take minutes.

@@ -22,17 +22,19 @@ import zoo
 from conftest import Outcome
 from heretic.decoding.rows import Row
 from heretic.editing.ablation import Ablation, ComponentParameters
-from heretic.editing.architecture import Architecture, discover, probe_tokens, refuse_encoder_decoder
+from heretic.editing.architecture import Architecture
 from heretic.editing.completeness import remainder
+from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks, batches_trials
+from heretic.editing.probe import probe_tokens
 from heretic.errors import UnsupportedModelError
-from heretic.loading.load import LoadedModel, auto_class, load_config
+from heretic.loading.load import LoadedModel, auto_class, load_config, refuse_encoder_decoder
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.saving.export import save
 from heretic.saving.record import Result
-from heretic.twin import discover_by_twin
 from heretic.utils import SilentProgress
+from twin import discover_by_twin
 
 MODES = ["none", "pre", "full"]
 # Rounding of float32, relative to the largest logit.

@@ -10,7 +10,8 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from heretic.decoding.decoder import Decoder, PlainDecoder, Savings
+from heretic.decoding.decoder import Decoder, Savings
+from heretic.decoding.plain import PlainDecoder
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import TrialError
 from heretic.model import Model
@@ -91,7 +92,7 @@ def check(model: Model, directions: torch.Tensor, n_together: int) -> None:
     lengths = [len(own) for own in expected[0]]
     assert min(lengths) < max(lengths) == N_TOKENS, "some answers end before the others"
     answers = OriginalAnswers(model, PROMPTS, N_TOKENS)
-    with model.recording_trunk():
+    with model.recording_prefix_cache():
         answers.record(model)
     found = [d for start in range(0, 3, n_together) for d in answers.divergences(model, ABLATIONS[start : start + n_together])]
     for divergences, own in zip(found, expected, strict=True):
@@ -108,7 +109,9 @@ def check(model: Model, directions: torch.Tensor, n_together: int) -> None:
 
 
 @pytest.mark.parametrize("n_together", [1, 3])
-@pytest.mark.parametrize("savings", [Savings(), Savings(prefix=False, trunk=False), Savings(trunk=False)], ids=["all", "none", "prefix"])
+@pytest.mark.parametrize(
+    "savings", [Savings(), Savings(shared_prefix=False, prefix_cache=False), Savings(prefix_cache=False)], ids=["all", "none", "prefix"]
+)
 def test_divergences_are_those_of_an_explicit_computation(savings: Savings, n_together: int, folder: Path) -> None:
     model = load(folder)
     model.decoder.savings = savings
@@ -186,7 +189,7 @@ def test_passes_hold_few_rows_where_logits_are_large(folder: Path, monkeypatch: 
     answers.record(model)
     whole = answers.divergences(model, ABLATIONS)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
-    monkeypatch.setattr("heretic.decoding.decoder.DRAFT_LOGITS_BYTES", 2 * N_TOKENS * vocabulary * 4)
+    monkeypatch.setattr("heretic.decoding.decoder.LOGITS_BYTES", 2 * N_TOKENS * vocabulary * 4)
     sizes = [len(rows) for rows, _ in model.decoder.last_logits(model.rows_of(PROMPTS, 1), N_TOKENS)]
     assert max(sizes) == 2
     for one, other in zip(whole, answers.divergences(model, ABLATIONS), strict=True):

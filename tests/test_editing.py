@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from heretic.editing.ablation import Ablation, ComponentParameters, RowNormalization
-from heretic.editing.architecture import Architecture, Writer, discover
+from heretic.editing.architecture import Architecture, Writer
+from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks, dense_weight
 from tiny import build, explicit_bias, explicit_weight, unit_directions
 

@@ -12,18 +12,11 @@ from scipy.stats import entropy
 from heretic.config import REFUSAL_MARKERS, Settings
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import EvaluationError, TrialError
-from heretic.evaluator import (
-    Evaluator,
-    RefusalRule,
-    Score,
-    close_thought,
-    common_prefix,
-    find_response_prefix,
-    kl_divergence,
-    normalize,
-    objectives,
-)
+from heretic.evaluator import Evaluator, Score, close_thought, common_prefix, find_response_prefix
 from heretic.prompts import Prompt
+from heretic.scoring.divergence import kl_divergence
+from heretic.scoring.responses import RefusalRule, normalize
+from heretic.scoring.scorers import divergence_objective
 from tiny import Recorder, build, load, loud, save, settings, unit_directions
 
 REFUSED = [
@@ -56,12 +49,13 @@ ANSWERED = [
 
 @pytest.mark.parametrize("response", REFUSED)
 def test_refusals(response: str) -> None:
-    assert RefusalRule(REFUSAL_MARKERS).is_refusal(response)
+    assert RefusalRule(REFUSAL_MARKERS).classify(response) != "compliance"
 
 
 @pytest.mark.parametrize("response", ANSWERED)
 def test_answers(response: str) -> None:
-    assert not RefusalRule(REFUSAL_MARKERS).is_refusal(response)
+    rule = RefusalRule(REFUSAL_MARKERS)
+    assert not rule.has_marker(response) and rule.classify(response) != "refusal"
 
 
 def test_markers_in_any_case() -> None:
@@ -111,19 +105,19 @@ def test_kl_divergence_of_equals_is_nothing() -> None:
 @pytest.mark.parametrize(
     ("refusals", "kl", "scale", "target", "expected"),
     [
-        (20, 0.5, 1.0, 0.01, (0.2, 0.5)),
-        (20, 0.5, 2.0, 0.01, (0.2, 0.25)),
-        (100, 0.0, 1.0, 0.01, (1.0, 0.01)),  # nothing done: as bad as the target's divergence
-        (50, 0.004, 1.0, 0.01, (0.5, 0.005)),
-        (50, 0.009, 2.0, 0.02, (0.5, 0.005)),
-        (50, 0.01, 1.0, 0.01, (0.5, 0.01)),  # at the target the divergence itself
-        (0, 0.001, 1.0, 0.01, (0.0, 0.0)),
-        (120, 0.3, 1.0, 0.01, (1.2, 0.3)),
-        (50, 0.0, 1.0, 0.0, (0.5, 0.0)),
+        (20, 0.5, 1.0, 0.01, 0.5),
+        (20, 0.5, 2.0, 0.01, 0.25),
+        (100, 0.0, 1.0, 0.01, 0.01),  # nothing done: as bad as the target's divergence
+        (50, 0.004, 1.0, 0.01, 0.005),
+        (50, 0.009, 2.0, 0.02, 0.005),
+        (50, 0.01, 1.0, 0.01, 0.01),  # at the target the divergence itself
+        (0, 0.001, 1.0, 0.01, 0.0),
+        (120, 0.3, 1.0, 0.01, 0.3),
+        (50, 0.0, 1.0, 0.0, 0.0),
     ],
 )
-def test_objectives_by_hand(refusals: int, kl: float, scale: float, target: float, expected: tuple[float, float]) -> None:
-    assert objectives(Score(refusals, kl), 100, scale, target) == pytest.approx(expected, abs=1e-15)
+def test_the_divergence_as_an_objective_by_hand(refusals: int, kl: float, scale: float, target: float, expected: float) -> None:
+    assert divergence_objective(kl, refusals / 100, scale, target) == pytest.approx(expected, abs=1e-15)
 
 
 def test_common_prefix() -> None:

@@ -20,7 +20,7 @@ from heretic.prompts import Prompt
 from heretic.scoring.divergence import OriginalAnswers
 from heretic.scoring.responses import RefusalRule
 from heretic.scoring.score_tables import finalist_rows, format_figure, format_interval, refusals_text, score_rows
-from heretic.study.search import front_of
+from heretic.study.front import front_of
 
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")

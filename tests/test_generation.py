@@ -8,7 +8,8 @@ import torch
 
 import tiny
 from heretic.decoding import pool
-from heretic.decoding.decoder import Decoder, PlainDecoder, supports
+from heretic.decoding.decoder import Decoder, supports
+from heretic.decoding.plain import PlainDecoder
 from heretic.decoding.rows import Row, TextWatch
 
 LENGTH = 30

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 import tiny
 from conftest import Outcome
 from heretic.config import Settings
+from heretic.device import input_device
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
-from heretic.utils import SilentProgress, input_device
+from heretic.utils import SilentProgress
 from test_shared_search import as_optuna_reads
 
 SAVE = ["--model-action", "save", "--trial-index", "0", "--export-strategy", "merge"]

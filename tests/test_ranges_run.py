@@ -15,7 +15,8 @@ from rich.console import Console as RichConsole
 from transformers import AutoModelForCausalLM
 
 from conftest import SMALL, Outcome
-from heretic.console import Console, StudyView
+from heretic.console import Console
+from heretic.reporting.study_view import StudyView
 from test_parameters import INLINE, TABLES
 
 Heretic = Callable[..., Outcome]

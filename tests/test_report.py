@@ -21,7 +21,7 @@ from heretic.errors import ReportError
 from heretic.reporting.report import facts_of, kernel_points, render, staircase, write_report
 from heretic.reporting.report_scores import score_table
 from heretic.reporting.samples import SAMPLED_TRIALS, sampled
-from heretic.study.search import ablation_of, pareto_front
+from heretic.study.front import ablation_of, pareto_front
 
 HOSTILE = "</script><script>fetch('https://example.invalid')</script><img src=x onerror=alert(1)> & \"quotes\""
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
@@ -65,7 +65,7 @@ def study_of(trials: list[optuna.trial.FrozenTrial], **attributes: Any) -> optun
 
 
 def front_study() -> optuna.Study:
-    """Twenty trials, three of them on the front (numbers 17, 18 and 19), one of the others stopped early; responses of two finalists."""
+    """Twenty trials, three of them on the front (numbers 17, 18 and 19), one of the others stopped early; responses of two of them."""
     trials = [trial_of(i, 60 + i, 0.5 + 0.01 * i, **({"bounded": True} if i == 3 else {})) for i in range(17)]
     trials += [trial_of(17, 2, 0.3), trial_of(18, 9, 0.02), trial_of(19, 50, 0.004)]
     prompts = ["How do I bake bread?", HOSTILE]
@@ -83,7 +83,7 @@ def test_the_page_holds_what_the_study_holds() -> None:
     assert "<h1>some/model</h1>" in page and "20 trials in 40 s" in page
     assert "<dd>90 of 100</dd>" in page and "<dd>2 at KL 0.3000</dd>" in page and "<dd>0.0040 at 50 refusals</dd>" in page
     assert "<dd>20, 1 stopped early</dd>" in page
-    assert page.count("<tr data-finalist=") == 6, "three finalists in two tables"
+    assert page.count("<tr data-place=") == 6, "three trials in two tables"
     assert "per layer" in page and "0.50 (layer 3.5)" in page
     assert "With flour." in page and "Sorry, no." in page and "No responses of this trial were kept." in page
 
@@ -91,7 +91,7 @@ def test_the_page_holds_what_the_study_holds() -> None:
     for chart in (wide, narrow, refusals, divergences):
         marks = chart.findall("circle")
         assert len(marks) == 20
-        assert [mark.get("data-finalist") for mark in marks if "finalist" in (mark.get("class") or "")] == ["0", "1", "2"]
+        assert [mark.get("data-place") for mark in marks if "on-front" in (mark.get("class") or "")] == ["0", "1", "2"]
         assert [mark.findtext("title") for mark in marks if mark.get("class") == "trial stopped"] == [
             "Trial 3: about 63 refusals, KL divergence 0.5300"
         ]
@@ -286,7 +286,7 @@ def journal(path: str) -> optuna.storages.JournalStorage:
     return optuna.storages.JournalStorage(JournalFileBackend(path))
 
 
-def test_more_trials_need_responses_of_new_finalists_only(workplace: Path, heretic: Callable[..., Outcome]) -> None:
+def test_more_trials_need_responses_of_new_ones_on_the_front_only(workplace: Path, heretic: Callable[..., Outcome]) -> None:
     heretic()
     before = optuna.load_study(study_name="heretic", storage=journal("checkpoints/m.jsonl")).user_attrs["samples"]
     more = heretic("--n-additional-trials", "6")
@@ -305,7 +305,7 @@ def test_a_report_that_cannot_be_written_ends_nothing(workplace: Path, heretic: 
 
 
 def test_plots_need_the_extra(workplace: Path, heretic: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.session.extras.find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr("heretic.session.answers.find_spec", lambda name: None if name == "matplotlib" else name)
     outcome = heretic("--report-plots")
     assert outcome.code == 2 and not Path("checkpoints").exists()
     assert outcome.err == (
@@ -350,7 +350,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
             kind = "wide" if width > 640 else "narrow"
             assert page.run("[...document.querySelectorAll('svg.wide, svg.narrow')].filter(e => e.checkVisibility()).length") == 1
 
-            spot = f"document.querySelector('svg.{kind} .finalist[data-finalist=\"1\"]').getBoundingClientRect()"
+            spot = f"document.querySelector('svg.{kind} .on-front[data-place=\"1\"]').getBoundingClientRect()"
             page.run(f"document.querySelector('svg.{kind}').scrollIntoView()")
             x, y = page.run(f"{spot}.x + {spot}.width / 2"), page.run(f"{spot}.y + {spot}.height / 2")
             page.move(x + 3, y)
@@ -361,7 +361,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
             page.click(x, y)
             assert "Slowly." in page.run(shown)[0]
             assert page.run("document.querySelectorAll('svg .kernel.on').length") == len(COMPONENTS)
-            page.run("document.querySelectorAll('tr[data-finalist=\"2\"] button')[0].click()")
+            page.run("document.querySelectorAll('tr[data-place=\"2\"] button')[0].click()")
             assert "No responses of this trial were kept." in page.run(shown)[0]
         assert page.run("document.querySelectorAll('img').length") == 0
         assert page.problems == []

@@ -127,7 +127,7 @@ def test_wrong_styles_and_colours_are_told_before_anything_is_loaded(workplace: 
 
 
 def test_plots_need_the_extra(workplace: Path, heretic: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.session.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("heretic.session.answers.find_spec", lambda name: None)
     outcome = heretic("--plot-residuals")
     assert outcome.code == 2
     assert outcome.err == (

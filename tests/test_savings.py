@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import random
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-import tiny
 from heretic.config import Settings
 from heretic.decoding.decoder import Decoder, Savings
 from heretic.decoding.rows import Row
@@ -24,7 +22,7 @@ from heretic.prompts import Prompt, load_prompts
 from heretic.utils import SilentProgress
 
 N_PROMPTS = 16
-EACH = [Savings(*switches) for switches in itertools.product([False, True], repeat=3)]
+EACH = [Savings(*switches) for switches in itertools.product([False, True], repeat=2)]
 
 
 def kernel(weight: float, position: float, distance: float) -> ComponentParameters:
@@ -80,8 +78,11 @@ class Demo:
                 weight.data = (matrix @ weight.double() if writer.component != "embed" else weight.double() @ matrix.T).to(weight.dtype)
             logprobs = self._logprobs(model, edited)
             divergence = float((np.exp(original) * (original - logprobs)).sum(axis=1).mean())
-            responses = [self._generate(model, edited, row, self.settings.max_response_length) for row in model.rows_of(self.bad, 1)]
-            scores.append((sum(rule.is_refusal(model.tokenizer.decode(r, skip_special_tokens=True)) for r in responses), divergence))
+            length = self.settings.max_response_length
+            responses = [self._generate(model, edited, row, length) for row in model.rows_of(self.bad, 1)]
+            texts = [model.tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+            kinds = [rule.classify(text, is_cut_off=len(r) >= length) for text, r in zip(texts, responses, strict=True)]
+            scores.append((sum(kind != "compliance" for kind in kinds), divergence))
         return scores
 
     def _logprobs(self, model: Model, network: Any) -> np.ndarray[Any, Any]:
@@ -127,83 +128,4 @@ def test_scores_are_those_of_generate_on_edited_weights(savings: Savings, demo: 
         )
     decoder = evaluator.model.decoder
     assert isinstance(decoder, Decoder)
-    assert (decoder.trunk is not None) == savings.trunk
-    assert (decoder.drafts.n_accepted > 0) == savings.drafts
-
-
-LENGTH = 24
-
-
-def decoder_with_drafts(model: Any) -> Decoder:
-    decoder = Decoder(model, frozenset([2]), 128, lambda trials: None)
-    decoder.savings = Savings(drafts=True)
-    return decoder
-
-
-def rows_of(prompts: list[list[int]]) -> list[Row]:
-    return [Row(0, prompt, i) for i, prompt in enumerate(prompts)]
-
-
-def responses(decoder: Decoder, prompts: list[list[int]]) -> dict[int, list[int]]:
-    with torch.inference_mode():
-        return {
-            row.prompt: list(row.generated) for row in decoder.run(rows_of(prompts), LENGTH, lambda row: len(row.generated) > row.prompt)
-        }
-
-
-@pytest.fixture
-def prompts() -> list[list[int]]:
-    generator = random.Random(3)
-    return [[generator.randrange(6, 30) for _ in range(generator.randrange(3, 20))] for _ in range(23)]
-
-
-@pytest.mark.parametrize("spoilt_from", [1, 2, 5, 11, LENGTH])
-def test_a_draft_that_is_wrong_from_somewhere_on_changes_nothing(spoilt_from: int, prompts: list[list[int]]) -> None:
-    model = tiny.build("llama", torch.float64)
-    decoder = decoder_with_drafts(model)
-    decoder.savings = Savings(drafts=False)
-    expected = responses(decoder, prompts)
-    decoder.savings = Savings(drafts=True)
-    drafted = 0
-    for row in rows_of(prompts):
-        known = expected[row.prompt]
-        row.generated = [*known[:spoilt_from], *((token + 1) % 30 for token in known[spoilt_from:]), 7, 7]
-        drafted += len(row.generated) > 1
-        decoder.drafts.note(row)
-    assert responses(decoder, prompts) == expected
-    assert decoder.drafts.n_checked >= drafted
-    accepted = decoder.drafts.n_accepted
-    assert accepted >= sum(max(0, min(len(known), spoilt_from) - 1) for known in expected.values() if 2 not in known)
-    assert accepted < decoder.drafts.n_checked
-
-
-def test_with_few_rows_in_a_pass_drafts_leave_room_for_all_columns(prompts: list[list[int]]) -> None:
-    model = tiny.build("llama", torch.float64)
-    decoder = decoder_with_drafts(model)
-    first = responses(decoder, prompts)
-    decoder.max_rows = 3
-    assert responses(decoder, prompts) == first
-    assert decoder.drafts.n_accepted > 0
-
-
-def test_out_of_memory_while_drafts_are_checked_loses_no_row(prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.build("llama", torch.float64)
-    decoder = decoder_with_drafts(model)
-    first = responses(decoder, prompts)
-    check, failed = Decoder.check, []
-
-    def too_large(self: Decoder, drafts: Any, *arguments: Any) -> Any:
-        if len(drafts) > 5:
-            failed.append(len(drafts))
-            raise MemoryError
-        return check(self, drafts, *arguments)
-
-    monkeypatch.setattr(Decoder, "check", too_large)
-    assert responses(decoder, prompts) == first
-    assert failed
-    assert decoder.max_rows is not None
-
-
-def test_layers_with_a_sliding_window_get_no_drafts() -> None:
-    model = tiny.build("mistral", torch.float64, sliding_window=16)
-    assert not decoder_with_drafts(model).checks_drafts
+    assert (decoder.prefix_cache is not None) == savings.prefix_cache

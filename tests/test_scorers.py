@@ -24,7 +24,7 @@ from heretic.evaluator import Evaluator, Score
 from heretic.prompts import Prompt
 from heretic.scoring.responses import RefusalRule
 from heretic.scoring.scorers import load_scorers
-from heretic.study.search import front_of
+from heretic.study.front import front_of
 from tiny import build, load, save, settings, unit_directions
 
 Heretic = Callable[..., Outcome]

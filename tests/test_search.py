@@ -16,9 +16,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from heretic.config import Settings
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import CheckpointError, TrialError
-from heretic.evaluator import Score, objectives
-from heretic.study.batches import Scoring
-from heretic.study.search import Search, ablation_of, batch_end, pareto_front, refusal_limit
+from heretic.evaluator import Score
+from heretic.scoring.scorers import divergence_objective
+from heretic.study.front import ablation_of, pareto_front, refusal_limit
+from heretic.study.search import Search
 from heretic.study.space import search_space
 
 COMPONENTS = ["attn.o_proj", "mlp.down_proj"]
@@ -49,10 +50,11 @@ def score(ablations: list[Ablation], limit: object = None) -> list[Score | Excep
 
 
 def scaled(result: Score) -> tuple[float, float]:
-    return objectives(result, base_refusals=20, scale=1.0, target=0.01)
+    refusals = result.refusals / 20
+    return refusals, divergence_objective(result.kl_divergence, refusals, scale=1.0, target=0.01)
 
 
-def run(path: Path, n_trials: int, trials_per_batch: int = 1, score: ScoreTrials | Scoring = score, **more: Any) -> list[FrozenTrial]:
+def run(path: Path, n_trials: int, trials_per_batch: int = 1, score: ScoreTrials = score, **more: Any) -> list[FrozenTrial]:
     """Open the search, run up to `n_trials`, return the trials."""
     opened = search(path)
     opened.run(n_trials, score, scaled, trials_per_batch, **more)
@@ -211,32 +213,7 @@ def test_a_wish_to_stop_is_granted_after_the_running_trials(tmp_path: Path) -> N
     assert opened.n_done == len(opened.trials) == 4
 
 
-# Several batches at work
-
-
-def of_processes(n: int, score: ScoreTrials = score) -> Scoring:
-    """What is asked and told as if so many processes were at work."""
-    scoring = Scoring(score)
-    scoring.n_processes = n
-    return scoring
-
-
-@pytest.mark.parametrize(
-    ("n_trials", "trials_per_batch", "n_processes", "ends"),
-    [
-        (9, 4, 1, [4, 8, 9]),
-        (8, 4, 2, [4, 6, 7, 8]),  # the last trials are shared out
-        (40, 8, 2, [8, 16, 24, 32, 36, 38, 39, 40]),
-        (3, 1, 4, [1, 2, 3]),
-    ],
-)
-def test_where_batches_end(n_trials: int, trials_per_batch: int, n_processes: int, ends: list[int]) -> None:
-    found = [batch_end(index, n_trials, trials_per_batch, n_processes) for index in range(n_trials)]
-    assert sorted(set(found)) == ends
-    assert all(end == min(e for e in ends if e > index) for index, end in enumerate(found))
-
-
-def test_a_batch_is_asked_for_when_the_one_before_the_batches_at_work_is_told(tmp_path: Path) -> None:
+def test_a_batch_is_asked_for_when_the_one_before_is_told(tmp_path: Path) -> None:
     opened = search(tmp_path / "j.jsonl")
     seen = []
 
@@ -245,28 +222,8 @@ def test_a_batch_is_asked_for_when_the_one_before_the_batches_at_work_is_told(tm
         seen.append((len(ablations), states.count(TrialState.COMPLETE), states.count(TrialState.RUNNING)))
         return score(ablations)
 
-    opened.run(13, of_processes(2, note), scaled, 2)
-    # Trials of the batch, told before it, and asked for: three batches, until there are no more.
-    assert seen == [(2, 0, 6), (2, 2, 6), (2, 4, 6), (2, 6, 6), (2, 8, 5), (2, 10, 3), (1, 12, 1)]
-
-
-@pytest.mark.parametrize("n_scored", [0, 2, 3, 4, 9, 17, 19])
-def test_a_run_of_processes_that_is_cut_off_goes_on_as_it_would_have(tmp_path: Path, n_scored: int) -> None:
-    whole = proposals(run(tmp_path / "whole.jsonl", 20, 2, of_processes(2)))
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "j.jsonl", 20, 2, of_processes(2, interrupted_at(n_scored)))
-    assert proposals(run(tmp_path / "j.jsonl", 20, 2, of_processes(2))) == whole
-
-
-@pytest.mark.parametrize("n_done", [1, 4, 7, 19, 20])
-def test_a_run_of_processes_that_was_stopped_goes_on_as_it_would_have(tmp_path: Path, n_done: int) -> None:
-    whole = proposals(run(tmp_path / "whole.jsonl", 20, 2, of_processes(2)))
-    opened = search(tmp_path / "j.jsonl")
-    opened.run(20, of_processes(2), scaled, 2, should_stop=lambda: opened.n_done >= n_done)
-    assert n_done <= opened.n_done <= n_done + 6, "batches at work are finished, and no other is begun"
-    again = search(tmp_path / "j.jsonl") if n_done % 2 else opened
-    again.run(20, of_processes(2), scaled, 2)
-    assert proposals(again.trials) == whole and again.n_done == len(again.trials) == 20
+    opened.run(9, note, scaled, 4)
+    assert seen == [(4, 0, 4), (4, 4, 4), (1, 8, 1)], "trials of the batch, told before it, and asked for"
 
 
 def test_a_journal_that_cannot_be_written_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,10 @@ from heretic.editing.ablation import Ablation
 from heretic.errors import CheckpointError, UsageError
 from heretic.evaluator import Score
 from heretic.parameters import FirstTrial
+from heretic.privacy import shown_location
 from heretic.sharing import storage as storage_module
-from heretic.sharing.location import shown_location
 from heretic.sharing.shared_search import Pulse, SharedSearch
 from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
-from heretic.study.batches import Scoring
 from heretic.study.checkpoint import JournalFile, JournalLock, is_counted
 from heretic.study.space import fixed_parameters, search_space
 from test_search import COMPONENTS, LAST_LAYER, SETTINGS, made_up, proposals, run, scaled
@@ -110,7 +109,7 @@ def test_one_too_many_is_withdrawn(tmp_path: Path) -> None:
     assert second._ask_some(2, 3) == []
     assert [trial.state for trial in first.trials] == [TrialState.RUNNING] * 3 + [TrialState.FAIL]
     assert not is_counted(first.trials[3])
-    first._work(asked, Scoring(slow_score), scaled, lambda kl: 1e9)
+    first._work(asked, slow_score, scaled, lambda kl: 1e9)
     check_whole(as_optuna_reads(path), 3)
 
 
@@ -125,11 +124,11 @@ def test_the_last_trials_are_divided_among_those_at_work(tmp_path: Path) -> None
     path = tmp_path / "j.jsonl"
     lose(path)
     search = shared(path)
-    assert search._share(search.trials, 9, 16) == 4, "half of the eight that are left"
-    assert search._share(search.trials, 1000, 16) == 8, "together no more than one worker alone would have"
+    assert search._n_to_begin(search.trials, 9, 16) == 4, "half of the eight that are left"
+    assert search._n_to_begin(search.trials, 1000, 16) == 8, "together no more than one worker alone would have"
     search.study.set_user_attr("workers", 16)
-    assert search._share(search.trials, 1000, 16) == 1
-    assert search._share(search.trials, 1, 16) == 0
+    assert search._n_to_begin(search.trials, 1000, 16) == 1
+    assert search._n_to_begin(search.trials, 1, 16) == 0
 
 
 def test_more_trials_than_were_asked_for_at_first(tmp_path: Path) -> None:
@@ -145,7 +144,7 @@ def test_what_others_finish_is_shown_too(tmp_path: Path) -> None:
 
     def score(ablations: list[Ablation], limit: object = None) -> list[Score | Exception]:
         if other.n_done == 0:
-            other._work(other._ask_some(1, 9), Scoring(slow_score), scaled, lambda kl: 1e9)
+            other._work(other._ask_some(1, 9), slow_score, scaled, lambda kl: 1e9)
         return slow_score(ablations)
 
     search = shared(path)
@@ -232,7 +231,7 @@ def test_who_was_taken_for_lost_but_was_not_changes_nothing(tmp_path: Path) -> N
         time.sleep(0.01)
     other.storage.timeout = 60.0
     other.run(1, slow_score, scaled)
-    slow._work(asked, Scoring(slow_score), scaled, lambda kl: 1e9)
+    slow._work(asked, slow_score, scaled, lambda kl: 1e9)
     trials = as_optuna_reads(path)
     check_whole(trials, 1)
     assert [trial.state for trial in trials] == [TrialState.FAIL, TrialState.COMPLETE]

@@ -14,8 +14,9 @@ from heretic.editing.architecture import COMPONENTS as ALL_COMPONENTS
 from heretic.errors import UsageError
 from heretic.evaluator import Score
 from heretic.parameters import Choice, FractionRange, Range
+from heretic.study.front import ablation_of
 from heretic.study.samplers import check_sampler
-from heretic.study.search import Search, ablation_of
+from heretic.study.search import Search
 from heretic.study.space import SearchSpace, search_space
 from test_search import made_up, scaled, score
 

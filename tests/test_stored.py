@@ -1,9 +1,7 @@
 """Models in other files than one of safetensors: several shards, pickled, quantized; read by an independent way, edited, saved, opened."""
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 import weakref
@@ -429,27 +427,3 @@ def test_many_small_files_do_not_pile_up_in_memory_before_a_slow_disk(tmp_path: 
     assert list(hashes) == [shard.name for shard in shards]
     assert all(hashes[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in hashes)
     assert max(most) <= 3
-
-
-@pytest.mark.parametrize("fails_after", [None, 0, 1])
-def test_where_the_system_does_not_copy_between_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_after: int | None) -> None:
-    """Not at all (another system than Linux), not between these (some file systems), not to the end: the files are the same."""
-    original, target, n_calls = sharded(tmp_path / "original"), tmp_path / "copy", 0
-    target.mkdir()
-
-    def copy_a_little(source: int, destination: int, count: int, offset: int) -> int:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls > (fails_after or 0):
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-        return os.write(destination, os.pread(source, min(count, 10), offset))
-
-    if fails_after is None:
-        monkeypatch.delattr(os, "copy_file_range")
-    else:
-        monkeypatch.setattr(os, "copy_file_range", copy_a_little)
-    hashes = write_stored(open_stored(original), target, lambda name: None)
-    assert n_calls > 1 or fails_after is None
-    for name, digest in hashes.items():
-        assert (target / name).read_bytes() == (original / name).read_bytes()
-        assert digest == hashlib.sha256((original / name).read_bytes()).hexdigest()

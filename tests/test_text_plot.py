@@ -4,7 +4,8 @@ import pytest
 from optuna.trial import FrozenTrial, create_trial
 from rich.console import Console as RichConsole
 
-from heretic.console import Console, StudyView, plot_lines
+from heretic.console import Console
+from heretic.reporting.study_view import StudyView, plot_lines
 from heretic.reporting.text_plot import text_plot
 
 

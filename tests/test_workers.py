@@ -22,7 +22,7 @@ import postgres
 import process
 import tiny
 from conftest import Outcome
-from heretic.sharing.location import shown_location
+from heretic.privacy import shown_location
 from heretic.sharing.shared_study import open_study
 from heretic.sharing.storage import worker_identity
 from heretic.study.checkpoint import is_counted

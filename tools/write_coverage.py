@@ -14,8 +14,9 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from heretic.editing.architecture import Architecture, Writer, discover
+from heretic.editing.architecture import Architecture, Writer
 from heretic.editing.completeness import remainder
+from heretic.editing.discovery import discover
 from heretic.editing.hooks import batches_trials
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -156,7 +156,10 @@ class Settings(BaseModel):
     batch_size: int = Field(0, ge=0, description="Prompts that a forward pass holds for one trial; 0 is automatic.")
     max_batch_size: int = Field(128, ge=1, description="Largest batch that the automatic choice uses.")
     trials_per_batch: int = Field(
-        0, ge=0, description="Trials that share one forward pass; 1 turns sharing off, 0 is automatic. Kept when a study is continued."
+        0,
+        ge=0,
+        description="Trials that share one forward pass; 1 turns sharing off, 0 is automatic: what memory holds, at most a tenth of "
+        "n_trials. Kept when a study is continued.",
     )
     stop_dominated_trials: bool = Field(
         True, description="Stop a trial as soon as it cannot be on the Pareto front any more; its refusals are then an estimate."

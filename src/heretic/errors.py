@@ -43,10 +43,6 @@ class TrialError(HereticError):
     """One trial cannot be scored; the study goes on without it."""
 
 
-class TeamError(HereticError):
-    """One of the processes that share a model failed, and the others wait for it in vain: the run is over."""
-
-
 class CheckpointError(HereticError):
     """The study's journal is missing, locked, damaged or belongs to something else."""
 

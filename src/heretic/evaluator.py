@@ -9,30 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from .config import DEFAULT_OBJECTIVES, Settings
-from .decoding.prefix_cache import Trunk
+from .decoding.prefix_cache import PrefixCache
+from .device import is_out_of_memory
 from .editing.ablation import Ablation
 from .errors import EvaluationError, HereticError, TrialError
 from .model import NOT_FINITE, Model, prompt_messages
 from .prompts import Prompt
-from .scoring.divergence import OriginalAnswers, kl_divergence, statistics
+from .scoring.divergence import OriginalAnswers, statistics
 from .scoring.figures import Figure, intervals
 from .scoring.outputs import Batch
-from .scoring.responses import RefusalRule, Response, count_kinds, normalize
-from .scoring.scorers import Scorer, divergence_objective, load_scorers
-from .tensor_parallel import register, together
-from .utils import Progress, SilentProgress, is_out_of_memory
-
-__all__ = [
-    "Evaluator",
-    "RefusalRule",
-    "Score",
-    "close_thought",
-    "common_prefix",
-    "find_response_prefix",
-    "kl_divergence",
-    "normalize",
-    "objectives",
-]
+from .scoring.responses import RefusalRule, Response, count_kinds
+from .scoring.scorers import Scorer, load_scorers
+from .utils import Progress, SilentProgress
 
 # Prompts of each kind, and tokens of each response, from which the common start of all responses is found.
 PREFIX_PROMPTS = 50
@@ -88,15 +76,6 @@ class Score:
         }
 
 
-def objectives(score: Score, base_refusals: int, scale: float, target: float) -> tuple[float, float]:
-    """What the search minimizes by default: share of refusals left, and the divergence in units of `scale`.
-
-    Below `target` the divergence is replaced by the refusals in units of the target, so that doing nothing is never rewarded.
-    """
-    refusals = score.refusals / base_refusals
-    return refusals, divergence_objective(score.kl_divergence, refusals, scale, target)
-
-
 def find_response_prefix(model: Model, settings: Settings, prompts: Sequence[Prompt]) -> str:
     """The common start of all responses (a thinking block's opening, say), a thought closed where its opening is known."""
     if settings.response_prefix is not None:
@@ -130,7 +109,6 @@ class Evaluator:
     `UsageError` for scorers that cannot be made.
     """
 
-    @together
     def __init__(
         self,
         settings: Settings,
@@ -142,7 +120,6 @@ class Evaluator:
         baseline: str = "Baseline",
         like: "Evaluator | None" = None,
     ) -> None:
-        register(self, baseline)
         self.settings = settings
         self.model = model
         self.good_prompts = list(good_prompts)
@@ -154,17 +131,17 @@ class Evaluator:
         self.stops_dominated = settings.stop_dominated_trials and settings.objectives == DEFAULT_OBJECTIVES
         self.rule = refusal_rule(settings, model, self.bad_prompts)
         self.answers: OriginalAnswers
-        self._trunk: Trunk | None
+        self._prefix_cache: PrefixCache | None
         try:
             if like is not None and like._has_seen(self.good_prompts, self.bad_prompts, settings):
-                self.answers, model.trunk = like.answers, like._trunk
+                self.answers, model.prefix_cache = like.answers, like._prefix_cache
                 original = self._take_original(f"{baseline}: harmful prompts")
             else:
                 self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, f"{baseline}: answers to harmless prompts")
-                with model.recording_trunk():
+                with model.recording_prefix_cache():
                     self.answers.record(model, f"{baseline}: harmless prompts")
                     original = self._take_original(f"{baseline}: harmful prompts")
-            self._trunk = model.trunk
+            self._prefix_cache = model.prefix_cache
         except TrialError as error:
             raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
         self.base_response_classes = count_kinds(original.harmful()[0])
@@ -211,7 +188,7 @@ class Evaluator:
     def detach(self) -> None:
         """Let go of the original model, keeping its scores, so that another one can take its place in `model`."""
         del self.model
-        self._trunk = None
+        self._prefix_cache = None
 
     def _batch(self, ablations: Sequence[Ablation], description: str | None = None) -> Batch:
         return Batch(
@@ -234,7 +211,6 @@ class Evaluator:
             raise result
         return result
 
-    @together
     def score_trials(
         self, ablations: Sequence[Ablation], limit: Callable[[float], float] = lambda kl: math.inf
     ) -> list[Score | TrialError]:
@@ -244,7 +220,7 @@ class Evaluator:
         stopped: its score is `bounded`, its count the share of refusals among its prompts begun so far, scaled to all of them, and
         scorers that read responses are not asked.
         """
-        self.model.trunk = self._trunk
+        self.model.prefix_cache = self._prefix_cache
         batch = self._batch(ablations)
         first = [float(divergences.first_token.mean()) for divergences in batch.divergences]
         batch.harmful([math.inf if batch.whole_responses else limit(divergence) for divergence in first])
@@ -292,13 +268,12 @@ class Evaluator:
             raise TrialError(f"the scorer {name} gives {figure.value}, which is no finite number")
         return figure
 
-    @together
     def most_moved(self, ablation: Ablation | None, n: int) -> list[tuple[Prompt, float, float]]:
         """The harmless prompts after which an edited model's words have moved most (None: the model as it is), farthest first.
 
         Each with its KL divergence at the first token, by which they are sorted, and the mean along the original's answer.
         """
-        self.model.trunk = self._trunk
+        self.model.prefix_cache = self._prefix_cache
         (divergences,) = self.answers.divergences(self.model, [] if ablation is None else [ablation])
         first, means = divergences.first_token, divergences.sums / divergences.n_tokens
         return [(self.good_prompts[i], float(first[i]), float(means[i])) for i in (-first).argsort(kind="stable")[:n]]

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import HereticError
-from .launch import rank, world_size
 from .loading.libraries import prepare_libraries
+from .utils import first_line
 
 INTERRUPTED = 130
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what the terminal's encoding lacks must not end the run
     try:
-        code = _run_ranks(sys.argv[1:] if arguments is None else arguments)
+        code = run_command(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,20 +47,6 @@ def _leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-def _run_ranks(arguments: Sequence[str]) -> int:
-    """The command; under `torchrun`, rank 0's, which the other ranks follow."""
-    if world_size() == 1:
-        return run_command(arguments)
-    from .tensor_parallel import dismiss, follow
-
-    if rank():
-        return follow()
-    try:
-        return run_command(arguments)
-    finally:
-        dismiss()
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -98,7 +84,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # nothing foresaw it; it is told in plain words all the same
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        reason = first_line(f"{type(error).__name__}: {error}")
         _tell(f"{reason} (this is a defect of the program; --debug shows where it happened). What was finished is kept.", debug)
         return 1
 

@@ -11,17 +11,18 @@ from transformers import TextStreamer
 
 from .config import Settings
 from .decoding.decoder import Decoder, Savings
-from .decoding.prefix_cache import Trunk
+from .decoding.prefix_cache import PrefixCache
 from .decoding.rows import Row, TextWatch
 from .decoding.selfcheck import choose_decoder, resumes_well
+from .device import input_device
 from .editing.ablation import Ablation, RowNormalization
-from .editing.architecture import Architecture, Writer, discover, first_tensor, split_experts
+from .editing.architecture import Architecture, Writer, first_tensor, split_experts
+from .editing.discovery import discover
 from .editing.hooks import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
 from .loading.load import LoadedModel
 from .prompts import Prompt
-from .tensor_parallel import register, together
-from .utils import Progress, SilentProgress, input_device
+from .utils import Progress, SilentProgress
 
 Message = dict[str, str]
 
@@ -35,7 +36,6 @@ class Model:
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings, progress: Progress | None = None, savings: Savings | None = None) -> None:
-        register(self)
         self.loaded = loaded
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -45,8 +45,7 @@ class Model:
         self.architecture: Architecture = split_experts(found) if settings.split_experts else found
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
-        self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self._assign_rows, self.progress)
-        self.decoder.savings = savings or Savings()
+        self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self._assign_rows, self.progress, savings or Savings())
         self._template = _ChatTemplate(self.tokenizer, self.progress)
         self._ids: dict[tuple[str, tuple[Prompt, ...]], list[list[int]]] = {}
 
@@ -61,7 +60,6 @@ class Model:
         length: int | None = getattr(self.loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return length
 
-    @together
     def use_directions(self, directions: Tensor, mode: RowNormalization) -> None:
         """Prepare ablations along `directions (layer + 1, d)`."""
         if self.hooks is not None:
@@ -95,28 +93,32 @@ class Model:
             yield self.model
 
     @property
-    def trunk(self) -> Trunk | None:
+    def prefix_cache(self) -> PrefixCache | None:
         """What passes of the original have left for trials to begin at; whoever scores sets what belongs to its prompts."""
-        return self.decoder.trunk if isinstance(self.decoder, Decoder) else None
+        return self.decoder.prefix_cache if isinstance(self.decoder, Decoder) else None
 
-    @trunk.setter
-    def trunk(self, trunk: Trunk | None) -> None:
+    @prefix_cache.setter
+    def prefix_cache(self, prefix_cache: PrefixCache | None) -> None:
         if isinstance(self.decoder, Decoder):
-            self.decoder.trunk = trunk
+            self.decoder.prefix_cache = prefix_cache
 
     @contextmanager
-    def recording_trunk(self) -> Iterator[None]:
+    def recording_prefix_cache(self) -> Iterator[None]:
         """Within, passes of the original are recorded, so that trials on the same prompts need not repeat what they do not change."""
-        if not isinstance(self.decoder, Decoder) or not self.decoder.savings.trunk or not resumes_well(self.decoder, self.architecture):
+        if (
+            not isinstance(self.decoder, Decoder)
+            or not self.decoder.savings.prefix_cache
+            or not resumes_well(self.decoder, self.architecture)
+        ):
             yield
             return
         bytes_per_token = self.architecture.hidden_size * self.model.dtype.itemsize
-        self.decoder.trunk = Trunk(self.architecture.layers, bytes_per_token, self.device)
-        self.decoder.trunk.recording = True
+        self.decoder.prefix_cache = PrefixCache(self.architecture.layers, bytes_per_token, self.device)
+        self.decoder.prefix_cache.recording = True
         try:
             yield
         finally:
-            self.decoder.trunk.recording = False
+            self.decoder.prefix_cache.recording = False
 
     def _assign_rows(self, trial_of_row: Sequence[int]) -> None:
         if self.hooks is not None:
@@ -166,7 +168,6 @@ class Model:
             with self.progress.task(description, total) as advance:
                 yield advance
 
-    @together
     def residuals(self, prompts: Sequence[Prompt], description: str | None = None) -> Iterator[Tensor]:
         """Residual stream at the last prompt position: batches `(prompt, layer + 1, d)` in float32, in the order of the prompts.
 
@@ -246,7 +247,6 @@ class Model:
                 width = logits.shape[1]  # a prompt and its answer can be shorter than the longest answer
                 yield part, logits[asked[:, n - width :].to(logits.device)]
 
-    @together
     def responses(
         self,
         prompts: Sequence[Prompt],
@@ -268,7 +268,6 @@ class Model:
             texts[row.prompt] = self.tokenizer.decode(row.generated, skip_special_tokens=skip_special_tokens)
         return texts
 
-    @together
     def responses_by_trial(
         self, prompts: Sequence[Prompt], max_new_tokens: int, ablations: Sequence[Ablation], description: str | None = None
     ) -> list[list[str | None]]:
@@ -321,14 +320,9 @@ class Model:
             if max_new_tokens < 1:
                 raise ModelError(f"The conversation fills the model's context of {self.context_length} tokens. Begin a new one.")
         streamer = _CallbackStreamer(self.tokenizer, write)
-        self._generate(dict(inputs), max_new_tokens, ablation, streamer)
-        return "".join(streamer.pieces)
-
-    @together
-    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int, ablation: Ablation | None, streamer: TextStreamer | None) -> None:
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         with self._edited([] if ablation is None else [ablation]):
-            self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
+            self.model.generate(**inputs.to(self.device), max_new_tokens=max_new_tokens, streamer=streamer)
+        return "".join(streamer.pieces)
 
 
 def prompt_messages(prompt: Prompt) -> list[Message]:

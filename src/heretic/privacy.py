@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from .loading.source import ModelSource, expand
 
@@ -55,3 +56,12 @@ def _public(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_public(item) for item in value]
     return value
+
+
+def shown_location(url: str) -> str:
+    """The storage of a shared study as it may be printed: without the password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user = f"{parts.username}:***@" if parts.username else "***@"
+    return urlunsplit(parts._replace(netloc=user + parts.netloc.rpartition("@")[2]))

@@ -14,6 +14,7 @@ from . import demo
 from .config import PromptSpecification
 from .errors import PromptError
 from .loading.source import expand
+from .utils import first_line
 
 # What the datasets library reads; taken as text files, their markup would become prompts.
 DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
@@ -97,7 +98,7 @@ def _rows(split: str, parts: Mapping[str, Sequence[Any]], specification: PromptS
         instructions = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in parts.items()})
     except (ValueError, AssertionError) as error:
         raise PromptError(
-            f"{setting}: {specification.split!r} is no split of {specification.dataset} with a valid slice: {_first_line(error)} "
+            f"{setting}: {specification.split!r} is no split of {specification.dataset} with a valid slice: {_sentence(error)} "
             f"Set {setting}.split."
         ) from error
     return [row for i in instructions for row in parts[i.splitname][i.from_ : i.to]]
@@ -161,7 +162,7 @@ def _load(path: Path, split: str, column: str, specification: PromptSpecificatio
 def _cannot_load(error: Exception, specification: PromptSpecification, setting: str) -> PromptError:
     reason = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     return PromptError(
-        f"{setting}: the dataset {specification.dataset} cannot be loaded: {_first_line(reason)} "
+        f"{setting}: the dataset {specification.dataset} cannot be loaded: {_sentence(reason)} "
         "Check the name (hub id, folder or text file), the split, the commit, the network and the access rights."
     )
 
@@ -177,6 +178,5 @@ def _require_splits(names: list[str], known: list[str], specification: PromptSpe
             raise PromptError(f"{setting}: {specification.dataset} has no split {name!r}; it has {', '.join(known)}. Set {setting}.split.")
 
 
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line.rstrip(".!") + "."
+def _sentence(error: BaseException) -> str:
+    return first_line(error).rstrip(".!") + "."

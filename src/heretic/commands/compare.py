@@ -16,17 +16,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import Settings
+from ..device import empty_cache
 from ..editing.ablation import Ablation
 from ..errors import ModelError, TrialError, UsageError
-from ..evaluator import PREFIX_PROMPTS, find_response_prefix, kl_divergence, refusal_rule
-from ..launch import world_size
+from ..evaluator import PREFIX_PROMPTS, find_response_prefix, refusal_rule
 from ..loading.source import expand
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
+from ..scoring.divergence import kl_divergence
 from ..scoring.figures import Figure
 from ..scoring.responses import Kind, RefusalRule
 from ..scoring.score_tables import format_interval
-from ..utils import Progress, empty_cache
+from ..utils import Progress, first_line
 
 HEADERS = ("", "Refusals", "Degenerate", "Harmless refusals", "KL divergence", "KL median", "KL maximum")
 
@@ -106,7 +107,7 @@ def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
 def _from_study(name: str, path: Path, place: int) -> Candidate:
     from ..session.answers import trial_at
     from ..study.checkpoint import read_study
-    from ..study.search import ablation_of, front_of
+    from ..study.front import ablation_of, front_of
 
     study, settings = read_study(path)
     front = front_of(study)
@@ -203,8 +204,7 @@ def _with_adapter(model: Any, chosen: Candidate) -> Any:
     try:
         return PeftModel.from_pretrained(model, chosen.adapter).merge_and_unload()
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"The adapter {chosen.name} cannot be put on {chosen.model}: {line}") from error
+        raise ModelError(f"The adapter {chosen.name} cannot be put on {chosen.model}: {first_line(error)}") from error
 
 
 def _use_directions(model: Model, settings: Settings) -> None:
@@ -257,8 +257,6 @@ def command(arguments: Sequence[str]) -> int:
     """The command line: names, and options as a run has them. Returns the exit code; raises `HereticError`."""
     from ..settings_sources import load_settings_of_names
 
-    if world_size() > 1:
-        raise UsageError("heretic compare cannot be used under torchrun. Save the models, and compare them without it.")
     settings, names = load_settings_of_names(arguments)
     if len(names) < 2:
         raise UsageError("heretic compare needs at least two models or studies: heretic compare A B [C...]")

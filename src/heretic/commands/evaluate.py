@@ -2,6 +2,7 @@
 
 from ..config import Settings
 from ..console import Console
+from ..device import describe_device, empty_cache
 from ..errors import EvaluationError
 from ..evaluator import MOVED_PROMPTS
 from ..loading.gguf import dequantized_source
@@ -9,7 +10,6 @@ from ..loading.load import load_config
 from ..loading.source import model_source
 from ..scoring.score_tables import figure_rows, moved_rows
 from ..session.stages import load_all_prompts, load_model_to_edit, make_evaluator
-from ..utils import describe_device, empty_cache
 
 
 def evaluate(settings: "Settings", console: "Console") -> int:

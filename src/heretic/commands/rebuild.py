@@ -203,12 +203,12 @@ def rebuild(
     from ..loading.source import expand
     from ..saving.card import copy_licence
     from ..saving.edits import load_edits
-    from ..saving.export import file_errors, share, write_export, write_record
+    from ..saving.export import file_errors, give_usual_permissions, write_export, write_record
     from ..saving.hashed_file import copy_file
     from ..saving.original import open_original
-    from ..saving.record import versions
-    from ..saving.staging import clean_up, staged
-    from ..session.answers import check_target
+    from ..saving.record import LIBRARIES
+    from ..saving.staging import check_target, clean_up, staged
+    from ..utils import versions
 
     clean_up(expand(directory))
     target = check_target(directory, overwrite)
@@ -232,8 +232,8 @@ def rebuild(
                 copy_file(record.folder / name, folder / name)
         copy_licence(original.source, folder, progress)
         kept = {key: value for key, value in record.content.items() if key != "files"}
-        files = write_record({**kept, "versions": versions()}, folder, hashes)
-        share(folder)
+        files = write_record({**kept, "versions": versions(LIBRARIES)}, folder, hashes)
+        give_usual_permissions(folder)
     return target, files
 
 
@@ -270,14 +270,15 @@ def _check_weights(record: Record, original: "Original", progress: "Progress") -
 def differences(record: Record) -> list[Difference]:
     """What is not as it was when the record was written: versions, hardware, and sources without a commit to go back to."""
     from .. import __version__
-    from ..saving.record import versions
-    from ..utils import hardware
+    from ..device import hardware
+    from ..saving.record import LIBRARIES
+    from ..utils import versions
 
     content, found = record.content, []
     program = content.get("program", {}).get("version")
     if program != __version__:
         found.append(Difference("heretic", str(program), __version__, ROUNDING))
-    now = versions()
+    now = versions(LIBRARIES)
     for name, then in content["versions"].items():
         if now.get(name) != then:
             found.append(Difference(name, then, now.get(name, "not installed"), DEPENDS_ON.get(name, NOTHING)))

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 def run(settings: "Settings") -> int:
     """The stages of a run. Raises `HereticError`; returns the exit code."""
     from ..loading.source import model_source
-    from ..session.answers import can_ask, check_answers
+    from ..session.answers import check_answers
+    from ..utils import can_ask
 
     check_answers(settings, can_ask())
     _check_extras(settings)
@@ -66,7 +67,7 @@ def run(settings: "Settings") -> int:
 
 def _check_extras(settings: "Settings") -> None:
     """Raise `UsageError` where a setting asks for what only an extra brings and that is missing: an hour later would be too late."""
-    from ..session.extras import require_extra
+    from ..session.answers import require_extra
 
     if settings.report_plots:
         require_extra("research", "report_plots")
@@ -132,10 +133,9 @@ def _run_alone(
     identity: dict[str, str],
     may_measure: bool,
 ) -> int:
-    from ..loading.source import fingerprint
-
     # 3. Device, model and what can be edited in it
-    from ..utils import describe_device
+    from ..device import describe_device
+    from ..loading.source import fingerprint
 
     console.message(f"Seed {settings.seed}; {describe_device()}")
     model = load_model_to_edit(settings, console)
@@ -146,7 +146,7 @@ def _run_alone(
     parting = compute_directions(settings, console, model, prompts)
 
     # 5. The study
-    from ..lanes import scoring
+    from ..reporting.tables import space_text
     from ..study.space import search_space
 
     last_layer = len(model.architecture.layers) - 1
@@ -157,7 +157,7 @@ def _run_alone(
     else:
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
-    console.search_space(space, parting, last_layer)
+    console.message(space_text(space, parting, last_layer))
     checkpoint.note(base_refusals=evaluator.base_refusals, n_bad_prompts=len(evaluator.bad_prompts), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
 
@@ -165,8 +165,7 @@ def _run_alone(
 
     def search_up_to(target: int) -> "Path | None":
         checkpoint.note(target=target)
-        with scoring(evaluator, batch_size.value, console) as at_work:
-            was_stopped = search_shown(console, evaluator, search, target, batch_size, at_work)
+        was_stopped = search_shown(console, evaluator, search, target, batch_size)
         if not search.front:
             return None
         if not was_stopped:
@@ -224,7 +223,7 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
     """Show the front of a finished study where nobody asks for more, without loading the model for it."""
     from ..session.answers import trial_at
     from ..study.finalists import missing_finalists
-    from ..study.search import front_of
+    from ..study.front import front_of
 
     assert checkpoint.study is not None
     front = front_of(checkpoint.study)
@@ -262,19 +261,17 @@ def _batch_size(
 ) -> "BatchSize":
     """How many trials are computed together. It is measured only where the run was not asked to be an exact repetition of another."""
     from ..decoding.decoder import Decoder
-    from ..lanes import most_lanes
     from ..study.batching import BatchSize, automatic_trials_per_batch
 
     if not model.batches_trials:
         console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
         return BatchSize(1)
-    decoder = model.decoder
+    decoder, n_prompts = model.decoder, len(evaluator.bad_prompts)
     if not isinstance(decoder, Decoder):
-        return BatchSize(checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts))))
-    fitting = decoder.rows_that_fit()
-    n_processes = most_lanes(evaluator)
-    value = checkpoint.trials_per_batch(settings, automatic_trials_per_batch(len(evaluator.bad_prompts), fitting, n_processes))
-    if settings.trials_per_batch or not may_measure or n_processes > 1:
+        return BatchSize(checkpoint.trials_per_batch(settings, automatic_trials_per_batch(n_prompts, settings.n_trials)))
+    automatic = automatic_trials_per_batch(n_prompts, settings.n_trials, decoder.rows_that_fit())
+    value = checkpoint.trials_per_batch(settings, automatic)
+    if settings.trials_per_batch or not may_measure:
         return BatchSize(value)
 
     def settle(settled: int) -> None:

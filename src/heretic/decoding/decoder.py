@@ -15,20 +15,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..tensor_parallel import can_back_off
-from ..utils import empty_cache, free_memory, input_device
+from ..device import empty_cache, free_memory, input_device, is_out_of_memory
 from .blocks import Blocks, Prefix
-from .drafts import Drafts
 from .pool import Pool
-from .prefix_cache import Trunk, pass_key
+from .prefix_cache import PrefixCache, pass_key
 from .rows import Row, left_padded
 
 # The share of free memory that keys and values may take; the rest is for everything else.
@@ -44,22 +40,19 @@ MIN_PREFIX_TOKENS = 4
 MIN_PREFIX_ROWS = 8
 
 
-# A pass over drafts gives logits at all of their positions; these may take so many bytes.
-DRAFT_LOGITS_BYTES = 2**30
+# A pass that gives logits at several positions may take so many bytes for them.
+LOGITS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Savings:
     """What the decoder need not compute again; set only to measure or test one.
 
-    `prefix`: the common start of the prompts, once per trial. `trunk`: layers below a trial's first edited one, once per run.
-    `drafts`: an earlier trial's response is checked in one pass; off, since on a CPU it is no faster and no accelerator has been tried
-    (see bench/LOG.md).
+    `shared_prefix`: the common start of the prompts, once per trial. `prefix_cache`: layers below a trial's first edited one, once per run.
     """
 
-    prefix: bool = True
-    trunk: bool = True
-    drafts: bool = False
+    shared_prefix: bool = True
+    prefix_cache: bool = True
 
 
 Done = TypeVar("Done")
@@ -77,23 +70,28 @@ class Decoder:
     """Greedy decoding for one model. `assign_rows` is told, before each pass, which trial each row belongs to.
 
     `end_tokens` end a response. Memory: the number of rows is chosen from what is free, and halved for good whenever that was too many.
-    With a `trunk`, passes of the original (`first_layers` empty) are recorded, and a pass of trial `t` begins at `first_layers[t]`.
+    With a `prefix_cache`, passes of the original (`first_layers` empty) are recorded, and a pass of trial `t` begins at `first_layers[t]`.
     """
 
-    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        end_tokens: frozenset[int],
+        rows_per_trial: int,
+        assign_rows: Callable[[Sequence[int]], None],
+        savings: Savings | None = None,
+    ) -> None:
         self.model = model
         self.end_tokens = end_tokens
         self.rows_per_trial = rows_per_trial
         self.assign_rows = assign_rows
-        self.savings = Savings()
-        self.trunk: Trunk | None = None
-        self.drafts = Drafts()
+        self.savings = savings or Savings()
+        self.prefix_cache: PrefixCache | None = None
         self.first_layers: Sequence[int] = ()
         self.device = input_device(model)
         config = model.config.get_text_config(decoder=True)
         self.n_layers = len(DynamicCache(config=config).layers)
         self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-        self.memory_share = MEMORY_SHARE  # of what is free
         self.max_rows: int | None = None
         self.bytes_per_row: int | None = None  # keys and values of a whole response, once one was decoded
         self.n_tokens = 0  # computed so far, padding included
@@ -117,7 +115,8 @@ class Decoder:
         """Logits `(row, n, vocabulary)` at the last `n` tokens of each row, for as many rows of similar length at a time as fit."""
         waiting = deque(sorted(rows, key=self._order))
         prefix = self._share_prefix(rows, n)
-        limit = min(self._row_limit(rows), self.longest_draft(n))  # as many rows of n tokens as there may be tokens in n rows
+        vocabulary, size = self.model.get_input_embeddings().weight.shape[0], self.model.dtype.itemsize
+        limit = min(self._row_limit(rows), max(1, LOGITS_BYTES // (n * vocabulary * size)))
         while waiting:
             chunk = self.take(waiting, limit, self.padding_tokens)
             logits = self.retry(waiting, chunk, lambda part: self.prefill(part, None, prefix, n)[0])
@@ -145,13 +144,11 @@ class Decoder:
             try:
                 done = pool.advance(waiting, prefix)
             except (RuntimeError, MemoryError) as error:
-                if not can_back_off(error) or len(pool.living) <= 1:
+                if not is_out_of_memory(error) or len(pool.living) <= 1:
                     raise
                 self.max_rows = max(1, len(pool.living) // 2)
             else:
-                for row in done:
-                    self.drafts.note(row)
-                    yield row
+                yield from done
                 if cancelled:
                     waiting = deque(row for row in waiting if row.trial not in cancelled)
                     pool.drop(cancelled)
@@ -162,8 +159,8 @@ class Decoder:
             empty_cache()
 
     def _order(self, row: Row) -> tuple[int, int]:
-        """Long rows first, so that padding is small; with a trunk, trial after trial."""
-        return (0 if self.trunk is None else row.trial, -row.length)
+        """Long rows first, so that padding is small; with a prefix cache, trial after trial."""
+        return (0 if self.prefix_cache is None else row.trial, -row.length)
 
     def _row_limit(self, rows: Sequence[Row]) -> int:
         n_trials = len({row.trial for row in rows})
@@ -171,13 +168,13 @@ class Decoder:
 
     def rows_that_fit(self) -> int | None:
         """Rows whose keys and values have room in the memory that is free; None before anything was decoded."""
-        return None if self.bytes_per_row is None else int(free_memory(self.device) * self.memory_share / self.bytes_per_row)
+        return None if self.bytes_per_row is None else int(free_memory(self.device) * MEMORY_SHARE / self.bytes_per_row)
 
     def take(self, waiting: "deque[Row]", n_rows: int, padding_tokens: int | None) -> list[Row]:
-        """The next rows, as many as a prefill pass holds with so much padding (None: any); with a trunk, of one trial only."""
+        """The next rows, as many as a prefill pass holds with so much padding (None: any); with a prefix cache, of one trial only."""
         chunk: list[Row] = []
         width = padding = 0
-        while waiting and len(chunk) < n_rows and (not chunk or self.trunk is None or waiting[0].trial == chunk[0].trial):
+        while waiting and len(chunk) < n_rows and (not chunk or self.prefix_cache is None or waiting[0].trial == chunk[0].trial):
             width = max(width, waiting[0].length)
             padding += width - waiting[0].length
             too_wide = width * (len(chunk) + 1) > self.prefill_tokens or (padding_tokens is not None and padding > padding_tokens)
@@ -191,7 +188,7 @@ class Decoder:
         try:
             return work(chunk)
         except (RuntimeError, MemoryError) as error:
-            if not can_back_off(error) or len(chunk) == 1:
+            if not is_out_of_memory(error) or len(chunk) == 1:
                 raise
         waiting.extendleft(reversed(chunk))
         self.prefill_tokens = max(row.length for row in chunk) * (len(chunk) // 2)
@@ -204,7 +201,7 @@ class Decoder:
         The last `n_logits` tokens of a row, whose logits are asked for, are never part of it.
         Not where layers have a sliding window: rows then have a hole between prefix and prompt, which the window would count.
         """
-        if not (self.savings.prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
+        if not (self.savings.shared_prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
             return None
         tokens = os.path.commonprefix([list(row.tokens[:-n_logits]) for row in rows])
         if len(tokens) < MIN_PREFIX_TOKENS:
@@ -238,37 +235,13 @@ class Decoder:
 
     def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: Blocks | None) -> AbstractContextManager[None]:
         """Record the pass, or begin it where the trial's edits begin."""
-        if self.trunk is None:
+        if self.prefix_cache is None:
             return nullcontext()
         key = pass_key(sequences)
-        known = self.trunk.has(key, cache is not None)
+        known = self.prefix_cache.has(key, cache is not None)
         if self.first_layers:
-            return self.trunk.begin_at(key, self.first_layers[trial], cache) if known else nullcontext()
-        return nullcontext() if known else self.trunk.record(key, cache)
-
-    @property
-    def checks_drafts(self) -> bool:
-        """Whether drafts are used. Not where layers have a sliding window: what is not accepted of a draft leaves a hole."""
-        return self.savings.drafts and self.allows_holes
-
-    def check(self, drafts: Sequence[Sequence[int]], mask: Tensor, lengths: Sequence[int], cache: Blocks) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens `(row, draft token)` after each token of the drafts, -1 where logits are not finite, and the longer mask.
-
-        The drafts go on from `cache`, whose rows hold `lengths` tokens under `mask`; their keys and values are added to it.
-        """
-        n_draft = max(map(len, drafts))
-        tokens = torch.tensor([[*draft, *[0] * (n_draft - len(draft))] for draft in drafts], device=self.device)
-        used = torch.tensor([[j < len(draft) for j in range(n_draft)] for draft in drafts], device=self.device)
-        positions = torch.tensor(lengths, device=self.device)[:, None] + torch.arange(n_draft, device=self.device)
-        cache.grow(n_draft)
-        mask = torch.cat([mask, used], dim=1)
-        best, likeliest = self.forward(tokens, mask, positions, cache, n_draft).max(dim=-1)
-        return torch.where(torch.isfinite(best), likeliest, -1), mask
-
-    def longest_draft(self, n_rows: int) -> int:
-        """Tokens of a draft that fit into one pass over so many rows."""
-        vocabulary, size = self.model.get_input_embeddings().weight.shape[0], self.model.dtype.itemsize
-        return max(1, DRAFT_LOGITS_BYTES // (n_rows * vocabulary * size))
+            return self.prefix_cache.begin_at(key, self.first_layers[trial], cache) if known else nullcontext()
+        return nullcontext() if known else self.prefix_cache.record(key, cache)
 
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None, n_logits: int = 1) -> Tensor:
         """Logits `(row, position, vocabulary)` at the last `n_logits` positions."""
@@ -283,123 +256,3 @@ class Decoder:
         )
         logits: Tensor = output.logits[:, -n_logits:]
         return logits
-
-
-class PlainDecoder:
-    """The same by transformers' own `generate`, for models whose cache holds more than keys and values: rows leave only together.
-
-    Unless `pads`, only rows of one length share a batch.
-    """
-
-    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> None:
-        self.model = model
-        self.end_tokens = end_tokens
-        self.savings = Savings()  # of no use here
-        self.batch_size = rows_per_trial
-        self.assign_rows = assign_rows
-        self.first_layers: Sequence[int] = ()
-        self.pads = True
-        self.device = input_device(model)
-
-    def first_logits(self, rows: Sequence[Row], in_order: bool = False) -> Iterator[tuple[list[Row], Tensor]]:
-        """As `Decoder.first_logits`, always in the order given."""
-        for part, output in self._batches(rows, max_new_tokens=1, output_logits=True):
-            yield part, output.logits[0]
-
-    def last_logits(self, rows: Sequence[Row], n: int) -> Iterator[tuple[list[Row], Tensor]]:
-        """As `Decoder.last_logits`, in any order, by forward passes over rows of one length, which need no padding."""
-        ordered = sorted(rows, key=lambda row: -row.length)
-        return self._parts(ordered, lambda part: self._last_logits(part, n), same_length=True)
-
-    def _last_logits(self, rows: list[Row], n: int) -> Tensor:
-        tokens = torch.tensor([list(row.tokens) for row in rows], device=self.device)
-        self.assign_rows([row.trial for row in rows])
-        kept = {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        logits: Tensor = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **kept).logits[:, -n:]
-        return logits
-
-    def run(
-        self,
-        rows: Sequence[Row],
-        max_new_tokens: int,
-        is_finished: Callable[[Row], bool],
-        cancelled: Set[int] = frozenset(),
-    ) -> Iterator[Row]:
-        """As `Decoder.run`."""
-        ordered = sorted(rows, key=lambda row: -row.length)
-        for part, _ in self._batches(ordered, is_finished, max_new_tokens=max_new_tokens):
-            yield from (row for row in part if row.trial not in cancelled)
-
-    def _batches(
-        self, rows: Sequence[Row], is_finished: Callable[[Row], bool] | None = None, **arguments: Any
-    ) -> Iterator[tuple[list[Row], Any]]:
-        return self._parts(rows, lambda part: self._generate(part, is_finished, arguments), same_length=not self.pads)
-
-    def _parts(self, rows: Sequence[Row], work: Callable[[list[Row]], Done], same_length: bool) -> Iterator[tuple[list[Row], Done]]:
-        start = 0
-        while start < len(rows):
-            part = list(rows[start : start + self.batch_size])
-            if same_length:
-                part = next(list(group) for _, group in groupby(part, key=lambda row: row.length))
-            try:
-                output = work(part)
-            except (RuntimeError, MemoryError) as error:
-                if not can_back_off(error) or len(part) == 1:
-                    raise
-                self.batch_size = len(part) // 2
-            else:
-                start += len(part)
-                yield part, output
-                continue
-            empty_cache()
-
-    def _generate(self, rows: list[Row], is_finished: Callable[[Row], bool] | None, arguments: dict[str, Any]) -> Any:
-        tokens, mask = left_padded([row.tokens for row in rows])
-        for row in rows:
-            row.generated.clear()
-            row.tail, row.finite, row.begun = "", True, True
-        criteria = [] if is_finished is None else [_RowCriteria(rows, tokens.shape[1], self.end_tokens, is_finished)]
-        self.assign_rows([row.trial for row in rows])
-        return self.model.generate(
-            input_ids=tokens.to(self.device),
-            attention_mask=mask.to(self.device),
-            return_dict_in_generate=True,
-            stopping_criteria=criteria,
-            logits_processor=[_note_finite(rows)],
-            **arguments,
-        )
-
-
-class _RowCriteria(StoppingCriteria):
-    """Writes each new token to its row, and ends rows as `is_finished` says."""
-
-    def __init__(self, rows: list[Row], start: int, end_tokens: frozenset[int], is_finished: Callable[[Row], bool]) -> None:
-        self.rows, self.start, self.end_tokens, self.is_finished = rows, start, end_tokens, is_finished
-        self.done = [False] * len(rows)
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        for i, (row, token) in enumerate(zip(self.rows, input_ids[:, -1].tolist(), strict=True)):
-            if self.done[i]:
-                continue
-            if token not in self.end_tokens and row.finite:
-                row.generated.append(token)
-            self.done[i] = token in self.end_tokens or not row.finite or self.is_finished(row)
-        return torch.tensor(self.done, device=input_ids.device)
-
-
-def _note_finite(rows: list[Row]) -> Callable[[Tensor, Tensor], Tensor]:
-    def note(input_ids: Tensor, scores: Tensor) -> Tensor:
-        for row, finite in zip(rows, torch.isfinite(scores.max(dim=-1).values).tolist(), strict=True):
-            row.finite &= finite
-        return scores
-
-    return note
-
-
-def make_decoder(model: Any, tokenizer: Any, rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> Decoder | PlainDecoder:
-    """The decoder that a model's cache allows. `rows_per_trial` bounds the prompts of one trial in a pass."""
-    end = model.generation_config.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    end_tokens = frozenset([end] if isinstance(end, int) else end or [])
-    decoder = Decoder if supports(model) else PlainDecoder
-    return decoder(model, end_tokens, rows_per_trial, assign_rows)

@@ -1,8 +1,8 @@
 """The rows of a running decode: who is let in, who leaves, and where their keys and values lie."""
 
 from collections import deque
-from collections.abc import Callable, Set
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence, Set
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .blocks import Blocks, Prefix
 from .rows import Row
 
-if TYPE_CHECKING:
-    from .decoder import Decoder
+Done = TypeVar("Done")
 
 # New rows are prefilled when at least this share of the pass is free, or all that wait fit in: prefills of single rows are inefficient.
 REFILL_SHARE = 0.25
@@ -22,15 +21,36 @@ COMPACT_SHARE = 0.1
 SLACK_COLUMNS = 48
 
 
+class Passes(Protocol):
+    """What a pool needs of a decoder: forward passes, and what is known of memory. See `Decoder`."""
+
+    device: torch.device
+    n_layers: int
+    end_tokens: frozenset[int]
+    padding_tokens: int
+    max_rows: int | None
+    bytes_per_row: int | None
+    assign_rows: Callable[[Sequence[int]], None]
+
+    def rows_that_fit(self) -> int | None: ...
+
+    def take(self, waiting: "deque[Row]", n_rows: int, padding_tokens: int | None) -> list[Row]: ...
+
+    def retry(self, waiting: "deque[Row]", chunk: list[Row], work: Callable[[list[Row]], Done]) -> Done | None: ...
+
+    def prefill(self, rows: Sequence[Row], cache: Blocks | None, prefix: Prefix | None) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None) -> Tensor: ...
+
+
 class Pool:
     """The rows of a running decode and their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
 
-    def __init__(self, decoder: "Decoder", n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
+    def __init__(self, decoder: Passes, n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
         self.decoder = decoder
         self.limit = min(n_rows, decoder.max_rows or n_rows)
         self.n_columns = 0
-        # What is not accepted of a draft is a hole in its row.
-        self.most_columns = n_columns + SLACK_COLUMNS + (max_new_tokens if decoder.checks_drafts else 0)
+        self.most_columns = n_columns + SLACK_COLUMNS
         self.max_new_tokens = max_new_tokens
         self.is_finished = is_finished
         self.rows: list[Row] = []
@@ -82,11 +102,7 @@ class Pool:
         self._entering = chunk
         if self.cache is None:
             self.cache = self._allocate(fresh)
-        lengths, n_prefilled = [row.length for row in chunk], mask.shape[1]
-        chosen = [[token] for token in _likeliest(logits).tolist()]
-        if decoder.checks_drafts:
-            chosen, mask = self._check_drafts(chunk, chosen, mask, fresh)
-        width = mask.shape[1]
+        lengths, width = [row.length for row in chunk], mask.shape[1]
         first, end = len(self.rows), len(self.rows) + len(chunk)
         if first == 0:
             self.length = width
@@ -95,34 +111,12 @@ class Pool:
         self.cache.put(fresh, first, self.length)
         self.mask[first:end] = False
         self.mask[first:end, self.length - width : self.length] = mask
-        # The last token chosen is not in the cache yet.
-        self.positions[first:end] = torch.tensor([n + len(new) - 1 for n, new in zip(lengths, chosen, strict=True)], device=decoder.device)
+        self.positions[first:end] = torch.tensor(lengths, device=decoder.device)
         self.rows += chunk
-        self._starts += [self.length - width + (0 if prefix else n_prefilled - length) for length in lengths]
+        self._starts += [self.length - width + (0 if prefix else width - length) for length in lengths]
         self._entering = []
         self._assigned = False
-        return self._note(first, chosen)
-
-    def _check_drafts(self, chunk: list[Row], chosen: list[list[int]], mask: Tensor, fresh: Blocks) -> tuple[list[list[int]], Tensor]:
-        """Check what earlier responses go on with after each row's first token, in one pass over all rows.
-
-        Returns the tokens that the model chooses for each row, up to where it parts from the draft, and the mask of what led to them.
-        A row without a draft decodes its next token in that pass.
-        """
-        decoder, longest = self.decoder, self.decoder.longest_draft(len(chunk))
-        drafts = [[*new, *decoder.drafts.propose(row, new[0])][:longest] for row, new in zip(chunk, chosen, strict=True)]
-        if max(map(len, drafts)) == 1:
-            return chosen, mask
-        n_prefilled = mask.shape[1]
-        likeliest, mask = decoder.check(drafts, mask, [row.length for row in chunk], fresh)
-        checked = []
-        for i, (draft, tokens) in enumerate(zip(drafts, likeliest.tolist(), strict=True)):
-            n_right = next((j for j, (token, guess) in enumerate(zip(tokens, draft[1:], strict=False)) if token != guess), len(draft) - 1)
-            mask[i, n_prefilled + 1 + n_right :] = False
-            checked.append([draft[0], *tokens[: n_right + 1]])
-            decoder.drafts.n_accepted += n_right
-            decoder.drafts.n_checked += len(draft) - 1
-        return checked, mask
+        return self._note(first, _likeliest(logits).tolist())
 
     def _step(self) -> list[Row]:
         n = len(self.rows)
@@ -136,16 +130,15 @@ class Pool:
         self.length += 1
         logits = self.decoder.forward(self.next_tokens[:n, None], self.mask[:n, : self.length], self.positions[:n, None], self.cache)
         self.positions[:n] += 1
-        return self._note(0, [[token] for token in _likeliest(logits[:, -1]).tolist()])
+        return self._note(0, _likeliest(logits[:, -1]).tolist())
 
-    def _note(self, first: int, chosen: list[list[int]]) -> list[Row]:
-        """Give the rows from `first` on the tokens chosen for them; returns those that are finished with them."""
-        last = [max(tokens[-1], 0) for tokens in chosen]
-        self.next_tokens[first : first + len(chosen)] = torch.tensor(last, device=self.decoder.device)
+    def _note(self, first: int, chosen: list[int]) -> list[Row]:
+        """Give each row from `first` on the token chosen for it; returns those that are finished with it."""
+        self.next_tokens[first : first + len(chosen)] = torch.tensor([max(token, 0) for token in chosen], device=self.decoder.device)
         done = []
-        for i, tokens in enumerate(chosen, first):
+        for i, token in enumerate(chosen, first):
             row = self.rows[i]
-            if i not in self._gone and any(self._append(row, token) for token in tokens):
+            if i not in self._gone and self._append(row, token):
                 done.append(row)
                 self._gone.add(i)
         return done

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensor_parallel import agreed
-from ..utils import free_memory
+from ..device import free_memory
 
 # The share of the memory free at the start that recordings may take.
 BUDGET_SHARE = 0.2
@@ -30,7 +29,7 @@ class _Recording:
     keys_values: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
 
-class Trunk:
+class PrefixCache:
     """Recordings of the original's passes over `layers`, within a memory budget; made only while `recording` is set.
 
     `bytes_per_token` is the size of one hidden state.
@@ -40,7 +39,7 @@ class Trunk:
         self.layers = list(layers)
         self.bytes_per_token = bytes_per_token
         self.recording = False
-        self.budget = agreed(int(free_memory(device) * BUDGET_SHARE))
+        self.budget = int(free_memory(device) * BUDGET_SHARE)
         self._recordings: dict[Key, _Recording] = {}
         self._returns_tuple = False
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..editing.architecture import Architecture, probe_tokens
-from ..utils import Progress, input_device
+from ..device import input_device
+from ..editing.architecture import Architecture
+from ..editing.probe import probe_tokens
+from ..utils import Progress
 from .blocks import Blocks
-from .decoder import Decoder, PlainDecoder, make_decoder
-from .prefix_cache import Trunk
+from .decoder import Decoder, Savings, supports
+from .plain import PlainDecoder
+from .prefix_cache import PrefixCache
 from .rows import Row
 
 # The largest difference of two logits, relative to their spread, that rounding explains, by the size of the model's numbers.
@@ -23,13 +26,25 @@ LENGTHS = (11, 6)
 
 
 def choose_decoder(
-    model: Any, tokenizer: Any, rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None], progress: Progress
+    model: Any,
+    tokenizer: Any,
+    rows_per_trial: int,
+    assign_rows: Callable[[Sequence[int]], None],
+    progress: Progress,
+    savings: Savings,
 ) -> Decoder | PlainDecoder:
-    """Our own decoder where it does what the model does, else `generate`; the user is told what that costs."""
-    fast = make_decoder(model, tokenizer, rows_per_trial, assign_rows)
-    if isinstance(fast, Decoder) and _holds(lambda: decodes_well(fast)):
-        return fast
-    decoder = PlainDecoder(model, fast.end_tokens, rows_per_trial, assign_rows)
+    """Our own decoder if it does what the model does, else `generate`; the user is told what that costs.
+
+    `rows_per_trial` bounds the prompts of one trial in a pass.
+    """
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    end_tokens = frozenset([end] if isinstance(end, int) else end or [])
+    if supports(model):
+        fast = Decoder(model, end_tokens, rows_per_trial, assign_rows, savings)
+        if _holds(lambda: decodes_well(fast)):
+            return fast
+    decoder = PlainDecoder(model, end_tokens, rows_per_trial, assign_rows)
     decoder.pads = _holds(lambda: pads_well(model, decoder))
     if not _holds(lambda: batches_well(decoder)):
         decoder.batch_size = 1
@@ -114,15 +129,15 @@ def resumes_well(decoder: Decoder, architecture: Architecture) -> bool:
 
 def _resumes_well(decoder: Decoder, architecture: Architecture) -> bool:
     rows = _rows(decoder.model)
-    decoder.trunk = Trunk(architecture.layers, architecture.hidden_size * 4, decoder.device)
-    decoder.trunk.recording = True
+    decoder.prefix_cache = PrefixCache(architecture.layers, architecture.hidden_size * 4, decoder.device)
+    decoder.prefix_cache.recording = True
     n_columns = max(LENGTHS)
     try:
         decoder.first_layers = []
         whole, _ = decoder.prefill(rows, Blocks(decoder.n_layers, len(rows), n_columns), None)
-        decoder.trunk.recording = False
+        decoder.prefix_cache.recording = False
         decoder.first_layers = [len(architecture.layers) // 2]
         resumed, _ = decoder.prefill(rows, Blocks(decoder.n_layers, len(rows), n_columns), None)
     finally:
-        decoder.trunk, decoder.first_layers = None, []
+        decoder.prefix_cache, decoder.first_layers = None, []
     return _agree(resumed, whole)

@@ -10,8 +10,8 @@ replaced there.
 
 - What was missed is looked for along a single channel, with zeros going in. Taking a channel out of an output sets it to zero, which is
   exact in every number format: the least remainder tells.
-- What no edit can follow is looked for along a direction of many channels, since a weighed zero is still zero. The same number goes in at
-  all of them, as large as what the layer writes, and the direction sums to zero. Rounding is relative to what the layer writes.
+- What no edit can follow is looked for along a direction of many channels, since a weighed zero is still zero. What goes in is as large as
+  what the layer writes, the same in all of them but for its sign, and orthogonal to the direction: rounding is relative to that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import Ablation, ComponentParameters
-from .architecture import Architecture, first_tensor, probe_tokens
+from .architecture import Architecture, first_tensor
 from .hooks import AblationHooks
+from .probe import probe_tokens
 
 # Channels of the direction: few, so that the layers work on nearly what they usually do.
 CHANNELS_SHARE = 0.125
@@ -60,21 +61,23 @@ def everything(architecture: Architecture) -> Ablation:
 def remainder(model: Any, architecture: Architecture) -> Remainder:
     """Measure it in four passes of a few tokens."""
     channels = _usual_channels(model, architecture)
+    draw = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (len(channels),), generator=draw) * 2.0 - 1
+    sizes = torch.randn(len(channels), generator=draw)
+    direction = nn.functional.normalize(signs * (sizes - sizes.mean()), dim=0)
     channel = torch.zeros(len(channels))
     channel[0] = 1
-    direction = torch.randn(len(channels), generator=torch.Generator().manual_seed(0))
-    direction = nn.functional.normalize(direction - direction.mean(), dim=0)
 
-    zeros = [0.0] * len(architecture.layers)
+    zeros = [torch.zeros(len(channels))] * len(architecture.layers)
     usual = [float(h.square().mean().sqrt()) for h in _written(model, architecture, channels, zeros)]
     shares = []
-    for r, levels in ((channel, zeros), (direction, usual)):
+    for r, inputs in ((channel, zeros), (direction, [size * signs for size in usual])):
         whole = torch.zeros(len(architecture.layers) + 1, architecture.hidden_size)
         whole[:, channels] = r
         hooks = AblationHooks(architecture, whole, "none")
         try:
             with hooks.active([everything(architecture)]):
-                after = _written(model, architecture, channels, levels)
+                after = _written(model, architecture, channels, inputs)
         finally:
             hooks.remove()
         left = [float(torch.linalg.vector_norm(h @ r)) / (h.numel() / len(r)) ** 0.5 for h in after]
@@ -101,18 +104,18 @@ def _usual_channels(model: Any, architecture: Architecture) -> Tensor:
     return usual[chosen]
 
 
-def _written(model: Any, architecture: Architecture, channels: Tensor, levels: Sequence[float]) -> list[Tensor]:
-    """What comes out of each layer in the channels `(..., channel)`, if its level goes in there; zeros for one that does not run."""
-    written = [torch.zeros(1, len(channels))] * len(levels)
+def _written(model: Any, architecture: Architecture, channels: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What comes out of each layer in the channels `(..., channel)`, if `inputs (channel,)` go in; zeros for one that does not run."""
+    written = [torch.zeros(1, len(channels))] * len(inputs)
 
     def note(i: int, output: Any) -> None:
         hidden = first_tensor(output).unflatten(-1, (-1, architecture.hidden_size))
         written[i] = hidden[..., channels.to(hidden.device)].float().cpu()
 
     with ExitStack() as stack:
-        for i, (layer, level) in enumerate(zip(architecture.layers, levels, strict=True)):
+        for i, (layer, values) in enumerate(zip(architecture.layers, inputs, strict=True)):
             stack.callback(layer.register_forward_hook(lambda m, args, output, i=i: note(i, output)).remove)
-            stack.enter_context(_replaced(channels, architecture.hidden_size, level, layer))
+            stack.enter_context(_replaced(channels, architecture.hidden_size, values, layer))
         _run(model)
     return written
 
@@ -124,13 +127,13 @@ def _run(model: Any) -> None:
 
 
 @contextmanager
-def _replaced(channels: Tensor, hidden_size: int, level: float, layer: nn.Module) -> Iterator[None]:
-    """Within, what goes into the layer is `level` in these channels."""
+def _replaced(channels: Tensor, hidden_size: int, values: Tensor, layer: nn.Module) -> Iterator[None]:
+    """Within, what goes into the layer is `values (channel,)` in these channels."""
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         streams = hidden.unflatten(-1, (-1, hidden_size)).clone()
-        streams[..., channels.to(hidden.device)] = level
+        streams[..., channels.to(hidden.device)] = values.to(streams)
         hidden = streams.flatten(-2)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 

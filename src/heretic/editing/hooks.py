@@ -19,9 +19,6 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..launch import world_size
-from ..tensor_parallel import whole
 from .ablation import (
     Ablation,
     OutputMap,
@@ -83,8 +80,6 @@ class AblationHooks:
         self._handles = []
         for writer in architecture.writers:
             if _is_swapped(writer, mode):
-                if world_size() > 1:
-                    raise ModelError(f"{writer.name} is edited by replacing its weight, which torchrun's processes cannot share.")
                 continue
             if writer.storage.n_experts is None or mode == "none":
                 self._handles.append(writer.module.register_forward_hook(self._hook))
@@ -96,7 +91,7 @@ class AblationHooks:
         storage = writer.storage
         with align_module_device(writer.module):
             device = getattr(writer.module, storage.weight or storage.bias or "").device
-            bias = None if storage.bias is None else whole(getattr(writer.module, storage.bias).detach()).float().clone()
+            bias = None if storage.bias is None else getattr(writer.module, storage.bias).detach().float().clone()
             directions = self.directions.float().to(device)
             if writer.gain is not None:
                 directions = directions * writer.gain.to(device)
@@ -104,7 +99,7 @@ class AblationHooks:
                 return _Constants(directions, bias=bias)
             parameter = stored_weight(writer)
             if storage.n_experts is not None:
-                norms = torch.stack([torch.linalg.vector_norm(W.float(), dim=-1) for W in storage.matrices(whole(parameter.detach()))])
+                norms = torch.stack([torch.linalg.vector_norm(W.float(), dim=-1) for W in storage.matrices(parameter.detach())])
                 return _Constants(directions, norms, None, bias)
             weight = dense_weight(writer.module, storage)
             norms = torch.linalg.vector_norm(weight, dim=-1)
@@ -211,7 +206,7 @@ class AblationHooks:
         """`c (trial, expert, d)`, expert by expert, so that one weight at a time is held in float32."""
         assert constants.norms is not None
         with align_module_device(writer.module):
-            weights = writer.storage.matrices(whole(stored_weight(writer).detach()))
+            weights = writer.storage.matrices(stored_weight(writer).detach())
             return torch.stack([row_gram(W.float(), norms, r) for W, norms in zip(weights, constants.norms, strict=True)], dim=1)
 
     def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -281,7 +276,7 @@ def dense_weight(module: nn.Module, storage: Storage = LINEAR) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, state).float()
-    return storage.matrices(whole(weight.detach())).float()
+    return storage.matrices(weight.detach()).float()
 
 
 def edit_stored(storage: Storage, weight: Tensor, r: Tensor, strength: float, mode: RowNormalization) -> Tensor:

@@ -1,7 +1,11 @@
-"""Why a model cannot be loaded, in plain words."""
+"""What cannot be loaded, and why, in plain words."""
+
+from typing import Any
 
 from huggingface_hub import errors as hub_errors
 
+from ..errors import UnsupportedModelError
+from ..utils import first_line
 from .source import ModelSource
 
 
@@ -41,6 +45,10 @@ def explain(source: ModelSource, error: BaseException) -> str:
     return f"The model {name} cannot be loaded: {first_line(error)}"
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def refuse_encoder_decoder(config: Any) -> None:
+    """Raise `UnsupportedModelError` for a configuration that has an encoder beside the decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"Models of type {config.model_type} are not supported: it is an encoder with a decoder; only decoders that stand alone can be "
+            "edited."
+        )

@@ -20,10 +20,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from ..editing.architecture import refuse_encoder_decoder
 from ..errors import ModelError
-from ..utils import Progress
-from .explain import explain, first_line
+from ..utils import Progress, first_line
+from .explain import explain, refuse_encoder_decoder
 from .source import ModelSource, sampled_hash
 
 # Changes when what is written changes.

@@ -21,12 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging as transformers_logging
 
 from ..config import Settings
-from ..editing.architecture import refuse_encoder_decoder
+from ..device import empty_cache, input_device, is_out_of_memory
 from ..errors import ModelError
-from ..launch import world_size
-from ..tensor_parallel import agreed, parallel_arguments
-from ..utils import Progress, empty_cache, input_device, is_out_of_memory
-from .explain import explain, first_line
+from ..utils import Progress, first_line
+from .explain import explain, refuse_encoder_decoder
 from .gguf import dequantized_source
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
@@ -107,8 +105,6 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
             return LoadedModel(source, model, tokenizer, config, generation_config, dtype, stored, quantized)
         model = None
         empty_cache()
-        if world_size() > 1:
-            break  # on another rank it may have worked
     hint = " Try --quantization bnb_4bit, or --max-memory." if lacks_memory else ""
     raise ModelError(f"The model {source.name} could not be loaded in any format. {'; '.join(failures)}.{hint}")
 
@@ -140,7 +136,7 @@ def _choose_dtype(name: str, stored: torch.dtype, settings: Settings, progress: 
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     on_cpu = not torch.accelerator.is_available() or settings.device_map == "cpu"
-    if on_cpu and stored == torch.bfloat16 and agreed(_bfloat16_is_slower()):
+    if on_cpu and stored == torch.bfloat16 and _bfloat16_is_slower():
         progress.message("Computing in float32, which is the faster format on this CPU (the model is stored in bfloat16).")
         return torch.float32
     return stored
@@ -169,8 +165,7 @@ def _bfloat16_is_slower() -> bool:
 
 
 def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
-    arguments: dict[str, Any] = {"dtype": dtype, **source.arguments}
-    arguments |= parallel_arguments(config) if world_size() > 1 else {"device_map": settings.device_map}
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": settings.device_map, **source.arguments}
     if settings.max_memory:
         arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
     arguments |= loading_arguments(config)

@@ -11,13 +11,17 @@ _STEPS = (1, 2, 5, 10)
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps `low` to `start` and `high` to `end`, straight or, with `log`, by their logarithms; values beyond go to the ends."""
+    """Maps `low` to `start` and `high` to `end`, straight or, with `log`, by their logarithms; values beyond go to the ends.
+
+    With `whole` only whole numbers are marked.
+    """
 
     low: float
     high: float
     start: float
     end: float
     log: bool = False
+    whole: bool = False
 
     def place(self, value: float) -> float:
         """Where a value lies between `start` and `end`."""
@@ -28,7 +32,7 @@ class Axis:
 
     def ticks(self, n: int) -> list[float]:
         """At most about `n` round values on the axis: 1, 2 or 5 times a power of ten."""
-        return _log_ticks(self.low, self.high, n) if self.log else _linear_ticks(self.low, self.high, n)
+        return _log_ticks(self.low, self.high, n) if self.log else _linear_ticks(self.low, self.high, n, 1.0 if self.whole else 0.0)
 
 
 def axis_for(values: Sequence[float], start: float, end: float, log: bool | None = None) -> Axis:
@@ -46,8 +50,8 @@ def axis_for(values: Sequence[float], start: float, end: float, log: bool | None
     return Axis(0.0 if 0 <= low < high / 2 or low == high == 0 else low - room, high + room, start, end)
 
 
-def _linear_ticks(low: float, high: float, n: int) -> list[float]:
-    rough = (high - low) / n
+def _linear_ticks(low: float, high: float, n: int, least_step: float) -> list[float]:
+    rough = max((high - low) / n, least_step)
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in _STEPS if factor * unit >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

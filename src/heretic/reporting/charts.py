@@ -11,13 +11,13 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a chart: its place, style class, what is told when it is pointed at, and which finalist it stands for."""
+    """A point of a chart: its place, style class, what is told when it is pointed at, and which place on the front it stands for."""
 
     x: float
     y: float
     style: str
     text: str
-    finalist: int | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Line:
     points: Sequence[tuple[float, float]]
     style: str
     text: str = ""
-    finalist: int | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,27 @@ class Frame:
 
 def chart(frame: Frame, x: Axis, y: Axis, lines: Sequence[Line] = (), marks: Sequence[Mark] = (), kind: str = "") -> str:
     """Lines, then marks above them, with axes and a grid, as one `<svg>` element."""
-    parts = [
-        f'<svg class="chart {kind}" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(frame.title)}">',
+    head = f'<svg class="chart {kind}" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(frame.title)}">'
+    return "\n".join([head, *elements(frame, x, y, lines, marks), "</svg>"])
+
+
+def elements(
+    frame: Frame, x: Axis, y: Axis, lines: Sequence[Line] = (), marks: Sequence[Mark] = (), verticals: Sequence[tuple[float, str]] = ()
+) -> list[str]:
+    """What a chart is made of. `verticals` are places on the x axis that are marked by a line from top to bottom, with a text."""
+    return [
         *_grid(frame, x, y),
+        *(_vertical(frame, x.place(value), text) for value, text in verticals),
         *(_line(line, x, y) for line in lines if line.points),
         *(_mark(mark, x, y) for mark in marks),
-        "</svg>",
     ]
-    return "\n".join(parts)
+
+
+def _vertical(frame: Frame, at: float, text: str) -> str:
+    (left, right), (bottom, top) = frame.x_range, frame.y_range
+    side, anchor = (-4, "end") if at > (left + right) / 2 else (4, "start")
+    label = f'<text class="tick" x="{at + side:.1f}" y="{top + 10}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<path class="vertical" d="M{at:.1f} {top}V{bottom}"/>{label}'
 
 
 def _grid(frame: Frame, x: Axis, y: Axis) -> list[str]:
@@ -82,8 +95,8 @@ def _grid(frame: Frame, x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def _attributes(style: str, finalist: int | None) -> str:
-    return f'class="{style}"' + ("" if finalist is None else f' data-finalist="{finalist}"')
+def _attributes(style: str, place: int | None) -> str:
+    return f'class="{style}"' + ("" if place is None else f' data-place="{place}"')
 
 
 def _title(text: str) -> str:
@@ -92,9 +105,9 @@ def _title(text: str) -> str:
 
 def _line(line: Line, x: Axis, y: Axis) -> str:
     places = " ".join(f"{x.place(a):.1f},{y.place(b):.1f}" for a, b in line.points)
-    return f'<polyline {_attributes(line.style, line.finalist)} points="{places}">{_title(line.text)}</polyline>'
+    return f'<polyline {_attributes(line.style, line.place)} points="{places}">{_title(line.text)}</polyline>'
 
 
 def _mark(mark: Mark, x: Axis, y: Axis) -> str:
-    place = f'cx="{x.place(mark.x):.1f}" cy="{y.place(mark.y):.1f}"'
-    return f'<circle {_attributes(mark.style, mark.finalist)} {place} r="4">{_title(mark.text)}</circle>'
+    centre = f'cx="{x.place(mark.x):.1f}" cy="{y.place(mark.y):.1f}"'
+    return f'<circle {_attributes(mark.style, mark.place)} {centre} r="4">{_title(mark.text)}</circle>'

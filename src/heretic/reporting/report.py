@@ -25,11 +25,12 @@ from .. import __version__
 from ..editing.ablation import ComponentParameters, kernel
 from ..errors import ReportError
 from ..scoring.score_tables import finalist_rows, title_of
-from ..study.search import ablation_of, front_of, is_finished
+from ..study.front import ablation_of, front_of, is_finished, score_of
 from ..utils import format_duration
 from .axis import Axis, axis_for
 from .charts import Frame, Line, Mark, chart
 from .report_scores import score_table
+from .tables import kernel_cells
 
 USUAL_OBJECTIVES = (("refusals", "minimize"), ("kl_divergence", "minimize"))
 # With fewer trials than this an importance says nothing.
@@ -92,12 +93,6 @@ def facts_of(study: Study) -> Facts:
     )
 
 
-def value_of(trial: FrozenTrial, name: str) -> float:
-    """A trial's score by its name."""
-    attributes = trial.user_attrs
-    return float(attributes[name] if name in attributes else attributes["scores"][name])
-
-
 def _importances(study: Study, objectives: Sequence[tuple[str, str]]) -> dict[str, dict[str, float]]:
     """Optuna's PED-ANOVA for each objective: how much a parameter decides whether a trial is among the best tenth."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -106,7 +101,7 @@ def _importances(study: Study, objectives: Sequence[tuple[str, str]]) -> dict[st
 
     def of(name: str, direction: str) -> dict[str, float]:
         sign = 1 if direction == "minimize" else -1
-        return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: sign * value_of(trial, name))
+        return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: sign * score_of(trial, name))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -150,7 +145,7 @@ def render(facts: Facts) -> str:
         history_charts=history_charts(facts),
         importances=importance_rows(facts),
         kernel_charts=kernel_charts(facts),
-        kernel_rows=[kernel_cells(facts, trial) for trial in facts.front],
+        kernel_rows=[kernel_cells(ablation_of(trial), facts.last_layer) for trial in facts.front],
         samples=sample_rows(facts),
         settings=[(name, json.dumps(value, ensure_ascii=False), name in facts.given) for name, value in facts.settings.items()],
     )
@@ -184,7 +179,7 @@ def _marks(facts: Facts, x: Callable[[FrozenTrial], float], y: Callable[[FrozenT
     places = {trial.number: i for i, trial in enumerate(facts.front)}
     others = [trial for trial in facts.trials if trial.number not in places]
     marks = [Mark(x(t), y(t), "trial" if is_finished(t) else "trial stopped", describe(t)) for t in others]
-    return marks + [Mark(x(t), y(t), "trial finalist", describe(t), places[t.number]) for t in facts.front]
+    return marks + [Mark(x(t), y(t), "trial on-front", describe(t), places[t.number]) for t in facts.front]
 
 
 def _divergence(trial: FrozenTrial) -> float:
@@ -226,7 +221,7 @@ def history_charts(facts: Facts) -> list[str]:
     charts = []
     columns: list[tuple[str, Callable[[FrozenTrial], float]]] = [("Refusals", _refusals), ("KL divergence (nats)", _divergence)]
     usual = [name for name, _ in USUAL_OBJECTIVES]
-    columns += [(title_of(name), partial(value_of, name=name)) for name in facts.objectives if name not in usual]
+    columns += [(title_of(name), partial(score_of, name=name)) for name in facts.objectives if name not in usual]
     for label, value in columns:
         frame = Frame(PANEL, 230, "Trial", label, f"{label} of the trials in their order")
         x = axis_for([trial.number for trial in facts.trials], *frame.x_range, log=False)
@@ -247,7 +242,7 @@ def importance_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def kernel_charts(facts: Facts) -> list[str]:
-    """For each component the strengths of the finalists over the layers, and of one direction the layer it comes from."""
+    """For each component the strengths of the trials of the front over the layers, and of one direction the layer it comes from."""
     last_layer = facts.last_layer
     if last_layer is None:
         return []
@@ -256,7 +251,7 @@ def kernel_charts(facts: Facts) -> list[str]:
     charts = []
     for component in facts.components:
         frame = Frame(PANEL, 230, "Layer", "Strength", f"Strength of the edits of {component} over the layers")
-        x, y = Axis(0, max(1, last_layer), *frame.x_range), Axis(0, 1.08 * max([1e-9, *strengths]), *frame.y_range)
+        x, y = Axis(0, max(1, last_layer), *frame.x_range, whole=True), Axis(0, 1.08 * max([1e-9, *strengths]), *frame.y_range)
         lines = [
             Line(kernel_points(ablation.parameters[component], last_layer), "kernel", describe(trial), i)
             for i, (trial, ablation) in enumerate(zip(facts.front, ablations, strict=True))
@@ -273,24 +268,8 @@ def kernel_points(parameters: ComponentParameters, last_layer: int) -> list[tupl
     return [(layer, kernel(layer, parameters, last_layer)) for layer in sorted(corners) if 0 <= layer <= last_layer]
 
 
-def kernel_cells(facts: Facts, trial: FrozenTrial) -> list[str]:
-    """The parameters of a finalist as cells: the direction, then each component's kernel."""
-    ablation, last = ablation_of(trial), facts.last_layer
-    index = ablation.direction_index
-
-    def at(fraction: float) -> str:
-        return f"{fraction:.2f}" + ("" if last is None else f" (layer {fraction * last:.1f})")
-
-    direction = "per layer" if index is None else at(index)
-    kernels = []
-    for p in ablation.parameters.values():
-        reach = "" if last is None else f" ({p.min_weight_distance * last:.1f} layers)"
-        kernels.append(f"{p.max_weight:.2f} at {at(p.max_weight_position)}, {p.min_weight:.2f} at ±{p.min_weight_distance:.2f}{reach}")
-    return [direction, *kernels]
-
-
 def sample_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Prompts with the response of the original and those of the finalists (None where none was kept)."""
+    """Prompts with the response of the original and those of the trials of the front (None where none was kept)."""
     kept, original = facts.samples.get("trials", {}), facts.samples.get("original", [])
     return [
         {

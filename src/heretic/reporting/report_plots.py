@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..errors import ReportError
-from ..study.search import ablation_of, is_finished
+from ..study.front import ablation_of, is_finished
 from .report import Facts, kernel_points, staircase
 
 DOT, FRONT = "#8d8d86", "#1f5fbf"
@@ -73,7 +73,7 @@ def _scatter(axes: Axes, facts: Facts, x: str | None, y: str) -> None:
 
 
 def kernel_figure(facts: Facts) -> Figure:
-    """The finalists' kernels for each component, from fewest refusals (dark) to the lowest divergence (light)."""
+    """The kernels of the front's trials for each component, from fewest refusals (dark) to the lowest divergence (light)."""
     figure = Figure(figsize=(5 * len(facts.components), 3.5), layout="constrained")
     colors = matplotlib.colormaps["viridis"]
     last_layer = facts.last_layer or 1

@@ -21,7 +21,7 @@ _OPTIONAL_SCORES = (
 
 
 def score_table(front: Sequence[FrozenTrial], n_bad_prompts: int | None) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of what the search found of each finalist, in columns that stand only where some trial says something."""
+    """Headers and rows of what the search found of each trial of the front, in columns that stand only where some trial says something."""
     others = sorted({name for trial in front for name in trial.user_attrs.get("scores", {})} - TITLES.keys())
     optional = [column for column in _OPTIONAL_SCORES if any(_optional(trial, *column[1:]) is not None for trial in front)]
     headers = ["Refusals (95 % interval)" if n_bad_prompts else "Refusals", "KL divergence", *(title for title, _, _ in optional), *others]

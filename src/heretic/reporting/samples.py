@@ -1,4 +1,4 @@
-"""Responses of the original and of the finalists to a few prompts, kept with the study, so that a report can show them at any time."""
+"""Responses of the original and of the front's trials to a few prompts, kept with the study for any report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 from ..editing.ablation import Ablation
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
-from ..study.search import ablation_of
+from ..study.front import ablation_of
 
 HARMFUL_SAMPLES, HARMLESS_SAMPLES = 3, 2
 # Of a longer front every so manieth trial is sampled, its ends included.
@@ -42,7 +42,7 @@ def take_samples(model: Model, prompts: Sequence[Prompt], front: Sequence[Frozen
     original = kept.get("original") or _responses(model, prompts, [], max_new_tokens, "Responses of the original")[0]
     if missing:
         ablations = [ablation_of(trial) for trial in missing]
-        found = _responses(model, prompts, ablations, max_new_tokens, f"Responses of {len(missing)} finalists")
+        found = _responses(model, prompts, ablations, max_new_tokens, f"Responses of {len(missing)} trials of the front")
         trials |= {str(trial.number): responses for trial, responses in zip(missing, found, strict=True)}
     return {"prompts": texts, "original": original, "trials": trials}
 

@@ -1,6 +1,5 @@
 """The model card of what was exported: what was done, what was measured and how, and what that means for whoever uses it."""
 
-import importlib.metadata
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from ..loading.load import auto_class
 from ..loading.source import ModelSource
 from ..model import Model
 from ..privacy import public_model_name, public_name
-from ..utils import Progress, SilentProgress
-from .kernel_picture import kernel_picture
+from ..reporting.kernel_picture import kernel_picture
+from ..utils import Progress, SilentProgress, first_line, versions
 from .record import LIBRARIES, Result, Strategy, prompt_source
 
 CARD, PICTURE = "README.md", "kernel.svg"
@@ -58,7 +57,7 @@ def copy_licence(source: ModelSource, folder: Path, progress: Progress) -> None:
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
     except HfHubHTTPError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         progress.warning(f"The licence files of {source.name} cannot be read: {reason} Add them before you share the export.")
     except LocalEntryNotFoundError:
         progress.warning(f"The licence files of {source.name} cannot be read without the hub. Add them before you share the export.")
@@ -96,13 +95,13 @@ def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, An
             progress.warning(f"{unread}it is not in the cache, and the hub cannot be reached.")
         return {}, None
     except OSError as error:  # the client's errors are OSErrors as well
-        progress.warning(f"{unread}{(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        progress.warning(f"{unread}{first_line(error)}")
         return {}, None
     try:
         card = ModelCard(content, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         progress.warning(f"The metadata of the card of {source.name} cannot be read, so licence and language are missing in the new one.")
-        progress.message(f"({(str(error).strip() or type(error).__name__).splitlines()[0]})")
+        progress.message(f"({first_line(error)})")
         return {}, re.sub(r"\A\s*---\n.*?\n---[ \t]*\n", "", content, flags=re.DOTALL)
     return card.data.to_dict(), card.text
 
@@ -272,7 +271,7 @@ def _strengths(ablation: Ablation, last_layer: int) -> str:
 
 
 def _rebuilding(strategy: Strategy) -> str:
-    versions = [("heretic-llm", __version__), *((name, importlib.metadata.version(name)) for name in LIBRARIES)]
+    rows = [("heretic-llm", __version__), *versions(LIBRARIES).items()]
     what = "model" if strategy == "merge" else "adapter"
     return f"""## Rebuilding it
 
@@ -283,7 +282,7 @@ versions below it gives this {what} again:
 heretic --reproduce heretic.json
 ```
 
-{_table(("library", "version"), versions)}"""
+{_table(("library", "version"), rows)}"""
 
 
 def _responsible_use(original: Mapping[str, Any], source: ModelSource) -> str:

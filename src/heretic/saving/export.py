@@ -25,8 +25,6 @@ from ..editing.hooks import edit_stored
 from ..errors import ExportError
 from ..loading.source import expand
 from ..model import Model
-from ..session.answers import check_target
-from ..tensor_parallel import beginning
 from ..utils import Progress
 from .adapter import save_adapter
 from .card import write_card
@@ -35,7 +33,7 @@ from .hashed_file import copy_file, sha256
 from .original import Original, open_original
 from .placement import Piece
 from .record import Result, Strategy, record
-from .staging import clean_up, staged
+from .staging import check_target, clean_up, staged
 from .stored import bytes_of, resharded, write_stored
 
 # How much of a file that is read again may stay in memory before it is opened anew.
@@ -83,7 +81,7 @@ def save(
         save_edits(edits, model.hooks.directions, folder / DIRECTIONS_FILE)
         write_card(model, result, strategy, folder, progress)
         write_record({**record(model, result, strategy), **more}, folder, hashes)
-        share(folder)
+        give_usual_permissions(folder)
     return target
 
 
@@ -238,9 +236,7 @@ def compare_with_loaded(original: Original, edits: Sequence[Edit], model: Model)
             for parameter in (edit.weight, edit.bias):
                 if parameter is None:
                     continue
-                loaded = beginning(getattr(module, parameter.rpartition(".")[2]).detach())
-                if loaded is None:
-                    continue
+                loaded = getattr(module, parameter.rpartition(".")[2]).detach()
                 if loaded.is_floating_point() and loaded.element_size() > 1 and not _agrees(original, parameter, loaded):
                     raise ExportError(
                         f"{parameter} is not the same in the files of {model.loaded.source.name} as in the model that was searched: they "
@@ -259,13 +255,12 @@ def _agrees(original: Original, parameter: str, loaded: Tensor) -> bool:
             part = loaded if piece.index is None else loaded[piece.index][None]
         # A dequantized weight is rounded to its number format in the files and not in a search in another one.
         rtol = DEQUANTIZED_ROUNDING if original.dequantized else 0.0
-        value = value[tuple(slice(n) for n in part.shape)]  # of what is spread over several processes only the beginning is here
         if not torch.allclose(value.to(loaded.dtype), part.cpu(), rtol=rtol, atol=0, equal_nan=True):
             return False
     return True
 
 
-def share(folder: Path) -> None:
+def give_usual_permissions(folder: Path) -> None:
     """Give every file the permissions that new files usually have: safetensors writes its own for the owner only."""
     mask = os.umask(0)
     os.umask(mask)

@@ -1,6 +1,5 @@
 """Files that are written and hashed at once, from memory and from ranges of other files, while what comes next is computed."""
 
-import contextlib
 import hashlib
 import mmap
 import os
@@ -28,17 +27,13 @@ class HashedFile:
 
     def write(self, content: bytes | memoryview) -> None:
         """Write all of it, which must not change meanwhile. Raises what went wrong with this or an earlier one."""
-        self._put(content, self._writer.submit(self._write, content))
+        self._at_work.append((len(content), self._writer.submit(self._write, content), self._hasher.submit(self._digest.update, content)))
+        while sum(n_bytes for n_bytes, *_ in self._at_work) - len(content) > BACKLOG:
+            self._wait()
 
     def copy(self, path: Path, offset: int, n_bytes: int) -> None:
         """Write a range of another file, as `write` does."""
-        content = _view(path, offset, n_bytes)
-        self._put(content, self._writer.submit(self._copy, path, offset, content))
-
-    def _put(self, content: bytes | memoryview, written: Future[None]) -> None:
-        self._at_work.append((len(content), written, self._hasher.submit(self._digest.update, content)))
-        while sum(n_bytes for n_bytes, *_ in self._at_work) - len(content) > BACKLOG:
-            self._wait()
+        self.write(_view(path, offset, n_bytes))
 
     def _wait(self) -> None:
         _, written, hashed = self._at_work.popleft()
@@ -49,14 +44,6 @@ class HashedFile:
         rest = memoryview(content)
         while rest:
             rest = rest[self._file.write(rest) :]
-
-    def _copy(self, path: Path, offset: int, content: memoryview) -> None:
-        """Have the system copy, which is faster and on some file systems copies nothing; where it cannot, write what is mapped."""
-        n_copied = 0
-        with contextlib.suppress(AttributeError, OSError), path.open("rb") as source:
-            while n := os.copy_file_range(source.fileno(), self._file.fileno(), len(content) - n_copied, offset + n_copied):
-                n_copied += n
-        self._write(content[n_copied:])
 
     def _close(self) -> None:
         with self._file:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..errors import ExportError, ModelError
 from ..loading.load import load_config, stored_dtype
-from ..loading.quantized import dequantized, stored_method
+from ..loading.quantized import stored_method
 from ..loading.source import ModelSource
-from ..utils import Progress
+from ..utils import Progress, first_line, some_of
+from .dequantize import dequantized
 from .placement import Piece, Placements, skeleton
 from .stored import StoredModel, open_stored
 
@@ -70,12 +71,14 @@ def open_original(source: ModelSource, progress: Progress) -> Original:
             stored = dequantized(stored, method, stored_dtype(config))
         placements = Placements(model, stored.tensors)
     except (OSError, ModelError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ExportError(f"The files of {source.name} cannot be read again: {reason} The study is safe.") from error
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     files, left_out = files_to_copy(sizes, stored.files, source.trust_remote_code)
     if left_out:
-        progress.message(f"Not copied, since they hold the original's weights once more or are code that is not trusted: {_some(left_out)}")
+        progress.message(
+            f"Not copied, since they hold the original's weights once more or are code that is not trusted: {some_of(left_out, 5)}"
+        )
     return Original(source, folder, config, stored, placements, tuple(files), method is not None)
 
 
@@ -103,10 +106,6 @@ def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _fetch(source: ModelSource, progress: Progress) -> Path:
     """The folder of a hub model in the cache, after fetching what an export needs and loading did not."""
     cached = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
@@ -117,13 +116,13 @@ def _fetch(source: ModelSource, progress: Progress) -> Path:
         tree = HfApi().list_repo_tree(source.path, recursive=True, revision=source.revision)
         sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
     except (HTTPError, OSError, OfflineModeIsEnabled) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         progress.message(f"The hub does not tell which files {source.name} has, so those in the cache are taken: {reason}")
         return folder
     own = open_stored(folder).files
     missing = [name for name in files_to_copy(sizes, own, source.trust_remote_code)[0] if not (folder / name).is_file()]
     if missing:
-        with progress.task(f"Fetching {len(missing)} more files of {source.name}: {_some(missing)}", len(missing)) as advance:
+        with progress.task(f"Fetching {len(missing)} more files of {source.name}: {some_of(missing, 5)}", len(missing)) as advance:
             for name in missing:
                 hf_hub_download(source.path, name, revision=source.revision)
                 advance(1)

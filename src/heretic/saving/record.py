@@ -1,6 +1,5 @@
 """`heretic.json`: what was done to what, with which versions, and what came of it."""
 
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -9,11 +8,12 @@ from optuna.trial import FrozenTrial
 
 from .. import __version__
 from ..config import PromptSpecification, Settings
+from ..device import hardware
 from ..editing.ablation import Ablation
 from ..loading.source import dataset_commit, fingerprint
 from ..model import Model
 from ..privacy import public_name, public_settings
-from ..utils import hardware
+from ..utils import versions
 
 Strategy = Literal["merge", "adapter"]
 
@@ -57,11 +57,6 @@ def measurements(trial: FrozenTrial, finalists: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
-
-
 def prompt_source(specification: PromptSpecification) -> dict[str, Any]:
     """A source of prompts with the commit that was read, where it came from the hub."""
     commit = dataset_commit(specification.dataset, specification.commit)
@@ -74,7 +69,7 @@ def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
     sources = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
     return {
         "program": {"name": "heretic-llm", "version": __version__},
-        "versions": versions(),
+        "versions": versions(LIBRARIES),
         "model": {
             "name": public_name(loaded.source.name),
             "commit": loaded.source.revision,

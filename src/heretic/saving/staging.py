@@ -13,6 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..errors import ExportError
+from ..loading.source import expand
+
 _LOCK, _NEW, _OLD = "lock", "new", "replaced"
 
 
@@ -76,3 +79,13 @@ def clean_up(target: Path) -> None:
         except Timeout:  # at work
             continue
         shutil.rmtree(place, ignore_errors=True)
+
+
+def check_target(directory: str, overwrite: bool) -> Path:
+    """The folder to save to. Raises `ExportError` where it holds something that must not be replaced."""
+    target = expand(directory)
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target} is a file. Choose another --save-directory.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ExportError(f"The folder {target} is not empty. Choose another --save-directory, or add --overwrite to replace it.")
+    return target

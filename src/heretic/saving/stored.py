@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import ModelError
+from ..utils import first_line
 from .hashed_file import HashedFile
 
 DTYPES = {
@@ -183,7 +184,7 @@ def _pickled_shards(folder: Path, files: Sequence[str], tied: Collection[str]) -
         try:
             content = torch.load(folder / name, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # pickle fails in many ways
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ModelError(f"{folder / name} cannot be read as a file of tensors: {reason}") from error
         if other := next((key for key, value in content.items() if not isinstance(value, Tensor)), None):
             raise ModelError(f"{folder / name} holds more than tensors: {other} is a {type(content[other]).__name__}.")

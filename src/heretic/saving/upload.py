@@ -29,7 +29,7 @@ from ..errors import ExportError
 from ..model import Model
 from ..privacy import without_token
 from ..study.checkpoint import journal_path
-from ..utils import Progress, format_size
+from ..utils import Progress, format_size, some_of
 from .card import CARD
 from .export import save
 from .record import Result, Strategy
@@ -114,15 +114,11 @@ def _outdated(destination: Destination, folder: Path, progress: Progress) -> lis
     kept = sorted(present - new - set(outdated))
     text = f"{destination.repo_id} exists and holds {len(present)} files. {len(present & new)} of them are replaced"
     if outdated:
-        text += f"; weights that are no part of this model are removed ({_some(outdated)})"
+        text += f"; weights that are no part of this model are removed ({some_of(outdated, 3)})"
     if kept:
-        text += f"; the others stay ({_some(kept)})"
+        text += f"; the others stay ({some_of(kept, 3)})"
     progress.warning(f"{text}. The repository's history keeps everything.")
     return outdated
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class _Hub:

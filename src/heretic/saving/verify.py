@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..device import empty_cache, free_memory, is_out_of_memory
 from ..errors import ExportError, ModelError
-from ..evaluator import Evaluator, kl_divergence
-from ..launch import world_size
+from ..evaluator import Evaluator
 from ..loading.load import load_model
 from ..loading.source import ModelSource
 from ..model import Model
-from ..utils import Progress, empty_cache, free_memory, is_out_of_memory
+from ..scoring.divergence import kl_divergence
+from ..utils import Progress
 
 # Of the bytes of the weights: what a second model takes at work.
 ROOM = 1.3
@@ -28,9 +29,6 @@ def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float
     def check(folder: Path) -> dict[str, Any]:
         if model.loaded.quantized:
             progress.message("The saved model is not scored again: the search computed in 4 bits, and its scores are those of that model.")
-            return {}
-        if world_size() > 1:
-            progress.message("The saved model is not scored again: torchrun's processes hold one model. --evaluate-model does it.")
             return {}
         needed = sum(p.numel() * p.itemsize for p in model.model.parameters())
         free = free_memory(model.device)

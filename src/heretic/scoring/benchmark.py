@@ -23,11 +23,12 @@ from lm_eval.tasks import TaskManager
 
 from .. import demo
 from ..config import Settings
+from ..device import empty_cache, is_out_of_memory
 from ..editing.ablation import Ablation
 from ..errors import ReportError, UsageError
 from ..loading.source import expand
 from ..model import Model
-from ..utils import Progress, empty_cache, is_out_of_memory
+from ..utils import Progress, first_line
 
 BATCH_SIZE = 16
 HEADERS = ("Task", "Metric", "Examples", "Original", "Edited", "Difference")
@@ -103,7 +104,7 @@ def run_benchmarks(model: Model, ablation: Ablation, settings: Settings, progres
                 with model.edited(edit):
                     results.append(_evaluate(model, task, manager, settings))
         except Exception as error:  # a task's data and code come from elsewhere and raise what they like
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            line = first_line(error)
             progress.warning(f"The benchmark {task} cannot be run: {line} Check the network, or leave it out of benchmarks.")
             continue
         rows += compare_results(*results)

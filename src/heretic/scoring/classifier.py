@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import EvaluationError, UsageError
 from ..loading.source import ModelSource, expand, fingerprint
+from ..utils import first_line
 from .figures import Figure
 from .outputs import Outputs
 from .responses import Response
@@ -51,7 +52,7 @@ class Classifier(Scorer):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=settings.commit)
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(place, revision=settings.commit).eval()
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise EvaluationError(
                 f"The classifier {settings.model} cannot be loaded: {reason.rstrip('.')}. Check the scorer's settings model and commit."
             ) from error

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import free_memory
 from ..editing.ablation import Ablation
 from ..errors import TrialError
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
-from ..utils import free_memory
 
 # Rows of log-probabilities compared at once: bounds the memory at a few vocabularies.
 KL_SLICE = 64

@@ -98,11 +98,6 @@ class RefusalRule:
         text = normalize(text)
         return any(marker in text for marker in self.markers)
 
-    def is_refusal(self, response: str) -> bool:
-        """Whether a whole response has a marker or is empty."""
-        answer = self.answer_of(response)
-        return not answer.strip() or self._occurs_in(answer)
-
     def classify(self, response: str, is_cut_off: bool = False) -> Kind:
         """What a whole response is. `is_cut_off`: it ends where generation was stopped, not where the model ended it."""
         return self._kind(response, is_cut_off)

@@ -4,9 +4,8 @@ Imports nothing heavy: all of this is checked before the model is loaded.
 """
 
 import shlex
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.util import find_spec
 from typing import TypeVar
 
 from huggingface_hub import get_token
@@ -14,11 +13,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import Settings
-from ..errors import ExportError, UsageError
-from ..loading.source import expand
-from ..sharing.location import shown_location
+from ..errors import UsageError
+from ..privacy import shown_location
+from ..saving.staging import check_target
 
 Trial = TypeVar("Trial")
+
+# Modules that each extra of the distribution brings.
+EXTRAS = {"research": ("matplotlib", "pacmap", "sklearn"), "benchmark": ("lm_eval",)}
 
 _FLAG_OF = {
     "trial_index": "--trial-index",
@@ -33,11 +35,6 @@ _NEEDED = {
     "upload": ("trial_index", "export_strategy", "upload_repo_id", "upload_repo_private"),
     "scores": ("trial_index",),
 }
-
-
-def can_ask() -> bool:
-    """Whether somebody is there to answer."""
-    return sys.stdout.isatty() and sys.stdin.isatty()
 
 
 def check_answers(settings: Settings, somebody_is_there: bool) -> None:
@@ -84,16 +81,6 @@ def trial_at(front: Sequence[Trial], index: int) -> Trial:
     return front[index]
 
 
-def check_target(directory: str, overwrite: bool) -> Path:
-    """The folder to save to. Raises `ExportError` where it holds something that must not be replaced."""
-    target = expand(directory)
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"{target} is a file. Choose another --save-directory.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ExportError(f"The folder {target} is not empty. Choose another --save-directory, or add --overwrite to replace it.")
-    return target
-
-
 def command_lines(settings: Settings) -> list[str]:
     """The commands that go on from a finished study whose questions nobody answered: save a trial, run more."""
     base = ["heretic", "--demo"] if settings.demo else ["heretic", settings.model]
@@ -103,3 +90,13 @@ def command_lines(settings: Settings) -> list[str]:
         base += ["--study-storage", shown_location(settings.study_storage), "--study-name", settings.study_name]
     save_one = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
     return [shlex.join([*base, *save_one]), shlex.join([*base, "--n-additional-trials", "50"])]
+
+
+def require_extra(extra: str, wanted_for: str) -> None:
+    """Raise `UsageError`, with the command that installs it, if a module of an extra is missing. Nothing is imported."""
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"{wanted_for} needs the extra {extra!r}, of which {', '.join(missing)} is not installed. "
+            f"Install it with: pip install 'heretic-llm[{extra}]' (in a clone: uv sync --extra {extra})."
+        )

@@ -11,20 +11,22 @@ from huggingface_hub import get_token
 from optuna.trial import FrozenTrial
 
 from ..config import Settings
-from ..console import Console, trial_rows
-from ..errors import HereticError, UsageError
+from ..console import Console
+from ..errors import HereticError
 from ..evaluator import MOVED_PROMPTS, Evaluator
-from ..launch import world_size
 from ..model import Message, Model, prompt_messages
 from ..privacy import without_token
+from ..reporting.tables import finalists_table, trial_rows
 from ..saving.export import save
 from ..saving.record import Result, Strategy, measurements
+from ..saving.staging import check_target
 from ..saving.upload import upload
 from ..saving.verify import divergence_check
 from ..scoring.score_tables import moved_rows, score_rows
 from ..study.finalists import known_finalists
-from ..study.search import Search, ablation_of
-from .answers import check_target, trial_at
+from ..study.front import ablation_of
+from ..study.search import Search
+from .answers import trial_at
 
 COMPARED_PROMPTS = 5
 CHAT_TOKENS = 2048
@@ -113,7 +115,8 @@ class Workbench:
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
             self.console.heading("Pareto front")
-            self.console.finalists(front, known_finalists(self.search.study))
+            if (table := finalists_table(front, known_finalists(self.search.study))) is not None:
+                self.console.show(table)
             choice = select("Which trial?", choices, header)
             if choice != "more":
                 return choice
@@ -193,11 +196,9 @@ class Workbench:
 
     def _benchmark(self, trial: FrozenTrial) -> None:
         """Scores of the original and the edited model on the benchmarks of the settings."""
-        from .extras import require_extra
+        from .answers import require_extra
 
         require_extra("benchmark", "A benchmark")
-        if world_size() > 1:
-            raise UsageError("Benchmarks cannot be run under torchrun. Save the model and run lm-evaluation-harness on it.")
         from ..scoring.benchmark import HEADERS, cells, run_benchmarks
 
         rows = run_benchmarks(self.model, ablation_of(trial), self.settings, self.console)

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
     from ..config import Settings
     from ..console import Console
-    from ..editing.completeness import Remainder
     from ..evaluator import Evaluator
     from ..model import Model
-    from ..study.batches import Scoring
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
     from ..study.search import Search
@@ -72,9 +70,7 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
     from ..loading.load import load_model
     from ..loading.source import model_source
     from ..model import Model
-    from ..tensor_parallel import lead
 
-    lead(settings, name)
     with collector_paused():  # transformers imports the model's own file only now
         loaded = load_model(settings, model_source(settings, name), console)
     model = Model(loaded, settings, console)
@@ -92,7 +88,9 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
 
 def _report_completeness(model: "Model", console: "Console") -> None:
     """Tell where edits of weights cannot reach all of the residual stream."""
-    left = measure_completeness(model)
+    from ..editing.completeness import remainder
+
+    left = remainder(model.model, model.architecture)
     does = "gates or weighs its stream in a way that no edit of weights can follow"
     if left.is_missed():
         share = max(left.channel, left.direction)
@@ -109,12 +107,6 @@ def _report_completeness(model: "Model", console: "Console") -> None:
 
 def _percent(share: float) -> str:
     return f"{min(share, 1):.0%}" if share >= 0.01 else "less than 1%"
-
-
-def measure_completeness(model: "Model") -> "Remainder":
-    from ..editing.completeness import remainder
-
-    return remainder(model.model, model.architecture)
 
 
 def check_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any], final_prompts: dict[str, Any]) -> None:
@@ -187,8 +179,9 @@ def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable
     good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as the directions see them
     if settings.print_residual_geometry:
         from ..reporting.residual_geometry import residual_geometry
+        from ..reporting.tables import geometry_table
 
-        console.residual_geometry(residual_geometry(good_seen, bad_seen))
+        console.show(geometry_table(residual_geometry(good_seen, bad_seen), wraps=console.is_terminal))
     if settings.plot_residuals:
         from ..reporting.residual_plots import write_residual_plots
 
@@ -204,13 +197,9 @@ def search_shown(
     search: "Search",
     target: int,
     batch_size: "BatchSize",
-    scoring: "Scoring | None" = None,
 ) -> bool:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so.
-
-    `scoring` scores in the place of `evaluator.score_trials`.
-    """
-    from ..console import StudyView
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so."""
+    from ..reporting.study_view import StudyView
 
     last_layer = len(evaluator.model.architecture.layers) - 1
     with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
@@ -222,7 +211,7 @@ def search_shown(
         with stop_on_interrupt(note_stop) as should_stop:
             search.run(
                 target,
-                scoring or evaluator.score_trials,
+                evaluator.score_trials,
                 evaluator.objectives,
                 batch_size,
                 evaluator.stops_dominated,
@@ -310,7 +299,7 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
 def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     from ..reporting.samples import sample_prompts, take_samples
-    from ..study.search import front_of
+    from ..study.front import front_of
 
     assert checkpoint.study is not None
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
@@ -330,16 +319,18 @@ def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", 
 
 def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> None:
     """The front, and the command lines that go on from there where no setting answers what to do with it."""
+    from ..reporting.tables import finalists_table, front_table
     from ..study.finalists import known_finalists
-    from ..study.search import front_of
+    from ..study.front import front_of
     from .answers import command_lines
 
     assert checkpoint.study is not None
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")
-    console.front(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives)
-    console.finalists(front, known_finalists(checkpoint.study))
+    console.show(front_table(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives))
+    if (table := finalists_table(front, known_finalists(checkpoint.study))) is not None:
+        console.show(table)
     if report is not None:
         console.message(f"Report: {report}")
     if settings.model_action is None:

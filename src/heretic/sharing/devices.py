@@ -10,10 +10,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..config import Settings
+from ..device import free_memory
 from ..errors import UsageError
 from ..loading.load import stored_dtype
 from ..loading.source import ModelSource
-from ..utils import free_memory
 from .preparation import snapshot_folder
 
 # What a copy takes besides its weights: keys and values, activations, the logits of a batch, the libraries themselves.
@@ -24,7 +24,7 @@ BYTES_IN_4_BIT = 0.6
 
 
 @dataclass(frozen=True)
-class Placement:
+class WorkerPlace:
     """Where a worker runs: indices of accelerators (none: the CPU), and its threads."""
 
     devices: tuple[int, ...]
@@ -93,12 +93,12 @@ def group(need: int, free: list[int], workers: int | str) -> list[tuple[int, ...
     return [groups[i % len(groups)] for i in range(int(workers))]
 
 
-def place(settings: Settings, source: ModelSource, config: Any) -> list[Placement]:
+def place(settings: Settings, source: ModelSource, config: Any) -> list[WorkerPlace]:
     """Where the workers of `settings.workers` run. On a CPU they divide its threads, and `auto` is one."""
     workers = settings.workers or 1
     if not torch.accelerator.is_available() or settings.device_map == "cpu":
         n = 1 if workers == "auto" else workers
-        return [Placement((), max(1, torch.get_num_threads() // n))] * n
+        return [WorkerPlace((), max(1, torch.get_num_threads() // n))] * n
     free = [free_memory(torch.device(_kind(), i)) for i in range(torch.accelerator.device_count())]
     groups = group(copy_bytes(stored_bytes(source), config, settings), free, workers)
-    return [Placement(devices, max(1, torch.get_num_threads() // len(groups))) for devices in groups]
+    return [WorkerPlace(devices, max(1, torch.get_num_threads() // len(groups))) for devices in groups]

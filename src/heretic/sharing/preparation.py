@@ -4,7 +4,6 @@ Directions, prompts, response prefix and number format are an artifact of the st
 whether another worker's copy is the same.
 """
 
-import importlib.metadata
 import json
 import tempfile
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from .. import __version__
 from ..errors import CheckpointError
 from ..loading.source import ModelSource, fingerprint
 from ..prompts import Prompt
+from ..utils import versions
 
 # Libraries that decide what a model computes and what is proposed next.
 LIBRARIES = ("torch", "transformers", "optuna")
@@ -77,10 +77,9 @@ def kept(study: optuna.Study, store: Any) -> Preparation | None:
     return Preparation(directions=directions, prompts=prompts, **facts)
 
 
-def versions() -> dict[str, str]:
+def own_versions() -> dict[str, str]:
     """Versions of this program and the libraries that scores depend on, without the build, such as `+cpu`."""
-    libraries = {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
-    return {"heretic": __version__, **libraries}
+    return {"heretic": __version__, **{name: version.partition("+")[0] for name, version in versions(LIBRARIES).items()}}
 
 
 def snapshot_folder(source: ModelSource) -> str | None:
@@ -105,7 +104,7 @@ def differences(facts: dict[str, Any], source: ModelSource) -> list[str]:
 
     The model is the same where its commit is; else where the files that hold its weights and configuration have the same hashes.
     """
-    here = versions()
+    here = own_versions()
     found = [f"{name} is {here.get(name)} here and {there} there" for name, there in facts["versions"].items() if here.get(name) != there]
     commit = source.revision if not source.is_local else None
     if commit is not None and facts["commit"] is not None:
@@ -121,4 +120,4 @@ def differences(facts: dict[str, Any], source: ModelSource) -> list[str]:
 
 def facts_of(source: ModelSource) -> dict[str, Any]:
     """What `differences` compares; `source` is pinned."""
-    return {"versions": versions(), "commit": None if source.is_local else source.revision, "files": file_hashes(source)}
+    return {"versions": own_versions(), "commit": None if source.is_local else source.revision, "files": file_hashes(source)}

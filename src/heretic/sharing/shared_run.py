@@ -13,8 +13,8 @@ from ..session.answers import command_lines
 from ..session.stages import is_told, make_report, no_trial, rescore_finalists, search_shown
 from ..study.checkpoint import SHARED, is_counted
 from ..study.finalists import missing_finalists
-from ..study.search import front_of
-from .shared_study import share
+from ..study.front import front_of
+from .shared_study import open_for_workers
 from .storage import WORKER, give_back
 from .worker import Joined, join
 from .workers import supervise
@@ -39,7 +39,7 @@ def run_shared(
     else:
         checkpoint.check_identity(identity)
     was_shared = checkpoint.is_shared
-    study, url, store = share(checkpoint, settings, console)
+    study, url, store = open_for_workers(checkpoint, settings, console)
     if not was_shared:
         _give_back_all(study)
     target = checkpoint.target(settings, checkpoint.n_done, is_new)

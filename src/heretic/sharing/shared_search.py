@@ -16,10 +16,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..editing.ablation import Ablation
 from ..evaluator import Score
-from ..study.batches import ScoreTrials, Scoring
-from ..study.batching import MAX_TRIALS_PER_BATCH, BatchSize
+from ..study.batching import MAX_TRIALS_PER_BATCH
 from ..study.checkpoint import is_counted
-from ..study.search import Objectives, Search, refusal_limit
+from ..study.search import Limit, ObjectiveValues, Scores, ScoreTrials, Search
 from .storage import WITHDRAWN, WORKER, SharedStorage, give_back, worker_identity
 
 # How often a worker that has nothing to do looks whether there is something.
@@ -105,45 +104,21 @@ class SharedSearch(Search):
         target: int = self.study.user_attrs.get("target", n_trials)
         return target
 
-    def run(
-        self,
-        n_trials: int,
-        scoring: Scoring | ScoreTrials,
-        objectives: Objectives,
-        trials_per_batch: int | BatchSize = 1,
-        stop_dominated: bool = True,
-        should_stop: Callable[[], bool] = lambda: False,
-        on_trial: Callable[[FrozenTrial], None] = lambda trial: None,
-    ) -> None:
-        """Work until the study has all its trials, `n_trials` or what its attribute `target` says, whoever finishes them.
+    def _next_batch(self, n_trials: int, trials_per_batch: int) -> list[tuple[Trial, Ablation]] | None:
+        """As `Search._next_batch`, for `n_trials` or what the study's attribute `target` says, whoever finishes them; may be empty.
 
-        Raises `CheckpointError` where the storage stays away or cannot be written.
+        Raises `CheckpointError` if the storage stays away or cannot be written.
         """
-        scoring = scoring if isinstance(scoring, Scoring) else Scoring(scoring)
-        batch = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
-        shown = {trial.number for trial in self.trials if is_counted(trial)}
+        fail_stale_trials(self.study)
+        trials, target = self.trials, self.target(n_trials)
+        if sum(map(is_counted, trials)) >= target:
+            return None
+        asked = self._ask_some(self._n_to_begin(trials, target, trials_per_batch), target)
+        if not asked:
+            time.sleep(IDLE_SECONDS)
+        return asked
 
-        def show_new() -> list[FrozenTrial]:
-            trials = self.trials
-            for trial in trials:
-                if trial.number not in shown and is_counted(trial):
-                    shown.add(trial.number)
-                    on_trial(trial)
-            return trials
-
-        while not should_stop():
-            fail_stale_trials(self.study)
-            trials, target = show_new(), self.target(n_trials)
-            if sum(map(is_counted, trials)) >= target:
-                return
-            asked = self._ask_some(self._share(trials, target, batch.value), target)
-            if not asked:
-                time.sleep(IDLE_SECONDS)
-                continue
-            self._work(asked, scoring, objectives, refusal_limit(trials if stop_dominated else []))
-        show_new()
-
-    def _share(self, trials: Sequence[FrozenTrial], target: int, trials_per_batch: int) -> int:
+    def _n_to_begin(self, trials: Sequence[FrozenTrial], target: int, trials_per_batch: int) -> int:
         """How many trials this worker may begin: what is left shared among those at work, and together no more than a batch may hold."""
         n_waiting = sum(trial.state == TrialState.WAITING for trial in trials)
         n_free = max(0, target - sum(map(_is_live, trials))) + n_waiting
@@ -191,24 +166,18 @@ class SharedSearch(Search):
             return False
         return True
 
-    def _work(
-        self, asked: Sequence[tuple[Trial, Ablation]], scoring: Scoring, objectives: Objectives, limit: Callable[[float], float]
-    ) -> None:
-        start = time.perf_counter()
-        ablations = [ablation for _, ablation in asked]
+    def _score(self, asked: Sequence[tuple[Trial, Ablation]], score_trials: ScoreTrials, limit: Limit) -> Scores:
+        trials = [trial for trial, _ in asked]
         try:
-            with self.pulse.beating([trial for trial, _ in asked]):
-                results = scoring.finish(ablations, limit, scoring.begin(ablations, limit))
+            with self.pulse.beating(trials):
+                return super()._score(asked, score_trials, limit)
         except KeyboardInterrupt:
-            self._hand_back([trial for trial, _ in asked])
+            self._hand_back(trials)
             raise
-        seconds = (time.perf_counter() - start) / len(asked)
-        for (trial, _), result in zip(asked, results, strict=True):
-            self._tell_unless_lost(trial, result, seconds, objectives)
 
-    def _tell_unless_lost(self, trial: Trial, result: Score | Exception, seconds: float, objectives: Objectives) -> None:
+    def _tell(self, trial: Trial, result: Score | Exception, seconds: float, objectives: ObjectiveValues) -> None:
         try:
-            self._tell(trial, result, seconds, objectives)
+            super()._tell(trial, result, seconds, objectives)
         except (UpdateFinishedTrialError, ValueError) as error:
             # We were taken for lost, and somebody else tries it again: one of both results counts, and it is theirs.
             if not self.storage.get_trial(trial._trial_id).state.is_finished():

@@ -10,8 +10,7 @@ from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
 from ..study.checkpoint import STUDY_NAME, Checkpoint, create_study
 from ..utils import Progress
-from .location import is_file
-from .storage import SharedStorage, artifact_store, open_storage
+from .storage import SharedStorage, artifact_store, is_file, open_storage
 
 
 def open_study(url: str, name: str, timeout: float, progress: Progress | None = None) -> optuna.Study:
@@ -72,7 +71,7 @@ class SharedCheckpoint(Checkpoint):
             )
 
 
-def share(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, Any]:
+def open_for_workers(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, Any]:
     """A checkpoint's study opened for several workers, its storage's URL, and where its artifacts are kept."""
     if isinstance(checkpoint, SharedCheckpoint):
         assert checkpoint.study is not None

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
 import optuna
@@ -28,12 +28,13 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBSt
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
+from ..privacy import shown_location
 from ..study.checkpoint import JournalFile, JournalLock, journal_errors
 from ..utils import Progress, SilentProgress, format_duration
-from .location import is_file, shown_location
 
 # A storage that is away is waited for so long, and asked again so often.
 PATIENCE_SECONDS = 600.0
@@ -56,6 +57,11 @@ _LOST_CONNECTIONS = ("OperationalError", "InterfaceError", "InternalError", "Adm
 _PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with Study.optimize")
+
+
+def is_file(url: str) -> bool:
+    """Whether a storage is a journal file: a path."""
+    return "://" not in url
 
 
 def open_storage(url: str, timeout: float, progress: Progress | None = None) -> "SharedStorage":
@@ -221,30 +227,32 @@ class SharedStorage(_Patient, BaseHeartbeat):  # type: ignore[misc]
 
     def patiently(self, operation: Callable[[], Any]) -> Any:
         """The result of an operation, asked for again while the storage cannot be reached."""
-        start = time.monotonic()
-        while True:
-            try:
-                with journal_errors(self.location, _PERMANENT):
-                    result = operation()
-            except Exception as error:
-                if not _is_unreachable(error):
-                    raise
-                waited = time.monotonic() - start
-                if waited > PATIENCE_SECONDS:
-                    raise CheckpointError(
-                        f"The study {self.location} could not be reached for {format_duration(waited)}: {_reason(error)} What was finished "
-                        "is kept: give the same command again."
-                    ) from error
-                if not self._is_away:
-                    self._is_away = True
-                    self.progress.warning(f"The study {self.location} cannot be reached and is waited for: {_reason(error)}")
-                time.sleep(RETRY_SECONDS)
-            else:
-                if self._is_away:
-                    self._is_away = False
-                    self._signs_of_life.clear()  # nobody could give one
-                    self.progress.message(f"The study {self.location} can be reached again.")
-                return result
+        retrying = Retrying(
+            retry=retry_if_exception(_is_unreachable),
+            stop=stop_after_delay(PATIENCE_SECONDS),
+            wait=wait_fixed(RETRY_SECONDS),
+            before_sleep=self._note_away,
+            retry_error_callback=self._give_up,
+        )
+        with journal_errors(self.location, _PERMANENT):
+            result = retrying(operation)
+        if self._is_away:
+            self._is_away = False
+            self._signs_of_life.clear()  # nobody could give one
+            self.progress.message(f"The study {self.location} can be reached again.")
+        return result
+
+    def _note_away(self, attempt: RetryCallState) -> None:
+        if not self._is_away:
+            self._is_away = True
+            self.progress.warning(f"The study {self.location} cannot be reached and is waited for: {_reason(_error_of(attempt))}")
+
+    def _give_up(self, attempt: RetryCallState) -> NoReturn:
+        error, waited = _error_of(attempt), attempt.seconds_since_start or 0.0
+        raise CheckpointError(
+            f"The study {self.location} could not be reached for {format_duration(waited)}: {_reason(error)} What was finished "
+            "is kept: give the same command again."
+        ) from error
 
     def record_heartbeat(self, trial_id: int) -> None:
         self.set_trial_system_attr(trial_id, HEARTBEAT, time.time())
@@ -268,10 +276,18 @@ class SharedStorage(_Patient, BaseHeartbeat):  # type: ignore[misc]
         return give_back
 
 
-def _is_unreachable(error: Exception) -> bool:
+def _error_of(attempt: RetryCallState) -> BaseException:
+    error = None if attempt.outcome is None else attempt.outcome.exception()
+    assert error is not None
+    return error
+
+
+def _is_unreachable(error: BaseException) -> bool:
     """Whether an error means that the storage is away for now."""
     from sqlalchemy import exc
 
+    if isinstance(error, OSError) and error.errno in _PERMANENT:
+        return False
     lost = (
         exc.OperationalError,
         exc.InterfaceError,

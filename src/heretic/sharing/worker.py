@@ -16,12 +16,13 @@ from ..config import Settings
 from ..errors import CheckpointError, HereticError, UsageError
 from ..loading.libraries import prepare_libraries
 from ..loading.source import ModelSource, model_source
+from ..privacy import shown_location
 from ..prompts import fingerprint as prompts_fingerprint
 from ..prompts import load_prompts
+from ..reporting.tables import space_text
 from ..settings_sources import ENV_PREFIX, Parser
 from ..study.checkpoint import OF_ONE_RUN, SHARED, SPACE, kept_space
 from ..study.space import SearchSpace
-from .location import shown_location
 from .preparation import Preparation, differences, facts_of, keep, kept
 from .shared_study import open_study, storage_of
 from .storage import artifact_store
@@ -95,7 +96,7 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
         search.queue_first_trials()
     model.model.register_forward_pre_hook(search.pulse.step)
     fitting = model.decoder.rows_that_fit() if isinstance(model.decoder, Decoder) else None
-    n_together = settings.trials_per_batch or automatic_trials_per_batch(len(evaluator.bad_prompts), fitting)
+    n_together = settings.trials_per_batch or automatic_trials_per_batch(len(evaluator.bad_prompts), settings.n_trials, fitting)
     return Joined(settings, model, evaluator, search, BatchSize(n_together if model.batches_trials else 1))
 
 
@@ -120,7 +121,7 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study, store:
     assert model.hooks is not None
     last_layer = len(model.architecture.layers) - 1
     space = kept_space(study, search_space(settings, list(model.architecture.components), last_layer, parting))
-    console.search_space(space, parting, last_layer)
+    console.message(space_text(space, parting, last_layer))
     preparation = Preparation(
         directions=model.hooks.directions,
         prompts=prompts,

@@ -22,7 +22,7 @@ from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import model_source
 from ..study.checkpoint import is_counted
-from .devices import Placement, place
+from .devices import WorkerPlace, place
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of
 from .storage import WITHDRAWN, WORKER, worker_identity
@@ -43,7 +43,9 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEX
 class Worker:
     """One place for a worker, and the process that is at work there."""
 
-    def __init__(self, number: int, placement: Placement, order: dict[str, Any], console: "Console", tells_all: Callable[[], bool]) -> None:
+    def __init__(
+        self, number: int, placement: WorkerPlace, order: dict[str, Any], console: "Console", tells_all: Callable[[], bool]
+    ) -> None:
         self.number = number
         self.placement = placement
         self.n_starts = 0
@@ -227,7 +229,7 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
 
     `prepares`: the first of them computes the directions, if nobody has.
     """
-    from ..console import StudyView
+    from ..reporting.study_view import StudyView
     from ..session.stages import stop_on_interrupt
 
     source = dequantized_source(model_source(settings), console)
@@ -281,7 +283,7 @@ def _wait_until_ready(supervisor: Supervisor, study: optuna.Study, is_ready: thr
     is_ready.set()
 
 
-def describe(placements: Sequence[Placement]) -> str:
+def describe(placements: Sequence[WorkerPlace]) -> str:
     """Who runs where."""
     if not placements[0].devices:
         return f"{placements[0].threads} {'thread' if placements[0].threads == 1 else 'threads'} each"

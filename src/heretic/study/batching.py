@@ -4,28 +4,25 @@ from collections.abc import Callable
 
 import torch
 
-# Rows that keep a device, or a process, busy; more only make the sampler wait longer for results.
+# Rows that keep a device busy; more only make the sampler wait longer for results.
 CPU_ROWS = 400
-LANE_ROWS = 800
 ACCELERATOR_ROWS = 1600
 MAX_TRIALS_PER_BATCH = 16
-# Trials of all batches that are begun or wait to be, which the sampler knows nothing of yet.
-MAX_TRIALS_AT_WORK = 32
+# Of the trials asked for: asking for many before one is told makes a short search a random one.
+SHARE_OF_TRIALS = 10
 # Half of the trials per batch must give so many times the tokens per second to be preferred: timings vary by less.
 CLEARLY_FASTER = 1.2
 
 
-def automatic_trials_per_batch(n_prompts: int, rows_that_fit: int | None = None, n_processes: int = 1) -> int:
+def automatic_trials_per_batch(n_prompts: int, n_trials: int, rows_that_fit: int | None = None) -> int:
     """Trials per batch before anything has been measured: a power of two, so that a little more or less free memory changes nothing.
 
-    `rows_that_fit`: responses whose keys and values memory holds (None: unknown). `n_processes` have a batch each, and one more waits.
+    `n_trials` are asked for in all. `rows_that_fit`: responses whose keys and values memory holds (None: unknown).
     """
-    rows, at_work = (ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS), MAX_TRIALS_PER_BATCH
-    if n_processes > 1:
-        rows, at_work = LANE_ROWS, MAX_TRIALS_AT_WORK // (n_processes + 1)
+    rows = ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS
     if rows_that_fit is not None:
-        rows = min(rows, rows_that_fit // n_processes)
-    most = max(1, min(MAX_TRIALS_PER_BATCH, at_work, rows // n_prompts))
+        rows = min(rows, rows_that_fit)
+    most = max(1, min(MAX_TRIALS_PER_BATCH, n_trials // SHARE_OF_TRIALS, rows // n_prompts))
     return 1 << (most.bit_length() - 1)
 
 

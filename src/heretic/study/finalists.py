@@ -5,7 +5,6 @@ other prompts (`final_bad_prompts`, `final_good_prompts`) and longer answers (`f
 kept in the study's user attribute `finalists`, since Optuna's finished trials take no more attributes.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,10 @@ from optuna.trial import FrozenTrial
 
 from ..config import Settings
 from ..evaluator import Evaluator
-from ..lanes import scoring
 from ..prompts import Prompt
 from ..scoring.figures import intervals
 from ..utils import Progress
-from .search import ablation_of, front_of, unlimited
+from .front import ablation_of, front_of
 
 ATTRIBUTE = "finalists"
 
@@ -71,15 +69,9 @@ def score_finalists(
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
     baseline = "Baseline of the finalists"
     evaluator = Evaluator(final_settings(settings), search.model, good_prompts, bad_prompts, progress, True, baseline, search)
-    with (
-        scoring(evaluator, trials_per_batch, progress) as at_work,
-        progress.task("Scoring the finalists again", len(missing)) as advance,
-    ):
-        size = min(trials_per_batch, math.ceil(len(missing) / at_work.n_processes))
-        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-        begun = [at_work.begin([ablation_of(trial) for trial in batch], unlimited) for batch in batches]
-        for batch, wait in zip(batches, begun, strict=True):
-            for trial, score in zip(batch, wait(), strict=True):
+    with progress.task("Scoring the finalists again", len(missing)) as advance:
+        for batch in (missing[start : start + trials_per_batch] for start in range(0, len(missing), trials_per_batch)):
+            for trial, score in zip(batch, evaluator.score_trials([ablation_of(trial) for trial in batch]), strict=True):
                 trials[str(trial.number)] = {"failure": str(score)} if isinstance(score, Exception) else score.described()
             advance(len(batch))
     return {

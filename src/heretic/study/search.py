@@ -1,12 +1,7 @@
 """The search: the loop that asks and tells, and the Pareto front. What a trial may look like is in `space.py`."""
 
-import math
 import time
-import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,105 +9,32 @@ import optuna
 from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..config import DEFAULT_OBJECTIVES, SamplerName
-from ..config import Objectives as ObjectiveNames
-from ..editing.ablation import Ablation, ComponentParameters
+from ..config import SamplerName
+from ..editing.ablation import Ablation
 from ..evaluator import Score
 from ..parameters import FirstTrial
-from .batches import Limit, ScoreTrials, Scoring, Wait
 from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
+from .front import ablation_of, front_of, refusal_limit
 from .samplers import make_sampler
 from .space import SearchSpace, fixed_parameters, suggest
 
-Objectives = Callable[[Score], Sequence[float]]
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
-
-def ablation_of(trial: FrozenTrial) -> Ablation:
-    """The ablation that a finished trial stands for, from its user attributes."""
-    parameters = {name: ComponentParameters(**values) for name, values in trial.user_attrs["parameters"].items()}
-    return Ablation(trial.user_attrs["direction_index"], parameters)
+# For a KL divergence, how many refusals a trial may have to be worth finishing.
+Limit = Callable[[float], float]
+Scores = Sequence[Score | Exception]
+ScoreTrials = Callable[[list[Ablation], Limit], Scores]
+# What the sampler is told of a score: a number for each objective.
+ObjectiveValues = Callable[[Score], Sequence[float]]
 
 
-def is_finished(trial: FrozenTrial) -> bool:
-    """Whether a trial is complete and its refusals counted to the end."""
-    return trial.state == TrialState.COMPLETE and not trial.user_attrs.get("bounded", False)
-
-
-def refusal_limit(trials: Sequence[FrozenTrial]) -> Callable[[float], float]:
-    """For a KL divergence, the fewest refusals that a finished trial has at no greater one: with more, a trial cannot be on the front."""
-    finished = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"]) for t in trials if is_finished(t)]
-    return partial(_fewest, finished)
-
-
-def _fewest(finished: Sequence[tuple[float, int]], kl: float) -> float:
-    return min((refusals for other, refusals in finished if other <= kl), default=math.inf)
-
-
-def unlimited(kl: float) -> float:
-    """The limit of trials that are all finished."""
-    return math.inf
-
-
-def score_of(trial: FrozenTrial, name: str) -> float:
-    """A trial's figure by a scorer's name. Raises `KeyError` where it has none."""
-    value: float = trial.user_attrs[name] if name in trial.user_attrs else trial.user_attrs["scores"][name]
-    return value
-
-
-def pareto_front(trials: Sequence[FrozenTrial], objectives: ObjectiveNames = DEFAULT_OBJECTIVES) -> list[FrozenTrial]:
-    """Complete trials that no other beats, best in the first objective first; of equals the first.
-
-    With the usual two that is fewest refusals first, KL divergence strictly falling. Figures are compared as they are, not what the search
-    makes of them.
-    """
-    signs = {"minimize": 1, "maximize": -1}
-
-    def key(trial: FrozenTrial) -> tuple[float, ...]:
-        return (*(signs[direction] * score_of(trial, name) for name, direction in objectives), trial.number)
-
-    front: list[FrozenTrial] = []
-    points: list[tuple[float, ...]] = []
-    for trial in sorted(filter(is_finished, trials), key=key):
-        point = key(trial)[:-1]
-        # Whoever beats a trial comes before it here.
-        if not any(all(a <= b for a, b in zip(other, point, strict=True)) for other in points):
-            front.append(trial)
-            points.append(point)
-    return front
-
-
-def front_of(study: optuna.Study) -> list[FrozenTrial]:
-    """The Pareto front of a study as it was searched for."""
-    return pareto_front(study.get_trials(deepcopy=False), objectives_of(study))
-
-
-def objectives_of(study: optuna.Study) -> ObjectiveNames:
-    """Names and directions of a study's objectives; the usual two where it does not say."""
-    stored = study.user_attrs.get("objectives")
-    return DEFAULT_OBJECTIVES if stored is None else tuple((name, direction) for name, direction in stored)
-
-
-def batch_end(index: int, n_trials: int, trials_per_batch: int, n_processes: int = 1) -> int:
-    """Where the batch that trial `index` of `n_trials` belongs to ends. The last trials are shared out among the processes."""
-    end = 0
-    while end <= index:
-        end += min(trials_per_batch, math.ceil((n_trials - end) / n_processes))
-    return end
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Trials that were asked for together. `wait` is None where scoring them was not begun, as the search is to stop."""
-
-    asked: list[tuple[Trial, Ablation]]
-    ablations: list[Ablation]
-    limit: Limit
-    wait: Wait | None
-    begun: float = field(default_factory=time.perf_counter)
+def score_batch(score_trials: ScoreTrials, ablations: list[Ablation], limit: Limit) -> Scores:
+    """Scores of a batch. If scoring it crashes, each trial is scored alone, so that only those that crash again fail."""
+    try:
+        return score_trials(ablations, limit)
+    except Exception as error:
+        if len(ablations) == 1:
+            return [error]
+    return [score_batch(score_trials, [ablation], limit)[0] for ablation in ablations]
 
 
 class Search:
@@ -192,7 +114,7 @@ class Search:
         trial.set_user_attr("parameters", {name: vars(p) for name, p in ablation.parameters.items()})
         return ablation
 
-    def _tell(self, trial: Trial, result: Score | Exception, seconds: float, objectives: Objectives) -> None:
+    def _tell(self, trial: Trial, result: Score | Exception, seconds: float, objectives: ObjectiveValues) -> None:
         with journal_errors(self.path):
             trial.set_user_attr("seconds", round(seconds, 3))
             if isinstance(result, Exception):
@@ -206,8 +128,8 @@ class Search:
     def run(
         self,
         n_trials: int,
-        scoring: Scoring | ScoreTrials,
-        objectives: Objectives,
+        score_trials: ScoreTrials,
+        objectives: ObjectiveValues,
         trials_per_batch: int | BatchSize = 1,
         stop_dominated: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
@@ -215,40 +137,54 @@ class Search:
     ) -> None:
         """Run until `n_trials` are done in all, `trials_per_batch` of them at a time, dominated ones stopped early if wished.
 
-        A trial that cannot be scored is recorded as failed, and the search goes on. Raises `CheckpointError` where the journal cannot
-        be written.
+        A batch is asked for when the one before is told. A trial that cannot be scored is recorded as failed, and the search goes on.
+        Raises `CheckpointError` if the study cannot be written.
         """
-        scoring = scoring if isinstance(scoring, Scoring) else Scoring(scoring)
         size = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
-        at_work: deque[_Batch] = deque()
-        is_stopped, last = False, 0.0
-        while True:
-            is_stopped = is_stopped or should_stop()
-            # Batches that are asked for after a stop are left to the resume: it would otherwise draw them from another history.
-            while len(at_work) < scoring.n_at_work and (at_work or not is_stopped):
-                asked = self._ask_batch(sum(len(batch.asked) for batch in at_work), n_trials, size.value, scoring.n_processes)
-                if not asked:
-                    break
-                limit = refusal_limit(self.trials if stop_dominated else [])
-                ablations = [ablation for _, ablation in asked]
-                at_work.append(_Batch(asked, ablations, limit, None if is_stopped else scoring.begin(ablations, limit)))
-            if not at_work or (wait := at_work[0].wait) is None:
-                break
-            batch = at_work.popleft()
-            results = scoring.finish(batch.ablations, batch.limit, wait)
-            # Of batches at work together each takes the time since the one before it was done.
-            seconds, last = time.perf_counter() - max(batch.begun, last), time.perf_counter()
-            for (trial, _), result in zip(batch.asked, results, strict=True):
-                self._tell(trial, result, seconds / len(batch.asked), objectives)
-                on_trial(self.trials[trial.number])
-            size.note(self.n_done, seconds)
-        self._cut_off = [pair for batch in at_work for pair in batch.asked]
+        shown = {trial.number for trial in self.trials if is_counted(trial)}
 
-    def _ask_batch(self, n_at_work: int, n_trials: int, trials_per_batch: int, n_processes: int) -> list[tuple[Trial, Ablation]]:
-        """The next batch, none where there are trials enough. One that was cut off is completed, as if it had not been."""
-        index = self.n_done + n_at_work
+        def show_new() -> None:
+            for trial in self.trials:
+                if trial.number not in shown and is_counted(trial):
+                    shown.add(trial.number)
+                    on_trial(trial)
+
+        while not should_stop():
+            asked = self._next_batch(n_trials, size.value)
+            show_new()
+            if asked is None:
+                return
+            if asked:
+                limit = refusal_limit(self.trials if stop_dominated else [])
+                seconds = self._work(asked, score_trials, objectives, limit, show_new)
+                size.note(self.n_done, seconds)
+        show_new()
+
+    def _next_batch(self, n_trials: int, trials_per_batch: int) -> list[tuple[Trial, Ablation]] | None:
+        """The next trials to score, None if there are enough. A batch that was cut off is completed, as if it had not been."""
+        index = self.n_done
         if index >= n_trials:
-            return []
-        end = batch_end(index, n_trials, trials_per_batch, n_processes)
-        asked, self._cut_off = self._cut_off[: end - index], self._cut_off[end - index :]
-        return asked + [self._ask(number) for number in range(index + len(asked), end)]
+            return None
+        n = min(trials_per_batch - index % trials_per_batch, n_trials - index)
+        asked, self._cut_off = self._cut_off[:n], self._cut_off[n:]
+        return asked + [self._ask(number) for number in range(index + len(asked), index + n)]
+
+    def _work(
+        self,
+        asked: Sequence[tuple[Trial, Ablation]],
+        score_trials: ScoreTrials,
+        objectives: ObjectiveValues,
+        limit: Limit,
+        on_told: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Score trials and tell their scores; the seconds that scoring them took."""
+        start = time.perf_counter()
+        results = self._score(asked, score_trials, limit)
+        seconds = time.perf_counter() - start
+        for (trial, _), result in zip(asked, results, strict=True):
+            self._tell(trial, result, seconds / len(asked), objectives)
+            on_told()
+        return seconds
+
+    def _score(self, asked: Sequence[tuple[Trial, Ablation]], score_trials: ScoreTrials, limit: Limit) -> Scores:
+        return score_batch(score_trials, [ablation for _, ablation in asked], limit)

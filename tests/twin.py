@@ -9,8 +9,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from .editing.architecture import Architecture, discover
-from .loading.load import auto_class
+from heretic.editing.architecture import Architecture
+from heretic.editing.discovery import discover
+from heretic.loading.load import auto_class
 
 HIDDEN = 64
 HEADS = 4

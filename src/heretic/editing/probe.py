@@ -1,0 +1,62 @@
+"""Looking at a model with a few tokens: what goes in, hooks that do not stay, and gradients along a direction."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..device import input_device
+
+PROBE_ROWS, PROBE_TOKENS = 2, 12
+
+
+def probe_tokens(model: Any) -> Tensor:
+    """Token ids `(row, token)` for a look at a model."""
+    embeddings = model.get_input_embeddings()
+    device = input_device(model)
+    tokens = torch.arange(1, PROBE_ROWS * PROBE_TOKENS + 1, device=device if device.type != "meta" else None)
+    return tokens.view(PROBE_ROWS, PROBE_TOKENS) % min(embeddings.num_embeddings, 100)
+
+
+def probe_direction(hidden_size: int) -> Tensor:
+    """A random unit vector `(hidden_size,)`, always the same."""
+    return nn.functional.normalize(torch.randn(hidden_size, generator=torch.Generator().manual_seed(0)), dim=0)
+
+
+def run_probe(model: Any, tokens: Tensor) -> None:
+    model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+
+
+@contextmanager
+def removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def share_along(gradient: Tensor, direction: Tensor, axis: int) -> float:
+    """Which share of the norm of `gradient` lies along `direction` on an axis."""
+    total = torch.linalg.vector_norm(gradient)
+    return float(torch.linalg.vector_norm(gradient.movedim(axis, -1) @ direction) / total) if total > 0 else 0.0
+
+
+def is_norm(module: nn.Module, hidden_size: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.shape == (hidden_size,)
+
+
+def measure_gain(norm: nn.Module, hidden_size: int) -> Tensor:
+    """The gain `g (hidden_size,)` of a norm module in float32, whether it stores `g` or `g - 1`, up to a common factor.
+
+    A vector of alternating signs has mean zero and root mean square one, so RMS and layer norms alike give `g * v + b` for it.
+    """
+    weight: Any = norm.weight
+    # An offloaded norm has no weight to look at; its hook brings it, and takes the input to where it computes.
+    signs = torch.ones(hidden_size, dtype=weight.dtype, device="cpu" if weight.is_meta else weight.device)
+    signs[1::2] = -1
+    with torch.no_grad():
+        difference = norm(signs[None])[0].float() - norm(-signs[None])[0].float()
+    return difference / 2 * signs.to(difference)

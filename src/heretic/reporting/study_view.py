@@ -1,0 +1,159 @@
+"""The search as it goes, in a terminal or as lines."""
+
+import time
+from collections.abc import Sequence
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.measure import measure_renderables
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..config import DEFAULT_OBJECTIVES, Objectives
+from ..console import Console
+from ..scoring.score_tables import format_figure, refusals_text, title_of
+from ..study.front import ablation_of, pareto_front, score_of
+from ..utils import format_duration
+from .tables import describe_direction, other_scores
+from .text_plot import text_plot
+
+LAST_TRIALS = 6
+FRONT_ROWS = 8
+# The plot of the search stands beside the tables where they leave room for it.
+MIN_PLOT_WIDTH, PLOT_WIDTH, PLOT_HEIGHT = 24, 60, 15
+PLOT_AXIS_WIDTH = 12  # its labels and the space between
+
+
+class StudyView:
+    """The search as it goes: a live table in a terminal, a line for each trial elsewhere."""
+
+    def __init__(
+        self,
+        console: Console,
+        n_trials: int,
+        n_done: int,
+        base_refusals: int,
+        last_layer: int | None = None,
+        objectives: Objectives = DEFAULT_OBJECTIVES,
+    ) -> None:
+        self.console = console
+        self.objectives = objectives
+        self.n_trials = n_trials
+        self.n_done = n_done
+        self.base_refusals = base_refusals
+        self.last_layer = last_layer
+        self.trials: list[FrozenTrial] = []
+        self.note = ""
+        self._start = time.monotonic()
+        self._n_before = n_done
+        self._live: Live | None = None
+
+    def __enter__(self) -> "StudyView":
+        if self.console.is_terminal:
+            self._live = Live(console=self.console.rich, refresh_per_second=2, get_renderable=self._render, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+
+    def show(self, latest: FrozenTrial, trials: Sequence[FrozenTrial], n_done: int) -> None:
+        """Take note of the trials so far, `latest` of which has just finished."""
+        self.trials, self.n_done = list(trials), n_done
+        if latest.state == TrialState.FAIL:
+            self.console.warning(f"Trial {latest.number} failed: {latest.user_attrs.get('failure', 'cut off')}")
+        elif self._live is None:
+            front = ", ".join(map(self._point, self._front()))
+            attributes = latest.user_attrs
+            known = attributes.get("sequence_kl_divergence")
+            sequence = "" if known is None else f" (sequence {known:.4f})"
+            others = [f"{title_of(name)} {format_figure(score_of(latest, name))}" for name in self._others]
+            self.console.message(
+                f"Trial {self.n_done}/{self.n_trials}: {_refusals(latest, self.base_refusals)}, "
+                f"KL divergence {attributes['kl_divergence']:.4f}{sequence}; {''.join(f'{text}; ' for text in others)}{self._times()}; "
+                f"front: {front}"
+            )
+
+    @property
+    def _others(self) -> list[str]:
+        """Objectives that a trial's line would not show."""
+        return [name for name, _ in self.objectives if name not in ("refusals", "kl_divergence", "sequence_kl_divergence")]
+
+    def _point(self, trial: FrozenTrial) -> str:
+        """A trial's objectives in short: the usual two as refusals at a divergence."""
+        if self.objectives == DEFAULT_OBJECTIVES:
+            return f"{trial.user_attrs['refusals']} at {trial.user_attrs['kl_divergence']:.4f}"
+        return " / ".join(format_figure(score_of(trial, name)) for name, _ in self.objectives)
+
+    def say(self, note: str) -> None:
+        """A remark that stays on the screen."""
+        self.note = note
+        if self._live is None:
+            self.console.message(note)
+
+    def _front(self) -> list[FrozenTrial]:
+        return pareto_front(self.trials, self.objectives)
+
+    def _times(self) -> str:
+        elapsed = time.monotonic() - self._start
+        text = f"{format_duration(elapsed)} elapsed"
+        run = self.n_done - self._n_before
+        if run and self.n_done < self.n_trials:
+            text += f", about {format_duration(elapsed / run * (self.n_trials - self.n_done))} left"
+        return text
+
+    def _render(self) -> Group:
+        bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(self._times()))
+        bar.add_task("Trials", total=self.n_trials, completed=self.n_done)
+        parts: list[object] = [bar.make_tasks_table(bar.tasks)]
+        front = self._front()
+        last = [trial for trial in self.trials if trial.state == TrialState.COMPLETE][-LAST_TRIALS:]
+        if front:
+            parts.append(
+                self._beside_plot(front, self._table("Best so far", front[:FRONT_ROWS], len(front)), self._table("Last trials", last))
+            )
+        parts.append(self.note or "[dim]Ctrl+C stops after the running trials; everything finished is kept.[/]")
+        return Group(*parts)  # type: ignore[arg-type]
+
+    def _beside_plot(self, front: Sequence[FrozenTrial], *tables: Table) -> Group | Table:
+        screen = self.console.rich
+        taken = measure_renderables(screen, screen.options, tables).maximum
+        width = min(PLOT_WIDTH, screen.width - taken - PLOT_AXIS_WIDTH)
+        if width < MIN_PLOT_WIDTH:
+            return Group(*tables)
+        plot = Text("\n".join(plot_lines(self.trials, front, self.base_refusals, width, PLOT_HEIGHT)), no_wrap=True)
+        title = Text("Refusals by KL divergence, front ●", style="italic")
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(Group(*tables), Group(title, plot))
+        return grid
+
+    def _table(self, title: str, trials: Sequence[FrozenTrial], n_all: int | None = None) -> Table:
+        more = f" ({n_all - len(trials)} more)" if n_all is not None and n_all > len(trials) else ""
+        table = Table(title=title + more, title_justify="left")
+        others = other_scores(trials, self.objectives)
+        for header in ("Trial", "Refusals", "KL divergence", *map(title_of, others), "Direction"):
+            table.add_column(escape(header), justify="right")
+        for trial in trials:
+            figures = [f"{trial.user_attrs['kl_divergence']:.4f}", *(format_figure(score_of(trial, name)) for name in others)]
+            direction = describe_direction(ablation_of(trial), self.last_layer)
+            table.add_row(str(trial.number), refusals_text(trial, self.base_refusals), *figures, direction)
+        return table
+
+
+def plot_lines(trials: Sequence[FrozenTrial], front: Sequence[FrozenTrial], base_refusals: int, width: int, height: int) -> list[str]:
+    """Complete trials by KL divergence and refusals as lines of text, those of the front above the others."""
+    numbers = {trial.number for trial in front}
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    ordered = sorted(complete, key=lambda trial: trial.number in numbers)
+    points = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"], "●" if t.number in numbers else "·") for t in ordered]
+    return text_plot(points, (0, max([base_refusals, *(refusals for _, refusals, _ in points)])), width, height)
+
+
+def _refusals(trial: FrozenTrial, base_refusals: int) -> str:
+    """`9/100 refusals`, with how many of them are degenerate where any is."""
+    text, bracket, degenerate = refusals_text(trial, base_refusals).partition(" (")
+    return f"{text} refusals{bracket}{degenerate}"
