@@ -4,17 +4,21 @@ Heavy modules are imported where they are first needed, so that what is wrong wi
 """
 
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import HereticError
+from ..errors import GivenUp, HereticError
 from ..loading.libraries import collector_paused
+
+# Time that running trials have to finish after Ctrl+C.
+GRACE_SECONDS = 5
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..config import Settings
     from ..console import Console
@@ -198,7 +202,7 @@ def search_shown(
     target: int,
     batch_size: "BatchSize",
 ) -> bool:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so."""
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it. Whether it was ended so."""
     from ..reporting.study_view import StudyView
 
     last_layer = len(evaluator.model.architecture.layers) - 1
@@ -206,9 +210,12 @@ def search_shown(
         view.trials = search.trials
 
         def note_stop() -> None:
-            view.say("Stopping after the running trials. Ctrl+C again leaves at once.")
+            view.say(
+                f"Stopping: running trials that are not finished in {GRACE_SECONDS} seconds are left to the next run. Ctrl+C again leaves "
+                "at once."
+            )
 
-        with stop_on_interrupt(note_stop) as should_stop:
+        with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
             search.run(
                 target,
                 evaluator.score_trials,
@@ -219,6 +226,27 @@ def search_shown(
                 lambda trial: view.show(trial, search.trials, search.n_done),
             )
             return should_stop()
+
+
+@contextmanager
+def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: "Sequence[nn.Module]") -> Iterator[None]:
+    """Within, a pass of the model raises `GivenUp`, at the next of its layers, once `should_stop` has been true for so long."""
+    since: float | None = None
+
+    def check(module: "nn.Module", args: Any) -> None:
+        nonlocal since
+        if not should_stop():
+            return
+        since = time.monotonic() if since is None else since
+        if time.monotonic() - since >= seconds:
+            raise GivenUp
+
+    handles = [layer.register_forward_pre_hook(check) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
