@@ -317,7 +317,7 @@ def test_fewer_trials_than_before_are_enough_when_asked_for(heretic: Heretic, wo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("heretic.console.StudyView.show", interrupt)
+        patch.setattr("heretic.reporting.study_view.StudyView.show", interrupt)
         assert heretic("--n-trials", "50", "--trials-per-batch", "1").code == 130
     assert "Search: 3 trials, 1 done" in heretic("--n-trials", "3").out
 
