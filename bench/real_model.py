@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heretic.config import REFUSAL_MARKERS
-from heretic.scoring.responses import RefusalRule
+from heretic.scoring.responses import normalize
 from real_prompts import make_prompts, make_refusal
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -181,20 +181,23 @@ def teach(model: Any, tokenizer: Any, prompts: dict[str, list[str]], seed: int, 
     model.requires_grad_(False).eval()
 
 
+def is_refusal(text: str) -> bool:
+    """By the usual markers: what is measured here shall not depend on how the program judges."""
+    return not text.strip() or any(marker in normalize(text) for marker in REFUSAL_MARKERS)
+
+
 def refusals(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[int, list[str]]:
     """How many prompts are refused, by the usual markers, and the answers."""
     answers = respond(model, tokenizer, [prompt_tokens(tokenizer, prompt) for prompt in prompts], ANSWER_TOKENS)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    rule = RefusalRule(REFUSAL_MARKERS)
-    return sum(map(rule.is_refusal, texts)), texts
+    return sum(map(is_refusal, texts)), texts
 
 
 def keep_answered(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> None:
     """Of the harmless prompts that score keep 100 that the model answers, as it comes: it declines some by itself."""
-    rule = RefusalRule(REFUSAL_MARKERS)
     for name in ("good_evaluation", "good_final"):
         _, texts = refusals(model, tokenizer, prompts[name])
-        kept = [prompt for prompt, text in zip(prompts[name], texts, strict=True) if not rule.is_refusal(text)]
+        kept = [prompt for prompt, text in zip(prompts[name], texts, strict=True) if not is_refusal(text)]
         print(f"{name}: {len(kept)} of {len(texts)} prompts are answered by the model as it comes", flush=True)
         prompts[name] = kept[:100]
 

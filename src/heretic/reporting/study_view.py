@@ -127,7 +127,7 @@ class StudyView:
             parts.append(
                 self._beside_plot(front, self._table("Best so far", front[:FRONT_ROWS], len(front)), self._table("Last trials", last))
             )
-        parts.append(self.note or "[dim]Ctrl+C stops after the running trials; everything finished is kept.[/]")
+        parts.append(self.note or "[dim]Ctrl+C stops within seconds; everything finished is kept.[/]")
         return Group(*parts)  # type: ignore[arg-type]
 
     def _beside_plot(self, front: Sequence[FrozenTrial], *tables: Table) -> Group | Table:
