@@ -140,6 +140,9 @@ class Settings(BaseModel):
 
     model: str = Field(description="Model to work on: hub id or local path; also the positional argument.")
     model_commit: str | None = Field(None, description="Revision of the model to pin: commit, tag or branch.")
+    gguf_file: str | None = Field(
+        None, min_length=1, description="GGUF file of the model's repository or folder to take; its weights are dequantized."
+    )
     evaluate_model: str | None = Field(None, description="Score this model (hub id or local path) against the model, and exit.")
     demo: bool = Field(False, description="Use the embedded demonstration model and its prompts.")
     dtypes: list[DtypeName] = Field(

@@ -50,7 +50,9 @@ def copy_licence(source: ModelSource, folder: Path, progress: Progress) -> None:
     """Copy the original's licence files to a folder that lacks them."""
     try:
         original = (
-            source.path if source.is_local else snapshot_download(source.path, revision=source.revision, allow_patterns=LICENCE_FILES)
+            source.path
+            if source.repository is None
+            else snapshot_download(source.repository, revision=source.revision, allow_patterns=LICENCE_FILES)
         )
         for path in sorted({path for pattern in LICENCE_FILES for path in Path(original).glob(pattern) if path.is_file()}):
             if not (folder / path.name).exists():
@@ -86,7 +88,8 @@ def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, An
     """Metadata and text of the original's card; nothing and None where it has none, or where it cannot be read, which is told."""
     unread = f"The card of {source.name} cannot be read, so its licence, language and text are missing in the new one: "
     try:
-        path = Path(source.path) / CARD if source.is_local else Path(hf_hub_download(source.path, CARD, revision=source.revision))
+        repository = source.repository
+        path = Path(source.path) / CARD if repository is None else Path(hf_hub_download(repository, CARD, revision=source.revision))
         content = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, EntryNotFoundError) as error:
         if isinstance(error, LocalEntryNotFoundError):
@@ -108,12 +111,13 @@ def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> 
     source = model.loaded.source
     kept: dict[str, Any] = {name: original[name] for name in KEPT if original.get(name)}
     link = kept.get("license_link")
-    if isinstance(link, str) and not _URL.match(link) and not source.is_local:
-        kept["license_link"] = f"{HUB}/{source.path}/blob/{source.revision or 'main'}/{link.removeprefix('./')}"
+    if isinstance(link, str) and not _URL.match(link) and source.repository is not None:
+        kept["license_link"] = f"{HUB}/{source.repository}/blob/{source.revision or 'main'}/{link.removeprefix('./')}"
     text_only = auto_class(model.loaded.config).__name__ == "AutoModelForCausalLM"
     kept.setdefault("pipeline_tag", "text-generation" if text_only else "image-text-to-text")
     # The hub refuses a card whose base_model is no repository.
-    base: dict[str, Any] = {} if source.is_local else {"base_model": source.path, "base_model_relation": RELATIONS[strategy]}
+    repository = source.repository
+    base: dict[str, Any] = {} if repository is None else {"base_model": repository, "base_model_relation": RELATIONS[strategy]}
     return ModelCardData(**kept, library_name=LIBRARY[strategy], tags=list(TAGS), **base)
 
 
@@ -148,7 +152,7 @@ def _picture(result: Result, last_layer: int) -> str:
 
 def _model_link(source: ModelSource) -> str:
     name = public_model_name(source)
-    if source.is_local:
+    if source.repository is None:
         return f"`{name}`"
     commit = "" if source.revision is None else f" (commit [`{source.revision[:12]}`]({HUB}/{name}/tree/{source.revision}))"
     return f"[{name}]({HUB}/{name}){commit}"

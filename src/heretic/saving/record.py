@@ -81,6 +81,7 @@ def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
         "model": {
             "name": public_name(loaded.source.name),
             "commit": loaded.source.revision,
+            "gguf_file": loaded.source.gguf,
             "type": loaded.config.model_type,
             "fingerprint": fingerprint(loaded.source),
             "search_dtype": str(loaded.dtype).removeprefix("torch."),

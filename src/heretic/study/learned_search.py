@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from ..errors import LearningError
+from ..errors import GivenUp, LearningError
 from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..utils import Progress
@@ -56,6 +56,8 @@ def learn_trials(
                 on_trial(trial, outcome)
                 if should_stop():
                     return
+    except GivenUp:  # Ctrl+C, and a model that takes long: what was not told is learned again by the resume
+        return
     except LearningError as error:
         progress.warning(f"No edits are learned: {error}. The search goes on without.")
         with journal_errors(str(location)):
