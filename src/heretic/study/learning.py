@@ -30,7 +30,7 @@ from ..errors import LearningError
 from ..model import Model
 from ..prompts import Prompt
 from ..scoring.openings import Openings
-from ..scoring.responses import RefusalRule
+from ..scoring.responses import Kind, RefusalRule
 from ..utils import Progress
 
 # The weight of the refusals in each of eight trials; other numbers of trials spread over the same range.
@@ -150,9 +150,11 @@ class Learner:
         """The original's answers to the harmless prompts, its responses to the harmful ones, and answers of its to some of these."""
         self._answers: list[tuple[int, ...]] = [()] * len(self.good_prompts)
         description = "Learning: answers to harmless prompts"
-        for row in self.model.responses_of_trials(self.model.rows_of(self.good_prompts, 1), ANSWER_TOKENS, [], description=description):
+        rows = self.model.rows_of(self.good_prompts, 1)
+        for row in self.model.responses_of_trials(rows, RESPONSE_TOKENS, [], self.rule.is_decided, description):
             self._answers[row.prompt] = tuple(row.generated[: ANSWER_TOKENS - 1])
-            self.openings.add(row.generated, refuses=False)
+            if kind := self._kind(row.generated, len(row.generated) >= RESPONSE_TOKENS):
+                self.openings.add(row.generated, kind == "refusal")  # some models refuse harmless prompts, too
         self._respond(range(len(self.bad_prompts)), "Learning: responses to harmful prompts", is_edited=False)
         self._branch()
 
@@ -183,13 +185,18 @@ class Learner:
 
     def _note(self, prompt: int, tokens: Sequence[int], is_cut_off: bool, remembers: bool = True) -> bool:
         """Remember a response; whether it refuses. One that is neither a refusal nor an answer is of no use."""
-        kind = self.rule.judge(self.model.tokenizer.decode(tokens, skip_special_tokens=True), is_cut_off).kind
-        if kind != "degenerate" and tokens and (remembers or kind == "compliance"):
+        kind = self._kind(tokens, is_cut_off)
+        if kind is not None and (remembers or kind == "compliance"):
             self.openings.add(tokens, kind == "refusal")
             paths = self.paths.setdefault(prompt, [])
             paths.append(Path(prompt, tuple(tokens), kind == "refusal"))
             del paths[:-REMEMBERED_PATHS]
         return kind == "refusal"
+
+    def _kind(self, tokens: Sequence[int], is_cut_off: bool) -> Kind | None:
+        """Whether a response is a refusal or an answer; None if it is neither."""
+        kind = self.rule.judge(self.model.tokenizer.decode(tokens, skip_special_tokens=True), is_cut_off).kind
+        return kind if tokens and kind != "degenerate" else None
 
     # The loss
 
