@@ -4,10 +4,11 @@
     uv run python bench/learned.py MODELS/llama-0 MODELS/gpt2-0 demo --search 40 --seeds 0 1 2
 
 A folder holds a model and `good.txt`, `bad.txt`, `good_evaluation.txt`, `bad_evaluation.txt`; `demo` is the demonstration model. Learned
-edits come from the first two lists, everything is scored on the other two. The hypervolume is that of (share of refusals left, KL divergence)
-below (1, 1 nat), as a share of the whole. `--leave-out` learns again without one part of the loss at a time. `again` is a check of the edit
-with fewest refusals (at equal ones the smallest divergence) by other means: mean log-probability under the original, per token from the
-sixth word on, of the edit's answers to harmful prompts and of the original's to harmless ones. The last line is one JSON object.
+edits come from the first two lists, everything is scored on the other two. The hypervolume is that of (share of refusals left, KL
+divergence) below (1, 1 nat), as a share of the whole. `--leave-out` learns again without one part of the loss at a time. `again` is a
+check of the edit with fewest refusals (at equal ones the smallest divergence) by other means: mean log-probability under the original,
+per token from the sixth word on, of the edit's answers to harmful prompts and of the original's to harmless ones. The last line is one
+JSON object.
 """
 
 import argparse
@@ -63,7 +64,7 @@ class Subject:
     def volume(self, points: list[tuple[int, float]]) -> float:
         """The hypervolume of some trials."""
         base = self.evaluator.base_refusals
-        return hypervolume([(refusals / base, kl / REFERENCE_KL) for refusals, kl in points])
+        return hypervolume([(refusals / base, kl) for refusals, kl in points], REFERENCE_KL)
 
     def learn(self, seed: int, n_trials: int, parts: Parts) -> dict[str, Any]:
         """All learned trials of one seed."""
