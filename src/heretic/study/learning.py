@@ -38,9 +38,11 @@ WEIGHTS = (6.0, 6.0, 3.0, 3.0, 1.5, 1.5, 0.7, 0.35)
 # Prompts of each kind in a step.
 STEP_PROMPTS = 8
 # Steps between two looks at what the model says by now, and at the prompts kept back.
-ROUND_STEPS = 4
+ROUND_STEPS = 6
 # Rounds of the first trial and of the others at most, and how many may pass without any gain.
-FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 6, 2, 1
+FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 4, 1, 2
+# How much slower the others learn: they begin at an edit that works.
+LATER_RATE = 0.7
 # Tokens of harmless answers that are held, and of responses to harmful prompts that are looked at.
 ANSWER_TOKENS, RESPONSE_TOKENS = 8, 28
 # Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
@@ -324,19 +326,20 @@ class Learner:
         best: tuple[float, int, dict[str, Tensor]] | None = None
         n_steps = n_without_gain = 0
         for done in range(most + 1):
+            kept_back = self.kept_bad if done else []  # where a trial begins is the trial before
             asked = rng.sample(self.bad, min(ROUND_PROMPTS, len(self.bad))) if done < most else []
-            refused = sum(self._respond([*self.kept_bad, *asked])[: len(self.kept_bad)])
-            loss = self._kept_back_loss(weight)
-            if done and (best is None or loss < best[0]):
-                best, n_without_gain = (loss, refused, self.edit.state()), 0
-            elif done > 1:
-                n_without_gain += 1
+            refused = sum(self._respond([*kept_back, *asked])[: len(kept_back)])
+            if done:
+                loss = self._kept_back_loss(weight)
+                n_without_gain = 0 if best is None or loss < best[0] else n_without_gain + 1
+                if not n_without_gain:
+                    best = (loss, refused, self.edit.state())
             if n_without_gain > PATIENCE or done == most:
                 break
             for _ in range(ROUND_STEPS):
                 if should_stop():
                     return None
-                self._step(weight, rng)
+                self._step(weight, rng, 1.0 if number == 0 else LATER_RATE)
                 n_steps += 1
                 advance(1)
         advance((most - done) * ROUND_STEPS)
@@ -344,12 +347,12 @@ class Learner:
         self.edit.restore(best[2])
         return Outcome(best[0], best[1], len(self.kept_bad), n_steps)
 
-    def _step(self, weight: float, rng: random.Random) -> None:
+    def _step(self, weight: float, rng: random.Random, rate: float) -> None:
         loss = self._total(self._step_terms(weight, rng), learns=True)
         gradients = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
         if not all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise LearningError(f"the gradient of the loss ({loss:g}) is missing or not finite")
-        self.edit.step()
+        self.edit.step(rate)
 
     def _kept_back_loss(self, weight: float) -> float:
         """The loss on the prompts kept back, along what the model has just said to them."""
