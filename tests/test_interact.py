@@ -97,7 +97,7 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     terminal = Terminal()
     live = terminal.see("Which trial?")
     assert "Best so far" in live and "Trials" in live, "the live view was shown"
-    terminal.see("#  Trial  Refusals  KL divergence  Sequence KL  Direction")
+    terminal.see("#  Trial  Refused  KL divergence  Sequence KL  Direction")
     time.sleep(0.3)
     terminal.terminal.send("\r")
 

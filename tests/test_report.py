@@ -120,6 +120,14 @@ def test_marks_lie_where_their_values_are() -> None:
         assert refusals == pytest.approx(trial.user_attrs["refusals"], abs=0.1)
 
 
+def test_a_study_without_any_refusal(tmp_path: Path) -> None:
+    """Its folder is made too: that of a study in a database does not exist."""
+    facts = facts_of(study_of([trial_of(i, 0, 0.1 * i) for i in range(12)], base_refusals=0, objectives=[["kl_divergence", "minimize"]]))
+    path = tmp_path / "checkpoints" / "m.report.html"
+    write_report(facts, path)
+    assert len(charts(path.read_text(encoding="utf-8"))) >= 4
+
+
 def test_a_study_without_the_newer_attributes_can_be_told() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
     study.add_trial(trial_of(0, 5, 0.0))
@@ -265,6 +273,12 @@ def test_every_finished_run_leaves_a_report(workplace: Path, heretic: Callable[.
 
     prompts = [Prompt("You are a helpful assistant.", text) for text in samples["prompts"]]
     assert samples["original"] == [text.strip() for text in model.responses(prompts, 4)]
+    # What each response is: the rule of this run knows but the marker "a".
+    for name, texts in {"original": samples["original"], **samples["trials"]}.items():
+        assert samples["verdicts"][name] == [
+            "Refused" if "a" in text else "Answered" if any(c.isalnum() for c in text) else "Degenerate" for text in texts
+        ]
+    assert f"Original: {samples['verdicts']['original'][0]}</span>" in report.read_text()
     good, bad = (mean_residual(model.residuals([Prompt("You are a helpful assistant.", t) for t in texts])) for texts in (GOOD, BAD))
     model.use_directions(refusal_directions(good, bad), "none")
     front = pareto_front(study.trials)

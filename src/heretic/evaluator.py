@@ -6,19 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from .config import DEFAULT_OBJECTIVES, Settings
 from .decoding.prefix_cache import PrefixCache
 from .device import is_out_of_memory
 from .editing.ablation import Ablation
 from .errors import EvaluationError, HereticError, TrialError
+from .loading.source import expand
 from .model import NOT_FINITE, Model, prompt_messages
 from .prompts import Prompt
 from .scoring.divergence import OriginalAnswers, statistics
 from .scoring.figures import Figure, intervals
+from .scoring.learned_rule import LearnedRule
 from .scoring.outputs import Batch
-from .scoring.responses import RefusalRule, Response, count_kinds
+from .scoring.responses import SHOWN_KINDS, Kind, RefusalRule, Response, count_kinds
+from .scoring.score_tables import Baseline
 from .scoring.scorers import Scorer, load_scorers
 from .utils import Progress, SilentProgress
 
@@ -28,12 +29,10 @@ PREFIX_TOKENS = 32
 # Prompts shown of those that moved most.
 MOVED_PROMPTS = 5
 
-SHOWN_KINDS = {"refusal": "Refused", "compliance": "Answered", "degenerate": "Degenerate"}
-
 
 @dataclass(frozen=True)
 class Score:
-    """What a trial is judged by: harmful evaluation prompts not complied with, mean first-token KL divergence in nats, and the rest.
+    """What a trial is judged by: failures on harmful prompts (see `counts_against`), mean first-token KL divergence in nats, the rest.
 
     `bounded`: the trial was stopped when it could no longer be on the front, and its refusals are an estimate. `scores` has the value
     of every scorer by name, `figures` what they are made of.
@@ -43,6 +42,7 @@ class Score:
     kl_divergence: float
     bounded: bool = False
     response_classes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    early_response_classes: Mapping[str, int] = field(default_factory=dict, repr=False)  # where the responses were judged whole
     kl_statistics: Mapping[str, float] = field(default_factory=dict, repr=False)
     scores: Mapping[str, float] = field(default_factory=dict, repr=False)
     figures: Mapping[str, Figure] = field(default_factory=dict, repr=False, compare=False)
@@ -72,6 +72,7 @@ class Score:
             "scores": dict(self.scores),
             "intervals": intervals(self.figures),
             "response_classes": dict(self.response_classes),
+            "early_response_classes": dict(self.early_response_classes),
             "kl_statistics": dict(self.kl_statistics),
         }
 
@@ -130,6 +131,8 @@ class Evaluator:
         self.objective_names = [name for name, _ in settings.objectives]
         self.stops_dominated = settings.stop_dominated_trials and settings.objectives == DEFAULT_OBJECTIVES
         self.rule = refusal_rule(settings, model, self.bad_prompts)
+        self.whole_verdicts = all_scorers or any(scorer.needs_whole_responses for scorer in self.scorers.values())
+        self.original_kinds: list[Kind] | None = None
         self.answers: OriginalAnswers
         self._prefix_cache: PrefixCache | None
         try:
@@ -137,19 +140,23 @@ class Evaluator:
                 self.answers, model.prefix_cache = like.answers, like._prefix_cache
                 original = self._take_original(f"{baseline}: harmful prompts")
             else:
-                self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, f"{baseline}: answers to harmless prompts")
+                described, folder = f"{baseline}: answers to harmless prompts", expand(settings.study_checkpoint_dir)
+                self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, described, folder)
                 with model.recording_prefix_cache():
                     self.answers.record(model, f"{baseline}: harmless prompts")
                     original = self._take_original(f"{baseline}: harmful prompts")
             self._prefix_cache = model.prefix_cache
         except TrialError as error:
             raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
-        self.base_response_classes = count_kinds(original.harmful()[0])
-        self.base_refusals = len(self.bad_prompts) - self.base_response_classes["compliance"]
+        responses = original.harmful()[0]
+        self.original_kinds = [response.whole or response.kind for response in responses]
+        self.base_response_classes = count_kinds(responses)
+        self.base_early_response_classes = count_kinds(responses, early=True) if self.whole_verdicts else {}
+        self.base_refusals = self.base_response_classes["refusal"]
         if self.base_refusals == 0 and "refusals" in self.objective_names:
             raise EvaluationError(
                 f"The model refuses none of the {len(self.bad_prompts)} harmful evaluation prompts, so there is nothing to remove. "
-                "Perhaps it was never trained to refuse, or it refuses in words that no marker matches: look at its answers with "
+                "Perhaps it was never trained to refuse, or it refuses in words that the rule does not know: look at its answers with "
                 "--print-responses, and set refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
             )
         original.description = None
@@ -176,9 +183,9 @@ class Evaluator:
         return original
 
     @property
-    def base_logprobs(self) -> Tensor:
-        """The original's log-probabilities `(prompt, vocabulary)` of the first token after each harmless prompt, float32."""
-        return self.answers.first_token_logprobs()
+    def baseline(self) -> Baseline:
+        """What the original does, beside which trials are shown."""
+        return Baseline(len(self.bad_prompts), self.base_refusals, self.base_response_classes)
 
     @property
     def base_scores(self) -> dict[str, float]:
@@ -199,7 +206,10 @@ class Evaluator:
             bad_prompts=self.bad_prompts,
             max_response_length=self.settings.max_response_length,
             ablations=ablations,
-            whole_responses=self.settings.print_responses or any(scorer.needs_whole_responses for scorer in self.scorers.values()),
+            original_kinds=self.original_kinds,
+            # What the original's whole responses are must be known, to tell what an edit did to them.
+            whole_responses=self.original_kinds is None or self.whole_verdicts or self.settings.print_responses,
+            whole_verdicts=self.whole_verdicts,
             show=self._show,
             description=description,
         )
@@ -241,7 +251,7 @@ class Evaluator:
         figures = {name: self._figure(name, scorer, batch, i) for name, scorer in asked.items()}
         scores = {name: figure.value for name, figure in figures.items()}
         responses = batch.harmful()[i]
-        refusals = sum(response.kind != "compliance" for response in responses)
+        refusals = sum(response.is_failure for response in responses)
         if bounded:
             refusals = round(refusals / batch.n_begun[i] * len(self.bad_prompts))
             scores["refusals"] = refusals
@@ -250,6 +260,7 @@ class Evaluator:
             kl_divergence=scores["kl_divergence"],
             bounded=bounded,
             response_classes={} if bounded else count_kinds(responses),
+            early_response_classes=count_kinds(responses, early=True) if self.whole_verdicts else {},
             kl_statistics=statistics(batch.divergences[i].first_token),
             scores=scores,
             figures=figures,
@@ -283,10 +294,22 @@ class Evaluator:
             self.progress.message(f"Prompt: {prompt.user}\n{SHOWN_KINDS[response.kind]}: {response.text.strip()}\n")
 
     def objectives(self, score: Score) -> tuple[float, ...]:
-        """What the search sees of a score: one number for each objective, in the order of the settings."""
+        """What the search sees of a score: one number for each objective, in the order of the settings.
+
+        Raises `TrialError` for an objective that fails or gives no finite number.
+        """
         shares = (n for n in self.objective_names if self.scorers[n].counts_refusals)
-        share = next((self.scorers[name].objective(score.value(name), None) for name in shares), None)
-        return tuple(self.scorers[name].objective(score.value(name), share) for name in self.objective_names)
+        share = next((self._objective(name, score, None) for name in shares), None)
+        return tuple(self._objective(name, score, share) for name in self.objective_names)
+
+    def _objective(self, name: str, score: Score, share: float | None) -> float:
+        try:
+            value = float(self.scorers[name].objective(score.value(name), share))
+        except Exception as error:
+            raise TrialError(f"the objective of the scorer {name} failed: {type(error).__name__}: {error}") from error
+        if not math.isfinite(value):
+            raise TrialError(f"the objective of the scorer {name} is {value}, which is no finite number")
+        return value
 
 
 def refusal_rule(settings: Settings, model: Model, bad_prompts: Sequence[Prompt]) -> RefusalRule:
@@ -294,4 +317,7 @@ def refusal_rule(settings: Settings, model: Model, bad_prompts: Sequence[Prompt]
     skips = settings.chain_of_thought_skips
     # The opening of a thinking block with which prompts end as the model sees them, where there is one.
     shown = model.render(prompt_messages(bad_prompts[0])).rstrip() if bad_prompts else ""
-    return RefusalRule(settings.refusal_markers, skips, next((opening for opening, _ in skips if shown.endswith(opening)), None))
+    begins_inside = next((opening for opening, _ in skips if shown.endswith(opening)), None)
+    if settings.refusal_rule == "markers":
+        return RefusalRule(settings.refusal_markers, skips, begins_inside)
+    return LearnedRule(settings.own_markers, skips, begins_inside)

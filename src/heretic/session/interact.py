@@ -19,13 +19,14 @@ from ..privacy import without_token
 from ..reporting.tables import finalists_table, trial_rows
 from ..saving.export import save
 from ..saving.record import Result, Strategy, measurements
-from ..saving.staging import check_target
+from ..saving.staging import target_of
 from ..saving.upload import upload
 from ..saving.verify import divergence_check
 from ..scoring.score_tables import moved_rows, score_rows
 from ..study.finalists import known_finalists
 from ..study.front import ablation_of
 from ..study.search import Search
+from ..utils import screen_text
 from .answers import trial_at
 
 COMPARED_PROMPTS = 5
@@ -73,7 +74,7 @@ class Workbench:
             base_refusals=self.evaluator.base_refusals,
             n_bad_prompts=len(self.evaluator.bad_prompts),
             response_prefix=self.model.response_prefix,
-            measurements=measurements(trial, known_finalists(self.search.study)),
+            measurements=measurements(trial, known_finalists(self.search.study), self.evaluator.base_response_classes),
         )
 
     def act(self, action: str) -> None:
@@ -110,7 +111,7 @@ class Workbench:
         """A trial of the front, after running more where that is asked for; None: leave."""
         while True:
             front = self.search.front
-            headers, rows = trial_rows(front, self._last_layer, self.evaluator.base_refusals, self.settings.objectives)
+            headers, rows = trial_rows(front, self._last_layer, self.evaluator.baseline, self.settings.objectives)
             width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
@@ -152,9 +153,9 @@ class Workbench:
             directory = questionary.path("Folder to save to:", only_directories=True).ask()
             if not directory:
                 return
-            check_target(directory, overwrite=True)  # a file is no folder, whatever the answer
+            target_of(self.settings, directory, overwrite=True)  # a file is no folder, whatever the answer
             try:
-                check_target(directory, overwrite)
+                target_of(self.settings, directory, overwrite)
             except HereticError:
                 overwrite = questionary.confirm(f"{directory} is not empty. Replace it?", default=False).ask() or False
                 if not overwrite:
@@ -184,7 +185,12 @@ class Workbench:
         length = self.settings.max_response_length
         before = self.model.responses(prompts, length, description="Responses of the original")
         after = self.model.responses(prompts, length, ablation_of(trial), description=f"Responses of trial {trial.number}")
-        rows = [[p.user, b.strip(), a.strip()] for p, b, a in zip(prompts, before, after, strict=True)]
+        describe = self.evaluator.rule.described
+
+        def told(text: str) -> str:
+            return f"{describe(text, is_cut_off=True)}:\n{text.strip()}"
+
+        rows = [[p.user, told(b), told(a)] for p, b, a in zip(prompts, before, after, strict=True)]
         self.console.columns("Before and after", ["Prompt", "Original", f"Trial {trial.number}"], rows)
 
     def _show_scores(self, trial: FrozenTrial) -> None:
@@ -241,7 +247,7 @@ _STRATEGIES = [("The whole model, edited exactly (merge)", "merge"), ("A small P
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(screen_text(text))
     sys.stdout.flush()
 
 

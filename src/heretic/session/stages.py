@@ -6,6 +6,7 @@ Heavy modules are imported where they are first needed, so that what is wrong wi
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,10 @@ def make_evaluator(
     if model.response_prefix:
         console.message(f"Response prefix: {model.response_prefix!r}; evaluation begins after it.")
     evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"], console, all_scorers)
-    console.message(f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts.")
+    told = f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts."
+    if n := evaluator.baseline.degenerate:
+        told += f" {n} of its responses {'is' if n == 1 else 'are'} degenerate (empty, looping, broken off)."
+    console.message(told)
     return evaluator
 
 
@@ -191,8 +195,9 @@ def search_shown(
     """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so."""
     from ..reporting.study_view import StudyView
 
+    tell_failures(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
-    with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
+    with StudyView(console, target, search.n_done, evaluator.baseline, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:
@@ -209,6 +214,15 @@ def search_shown(
                 lambda trial: view.show(trial, search.trials, search.n_done),
             )
             return should_stop()
+
+
+def tell_failures(search: "Search", console: "Console", settings: "Settings") -> None:
+    """Have a search tell of batches that crash and, if that is wanted, where a bug happened that failed a trial."""
+    from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
+
+    search.on_crash = partial(tell_failure, console, ONE_BY_ONE, debug=settings.debug)
+    if settings.debug:
+        search.on_bug = lambda number, error: console.message(f"Trial {number}:\n{traceback_of(error)}")
 
 
 @contextmanager
@@ -241,6 +255,8 @@ def rescore_finalists(
     settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: dict[str, Any], n_together: int
 ) -> None:
     """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
+    from ..device import empty_cache
+    from ..study.failures import tell_failure
     from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
 
     assert checkpoint.study is not None
@@ -252,8 +268,9 @@ def rescore_finalists(
         found = score_finalists(checkpoint.study, settings, evaluator, good, bad, n_together, console)
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
-    except HereticError as error:
-        console.warning(f"The finalists are not scored again: {error}")
+    except Exception as error:
+        tell_failure(console, "The finalists are not scored again", error, settings.debug)
+        empty_cache()
     else:
         checkpoint.note(**{ATTRIBUTE: found})
 
@@ -263,9 +280,11 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
     What goes wrong is told, and the run goes on: the study is what counts.
     """
-    from ..errors import ReportError, TrialError
+    from ..device import empty_cache
+    from ..errors import CheckpointError, ReportError
     from ..reporting.report import facts_of, report_path, write_report
     from ..study.checkpoint import journal_path
+    from ..study.failures import tell_failure
 
     if not settings.report:
         return None
@@ -275,14 +294,23 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
     try:
         if evaluator is not None:
             _take_samples(checkpoint, evaluator)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        tell_failure(console, "The report has no new responses", error, settings.debug)
+        empty_cache()
+    try:
         facts = facts_of(checkpoint.study)
         write_report(facts, path)
         if settings.report_plots:
             from ..reporting.report_plots import write_plots
 
             write_plots(facts, path)
-    except (ReportError, TrialError) as error:
+    except ReportError as error:
         console.warning(str(error))
+        return None
+    except Exception as error:
+        tell_failure(console, "There is no report", error, settings.debug)
         return None
     return path
 
@@ -296,7 +324,7 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
     length = evaluator.settings.max_response_length
-    checkpoint.note(samples=take_samples(evaluator.model, prompts, front, length, kept))
+    checkpoint.note(samples=take_samples(evaluator.model, evaluator.rule, prompts, front, length, kept))
 
 
 def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:
@@ -310,6 +338,7 @@ def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", 
 def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> None:
     """The front, and the command lines that go on from there where no setting answers what to do with it."""
     from ..reporting.tables import finalists_table, front_table
+    from ..scoring.score_tables import Baseline
     from ..study.finalists import known_finalists
     from ..study.front import front_of
     from .answers import command_lines
@@ -318,7 +347,7 @@ def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoi
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")
-    console.show(front_table(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives))
+    console.show(front_table(front, attributes.get("last_layer"), Baseline.of(attributes), settings.objectives))
     if (table := finalists_table(front, known_finalists(checkpoint.study))) is not None:
         console.show(table)
     if report is not None:

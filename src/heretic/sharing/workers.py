@@ -20,6 +20,7 @@ from ..config import Settings
 from ..errors import HereticError
 from ..loading.load import load_config
 from ..loading.source import model_source
+from ..scoring.score_tables import Baseline
 from ..study.checkpoint import is_counted
 from .devices import WorkerPlace, place
 from .preparation import ATTRIBUTE
@@ -61,7 +62,8 @@ class Worker:
         self.lines.clear()
         threads = {name: str(self.placement.threads) for name in _THREADS} if not self.placement.devices else {}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "heretic", "worker", "--supervised"],
+            # -P: modules are not looked for in the working directory, where anything may lie.
+            [sys.executable, "-P", "-m", "heretic", "worker", "--supervised"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -251,7 +253,8 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
             "threads": placement.threads,
             "prepares": prepares and number == 1,
         }
-        workers.append(Worker(number, placement, order, console, is_preparing if number == 1 else lambda: False))
+        tells_all = (lambda: True) if settings.debug else is_preparing if number == 1 else (lambda: False)
+        workers.append(Worker(number, placement, order, console, tells_all))
 
     def target() -> int:
         result: int = study.user_attrs.get("target", settings.n_trials)
@@ -263,7 +266,7 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
         _wait_until_ready(supervisor, study, is_ready)
         facts = study.user_attrs
         console.heading(f"Search: {target()} trials, {n_done} done")
-        with StudyView(console, target(), n_done, facts["base_refusals"], facts["last_layer"], settings.objectives) as view:
+        with StudyView(console, target(), n_done, Baseline.of(facts), facts["last_layer"], settings.objectives) as view:
             view.trials = study.get_trials(deepcopy=False)
 
             def note_stop() -> None:
