@@ -28,9 +28,8 @@ def live_view() -> pyte.Screen:
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.Stream(screen)
     with tempfile.TemporaryDirectory() as folder:
-        command = pexpect.spawn(
-            str(Path(sys.executable).with_name("heretic")), ARGUMENTS, cwd=folder, dimensions=(LINES, COLUMNS), encoding="utf-8", timeout=600
-        )
+        program = str(Path(sys.executable).with_name("heretic"))
+        command = pexpect.spawn(program, ARGUMENTS, cwd=folder, dimensions=(LINES, COLUMNS), encoding="utf-8", timeout=600)
         while not _is_far(screen):
             stream.feed(command.read_nonblocking(size=65536, timeout=600))
         command.close(force=True)
