@@ -23,7 +23,7 @@ from conftest import Outcome
 from heretic.decoding.rows import Row
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.editing.architecture import Architecture
-from heretic.editing.completeness import remaining_share
+from heretic.editing.completeness import remainder
 from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks, batches_trials
 from heretic.editing.probe import probe_tokens
@@ -181,8 +181,9 @@ def check_export(loaded: Model, folder: Path, mode: str) -> None:
 def test_decoder(model_type: str, tmp_path: Path) -> None:
     model = zoo.build(model_type)
     architecture = discover(model)
-    share = remaining_share(model, architecture)
-    assert (share > 0.01) if model_type in zoo.INEXACT else (share < 2e-4)
+    left = remainder(model, architecture)
+    assert left.is_inexact(torch.float32) == (model_type in zoo.INEXACT)
+    assert model_type in zoo.INEXACT or not left.is_missed()
     check_edits(model, architecture)
     loaded = load(model_type, tmp_path / "original", "full")
     if model_type not in zoo.NOT_GENERATED:

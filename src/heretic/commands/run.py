@@ -8,6 +8,7 @@ from ..session.stages import (
     check_lengths,
     compute_directions,
     is_told,
+    learn_shown,
     load_all_prompts,
     load_final_prompts,
     load_model_to_edit,
@@ -168,16 +169,24 @@ def _run_alone(
 
     def search_up_to(target: int) -> "Path | None":
         checkpoint.note(target=target)
-        was_stopped = search_shown(console, evaluator, search, target, batch_size)
+        return conclude(search_shown(console, evaluator, search, target, batch_size))
+
+    def conclude(was_stopped: bool) -> "Path | None":
         if not search.front:
             return None
         if not was_stopped:
             rescore_finalists(settings, console, checkpoint, evaluator, final_prompts, batch_size.value)
         return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
 
+    was_stopped = False
+    if checkpoint.lacks_learned_trials(settings):
+        was_stopped = learn_shown(settings, console, checkpoint, evaluator, prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
-    console.heading(f"Search: {target} trials, {search.n_done} done")
-    report = search_up_to(target)
+    if was_stopped or not target:
+        report = conclude(was_stopped)
+    else:
+        console.heading(f"Search: {target} trials, {search.n_done} done")
+        report = search_up_to(target)
     if not search.front:
         return no_trial(search.trials)
 
@@ -233,7 +242,7 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
     front = front_of(checkpoint.study)
     if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
         return False
-    if missing_finalists(checkpoint.study, settings):
+    if missing_finalists(checkpoint.study, settings) or checkpoint.lacks_learned_trials(settings):
         return False
     if settings.trial_index is not None:
         trial_at(front, settings.trial_index)  # told before the model is loaded
@@ -257,6 +266,7 @@ def _open_search(settings: "Settings", checkpoint: "Checkpoint", space: "SearchS
         settings.n_startup_trials,
         settings.sampler,
         settings.first_trials,
+        checkpoint.edits,
     )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 
 from ..config import Settings
+from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import fingerprint, model_source
 from ..session.answers import command_lines
@@ -29,7 +30,7 @@ def run_shared(
     settings: Settings, console: "Console", checkpoint: "Checkpoint", is_new: bool, identity: dict[str, str], final_prompts: dict[str, Any]
 ) -> int:
     """From the prompts on, whose hashes are in `identity`: the study, the search, the front. Returns the exit code."""
-    source = model_source(settings)
+    source = dequantized_source(model_source(settings), console)
     if not source.is_local:
         load_config(source)  # so that the commit is known
     identity["the model"] = fingerprint(source)

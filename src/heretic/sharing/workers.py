@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..config import Settings
 from ..errors import HereticError
+from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import model_source
 from ..scoring.score_tables import Baseline
@@ -233,7 +234,7 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
     from ..reporting.study_view import StudyView
     from ..session.stages import stop_on_interrupt
 
-    source = model_source(settings)
+    source = dequantized_source(model_source(settings), console)
     placements = place(settings, source, load_config(source))
     console.message(f"{len(placements)} workers: {describe(placements)}")
     study.set_user_attr("workers", max(len(placements), study.user_attrs.get("workers", 1)))

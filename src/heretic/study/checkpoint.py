@@ -24,6 +24,7 @@ from ..loading.source import expand
 from ..settings_sources import as_written
 from ..trust import Ask, require_consent
 from .attributes import damage_of
+from .learned_edits import LearnedEdits, artifact_folder, learned_trials
 from .space import SearchSpace
 
 STUDY_NAME = "heretic"
@@ -31,6 +32,8 @@ STUDY_NAME = "heretic"
 SHARED = "shared"
 # The study's attribute that holds its search space.
 SPACE = "search_space"
+# The study's attribute that says why no edit could be learned.
+LEARNING_FAILED = "learning_failed"
 # The study's attributes that say what it is.
 DESCRIBED = {"settings", "given", "identity"}
 # What Optuna raises where a journal holds something else than what it writes; it has no error of its own for this.
@@ -269,7 +272,10 @@ class Checkpoint:
                 if self.path.stat().st_size == 0 or (is_ours and not self.exists):
                     self.path.unlink()
                 else:
-                    self.path.rename(_free_name(self.path))
+                    kept = _free_name(self.path)
+                    self.path.rename(kept)
+                    if artifact_folder(self.path).exists():
+                        artifact_folder(self.path).rename(artifact_folder(kept))
             self.study = create_study(self._storage(), STUDY_NAME, settings, identity)
         return self.study
 
@@ -324,8 +330,24 @@ class Checkpoint:
         self._refuse([f"the contents of {name} have changed{hint if name.startswith(SCORER) else ''}" for name in changed])
 
     @property
+    def edits(self) -> LearnedEdits:
+        """Where the study's learned edits lie."""
+        return LearnedEdits.beside(self.path)
+
+    def n_learned_trials(self, settings: Settings) -> int:
+        """How many learned trials there shall be: none in a study of a version that knew none, unless that is said now."""
+        is_known = self.study is None or "n_learned_trials" in self._attributes()["settings"]
+        return settings.n_learned_trials if is_known or "n_learned_trials" in settings.model_fields_set else 0
+
+    def lacks_learned_trials(self, settings: Settings) -> bool:
+        """Whether learned trials are still to be made, as far as that can be."""
+        if self.study is None or LEARNING_FAILED in self.study.user_attrs:
+            return False
+        return len(learned_trials(self.study)) < self.n_learned_trials(settings)
+
+    @property
     def n_done(self) -> int:
-        """How many trials of the study are done."""
+        """How many trials of the study's search are done."""
         return 0 if self.study is None else sum(map(is_counted, self.study.get_trials(deepcopy=False)))
 
     def note(self, **attributes: Any) -> None:
@@ -445,7 +467,12 @@ def _shown(value: Any) -> str:
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Whether a trial is done: complete, or failed for a reason that is recorded. One that was cut off is neither."""
+    """Whether a trial of the search is done: complete, or failed for a reason that is recorded. One that was cut off is neither.
+
+    Learned trials are counted for themselves.
+    """
+    if trial.user_attrs.get("origin") == "learned":
+        return False
     return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and "failure" in trial.user_attrs)
 
 
