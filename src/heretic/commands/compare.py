@@ -22,7 +22,7 @@ from ..errors import ModelError, TrialError, UsageError
 from ..evaluator import PREFIX_PROMPTS, find_response_prefix, refusal_rule
 from ..loading.source import expand
 from ..model import NOT_FINITE, Model
-from ..prompts import Prompt
+from ..prompts import Prompt, load_setting
 from ..scoring.divergence import kl_divergence
 from ..scoring.figures import Figure
 from ..scoring.responses import Kind, RefusalRule
@@ -210,10 +210,8 @@ def _with_adapter(model: Any, chosen: Candidate) -> Any:
 def _use_directions(model: Model, settings: Settings) -> None:
     """The directions of a study, from its own prompts and with its own response prefix, as when it was made."""
     from ..editing.directions import mean_residual, refusal_directions
-    from ..prompts import load_prompts
 
-    names = ("good_prompts", "bad_prompts")
-    good, bad = (load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names)
+    good, bad = (load_setting(settings, name) for name in ("good_prompts", "bad_prompts"))
     model.response_prefix = find_response_prefix(model, settings, [*good[:PREFIX_PROMPTS], *bad[:PREFIX_PROMPTS]])
     quantile = settings.winsorization_quantile
     good_mean, bad_mean = (
@@ -230,15 +228,11 @@ def compare(names: Sequence[str], settings: Settings, progress: Progress) -> lis
     Raises `HereticError` for what cannot be loaded; a model whose numbers are not finite is told and left out.
     """
     from ..loading.source import model_source
-    from ..prompts import load_prompts
 
     candidates = [candidate(name, settings) for name in names]
     for chosen in candidates:
         model_source(chosen.settings)  # a mistyped path is told before anything is loaded
-    good, bad = (
-        load_prompts(getattr(settings, name), settings.system_prompt, name)
-        for name in ("good_evaluation_prompts", "bad_evaluation_prompts")
-    )
+    good, bad = (load_setting(settings, name) for name in ("good_evaluation_prompts", "bad_evaluation_prompts"))
     comparison = Comparison(settings, good, bad, progress)
     rows = []
     for number, chosen in enumerate(candidates, start=1):

@@ -1,6 +1,6 @@
 """A run, from settings to the front and what is done with it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..loading.libraries import collector_paused, prepare_libraries
@@ -9,12 +9,10 @@ from ..session.stages import (
     compute_directions,
     is_told,
     load_all_prompts,
-    load_final_prompts,
     load_model_to_edit,
     make_evaluator,
     make_report,
     no_trial,
-    prompt_identity,
     rescore_finalists,
     scorer_identity,
     search_shown,
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from ..console import Console
     from ..evaluator import Evaluator
     from ..model import Model
+    from ..prompts import Prompts
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
     from ..study.search import Search
@@ -108,8 +107,7 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
     # 2. Prompts and scorers, which cost little and are most often what is wrong
     prompts = load_all_prompts(settings, console)
-    identity = {**prompt_identity(prompts), **scorer_identity(settings)}
-    final_prompts = load_final_prompts(settings, prompts)
+    identity = {**prompts.identity, **scorer_identity(settings)}
     if not is_new:
         source = model_source(settings)
         # A model on the hub may have to be fetched first; it is checked below.
@@ -119,8 +117,8 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
     if settings.workers or settings.study_storage or checkpoint.is_shared:
         from ..sharing.shared_run import run_shared
 
-        return run_shared(settings, console, checkpoint, is_new, identity, final_prompts)
-    return _run_alone(settings, console, checkpoint, is_new, prompts, final_prompts, identity, may_measure=is_new and not seed_is_given)
+        return run_shared(settings, console, checkpoint, is_new, identity, prompts)
+    return _run_alone(settings, console, checkpoint, is_new, prompts, identity, may_measure=is_new and not seed_is_given)
 
 
 def _run_alone(
@@ -128,8 +126,7 @@ def _run_alone(
     console: "Console",
     checkpoint: "Checkpoint",
     is_new: bool,
-    prompts: dict[str, Any],
-    final_prompts: dict[str, Any],
+    prompts: "Prompts",
     identity: dict[str, str],
     may_measure: bool,
 ) -> int:
@@ -139,7 +136,7 @@ def _run_alone(
 
     console.message(f"Seed {settings.seed}; {describe_device()}")
     model = load_model_to_edit(settings, console)
-    check_lengths(settings, model, prompts, final_prompts)
+    check_lengths(settings, model, prompts)
 
     # 4. Response prefix, baseline, directions
     evaluator = make_evaluator(settings, console, model, prompts)
@@ -169,7 +166,7 @@ def _run_alone(
         if not search.front:
             return None
         if not was_stopped:
-            rescore_finalists(settings, console, checkpoint, evaluator, final_prompts, batch_size.value)
+            rescore_finalists(settings, console, checkpoint, evaluator, prompts, batch_size.value)
         return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
 
     target = checkpoint.target(settings, search.n_done, is_new)

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import HereticError
 from ..loading.libraries import collector_paused
@@ -20,41 +20,24 @@ if TYPE_CHECKING:
     from ..console import Console
     from ..evaluator import Evaluator
     from ..model import Model
+    from ..prompts import Prompts
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
     from ..study.search import Search
 
 
-def load_all_prompts(settings: "Settings", console: "Console") -> dict[str, Any]:
+def load_all_prompts(settings: "Settings", console: "Console") -> "Prompts":
     from ..errors import DirectionError
-    from ..prompts import load_prompts
+    from ..prompts import load_all
 
-    names = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
     with console.task("Loading prompts"):
-        prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names}
-    if set(prompts["good_prompts"]) == set(prompts["bad_prompts"]):
+        prompts = load_all(settings)
+    if set(prompts.good) == set(prompts.bad):
         raise DirectionError(
             "good_prompts and bad_prompts are the same, so nothing tells refused from answered prompts. Give different ones."
         )
-    console.message("Prompts: " + ", ".join(f"{len(prompts[name])} {name}" for name in names))
+    console.message("Prompts: " + ", ".join(f"{len(found)} {name}" for name, found in prompts.of_study.items()))
     return prompts
-
-
-def load_final_prompts(settings: "Settings", prompts: dict[str, Any]) -> dict[str, Any]:
-    """Prompts for the finalists, harmless and harmful: those of the search where no others are given."""
-    from ..prompts import load_prompts
-
-    found = {}
-    for name, usual in (("final_good_prompts", "good_evaluation_prompts"), ("final_bad_prompts", "bad_evaluation_prompts")):
-        specification = getattr(settings, name)
-        found[name] = prompts[usual] if specification is None else load_prompts(specification, settings.system_prompt, name)
-    return found
-
-
-def prompt_identity(prompts: dict[str, Any]) -> dict[str, str]:
-    from ..prompts import fingerprint
-
-    return {name: fingerprint(values) for name, values in prompts.items()}
 
 
 def scorer_identity(settings: "Settings") -> dict[str, str]:
@@ -99,51 +82,47 @@ def _report_completeness(model: "Model", console: "Console") -> None:
         )
 
 
-def check_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any], final_prompts: dict[str, Any]) -> None:
+def check_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> None:
     """Raise `PromptError` where prompts with what follows them are too long for the model."""
     after = {
         "good_evaluation_prompts": (settings.kl_tokens, "kl_tokens"),
         "bad_evaluation_prompts": (settings.max_response_length, "max_response_length"),
     }
-    for name, specification_prompts in prompts.items():
-        model.check_lengths(specification_prompts, name, *after.get(name, (1, "")))
+    for name, found in prompts.of_study.items():
+        model.check_lengths(found, name, *after.get(name, (1, "")))
     if settings.n_finalists and (settings.final_good_prompts or settings.final_bad_prompts):
-        _check_final_lengths(settings, model, final_prompts)  # others are checked when they are needed
+        _check_final_lengths(settings, model, prompts)  # others are checked when they are needed
 
 
-def _check_final_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any]) -> None:
+def _check_final_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> None:
     from ..study.finalists import final_settings
 
     final = final_settings(settings)
-    for name, final_prompts in prompts.items():
-        model.check_lengths(
-            final_prompts, name, max(final.max_response_length, final.kl_tokens), "final_response_length and final_kl_tokens"
-        )
+    for name, found in (("final_good_prompts", prompts.final_good), ("final_bad_prompts", prompts.final_bad)):
+        model.check_lengths(found, name, max(final.max_response_length, final.kl_tokens), "final_response_length and final_kl_tokens")
 
 
-def make_evaluator(
-    settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any], all_scorers: bool = False
-) -> "Evaluator":
+def make_evaluator(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts", all_scorers: bool = False) -> "Evaluator":
     from ..evaluator import PREFIX_PROMPTS, Evaluator, find_response_prefix
 
-    sample = [*prompts["good_prompts"][:PREFIX_PROMPTS], *prompts["bad_prompts"][:PREFIX_PROMPTS]]
+    sample = [*prompts.good[:PREFIX_PROMPTS], *prompts.bad[:PREFIX_PROMPTS]]
     model.response_prefix = find_response_prefix(model, settings, sample)
     if model.response_prefix:
         console.message(f"Response prefix: {model.response_prefix!r}; evaluation begins after it.")
-    evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"], console, all_scorers)
+    evaluator = Evaluator(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
     console.message(f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts.")
     return evaluator
 
 
-def compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any]) -> int:
+def compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> int:
     """Give the model its directions; the layer in which the two sets of prompts part."""
     from ..editing.directions import mean_residual, parting_layer, refusal_directions
     from ..errors import DirectionError
 
     quantile = settings.winsorization_quantile
-    sets = (("good_prompts", "Residuals of harmless prompts"), ("bad_prompts", "Residuals of harmful prompts"))
+    sets = ((prompts.good, "Residuals of harmless prompts"), (prompts.bad, "Residuals of harmful prompts"))
     # One set after the other: the model computes the residuals as they are taken.
-    batches: Iterable[Iterable[Tensor]] = (model.residuals(prompts[name], description) for name, description in sets)
+    batches: Iterable[Iterable[Tensor]] = (model.residuals(found, description) for found, description in sets)
     if settings.print_residual_geometry or settings.plot_residuals:
         batches = _show_residuals(settings, console, batches)
     good, bad = (mean_residual(part, quantile) for part in batches)
@@ -238,7 +217,7 @@ def no_trial(trials: "Sequence[FrozenTrial]") -> int:
 
 
 def rescore_finalists(
-    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: dict[str, Any], n_together: int
+    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: "Prompts", n_together: int
 ) -> None:
     """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
     from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
@@ -246,10 +225,9 @@ def rescore_finalists(
     assert checkpoint.study is not None
     if not missing_finalists(checkpoint.study, settings):
         return
-    good, bad = prompts["final_good_prompts"], prompts["final_bad_prompts"]
     try:
         _check_final_lengths(settings, evaluator.model, prompts)
-        found = score_finalists(checkpoint.study, settings, evaluator, good, bad, n_together, console)
+        found = score_finalists(checkpoint.study, settings, evaluator, prompts.final_good, prompts.final_bad, n_together, console)
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
     except HereticError as error:

@@ -17,8 +17,7 @@ from ..errors import CheckpointError, HereticError, UsageError
 from ..loading.libraries import prepare_libraries
 from ..loading.source import ModelSource, model_source
 from ..privacy import shown_location
-from ..prompts import fingerprint as prompts_fingerprint
-from ..prompts import load_prompts
+from ..prompts import load_all
 from ..reporting.tables import space_text
 from ..settings_sources import ENV_PREFIX, Parser
 from ..study.checkpoint import OF_ONE_RUN, SHARED, SPACE, kept_space
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from ..study.batching import BatchSize
     from .shared_search import SharedSearch
 
-PROMPT_SETTINGS = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
 # How often something that another worker has to do first is looked for.
 POLL_SECONDS = 0.5
 # What a worker says for itself; everything else comes from the study.
@@ -78,7 +76,7 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
             model = load_model_to_edit(_in_dtype(settings, ready.dtype), console)
         _check(study, model.loaded.source)
         model.response_prefix = ready.response_prefix
-        evaluator = Evaluator(settings, model, ready.prompts["good_evaluation_prompts"], ready.prompts["bad_evaluation_prompts"], console)
+        evaluator = Evaluator(settings, model, ready.prompts.good_evaluation, ready.prompts.bad_evaluation, console)
         if evaluator.base_refusals != ready.base_refusals:
             console.warning(
                 f"The original refuses {evaluator.base_refusals} prompts here and {ready.base_refusals} where the study began: this device "
@@ -106,16 +104,16 @@ def _in_dtype(settings: Settings, dtype: str) -> Settings:
 
 def _prepare(settings: Settings, console: "Console", study: optuna.Study, store: Any) -> "tuple[Model, Evaluator]":
     """Do as a run alone does until its search begins, and keep what came of it for the others."""
-    from ..session.stages import check_lengths, compute_directions, load_final_prompts, load_model_to_edit, make_evaluator
+    from ..session.stages import check_lengths, compute_directions, load_model_to_edit, make_evaluator
     from ..study.space import search_space
 
-    prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in PROMPT_SETTINGS}
+    prompts = load_all(settings)
     identity = study.user_attrs["identity"]
-    changed = [name for name, values in prompts.items() if prompts_fingerprint(values) != identity.get(name)]
+    changed = [name for name, here in prompts.identity.items() if here != identity.get(name)]
     if changed:
         raise CheckpointError(f"{changed[0]} are not those that the study began with.")
     model = load_model_to_edit(settings, console)
-    check_lengths(settings, model, prompts, load_final_prompts(settings, prompts))
+    check_lengths(settings, model, prompts)
     evaluator = make_evaluator(settings, console, model, prompts)
     parting = compute_directions(settings, console, model, prompts)
     assert model.hooks is not None
