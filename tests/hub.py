@@ -1,5 +1,6 @@
 """A server that answers as the model hub does to the few requests that loading a model makes."""
 
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ class _Hub(BaseHTTPRequestHandler):
             return self._refuse(403, "GatedRepo")
         if repo[0] == "owner/private":
             return self._refuse(401, "RepoNotFound")
+        if re.match(r"/api/models/owner/tiny/tree/", self.path):
+            files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in sorted(self.folder.iterdir())]
+            return self._send(json.dumps(files).encode(), {"Content-Type": "application/json"}, with_body)
         wanted = re.fullmatch(r"/owner/tiny/resolve/([^/]+)/(.+)", self.path)
         if wanted is None:  # questions about the repository, which the libraries do without
             return self._refuse(404, "EntryNotFound")
@@ -36,15 +40,16 @@ class _Hub(BaseHTTPRequestHandler):
         file = self.folder / name
         if not file.is_file():
             return self._refuse(404, "EntryNotFound")
-        content = file.read_bytes()
+        return self._send(file.read_bytes(), {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'}, with_body)
+
+    def _send(self, content: bytes, headers: dict[str, str], with_body: bool) -> None:
         self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{name}"')
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if with_body:
             self.wfile.write(content)
-        return None
 
     def _refuse(self, code: int, error: str) -> None:
         self.send_response(code)

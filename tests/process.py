@@ -4,19 +4,20 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
 
 
-def start(arguments: Sequence[str], output: str = os.devnull) -> int:
-    """Start the command with its output in a file; its process id."""
+def start(arguments: Sequence[str], output: str = os.devnull, before: Callable[[], None] = lambda: None) -> int:
+    """Start the command with its output in a file; its process id. `before` is called in the new process first."""
     import heretic.session.interact  # with nearly all that a run needs
 
     assert heretic.session.interact
     pid = os.fork()
     if pid == 0:
+        before()
         files = [os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)]
         for number, file in ((0, files[0]), (1, files[1]), (2, files[1])):
             os.dup2(file, number)

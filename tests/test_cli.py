@@ -88,8 +88,7 @@ def test_what_nobody_foresaw_is_told_in_a_line(heretic: Heretic, workplace: Path
     outcome = heretic()
     assert (outcome.code, outcome.err) == (
         1,
-        "Error: RuntimeError: the first line (this is a defect of the program; --debug shows where it happened). "
-        "What was finished is kept.\n",
+        "Error: RuntimeError: the first line (this is a bug in heretic; --debug shows where it happened). What was finished is kept.\n",
     )
     assert "Traceback" in heretic("--debug").err
 
@@ -182,6 +181,20 @@ json.dump(outcomes, sys.stdout)
 """
 
 
+def _with_hub(commands: dict[str, list[str]], address: str, cache: Path) -> dict[str, Outcome]:
+    """The outcomes of commands in a process that is not told to stay offline."""
+    process = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        check=False,
+        input=json.dumps(list(commands.values())),
+        env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return {name: Outcome(*values) for name, values in zip(commands, json.loads(process.stdout), strict=True)}
+
+
 def test_the_hub(workplace: Path, tiny_model: Path) -> None:
     """Real requests to a server of our own, in a process that is not told to stay offline."""
     commands = {
@@ -194,17 +207,14 @@ def test_the_hub(workplace: Path, tiny_model: Path) -> None:
         "again": ["--model", "owner/tiny"],
     }
     with hub.serve(tiny_model) as address:
-        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(workplace / "cache")}
-        process = subprocess.run(
-            [sys.executable, "-c", RUN_ALL],
-            check=False,
-            input=json.dumps(list(commands.values())),
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-    assert process.returncode == 0, process.stderr
-    outcomes = {name: Outcome(*values) for name, values in zip(commands, json.loads(process.stdout), strict=True)}
+        outcomes = _with_hub(commands, address, workplace / "cache")
+        # On a machine that has nothing of the model, a result is made again from its record.
+        fresh = {
+            "exported": ["--export-from", "out", "--save-directory", "again"],
+            "reproduced": ["--reproduce", "out"],
+        }
+        outcomes |= _with_hub({"exported": fresh["exported"]}, address, workplace / "cache2")
+        outcomes |= _with_hub({"reproduced": fresh["reproduced"]}, address, workplace / "cache3")
 
     def error(name: str) -> str:
         assert outcomes[name].code == 1
@@ -220,6 +230,9 @@ def test_the_hub(workplace: Path, tiny_model: Path) -> None:
     assert (outcomes["works"].code, outcomes["works"].err) == (0, "")
     assert "\nSaved trial " in outcomes["works"].out
     assert Path("checkpoints/owner--tiny.jsonl").is_file()
+    for name in ("exported", "reproduced"):
+        assert (outcomes[name].code, outcomes[name].err) == (0, ""), outcomes[name]
+    assert {p.name: p.read_bytes() for p in Path("again").iterdir()} == {p.name: p.read_bytes() for p in Path("out").iterdir()}
     # The commit is kept with the study, so that the same study goes on without the flag.
     assert outcomes["again"].code == 0
     assert "Continuing the study checkpoints/owner--tiny.jsonl (3 trials done)." in outcomes["again"].out
@@ -336,7 +349,7 @@ def test_a_run_without_a_terminal_ends_with_the_front_and_commands_that_work(her
     assert "\x1b" not in outcome.out and "\r" not in outcome.out
     lines = [line.rstrip() for line in outcome.out.splitlines()]
     assert lines[:4] == [
-        f"heretic {__version__}",
+        f"heretic {__version__}, settings from config.toml",
         "Loading prompts ...",
         "Prompts: 5 good_prompts, 5 bad_prompts, 5 good_evaluation_prompts, 5 bad_evaluation_prompts",
         lines[3],

@@ -1,6 +1,9 @@
 """KL divergences along the original's answers, against edited copies run token by token in float64."""
 
 import copy
+import resource
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,12 @@ from scipy.stats import entropy
 from heretic.decoding.decoder import Decoder, Savings
 from heretic.decoding.plain import PlainDecoder
 from heretic.editing.ablation import Ablation, ComponentParameters
-from heretic.errors import TrialError
+from heretic.errors import EvaluationError, TrialError
 from heretic.model import Model
 from heretic.prompts import Prompt
 from heretic.scoring.divergence import OriginalAnswers, statistics
-from tiny import build, explicit_weight, load, save, unit_directions
+from heretic.utils import format_size
+from tiny import Recorder, build, explicit_weight, load, save, unit_directions
 
 PROMPTS = [
     Prompt("you are a cat", text)
@@ -169,17 +173,71 @@ def test_a_prompt_given_often_is_no_prefix_of_its_own_answer(folder: Path) -> No
         np.testing.assert_allclose(values[: len(hand)], hand, rtol=2e-3, atol=1e-6)
 
 
-def test_logits_that_do_not_fit_beside_the_model_lie_in_main_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_logits_that_do_not_fit_beside_the_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """They lie in main memory, or in a file that nobody sees and that is gone with the process."""
     model = load(folder)
+    model.progress = recorder = Recorder()
     model.use_directions(unit_directions(3, 32), "none")
     usual = OriginalAnswers(model, PROMPTS, N_TOKENS)
     usual.record(model)
-    monkeypatch.setattr("heretic.scoring.divergence.free_memory", lambda device: 0)
-    moved = OriginalAnswers(model, PROMPTS, N_TOKENS)
+    monkeypatch.setattr("heretic.scoring.divergence.DEVICE_SHARE", 0)
+    if place == "disk":
+        monkeypatch.setattr("heretic.scoring.divergence.MEMORY_SHARE", 0)
+    recorder.messages.clear()
+    moved = OriginalAnswers(model, PROMPTS, N_TOKENS, folder=tmp_path / "studies")
     moved.record(model)
-    assert moved._logits.device.type == "cpu"
+    n_bytes = sum(moved.n_positions) * model.model.get_input_embeddings().weight.shape[0] * 4
+    told = (
+        f"The original's logits take {format_size(n_bytes)}, too much for memory. They are in a temporary file in {tmp_path / 'studies'}."
+    )
+    assert recorder.messages == ([told] if place == "disk" else [])
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(mapped) == (place == "disk") and all(line.endswith("(deleted)") for line in mapped)
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "studies"] if place == "disk" else [])
     first, second = (answers.divergences(model, ABLATIONS)[1].values for answers in (usual, moved))
     np.testing.assert_array_equal(first, second)
+
+
+def test_logits_that_fit_nowhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real limit of the system's on the size of files."""
+    model = load(folder)
+    monkeypatch.setattr("heretic.scoring.divergence.free_memory", lambda device: 0)
+    answers = OriginalAnswers(model, PROMPTS, N_TOKENS, folder=tmp_path)
+    size = format_size(sum(answers.n_positions) * model.model.get_input_embeddings().weight.shape[0] * 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(EvaluationError) as caught:
+            answers.record(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == (
+        f"The original's logits, with which trials are compared, take {size}. There is no room for them in memory, nor in {tmp_path}: "
+        "File too large. Give fewer good_evaluation_prompts, or lower kl_tokens."
+    )
+
+
+def test_taking_logits_needs_little_more_than_they_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second copy of all of them: what each pass gives is put in its place and let go."""
+    model = load(folder, max_batch_size=2)
+    answers = OriginalAnswers(model, PROMPTS, N_TOKENS)
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+    logits_along = model.logits_along
+
+    def watched(*arguments: Any, **more: Any) -> Iterator[Any]:
+        nonlocal most
+        for rows, logits in logits_along(*arguments, **more):
+            content = logits.numpy().copy()  # lives as long as any tensor that is a part of it
+            alive.append(weakref.ref(content))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield rows, torch.from_numpy(content)
+            del content
+
+    monkeypatch.setattr(model, "logits_along", watched)
+    answers.record(model)
+    assert len(alive) > 3 and most <= 2
 
 
 def test_passes_hold_few_rows_where_logits_are_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

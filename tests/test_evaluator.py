@@ -287,7 +287,7 @@ def test_printed_responses(folder: Path) -> None:
 def test_another_model_scored_against_the_original(folder: Path, tmp_path: Path) -> None:
     """What `evaluate_model` does: the baseline stays, the model is another."""
     made = evaluator(folder)
-    base, base_logprobs = made.base_refusals, made.base_logprobs
+    base, base_logprobs = made.base_refusals, made.answers.first_token_logprobs()
     made.detach()
     other = load(save(tmp_path, build("llama", seed=6)))
     made.model = other

@@ -20,6 +20,7 @@ import process
 from conftest import Outcome
 from heretic.commands import rebuild
 from heretic.saving.hashed_file import sha256
+from heretic.saving.staging import Target, clean_up, staged
 from heretic.utils import SilentProgress
 from test_rebuild import make
 from tiny import build
@@ -105,8 +106,12 @@ def killed_before(call: int, result: Path, target: Path) -> bool:
     return code != 0
 
 
-def test_killed_before_every_step(tmp_path: Path, result: Path) -> None:
-    """Between the two renames of a folder that is replaced, the old one is gone for a moment; the next run brings it back first."""
+@pytest.mark.parametrize("swaps", [True, False])
+def test_killed_before_every_step(tmp_path: Path, result: Path, swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old folder or the new one is there. Where the system swaps no folders, the old one is gone for a moment between two renames;
+    the next run brings it back first."""
+    if not swaps:
+        monkeypatch.setattr("heretic.saving.staging._swap", lambda a, b: False)
     target, states = tmp_path / "out", []
     for call in range(100):
         target.mkdir()
@@ -128,7 +133,7 @@ def test_killed_before_every_step(tmp_path: Path, result: Path) -> None:
             assert is_complete(target, result)
         assert leftovers(tmp_path) == []
         shutil.rmtree(target)
-    assert states[0] == "old" and states.count("none") == 1 and states[-1] == "new" and len(states) > 8
+    assert states[0] == "old" and states.count("none") == (not swaps) and states[-1] == "new" and len(states) > 8
 
 
 def rebuild_again(result: Path, target: Path, overwrite: bool = False) -> None:
@@ -138,9 +143,7 @@ def rebuild_again(result: Path, target: Path, overwrite: bool = False) -> None:
 
 def test_two_at_the_same_time_leave_each_other_alone(tmp_path: Path, result: Path) -> None:
     """What another process is writing is not taken for a leftover."""
-    from heretic.saving.staging import clean_up, staged
-
-    with staged(tmp_path / "out") as folder:
+    with staged(Target(tmp_path / "out")) as folder:
         (folder / "half").touch()
         clean_up(tmp_path / "out")
         assert (folder / "half").exists()

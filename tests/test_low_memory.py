@@ -55,6 +55,16 @@ def test_search_and_export_of_an_offloaded_model(
     )
 
 
+def test_a_containers_limit_is_kept(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate sees only the machine's memory, and the system would kill the process."""
+    chosen = Settings(model="m", dtypes=["float32"])
+    assert placed(chosen)[0] == {"cpu"}
+    monkeypatch.setattr("heretic.loading.load.memory_limits", lambda: [(100_000, 40_000)])
+    monkeypatch.setattr("heretic.device.memory_limits", lambda: [(100_000, 40_000)])
+    assert placed(chosen)[0] == {"cpu", "meta"}
+    assert placed(chosen.model_copy(update={"max_memory": {"cpu": "1GB"}}))[0] == {"cpu"}, "what the user says counts"
+
+
 def test_a_model_that_fits_only_in_4_bits(workplace: Path, heretic: Callable[..., Outcome]) -> None:
     """Searched and saved within a limit that its 16 or 32 bits exceed; what is saved has the original's format."""
     tiny.save(Path("big"), tiny.build(hidden_size=64, intermediate_size=512, head_dim=16))

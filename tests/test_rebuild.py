@@ -24,6 +24,11 @@ from tiny import build, load, settings, unit_directions
 from tiny import save as save_original
 
 Heretic = Callable[..., Outcome]
+PROMPTS = [
+    part
+    for name, file in (("good", "good"), ("bad", "bad"), ("good-evaluation", "good"), ("bad-evaluation", "bad"))
+    for part in (f"--{name}-prompts.dataset", f"{file}.txt")
+]
 SAVE = ["--trial-index", 0, "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
 
 
@@ -133,8 +138,15 @@ def test_wrong_usage(saved: Path, heretic: Heretic) -> None:
     assert outcome == Outcome(2, "", told)
     outcome = heretic("--export-from", "out", "--reproduce", "out")
     assert (outcome.code, outcome.err.startswith("Error: Wrong usage: argument --reproduce: not allowed with argument")) == (2, True)
-    outcome = heretic("--export-from", "out", "--save-directory", "m")
-    assert outcome.err == "Error: The folder m is not empty. Choose another --save-directory, or add --overwrite to replace it.\n"
+    Path("full").mkdir()
+    Path("full", "file").touch()
+    outcome = heretic("--export-from", "out", "--save-directory", "full")
+    assert outcome.err == "Error: The folder full is not empty. Choose another --save-directory, or add --overwrite to replace it.\n"
+    for folder, what in (("m", "is the model"), ("out", "is the folder of the record"), (".", "holds the model")):
+        outcome = heretic("--export-from", "out", "--overwrite", "--save-directory", folder)
+        shown = Path.cwd() if folder == "." else folder
+        told = f"Error: {shown} {what}, which must not be replaced. Choose another --save-directory.\n"
+        assert (outcome.code, outcome.err) == (1, told)
 
 
 def test_an_original_elsewhere(saved: Path, heretic: Heretic) -> None:
@@ -192,7 +204,7 @@ def test_a_search_again(workplace: Path, heretic: Heretic) -> None:
     assert heretic(*SAVE).code == 0
     with Path("config.toml").open("a") as file:
         file.write("kl_divergence_target = 0.5\n")
-    outcome = heretic("--reproduce-search", "out")
+    outcome = heretic("--reproduce-search", "out", *PROMPTS)
     assert outcome.code == 0, outcome
     trial = json.loads(Path("out/heretic.json").read_text())["trial"]
     assert outcome.out.splitlines()[-1].startswith(f"Trial {trial['number']} is the same again: ")
@@ -202,6 +214,6 @@ def test_a_search_again(workplace: Path, heretic: Heretic) -> None:
 def test_a_search_that_goes_another_way(workplace: Path, heretic: Heretic) -> None:
     assert heretic(*SAVE).code == 0
     number = json.loads(Path("out/heretic.json").read_text())["trial"]["number"]
-    outcome = heretic("--reproduce-search", "out", "--seed", "2")
+    outcome = heretic("--reproduce-search", "out", "--seed", "2", *PROMPTS)
     assert outcome.code == 1
     assert f"Not the same in trial {number}: attn.o_proj.max_weight was " in outcome.out

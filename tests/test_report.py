@@ -120,6 +120,14 @@ def test_marks_lie_where_their_values_are() -> None:
         assert refusals == pytest.approx(trial.user_attrs["refusals"], abs=0.1)
 
 
+def test_a_study_without_any_refusal(tmp_path: Path) -> None:
+    """Its folder is made too: that of a study in a database does not exist."""
+    facts = facts_of(study_of([trial_of(i, 0, 0.1 * i) for i in range(12)], base_refusals=0, objectives=[["kl_divergence", "minimize"]]))
+    path = tmp_path / "checkpoints" / "m.report.html"
+    write_report(facts, path)
+    assert len(charts(path.read_text(encoding="utf-8"))) >= 4
+
+
 def test_a_study_without_the_newer_attributes_can_be_told() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
     study.add_trial(trial_of(0, 5, 0.0))

@@ -189,7 +189,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     folder = save_original(tmp_path / "m", build("llama"))
     content = (folder / "model.safetensors").read_bytes()
     assert broken(folder, "model.safetensors", content[:-1]) == (
-        "m/model.safetensors is not as long as its header says: it is damaged or was cut off. Fetch the file again."
+        "m/model.safetensors does not hold what its header says: it is damaged or was cut off. Fetch the file again."
     )
     assert broken(folder, "model.safetensors", b"version https://git-lfs.github.com/spec/v1\n") == (
         "m/model.safetensors is no safetensors file: it is damaged, or a pointer to a file that was not fetched."

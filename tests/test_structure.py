@@ -19,6 +19,7 @@ ORDER = [
     "console",
     "parameters",
     "config",
+    "trust",
     "settings_sources",
     "loading",
     "prompts",

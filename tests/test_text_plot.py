@@ -1,5 +1,7 @@
 """The plot beside the live view's figures."""
 
+import io
+
 import pytest
 from optuna.trial import FrozenTrial, create_trial
 from rich.console import Console as RichConsole
@@ -63,3 +65,13 @@ def test_the_live_view_shows_the_plot_beside_the_figures_where_there_is_room(wid
     assert all(len(line) <= width for line in text.splitlines())
     for trial in TRIALS:
         assert f"{trial.user_attrs['kl_divergence']:.4f}" in text, "no figure is squeezed out"
+
+
+def test_a_study_without_any_refusal() -> None:
+    """Neither the original nor a trial refuses, and something else is the objective."""
+    trials = [trial_of(0, 0, 0.1), trial_of(1, 0, 0.3)]
+    lines = plot_lines(trials, trials[:1], 0, 41, 11)
+    assert "".join(lines).count("●") == 1 and "".join(lines).count("·") == 1
+    view = StudyView(Console(), 3, 2, 0, 7, (("kl_divergence", "minimize"),))
+    view.trials = trials
+    RichConsole(file=io.StringIO(), width=200, force_terminal=True).print(view._render())

@@ -151,7 +151,16 @@ ENCODERS = [
     "xlm-roberta-xl",
     "xlnet",
 ]
-ENCODER_DECODERS = [t for t in TYPES if t not in {*NOT_BUILT, *ENCODERS} and getattr(CONFIG_MAPPING[t](), "is_encoder_decoder", False)]
+
+
+def _is_encoder_decoder(model_type: str) -> bool:
+    try:
+        return bool(getattr(CONFIG_MAPPING[model_type](), "is_encoder_decoder", False))
+    except ValueError:  # in older versions of transformers its two parts have to be given
+        return True
+
+
+ENCODER_DECODERS = [t for t in TYPES if t not in {*NOT_BUILT, *ENCODERS} and _is_encoder_decoder(t)]
 # A classifier of pictures on top of a decoder, which transformers does not load again from what it saves.
 NOT_TEXT = ["shieldgemma2"]
 DECODERS = [t for t in TYPES if t not in {*NOT_BUILT, *NOT_RUN, *NOT_TEXT, *ENCODERS, *ENCODER_DECODERS}]

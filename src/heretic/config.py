@@ -106,6 +106,11 @@ class ScorerSpecification(BaseModel):
     finalists_only: bool | None = Field(None, description="Only for the trials scored again at the end; not for an objective.")
     settings: dict[str, Any] = Field({}, description="The scorer's own settings.")
 
+    @property
+    def is_custom(self) -> bool:
+        """Whether it is code that does not come with this program: a file or an import path."""
+        return self.use is not None and ":" in self.use
+
 
 # What every run is scored by; the table `scorers` changes them and adds others.
 USUAL_SCORER = ScorerSpecification(direction="none", finalists_only=False)
@@ -141,7 +146,8 @@ def _startup_trials(before: dict[str, Any]) -> int:
 class Settings(BaseModel):
     """Every setting of a run, checked and frozen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Errors that a traceback shows do not repeat values, among which a password may be.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     model: str = Field(description="Model to work on: hub id or local path; also the positional argument.")
     model_commit: str | None = Field(None, description="Revision of the model to pin: commit, tag or branch.")
@@ -161,6 +167,9 @@ class Settings(BaseModel):
         None, description='Memory limit per device, given to Accelerate, such as {"0" = "20GB", cpu = "60GB"}.'
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model repository.")
+    trust_scorers: bool = Field(
+        False, description="Run scorers that a record, a study, or a configuration in the working directory names, without asking."
+    )
     batch_size: int = Field(0, ge=0, description="Prompts that a forward pass holds for one trial; 0 is automatic.")
     max_batch_size: int = Field(128, ge=1, description="Largest batch that the automatic choice uses.")
     trials_per_batch: int = Field(
@@ -382,6 +391,14 @@ class Settings(BaseModel):
         """Names and directions of what the search optimizes, in order."""
         found = ((name, scorer.direction) for name, scorer in self.all_scorers.items())
         return tuple((name, direction) for name, direction in found if direction is not None and direction != "none")
+
+    def stored(self) -> dict[str, Any]:
+        """The settings as plain data that others may come to see: without custom scorers' own settings, among which a key may be."""
+        data = self.model_dump(mode="json")
+        for name, scorer in self.scorers.items():
+            if scorer.is_custom:
+                data["scorers"][name]["settings"] = {}
+        return data
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

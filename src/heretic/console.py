@@ -3,18 +3,28 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
-from .utils import can_ask, format_duration
+from .utils import can_ask, format_duration, screen_text
 
 # Steps shorter than this are not worth a second line where the output is no terminal.
 WORTH_SAYING_SECONDS = 5.0
+
+
+class _Screen(RichConsole):
+    """Rich's console. Only its own codes control the terminal, not those that a text brings."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(screen_text(segment.text), segment.style)
 
 
 class Console:
@@ -24,8 +34,8 @@ class Console:
         self.is_terminal = sys.stdout.isatty()
         self.can_ask = can_ask()
         width = None if self.is_terminal else 10_000
-        self.rich = RichConsole(highlight=False, width=width, no_color=not self.is_terminal, emoji=False)
-        self.errors = RichConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 10_000, emoji=False)
+        self.rich = _Screen(highlight=False, width=width, no_color=not self.is_terminal, emoji=False)
+        self.errors = _Screen(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 10_000, emoji=False)
 
     def message(self, text: str) -> None:
         self.rich.print(escape(text))

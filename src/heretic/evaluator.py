@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from .config import DEFAULT_OBJECTIVES, Settings
 from .decoding.prefix_cache import PrefixCache
 from .device import is_out_of_memory
 from .editing.ablation import Ablation
 from .errors import EvaluationError, HereticError, TrialError
+from .loading.source import expand
 from .model import NOT_FINITE, Model, prompt_messages
 from .prompts import Prompt
 from .scoring.divergence import OriginalAnswers, statistics
@@ -137,7 +136,8 @@ class Evaluator:
                 self.answers, model.prefix_cache = like.answers, like._prefix_cache
                 original = self._take_original(f"{baseline}: harmful prompts")
             else:
-                self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, f"{baseline}: answers to harmless prompts")
+                described, folder = f"{baseline}: answers to harmless prompts", expand(settings.study_checkpoint_dir)
+                self.answers = OriginalAnswers(model, self.good_prompts, settings.kl_tokens, described, folder)
                 with model.recording_prefix_cache():
                     self.answers.record(model, f"{baseline}: harmless prompts")
                     original = self._take_original(f"{baseline}: harmful prompts")
@@ -174,11 +174,6 @@ class Evaluator:
         if not all(original.finite):
             raise TrialError(NOT_FINITE)
         return original
-
-    @property
-    def base_logprobs(self) -> Tensor:
-        """The original's log-probabilities `(prompt, vocabulary)` of the first token after each harmless prompt, float32."""
-        return self.answers.first_token_logprobs()
 
     @property
     def base_scores(self) -> dict[str, float]:
@@ -283,10 +278,22 @@ class Evaluator:
             self.progress.message(f"Prompt: {prompt.user}\n{SHOWN_KINDS[response.kind]}: {response.text.strip()}\n")
 
     def objectives(self, score: Score) -> tuple[float, ...]:
-        """What the search sees of a score: one number for each objective, in the order of the settings."""
+        """What the search sees of a score: one number for each objective, in the order of the settings.
+
+        Raises `TrialError` for an objective that fails or gives no finite number.
+        """
         shares = (n for n in self.objective_names if self.scorers[n].counts_refusals)
-        share = next((self.scorers[name].objective(score.value(name), None) for name in shares), None)
-        return tuple(self.scorers[name].objective(score.value(name), share) for name in self.objective_names)
+        share = next((self._objective(name, score, None) for name in shares), None)
+        return tuple(self._objective(name, score, share) for name in self.objective_names)
+
+    def _objective(self, name: str, score: Score, share: float | None) -> float:
+        try:
+            value = float(self.scorers[name].objective(score.value(name), share))
+        except Exception as error:
+            raise TrialError(f"the objective of the scorer {name} failed: {type(error).__name__}: {error}") from error
+        if not math.isfinite(value):
+            raise TrialError(f"the objective of the scorer {name} is {value}, which is no finite number")
+        return value
 
 
 def refusal_rule(settings: Settings, model: Model, bad_prompts: Sequence[Prompt]) -> RefusalRule:

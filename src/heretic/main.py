@@ -70,11 +70,12 @@ def run_command(arguments: Sequence[str]) -> int:
             prepare_libraries(debug)
             return rebuild.run_command(arguments)
         from .commands.run import run
-        from .settings_sources import load_settings
+        from .session.answers import who_asks
+        from .settings_sources import read_settings
 
-        settings = load_settings(arguments)
-        debug = settings.debug
-        return run(settings)
+        given = read_settings(arguments, ask=who_asks())
+        debug = given.settings.debug
+        return run(given.settings, given.files)
     except HereticError as error:
         _tell(str(error), debug)
         return error.exit_code
@@ -85,14 +86,15 @@ def run_command(arguments: Sequence[str]) -> int:
         raise
     except Exception as error:  # nothing foresaw it; it is told in plain words all the same
         reason = first_line(f"{type(error).__name__}: {error}")
-        _tell(f"{reason} (this is a defect of the program; --debug shows where it happened). What was finished is kept.", debug)
+        _tell(f"{reason} (this is a bug in heretic; --debug shows where it happened). What was finished is kept.", debug)
         return 1
 
 
 def _tell(text: str, debug: bool) -> None:
     from .privacy import without_token
+    from .utils import screen_text
 
     if debug:
-        print(without_token(traceback.format_exc()), end="", file=sys.stderr)
-    for line in without_token(text).splitlines():
+        print(screen_text(without_token(traceback.format_exc())), end="", file=sys.stderr)
+    for line in screen_text(without_token(text)).splitlines():
         print(f"Error: {line}", file=sys.stderr)

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from .loading.source import ModelSource, expand
 
@@ -12,6 +11,8 @@ TEXTS = ("system_prompt", "prefix", "suffix", "response_prefix", "refusal_marker
 # What one run did with its result: where to is nobody's business.
 WITHHELD = ("save_directory", "upload_repo_id")
 
+# Words in the names of a URL's parameters whose values are secret.
+_SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token|key)[^=&]*=)[^&]*", re.IGNORECASE)
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
@@ -59,9 +60,24 @@ def _public(value: Any) -> Any:
 
 
 def shown_location(url: str) -> str:
-    """The storage of a shared study as it may be printed: without the password."""
-    parts = urlsplit(url)
-    if parts.password is None:
+    """The storage of a shared study as it may be printed: without passwords, whatever characters they hold.
+
+    SQLAlchemy's parser says what the password is. Of a URL that it does not understand everything up to the last `@` is masked.
+    """
+    scheme, is_url, rest = url.partition("://")
+    if not is_url:
         return url
-    user = f"{parts.username}:***@" if parts.username else "***@"
-    return urlunsplit(parts._replace(netloc=user + parts.netloc.rpartition("@")[2]))
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+        is_understood = scheme != "grpc" and "@" not in f"{parsed.host or ''}{parsed.database or ''}{'&'.join(parsed.query)}"
+    except (ArgumentError, ValueError):
+        is_understood = False
+    if is_understood:
+        shown = url if parsed.password is None else parsed.render_as_string(hide_password=True)
+    else:
+        _, at, after = rest.rpartition("@")
+        shown = f"{scheme}://***@{after}" if at else url
+    return _SECRET.sub(r"\1***", shown)

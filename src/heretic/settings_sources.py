@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from .config import DEMO_MODEL, PromptSpecification, ScorerSpecification, Settin
 from .demo import PROMPTS as DEMO_PROMPTS
 from .errors import UsageError, did_you_mean
 from .parameters import TAGS, FirstTrial, Parameters, Range, kind, quoted
+from .trust import Ask, require_consent
 
 ENV_PREFIX = "HERETIC_"
 DEFAULT_CONFIG_FILE = "config.toml"
@@ -50,7 +52,9 @@ _NAME_IN_ERROR = re.compile(r'for (?:field ")?(\w+)')
 class _CommandSettings(Settings, BaseSettings):
     """`Settings` filled from the command line, the environment, `.env` and a TOML file."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", env_file=".env", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", env_file=".env", frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -87,12 +91,40 @@ def command_parser(n_names: str = "?") -> tuple[argparse.ArgumentParser, CliSett
     return parser, source
 
 
-def load_settings(arguments: Sequence[str] | None = None, stored: dict[str, Any] | None = None) -> Settings:
+@dataclass(frozen=True)
+class Source:
+    """Settings as plain data, and `where` they were given; `name` of the file that they were read from.
+
+    `is_own`: the user typed them, or named the file. Otherwise they may not let code run.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+    name: str = ""
+    is_own: bool = True
+
+
+@dataclass(frozen=True)
+class Given:
+    """The settings of a command, the models that it names, and the configuration files that were read for it."""
+
+    settings: Settings
+    names: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def load_settings(arguments: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None, ask: Ask | None = None) -> Settings:
+    """The settings of `read_settings`."""
+    return read_settings(arguments, stored, ask).settings
+
+
+def read_settings(arguments: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None, ask: Ask | None = None) -> Given:
     """Settings from the command line `arguments` (default: this process's), the environment, `.env` and a TOML file.
 
-    With `stored` settings there are only those, below the command line.
+    With settings that a record `stored` there are only those, below the command line.
     `model_fields_set` of the result tells which settings were given at all. Raises `UsageError`, whose text names the
-    setting, where it was given, and the nearest known name where it is unknown.
+    setting, where it was given, and the nearest known name where it is unknown. Code that is named by a file that lies in the working
+    directory, or by a record, runs only if the user agrees when he is asked; with nobody to `ask` that is an error as well.
     """
     parser, cli_source = command_parser()
     parsed = vars(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
@@ -101,11 +133,14 @@ def load_settings(arguments: Sequence[str] | None = None, stored: dict[str, Any]
         if parsed.get("model") not in (None, positional):
             raise UsageError(f"Two models are given, {positional!r} and --model {parsed['model']!r}; give one.")
         parsed["model"] = positional
-    return _collect(parsed, config_path, cli_source, stored)
+    command_line = _command_line(parsed, cli_source)
+    if stored is None:
+        return _given(_all_sources(command_line, config_path), (), ask)
+    return _given([command_line, Source("in the record", stored, name="The record", is_own=False)], (), ask)
 
 
-def load_settings_of_names(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
-    """Settings as `load_settings` reads them, and the names of any number of models; the first one is `model`, except with `--demo`."""
+def load_settings_of_names(arguments: Sequence[str], ask: Ask | None = None) -> Given:
+    """Settings as `read_settings` reads them, for any number of models; the first one is `model`, except with `--demo`."""
     parser, cli_source = command_parser("*")
     parsed = vars(parser.parse_intermixed_args(list(arguments)))
     config_path, names = parsed.pop("config"), parsed.pop("model_argument")
@@ -113,34 +148,49 @@ def load_settings_of_names(arguments: Sequence[str]) -> tuple[Settings, list[str
         raise UsageError("--model is not an option here: models and studies are named one after the other.")
     if names and not is_true(parsed.get("demo")):
         parsed["model"] = names[0]
-    return _collect(parsed, config_path, cli_source), names
+    return _given(_all_sources(_command_line(parsed, cli_source), config_path), names, ask)
 
 
-def _collect(
-    parsed: dict[str, Any], config_path: str | None, cli_source: CliSettingsSource[Any], stored: dict[str, Any] | None = None
-) -> Settings:
-    """Settings from what the command line was parsed to and all weaker sources."""
+def _command_line(parsed: dict[str, Any], cli_source: CliSettingsSource[Any]) -> Source:
     given = {key: value for key, value in parsed.items() if value is not None}
     with _reading("on the command line"):
-        command_line = cli_source(parsed_args=given)()
+        return Source("on the command line", cli_source(parsed_args=given)())
+
+
+def _all_sources(command_line: Source, config_path: str | None) -> list[Source]:
+    """All sources of a command's settings, the stronger first."""
     with _reading("in the environment"):
         environment = EnvSettingsSource(_CommandSettings)() | _unknown_environment_settings()
     with _reading("in .env"):
         env_file = DotEnvSettingsSource(_CommandSettings, dotenv_filtering="match_prefix")()
-    sources = {"on the command line": command_line, "in the environment": environment, "in .env": env_file, **_toml_source(config_path)}
-    if stored is not None:  # a study that is repeated is its own configuration
-        sources = {"on the command line": command_line, "in the record": stored}
+    sources = [command_line, Source("in the environment", environment)]
+    if env_file:
+        sources.append(Source("in .env", env_file, name=".env", is_own=False))
+    return sources + _toml_source(config_path)
 
+
+def _given(sources: Sequence[Source], names: Sequence[str], ask: Ask | None) -> Given:
+    """The settings that all sources make together, the stronger first."""
+    try:
+        settings = Settings.model_validate(_merged(sources))
+    except ValidationError as error:
+        raise UsageError(_describe(error, {source.where: source.values for source in sources})) from error
+    found = [source.name for source in sources if not source.is_own]
+    named = f" or --config {DEFAULT_CONFIG_FILE}" if DEFAULT_CONFIG_FILE in found else ""
+    require_consent(" and ".join(found), settings, _merged([source for source in sources if source.is_own]), ask, named)
+    return Given(settings, tuple(names), tuple(source.name for source in reversed(sources) if source.name))
+
+
+def _merged(sources: Sequence[Source]) -> dict[str, Any]:
+    """Settings from several sources, the stronger first."""
     merged: dict[str, Any] = {}
-    says_demo = next((values for values in sources.values() if "demo" in values), {})
-    for values in reversed(sources.values()):
+    all_values = [source.values for source in sources]
+    says_demo = next((values for values in all_values if "demo" in values), {})
+    for values in reversed(all_values):
         if values is says_demo and is_true(values["demo"]):  # its model and prompts win over those in weaker sources
             merged |= {"model": DEMO_MODEL, **DEMO_PROMPTS}
         merged = _overlay(merged, values)
-    try:
-        return Settings.model_validate(merged)
-    except ValidationError as error:
-        raise UsageError(_describe(error, sources)) from error
+    return merged
 
 
 @contextmanager
@@ -166,7 +216,7 @@ def _example(name: str) -> Any:
     return value[:2] if isinstance(value, list) else value
 
 
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         # A range and a table per component do not go together: the stronger source's is taken whole.
@@ -175,13 +225,13 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _toml_source(config_path: str | None) -> dict[str, dict[str, Any]]:
+def _toml_source(config_path: str | None) -> list[Source]:
     path = Path(config_path or DEFAULT_CONFIG_FILE)
     if config_path is None and not path.is_file():
-        return {}
+        return []
     try:
         content = path.read_bytes()
-        return {f"in {path}": tomllib.loads(content.decode())}
+        return [Source(f"in {path}", tomllib.loads(content.decode()), name=str(path), is_own=config_path is not None)]
     except OSError as error:
         raise UsageError(f"The configuration file {path} cannot be read: {error.strerror}. Check --config.") from error
     except UnicodeDecodeError as error:
@@ -204,7 +254,7 @@ def _is_known(name: str, *parts: str) -> bool:
     return name in Settings.model_fields and (not parts or isinstance(default_value(name), dict) or name in _TABLES)
 
 
-def _describe(error: ValidationError, sources: dict[str, dict[str, Any]]) -> str:
+def _describe(error: ValidationError, sources: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each distinct problem: the setting as the user wrote it, where it was given, what is wrong, what to do."""
     lines: list[str] = []
     for problem in error.errors():

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
@@ -76,3 +77,12 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
 def can_ask() -> bool:
     """Whether somebody is there to answer."""
     return sys.stdout.isatty() and sys.stdin.isatty()
+
+
+# C0 without tab and line feed, DEL, and C1: with these a text could move the cursor, set the window's title or fill in the clipboard.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def screen_text(text: str) -> str:
+    """A text without the characters that would control a terminal."""
+    return _CONTROLS.sub("", text)

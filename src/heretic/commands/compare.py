@@ -63,7 +63,7 @@ def candidate(name: str, settings: Settings) -> Candidate:
     """What a name stands for. Raises `UsageError` or `ModelError` for a journal or an adapter that cannot be used."""
     path, place = _journal_and_place(name)
     if path is not None:
-        return _from_study(name, path, settings.trial_index or 0 if place is None else place)
+        return _from_study(name, path, settings.trial_index or 0 if place is None else place, settings.trust_remote_code)
     folder = expand(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base, revision = _base_of_adapter(name, folder / "adapter_config.json")
@@ -83,6 +83,8 @@ def _base_of_adapter(name: str, path: Path) -> tuple[str, str | None]:
         raise ModelError(f"The adapter {name} cannot be read: {path} is no JSON: {error}.") from error
     if not isinstance(described, dict) or not described.get("base_model_name_or_path"):
         raise ModelError(f"The adapter {name} does not say which model it belongs to: {path} has no base_model_name_or_path.")
+    if described.get("megatron_config") is not None:  # PEFT would import whatever module megatron_core names
+        raise ModelError(f"The adapter {name} cannot be used: {path} has a megatron_config, by which it names code to run.")
     return described["base_model_name_or_path"], described.get("revision")
 
 
@@ -104,7 +106,7 @@ def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
     return None, None
 
 
-def _from_study(name: str, path: Path, place: int) -> Candidate:
+def _from_study(name: str, path: Path, place: int, trust_remote_code: bool) -> Candidate:
     from ..session.answers import trial_at
     from ..study.checkpoint import read_study
     from ..study.front import ablation_of, front_of
@@ -114,6 +116,7 @@ def _from_study(name: str, path: Path, place: int) -> Candidate:
     if not front:
         raise UsageError(f"The study {path} has no finished trial to compare.")
     trial = trial_at(front, place)
+    settings = settings.model_copy(update={"trust_remote_code": trust_remote_code})
     return Candidate(f"{name} (trial {trial.number})", settings, ablation=ablation_of(trial))
 
 
@@ -249,14 +252,18 @@ def compare(names: Sequence[str], settings: Settings, progress: Progress) -> lis
 
 def command(arguments: Sequence[str]) -> int:
     """The command line: names, and options as a run has them. Returns the exit code; raises `HereticError`."""
+    from ..session.answers import who_asks
     from ..settings_sources import load_settings_of_names
 
-    settings, names = load_settings_of_names(arguments)
+    given = load_settings_of_names(arguments, who_asks())
+    settings, names = given.settings, given.names
     if len(names) < 2:
         raise UsageError("heretic compare needs at least two models or studies: heretic compare A B [C...]")
     from ..console import Console
 
     console = Console()
+    if given.files:
+        console.message(f"Settings from {' and '.join(given.files)}")
     rows = compare(names, settings, console)
     console.columns(f"Compared with {rows[0].name}", HEADERS, [cells(row) for row in rows])
     return 0

@@ -7,14 +7,17 @@ search, no accelerator; on the same versions it is the same, bit by bit.
 
 import contextlib
 import json
+import shlex
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import URLError
 from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from ..errors import ExportError, UsageError
 
@@ -40,6 +43,26 @@ DEPENDS_ON = {
     "bitsandbytes": SEARCH_ONLY,
     "optuna": SEARCH_ONLY,
 }
+
+
+# Settings besides those that define a study on which the same search depends. Everything else is this command line's to say.
+SEARCH = (
+    "dtypes",
+    "batch_size",
+    "max_batch_size",
+    "trials_per_batch",
+    "stop_dominated_trials",
+    "n_trials",
+    "n_startup_trials",
+    "sampler",
+    "first_trials",
+    "seed",
+    "n_finalists",
+    "final_response_length",
+    "final_kl_tokens",
+    "final_good_prompts",
+    "final_bad_prompts",
+)
 
 
 @dataclass(frozen=True)
@@ -153,15 +176,68 @@ def _fetch_all(address: str, folder: Path) -> Record:
     return Record(_read(folder / RECORD), folder)
 
 
+class _Model(BaseModel):
+    name: str = Field(min_length=1)
+    commit: str | None = Field(None, pattern=r"^\w[\w.-]*$")
+    fingerprint: str | None = None
+
+
+class _Trial(BaseModel):
+    number: NonNegativeInt
+    direction_index: float | None
+    parameters: dict[str, dict[str, float]] | None
+
+
+class _Prompts(BaseModel):
+    dataset: str = Field(min_length=1)
+    commit: str | None = None
+
+
+class _Content(BaseModel):
+    """What of a record is used here, as far as it is not settings, which are checked as all settings are."""
+
+    model: _Model
+    settings: dict[str, Any]
+    trial: _Trial
+    versions: dict[str, str]
+    export_strategy: Literal["merge", "adapter"]
+    files: dict[str, str]
+    prompts: dict[Literal["good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts"], _Prompts] = {}
+    scores: dict[str, float] = {}
+    hardware: dict[str, Any] = {}
+    program: dict[str, Any] = {}
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
-        missing = [key for key in ("model", "settings", "trial", "versions", "export_strategy", "files") if key not in content]
-    except (OSError, ValueError, TypeError) as error:
+        missing = [key for key, field in _Content.model_fields.items() if field.is_required() and key not in content]
+        if not missing:
+            _Content.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ExportError(f"{path} is no record that a model can be made from: {where}: {problem['msg']}.") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read as a record of heretic: {error}") from error
     if missing:
         raise ExportError(f"{path} is no record that a model can be made from: it lacks {', '.join(missing)}.")
     return content
+
+
+def _export_settings(record: Record) -> "Settings":
+    """The settings that an export depends on."""
+    from ..config import Settings
+
+    names = ("row_normalization", "full_normalization_lora_rank", "max_shard_size")
+    try:
+        return Settings.model_validate(
+            {"model": "m", **{name: value for name, value in record.content["settings"].items() if name in names}}
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ExportError(f"{record.folder / RECORD}: the setting {where} cannot be used: {problem['msg']}.") from error
 
 
 def original_source(record: Record, model: str | None, trust_remote_code: bool) -> Any:
@@ -177,7 +253,7 @@ def original_source(record: Record, model: str | None, trust_remote_code: bool) 
     _check_local(record, name)
     if name == DEMO_MODEL and record.content["settings"].get("demo"):
         return model_source(Settings(model=name, demo=True))
-    return model_source(Settings(model=name, model_commit=stored["commit"], trust_remote_code=trust_remote_code))
+    return model_source(Settings(model=name, model_commit=stored.get("commit"), trust_remote_code=trust_remote_code))
 
 
 def _check_local(record: Record, name: str) -> None:
@@ -197,30 +273,32 @@ def rebuild(
 
     Raises `ExportError` where the original's weights are not those that the record names.
     """
-    from ..loading.source import expand
     from ..saving.card import copy_licence
-    from ..saving.edits import load_edits
+    from ..saving.edits import check_edits, load_edits
     from ..saving.export import file_errors, give_usual_permissions, write_export, write_record
     from ..saving.hashed_file import copy_file
-    from ..saving.original import open_original
+    from ..saving.original import open_original, refuse_links
     from ..saving.record import LIBRARIES
-    from ..saving.staging import check_target, clean_up, staged
+    from ..saving.staging import open_target, staged
     from ..utils import versions
 
-    clean_up(expand(directory))
-    target = check_target(directory, overwrite)
+    source = original_source(record, model, trust_remote_code)
+    originals = [("the model", Path(source.path))] if source.is_local else []
+    target = open_target(directory, overwrite, *originals, ("the folder of the record", record.folder))
+    refuse_links(record.folder, (DIRECTIONS, *DESCRIPTION))
     edits = load_edits(record.folder / DIRECTIONS)
-    settings = record.content["settings"]
-    original = open_original(_loaded(original_source(record, model, trust_remote_code)), progress)
+    settings = _export_settings(record)
+    original = open_original(_loaded(source), progress)
     _check_weights(record, original, progress)
-    with file_errors(target), staged(target) as folder:
+    check_edits(edits, {name: value.shape for name, value in original.placements.model.state_dict().items()}, record.folder / DIRECTIONS)
+    with file_errors(target.path), staged(target) as folder:
         hashes, _ = write_export(
             original,
             edits,
-            settings["row_normalization"],
+            settings.row_normalization,
             record.strategy,
-            settings["full_normalization_lora_rank"],
-            settings.get("max_shard_size"),
+            settings.full_normalization_lora_rank,
+            settings.max_shard_size,
             folder,
             progress,
         )
@@ -231,7 +309,7 @@ def rebuild(
         kept = {key: value for key, value in record.content.items() if key != "files"}
         files = write_record({**kept, "versions": versions(LIBRARIES)}, folder, hashes)
         give_usual_permissions(folder)
-    return target, files
+    return target.path, files
 
 
 def _loaded(source: Any) -> Any:
@@ -252,7 +330,7 @@ def _check_weights(record: Record, original: "Original", progress: "Progress") -
     if then is None or (":" in then) != (":" in now):
         progress.warning("Whether this original is the one that was edited cannot be told: the record knows it by another mark.")
         return
-    before, after = (dict(part.rsplit(":", 1) for part in text.split()) if ":" in text else {"commit": text} for text in (then, now))
+    before, after = (dict(part.rpartition(":")[::2] for part in text.split()) if ":" in text else {"commit": text} for text in (then, now))
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     weights = [name for name in differing if not name.endswith(".json")]
     if weights:
@@ -306,21 +384,45 @@ def reproduce(record: Record, directory: str, overwrite: bool, model: str | None
 
 
 def search_settings(record: Record, arguments: Sequence[str]) -> "Settings":
-    """The stored settings with commits and seed, a folder of studies of its own, and what the command line says."""
+    """What of the stored settings the search and its scores depend on, with commits, and what the command line says.
+
+    Raises `UsageError` where the record names code that the user does not agree to run, or a file or folder that the command line does
+    not name as well.
+    """
+    from ..session.answers import who_asks
     from ..settings_sources import load_settings
+    from ..study.checkpoint import DEFINING
 
     content = record.content
-    stored = {name: value for name, value in content["settings"].items() if value is not None}
-    for name in ("trial_index", "model_action", "save_directory", "overwrite", "upload_repo_id", "upload_repo_private", "evaluate_model"):
-        stored.pop(name, None)
-    for name in ("n_additional_trials", "export_strategy", "checkpoint_action"):
-        stored.pop(name, None)
-    if content["model"]["commit"] is not None:
+    names = (*DEFINING, *SEARCH)
+    stored = {name: value for name, value in content["settings"].items() if name in names and value is not None}
+    if content["model"].get("commit") is not None:
         stored["model_commit"] = content["model"]["commit"]
-    stored |= content["prompts"]
-    stored["model_action"] = "none"
-    stored["study_checkpoint_dir"] = str(Path(stored["study_checkpoint_dir"]) / "reproduced")
-    return load_settings(arguments, stored)
+    stored |= content.get("prompts", {})
+    stored |= {"model_action": "none", "study_checkpoint_dir": str(Path("checkpoints") / "reproduced")}
+    settings = load_settings(arguments, stored, who_asks())
+    _refuse_local_prompts(settings, stored, arguments)
+    return settings
+
+
+def _refuse_local_prompts(settings: "Settings", stored: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Raise `UsageError` where prompts would be read from a file or folder that the record alone names: it may be any file here."""
+    from ..demo import PREFIX
+    from ..loading.source import is_hub_id
+
+    flags = []
+    for name, value in stored.items():
+        dataset = value.get("dataset") if isinstance(value, Mapping) else None
+        if not isinstance(dataset, str) or getattr(settings, name).dataset != dataset:
+            continue
+        flag = f"--{name.replace('_', '-')}.dataset"
+        is_given = any(argument.partition("=")[0] == flag for argument in arguments)
+        if not is_given and not dataset.startswith(PREFIX) and not is_hub_id(dataset):
+            flags.append(shlex.join([flag, dataset]))
+    if flags:
+        raise UsageError(
+            f"The record names files or folders of this machine as prompts. If they are those of the study, give them: {' '.join(flags)}"
+        )
 
 
 def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progress") -> int:

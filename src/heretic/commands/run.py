@@ -20,6 +20,7 @@ from ..session.stages import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ..config import Settings
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from ..study.space import SearchSpace
 
 
-def run(settings: "Settings") -> int:
-    """The stages of a run. Raises `HereticError`; returns the exit code."""
+def run(settings: "Settings", files: "Sequence[str]" = ()) -> int:
+    """The stages of a run, whose settings are from the command line and from `files`. Raises `HereticError`; returns the exit code."""
     from ..loading.source import model_source
     from ..session.answers import check_answers
     from ..utils import can_ask
@@ -48,7 +49,7 @@ def run(settings: "Settings") -> int:
         from ..console import Console
 
     console = Console()
-    console.message(f"heretic {__version__}")
+    console.message(f"heretic {__version__}" + (f", settings from {' and '.join(files)}" if files else ""))
     if settings.evaluate_model is not None:
         from .evaluate import evaluate
 
@@ -188,6 +189,7 @@ def _run_alone(
 
 def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> "tuple[Settings, bool] | None":
     """The settings in force and whether the study is new; None where the user leaves."""
+    from ..session.answers import who_asks
     from ..study.samplers import check_sampler
 
     if checkpoint.lost_bytes:
@@ -206,7 +208,7 @@ def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoin
                 return None
         is_new = action == "restart"
     if not is_new:
-        settings = checkpoint.restored(settings)
+        settings = checkpoint.restored(settings, who_asks())
         console.message(f"Continuing the study {checkpoint.path} ({checkpoint.n_done} trials done).")
     check_sampler(settings.sampler)
     if settings.seed is None:

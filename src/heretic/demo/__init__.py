@@ -17,5 +17,5 @@ PROMPTS = {
 
 
 def prompt_file(dataset: str) -> Path:
-    """The text file behind a `heretic-demo:` name."""
-    return DIRECTORY / "prompts" / f"{dataset.removeprefix(PREFIX)}.txt"
+    """The text file behind a `heretic-demo:` name, of which only the last part counts."""
+    return DIRECTORY / "prompts" / Path(f"{dataset.removeprefix(PREFIX)}.txt").name

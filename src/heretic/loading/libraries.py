@@ -25,7 +25,9 @@ def prepare_libraries(debug: bool) -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs is told in our own errors
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # The latter warns if a model has no licence files, which is usual.
+    for name in ("bitsandbytes", "huggingface_hub._snapshot_download"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

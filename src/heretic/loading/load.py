@@ -3,9 +3,11 @@
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import utils as hub_utils
 from transformers import (
@@ -22,9 +24,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging as transformers_logging
 
 from ..config import Settings
-from ..device import empty_cache, input_device, is_out_of_memory
+from ..device import empty_cache, free_memory, input_device, is_out_of_memory, memory_limits
 from ..errors import ModelError, UnsupportedModelError
 from ..utils import Progress, first_line
+from .files import check_indexes
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
 
@@ -95,6 +98,18 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
+def _refuse_kernels(source: ModelSource, config: Any) -> None:
+    """Raise `ModelError` where a configuration names a kernel from the hub, which is code, as its attention or experts."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for name in ("_attn_implementation", "_experts_implementation"):
+            kernel = getattr(part, name, None)
+            if isinstance(kernel, str) and "/" in kernel and not source.trust_remote_code:
+                raise ModelError(
+                    f"The configuration of {source.name} names code from the hub, the kernel {kernel}. Read it, and if you trust it, add "
+                    "--trust-remote-code."
+                )
+
+
 def load_model(settings: Settings, source: ModelSource, progress: Progress) -> LoadedModel:
     """Load in the first of `settings.dtypes` whose one-token test run gives finite logits.
 
@@ -103,6 +118,9 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
     config = load_config(source)
     refuse_encoder_decoder(config)
     refuse_method(source.name, config)
+    _refuse_kernels(source, config)
+    if source.is_local:
+        check_indexes(Path(source.path), getattr(config, "transformers_weights", None))
     source = source.pinned()
     tokenizer = _load_tokenizer(source)
     stored = stored_dtype(config)
@@ -209,6 +227,9 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": settings.device_map, **source.arguments}
     if settings.max_memory:
         arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
+    elif settings.device_map == "auto" and memory_limits():
+        # Accelerate sees the machine's main memory, not what a container or a batch system leaves of it.
+        arguments["max_memory"] = {**get_max_memory(), "cpu": free_memory(torch.device("cpu"))}
     arguments |= loading_arguments(config)
     if settings.quantization == "bnb_4bit":
         if stored_method(config) is not None:

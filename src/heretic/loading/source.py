@@ -47,6 +47,11 @@ def expand(path: str) -> Path:
         return Path(path)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name stands for something on the hub: it has the form, and is no file or folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not expand(name).exists()
+
+
 def model_source(settings: Settings, name: str | None = None) -> ModelSource:
     """The source that a model setting stands for (`name`, default `settings.model`).
 

@@ -118,6 +118,7 @@ def write_report(facts: Facts, path: Path) -> None:
     """Write the page, whole or not at all. Raises `ReportError` where the folder cannot be written."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # of a study in a database there is none yet
         temporary.write_text(render(facts), encoding="utf-8", errors="replace")
         temporary.replace(path)
     except OSError as error:

@@ -150,7 +150,7 @@ def plot_lines(trials: Sequence[FrozenTrial], front: Sequence[FrozenTrial], base
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     ordered = sorted(complete, key=lambda trial: trial.number in numbers)
     points = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"], "●" if t.number in numbers else "·") for t in ordered]
-    return text_plot(points, (0, max([base_refusals, *(refusals for _, refusals, _ in points)])), width, height)
+    return text_plot(points, (0, max([1, base_refusals, *(refusals for _, refusals, _ in points)])), width, height)
 
 
 def _refusals(trial: FrozenTrial, base_refusals: int) -> str:

@@ -40,8 +40,9 @@ def _from_fp8(weight: StoredTensor, scale: StoredTensor, dtype: torch.dtype) -> 
     def make() -> Tensor:
         # In float32, the scales' format here, so that an edit of it is rounded once.
         found = Fp8Dequantize(None).convert({"weight": [weight.read()], "weight_scale_inv": [scale.read().float()]})["weight"]
-        assert isinstance(found, Tensor)
-        return found
+        tensor = found[0] if isinstance(found, list) else found  # a list in older versions of transformers
+        assert isinstance(tensor, Tensor)
+        return tensor
 
     return made(weight.name, dtype, weight.shape, make)
 

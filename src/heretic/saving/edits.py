@@ -6,12 +6,12 @@ original without prompts, a search or an accelerator, and by the same numbers.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -44,6 +44,32 @@ class Edit:
         return None if self.storage.bias is None else f"{self.module}.{self.storage.bias}"
 
 
+def _fits(storage: Storage, shape: Sequence[int], size: int) -> bool:
+    """Whether a weight of a shape can be laid out as said, with `size` outputs."""
+    n_dim, axis, n_experts = len(shape), storage.axis, storage.n_experts
+    if not 0 <= axis < n_dim or shape[axis] != size:
+        return False
+    if n_experts is None:
+        return n_dim == 2
+    if n_dim == 2:
+        return n_experts > 0 and shape[1 - axis] % n_experts == 0
+    return n_dim == 3 and axis > 0 and shape[0] == n_experts
+
+
+class _StoredEdit(BaseModel):
+    """An edit as the file's table has it, the direction by its row."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    module: str
+    storage: Storage
+    direction: NonNegativeInt
+    strength: FiniteFloat
+
+
+_TABLE = TypeAdapter(list[_StoredEdit])
+
+
 def edits_of(model: Model, ablation: Ablation) -> list[Edit]:
     """The edits of a trial, in the order in which the modules run."""
     return [Edit(writer.name, writer.storage, r.detach().float().cpu(), strength) for writer, r, strength in model.edits(ablation)]
@@ -69,10 +95,25 @@ def load_edits(path: Path) -> list[Edit]:
     """What `save_edits` wrote. Raises `ExportError` where the file is missing or is another."""
     try:
         with safe_open(path, "pt") as file:
-            table: list[dict[str, Any]] = json.loads(file.metadata()["edits"])
+            table = _TABLE.validate_json(file.metadata()["edits"])
             directions = file.get_tensor("edit_directions")
-        return [Edit(e["module"], Storage(**e["storage"]), directions[e["direction"]], e["strength"]) for e in table]
+        if directions.dim() != 2 or directions.dtype != torch.float32 or not directions.isfinite().all():
+            raise ValueError("its directions are no table of finite numbers")
+        return [Edit(entry.module, entry.storage, directions[entry.direction], entry.strength) for entry in table]
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing. It holds the directions; it was saved beside heretic.json.") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def check_edits(edits: Sequence[Edit], shapes: Mapping[str, Sequence[int]], path: Path) -> None:
+    """Raise `ExportError` if edits from a file do not fit a model, of whose parameters the shapes are given."""
+    for edit in edits:
+        size, storage = edit.direction.shape[0], edit.storage
+        for name in (edit.weight, edit.bias):
+            if name is not None and name not in shapes:
+                raise ExportError(f"{path} does not fit the model: it has no parameter {name}.")
+        if edit.weight is not None and not _fits(storage, shapes[edit.weight], size):
+            raise ExportError(f"{path} does not fit the model: {edit.weight} has the shape {tuple(shapes[edit.weight])}.")
+        if edit.bias is not None and shapes[edit.bias][-1:] != (size,):
+            raise ExportError(f"{path} does not fit the model: {edit.bias} has the shape {tuple(shapes[edit.bias])}.")

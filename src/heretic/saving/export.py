@@ -23,7 +23,6 @@ from xxhash import xxh3_128_hexdigest
 from ..editing.ablation import RowNormalization, edit_bias
 from ..editing.hooks import edit_stored
 from ..errors import ExportError
-from ..loading.source import expand
 from ..model import Model
 from ..utils import Progress
 from .adapter import save_adapter
@@ -33,7 +32,7 @@ from .hashed_file import copy_file, sha256
 from .original import Original, open_original
 from .placement import Piece
 from .record import Result, Strategy, record
-from .staging import check_target, clean_up, staged
+from .staging import RECORD, replace_file, staged, target_of
 from .stored import bytes_of, resharded, write_stored
 
 # How much of a file that is read again may stay in memory before it is opened anew.
@@ -51,19 +50,18 @@ def save(
     progress: Progress,
     check: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> Path:
-    """Write the model or adapter to a folder beside the target, and rename it when it is complete and checked.
+    """Write the model or adapter to a folder beside the target, and rename it when it is complete and has been read again.
 
-    `check` is given the written model's folder, and gives what the record is to say of it.
+    `check` is given the saved model's folder, and gives what the record is to say of it besides; the model stays whatever it finds.
     Raises `ExportError` where the target must not be replaced or cannot be written, and where an edited parameter is not found in
     the original's files; then nothing is left behind.
     """
-    clean_up(expand(directory))
-    target = check_target(directory, overwrite)
     settings = result.settings
+    target = target_of(settings, directory, overwrite)
     original = open_original(model.loaded.source, progress)
     edits = edits_of(model, result.ablation)
     assert model.hooks is not None
-    with file_errors(target), staged(target) as folder:
+    with file_errors(target.path), staged(target) as folder:
         if strategy == "merge":
             compare_with_loaded(original, edits, model)
         hashes, more = write_export(
@@ -76,13 +74,15 @@ def save(
             folder,
             progress,
         )
-        if strategy == "merge":
-            more |= check(folder)
         save_edits(edits, model.hooks.directions, folder / DIRECTIONS_FILE)
         write_card(model, result, strategy, folder, progress)
-        write_record({**record(model, result, strategy), **more}, folder, hashes)
+        content = {**record(model, result, strategy), **more}
+        files = write_record(content, folder, hashes)
         give_usual_permissions(folder)
-    return target
+    if strategy == "merge" and (found := check(target.path)):
+        with file_errors(target.path):
+            replace_file(target.path / RECORD, record_text({**content, **found, "files": files}))
+    return target.path
 
 
 def write_export(
@@ -110,10 +110,15 @@ def write_export(
 
 def write_record(content: dict[str, Any], folder: Path, hashes: dict[str, str]) -> dict[str, str]:
     """Write `heretic.json` with the SHA-256 of every other file, which are returned; `hashes` are those that are known."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "heretic.json")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     files = {name: hashes.get(name) or sha256(path) for path in paths for name in [path.relative_to(folder).as_posix()]}
-    (folder / "heretic.json").write_text(json.dumps({**content, "files": files}, indent=2) + "\n", encoding="utf-8")
+    (folder / RECORD).write_bytes(record_text({**content, "files": files}))
     return files
+
+
+def record_text(content: dict[str, Any]) -> bytes:
+    """The content of `heretic.json`."""
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 @contextlib.contextmanager

@@ -1,25 +1,26 @@
 """The original that an export is made from: its files, fetched or local, and which of them belong to the copy."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 from huggingface_hub.hf_api import RepoFile
 from torch import Tensor
 
 from ..errors import ExportError, ModelError
+from ..loading.files import files_of_index, leads_out, plain_names
 from ..loading.load import load_config, stored_dtype
 from ..loading.quantized import stored_method
 from ..loading.source import ModelSource
 from ..utils import Progress, first_line, some_of
 from .dequantize import dequantized
 from .placement import Piece, Placements, skeleton
-from .stored import StoredModel, open_stored
+from .stored import WEIGHT_FILES, StoredModel, open_stored
 
 # Files of weights in formats that are not read here: a copy would be of the original's weights, not of the edited ones.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite")
@@ -64,8 +65,9 @@ def open_original(source: ModelSource, progress: Progress) -> Original:
     try:
         config = load_config(source)
         model = skeleton(source, config)
-        folder = Path(source.path) if source.is_local else _fetch(source, progress)
-        stored = open_stored(folder, getattr(config, "transformers_weights", None), model.all_tied_weights_keys)
+        weights = getattr(config, "transformers_weights", None)
+        folder = Path(source.path) if source.is_local else _fetch(source, weights, progress)
+        stored = open_stored(folder, weights, model.all_tied_weights_keys)
         method = stored_method(config)
         if method is not None:
             stored = dequantized(stored, method, stored_dtype(config))
@@ -79,7 +81,17 @@ def open_original(source: ModelSource, progress: Progress) -> Original:
         progress.message(
             f"Not copied, since they hold the original's weights once more or are code that is not trusted: {some_of(left_out, 5)}"
         )
+    refuse_links(folder, [*files, *REPLACED])
     return Original(source, folder, config, stored, placements, tuple(files), method is not None)
+
+
+def refuse_links(folder: Path, names: Sequence[str]) -> None:
+    """Raise `ExportError` where files of a folder that would become a part of an export are links that lead out of it."""
+    if outside := [name for name in names if leads_out(folder / name, folder)]:
+        raise ExportError(
+            f"{folder} holds links to files elsewhere, which would be copied into what is saved: {some_of(outside, 5)}. Put the files "
+            "themselves in their place, or delete the links, then save again: the study is safe."
+        )
 
 
 def files_to_copy(sizes: Mapping[str, int], own: frozenset[str], with_code: bool) -> tuple[list[str], list[str]]:
@@ -106,12 +118,13 @@ def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _fetch(source: ModelSource, progress: Progress) -> Path:
+def _fetch(source: ModelSource, weights: str | None, progress: Progress) -> Path:
     """The folder of a hub model in the cache, after fetching what an export needs and loading did not."""
     cached = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
     if not isinstance(cached, str):
         raise ModelError("its configuration is not in the cache any more. Load the model again.")
     folder = Path(cached).parent
+    _fetch_weights(source, weights, folder, progress)
     try:
         tree = HfApi().list_repo_tree(source.path, recursive=True, revision=source.revision)
         sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
@@ -119,7 +132,7 @@ def _fetch(source: ModelSource, progress: Progress) -> Path:
         reason = first_line(error)
         progress.message(f"The hub does not tell which files {source.name} has, so those in the cache are taken: {reason}")
         return folder
-    own = open_stored(folder).files
+    own = open_stored(folder, weights).files
     missing = [name for name in files_to_copy(sizes, own, source.trust_remote_code)[0] if not (folder / name).is_file()]
     if missing:
         with progress.task(f"Fetching {len(missing)} more files of {source.name}: {some_of(missing, 5)}", len(missing)) as advance:
@@ -127,3 +140,23 @@ def _fetch(source: ModelSource, progress: Progress) -> Path:
                 hf_hub_download(source.path, name, revision=source.revision)
                 advance(1)
     return folder
+
+
+def _fetch_weights(source: ModelSource, weights: str | None, folder: Path, progress: Progress) -> None:
+    """Fetch a hub model's weights where they are not in the cache, since nothing has loaded the model here."""
+    names = WEIGHT_FILES if weights is None else plain_names([weights], f"The configuration of {source.name} (transformers_weights)")
+    for name in names:
+        try:
+            found = folder / name if (folder / name).is_file() else Path(_download(source, name, progress))
+        except EntryNotFoundError:
+            continue
+        if name.endswith(".index.json"):
+            for file in files_of_index(found, found.read_bytes()):
+                if not (folder / file).is_file():
+                    _download(source, file, progress)
+        return
+
+
+def _download(source: ModelSource, name: str, progress: Progress) -> str:
+    with progress.task(f"Fetching {name} of {source.name}"):
+        return hf_hub_download(source.path, name, revision=source.revision)

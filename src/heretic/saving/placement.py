@@ -18,7 +18,6 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -83,7 +82,7 @@ class Placements:
         converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix, state = self.model.base_model_prefix, self.model.state_dict()
         for name in sorted(self.tensors, key=dot_natural_key):
-            plain = apply_renamings(name, renamings)
+            plain, _ = rename_source_key(name, renamings, [])
             parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
             if parameter not in state and name in state:
                 parameter, pattern = rename_source_key(name, [], [], prefix, state)

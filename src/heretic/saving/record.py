@@ -79,7 +79,7 @@ def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
         },
         "hardware": hardware(),
         "prompts": {name: prompt_source(getattr(settings, name)) for name in sources},
-        "settings": public_settings(settings.model_dump(mode="json")),
+        "settings": public_settings(settings.stored()),
         "export_strategy": strategy,
         "response_prefix": result.response_prefix,
         "trial": {

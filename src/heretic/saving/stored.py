@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import ModelError
+from ..loading.files import files_of_index, plain_names
 from ..utils import first_line
 from .hashed_file import HashedFile
 
@@ -41,6 +43,8 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+# What transformers looks for in a model's folder, in this order.
+WEIGHT_FILES = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 Advance = Callable[[int], None]
@@ -119,7 +123,7 @@ def open_stored(folder: Path, weights: str | None = None, tied: Collection[str] 
     Pickled files may hold a tensor under several names; those in `tied`, which transformers fills in from others, are left out.
     Raises `ModelError` where there are none, where one is missing or damaged, and where pickled files hold more than tensors.
     """
-    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME] if weights is None else [weights]
+    names = WEIGHT_FILES if weights is None else plain_names([weights], "The model's configuration (transformers_weights)")
     found = next((name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise ModelError(f"The model's weights are not in its folder: none of {', '.join(names)} is there.")
@@ -127,8 +131,7 @@ def open_stored(folder: Path, weights: str | None = None, tied: Collection[str] 
         files, index = [found], None
     else:
         index = (folder / found).read_bytes()
-        weight_map = _weight_map(folder / found, index)
-        files = sorted(set(weight_map.values()))
+        files = files_of_index(folder / found, index)
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise ModelError(f"The model's file {missing[0]} is missing, which {found} names. Fetch the model again.")
     if found in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
@@ -137,14 +140,6 @@ def open_stored(folder: Path, weights: str | None = None, tied: Collection[str] 
     else:
         shards = [_safetensors_shard(folder / name, name) for name in files]
     return StoredModel(tuple(shards), frozenset([found, *files]), index)
-
-
-def _weight_map(path: Path, index: bytes) -> dict[str, str]:
-    try:
-        weight_map: dict[str, str] = json.loads(index)["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{path} is no index of a model's files: {error}. Fetch the file again.") from error
-    return weight_map
 
 
 def make_index(shards: Sequence[Shard]) -> bytes:
@@ -156,14 +151,17 @@ def make_index(shards: Sequence[Shard]) -> bytes:
 
 def _safetensors_shard(path: Path, name: str) -> Shard:
     header, start = read_header(path)
-    entries = json.loads(header)
+    try:
+        with safe_open(path, "pt"):  # the library checks that names, shapes and offsets fit each other and the file
+            pass
+        entries = json.loads(header)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} does not hold what its header says: it is damaged or was cut off. Fetch the file again.") from error
     entries.pop("__metadata__", None)
     tensors = [
         StoredTensor(key, e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0], (path, start + e["data_offsets"][0]))
         for key, e in sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
     ]
-    if path.stat().st_size != start + sum(tensor.n_bytes for tensor in tensors):
-        raise ModelError(f"{path} is not as long as its header says: it is damaged or was cut off. Fetch the file again.")
     return Shard(name, tuple(tensors), header)
 
 

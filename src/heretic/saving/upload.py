@@ -6,7 +6,6 @@ knows files by their SHA-256 (pieces of them, where it stores them with Xet). A 
 
 import contextlib
 import json
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from ..utils import Progress, format_size, some_of
 from .card import CARD
 from .export import save
 from .record import Result, Strategy
+from .staging import clean_up, workspace
 
 COMMIT_MESSAGE = "Upload the edited model"
 # Seconds before each further try. Every single request is tried six times within half a minute by the client itself.
@@ -93,16 +93,11 @@ def upload(
 
 @contextlib.contextmanager
 def upload_folder(settings: Settings) -> Iterator[Path]:
-    """The folder that an upload of this study is written to, gone when it is left.
-
-    Always the same one, beside the journal, where there is room for large files: what a killed run left there is replaced.
-    """
-    folder = journal_path(settings).with_suffix(".upload")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """A folder to upload from, gone when it is left; beside the journal, where there is room for large files."""
+    path = journal_path(settings).with_suffix(".upload")
+    clean_up(path)
+    with workspace(path) as place:
+        yield place / "model"
 
 
 def _outdated(destination: Destination, folder: Path, progress: Progress) -> list[str]:

@@ -49,8 +49,9 @@ class Classifier(Scorer):
         settings: ClassifierSettings = self.settings
         try:
             place = str(expand(settings.model))
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=settings.commit)
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(place, revision=settings.commit).eval()
+            arguments: dict[str, Any] = {"revision": settings.commit, "trust_remote_code": False}
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(place, **arguments).eval()
         except Exception as error:
             reason = first_line(error)
             raise EvaluationError(

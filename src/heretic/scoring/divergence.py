@@ -4,8 +4,11 @@ The answers are made once. An edited model is given prompt and answer in one pas
 token, so the first-token divergence comes with it.
 """
 
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,14 +17,16 @@ from torch import Tensor
 
 from ..device import free_memory
 from ..editing.ablation import Ablation
-from ..errors import TrialError
+from ..errors import EvaluationError, TrialError
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
+from ..utils import Progress, format_size
 
 # Rows of log-probabilities compared at once: bounds the memory at a few vocabularies.
 KL_SLICE = 64
-# The original's logits stay on the model's device while they take no more than this share of what is free there.
+# The original's logits stay on the model's device, or in main memory, while they take no more than this share of what is free there.
 DEVICE_SHARE = 0.1
+MEMORY_SHARE = 0.5
 
 
 def kl_divergence(original: Tensor, edited: Tensor) -> Tensor:
@@ -58,6 +63,14 @@ class Divergences:
         return sums
 
 
+def _on_disk(folder: Path, n_bytes: int) -> np.ndarray:
+    """Bytes in a file without a name, which is gone with them, or with the process. Raises `OSError` where the disk lacks the room."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # else a disk that is full kills the process when it writes
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        return np.memmap(file, dtype=np.uint8, mode="r+", shape=(n_bytes,))
+
+
 def statistics(values: np.ndarray) -> dict[str, float]:
     """Mean, median, 95th percentile and maximum: the mean hides a heavy tail."""
     return {
@@ -72,12 +85,16 @@ class OriginalAnswers:
     """The original model's answers to `prompts`, `n_tokens` of each, and its logits along them; both made when this is made.
 
     Logits are kept in the number format in which the model gives them, so nothing is lost, with the logarithm of each row's sum of
-    exponentials in float32. For 100 prompts, 16 tokens and a vocabulary of 128k that is 410 MB in bfloat16; where it is more than a
-    tenth of what is free on the model's device it lies in main memory. Raises `TrialError` where logits are not finite.
+    exponentials in float32. For 100 prompts, 16 tokens and a vocabulary of 128k that is 410 MB in bfloat16. Where it is more than a
+    tenth of what is free on the model's device it lies in main memory; where it is more than half of what is free there, in `folder`.
+    Raises `TrialError` where logits are not finite, and `EvaluationError` where there is no room for them at all.
     """
 
-    def __init__(self, model: Model, prompts: Sequence[Prompt], n_tokens: int, description: str | None = None) -> None:
+    def __init__(
+        self, model: Model, prompts: Sequence[Prompt], n_tokens: int, description: str | None = None, folder: Path = Path()
+    ) -> None:
         self.prompts = list(prompts)
+        self.folder = folder
         self.n_tokens = n_tokens
         # One token needs no answer: its position is the prompt's last.
         self.answers: list[list[int]] = [[] for _ in prompts] if n_tokens == 1 else self._answer(model, description)
@@ -95,16 +112,37 @@ class OriginalAnswers:
 
     def record(self, model: Model, description: str | None = None) -> None:
         """Take the original's logits along its answers."""
-        parts: dict[int, Tensor] = {}
+        self._logits = self._normalizers = torch.empty(0)
         for rows, logits in model.logits_along(self.prompts, self.answers, [], description):
+            if not torch.isfinite(logits).all():
+                raise TrialError(NOT_FINITE)
+            if not len(self._logits):
+                self._logits = self._room_for(logits, model.progress)
+                self._normalizers = torch.empty(len(self._logits), device=logits.device)
             for row, own in zip(rows, logits.split([self.n_positions[row.prompt] for row in rows]), strict=True):
-                parts[row.prompt] = own
-        logits = torch.cat([parts[i] for i in range(len(self.prompts))])
-        self._normalizers = torch.cat([torch.logsumexp(part.float(), dim=-1) for part in logits.split(KL_SLICE)])
-        if not torch.isfinite(logits).all():
-            raise TrialError(NOT_FINITE)
-        n_bytes = logits.numel() * logits.element_size()
-        self._logits = logits if n_bytes <= DEVICE_SHARE * free_memory(logits.device) else logits.cpu()
+                place = slice(self._starts[row.prompt], self._starts[row.prompt + 1])
+                self._logits[place] = own.to(self._logits.device)
+                self._normalizers[place] = torch.cat([torch.logsumexp(part.float(), dim=-1) for part in own.split(KL_SLICE)])
+
+    def _room_for(self, logits: Tensor, progress: Progress) -> Tensor:
+        """An empty `(position, vocabulary)` for all logits like these, where there is room: on their device, in memory, on the disk."""
+        n, width = int(self._starts[-1]), logits.shape[-1]
+        n_bytes = n * width * logits.element_size()
+        if n_bytes <= DEVICE_SHARE * free_memory(logits.device):
+            return torch.empty(n, width, dtype=logits.dtype, device=logits.device)
+        if n_bytes <= MEMORY_SHARE * free_memory(torch.device("cpu")):
+            return torch.empty(n, width, dtype=logits.dtype)
+        size = format_size(n_bytes)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = _on_disk(self.folder, n_bytes)
+        except OSError as error:
+            raise EvaluationError(
+                f"The original's logits, with which trials are compared, take {size}. There is no room for them in memory, nor in "
+                f"{self.folder}: {error.strerror}. Give fewer good_evaluation_prompts, or lower kl_tokens."
+            ) from error
+        progress.message(f"The original's logits take {size}, too much for memory. They are in a temporary file in {self.folder}.")
+        return torch.from_numpy(content).view(logits.dtype).view(n, width)
 
     def _logprobs(self, index: Tensor) -> Tensor:
         """Log-probabilities `(len(index), vocabulary)` in float32 at some of all positions."""
@@ -115,11 +153,11 @@ class OriginalAnswers:
         """Log-probabilities `(prompt, vocabulary)` of the first tokens, float32."""
         return self._logprobs(torch.from_numpy(self._starts[:-1]))
 
-    def divergences(self, model: Model, ablations: Sequence[Ablation]) -> list[Divergences]:
+    def divergences(self, model: Model, ablations: Sequence[Ablation], description: str | None = None) -> list[Divergences]:
         """Of each ablation (none: the model as it is), all of them in one pass; NaN at the first token marks logits that are not finite."""
         n_trials, n_prompts = max(1, len(ablations)), len(self.prompts)
         values = np.full((n_trials, n_prompts, max(self.n_positions)), np.nan)
-        for rows, logits in model.logits_along(self.prompts, self.answers, ablations):
+        for rows, logits in model.logits_along(self.prompts, self.answers, ablations, description):
             index = np.concatenate([np.arange(self._starts[row.prompt], self._starts[row.prompt + 1]) for row in rows])
             parts = zip(torch.from_numpy(index).split(KL_SLICE), logits.split(KL_SLICE), strict=True)
             divergences = [self._slice(positions, part) for positions, part in parts]

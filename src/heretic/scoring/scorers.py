@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,20 +147,26 @@ def load_scorers(settings: RunSettings) -> dict[str, Scorer]:
         try:
             own = scorer_class.Settings.model_validate(specification.settings)
         except ValidationError as error:
-            raise UsageError("\n".join(_describe(name, scorer_class, problem) for problem in error.errors())) from error
+            lines = [_describe(name, scorer_class, problem, not specification.is_custom) for problem in error.errors()]
+            raise UsageError("\n".join(lines)) from (None if specification.is_custom else error)  # which would show a key's value
         scorers[name] = scorer_class(own, settings)
     return scorers
 
 
 def fingerprints(settings: RunSettings) -> dict[str, str]:
-    """By which a study knows its scorers again: hashes of the files of those that are not built in, and what they say themselves.
+    """By which a study knows its scorers again: hashes of the files of those that are not built in and of their own settings, which may
+    be secret and are not stored, and what they say themselves.
 
     Raises `UsageError` as `load_scorers` does.
     """
     found = {}
     for name, scorer in load_scorers(settings).items():
-        source = inspect.getsourcefile(type(scorer)) if settings.all_scorers[name].use not in (None, *BUILT_IN) else None
-        file_hash = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+        specification = settings.all_scorers[name]
+        source = inspect.getsourcefile(type(scorer)) if specification.is_custom else None
+        content = Path(source).read_bytes() if source else b""
+        if specification.is_custom and specification.settings:
+            content += json.dumps(specification.settings, sort_keys=True, default=str).encode()
+        file_hash = hashlib.sha256(content).hexdigest() if content else ""
         if text := f"{file_hash} {scorer.fingerprint()}".strip():
             found[f"the scorer {name}"] = text
     return found
@@ -204,11 +211,12 @@ def _import_file(place: str) -> Any:
     return module
 
 
-def _describe(name: str, scorer_class: type[Scorer], problem: Any) -> str:
+def _describe(name: str, scorer_class: type[Scorer], problem: Any, shows_value: bool) -> str:
     location = ".".join(map(str, problem["loc"]))
     setting = f"scorers.{name}.settings" + (f".{location}" if location else "")
     if problem["type"] == "extra_forbidden":
         return f"Unknown setting {setting}{did_you_mean(str(problem['loc'][-1]), list(scorer_class.Settings.model_fields))}."
     if problem["type"] == "missing":
         return f"Setting {setting} is missing; this scorer needs it."
-    return f"Setting {setting}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}."
+    value = f", got {problem['input']!r}" if shows_value else ""
+    return f"Setting {setting}: {problem['msg'].removeprefix('Value error, ')}{value}."

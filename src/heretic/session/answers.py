@@ -15,7 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 from ..config import Settings
 from ..errors import UsageError
 from ..privacy import shown_location
-from ..saving.staging import check_target
+from ..saving.staging import target_of
+from ..trust import Ask, doors
+from ..utils import can_ask
 
 Trial = TypeVar("Trial")
 
@@ -37,6 +39,17 @@ _NEEDED = {
 }
 
 
+def who_asks() -> Ask | None:
+    """Asks a question of yes or no at the terminal; None without one."""
+    return _confirm if can_ask() else None
+
+
+def _confirm(question: str) -> bool:
+    import questionary
+
+    return bool(questionary.confirm(question, default=False).ask())
+
+
 def check_answers(settings: Settings, somebody_is_there: bool) -> None:
     """Raise `UsageError` for answers given by halves where nobody can give the rest, and for a target that cannot be used.
 
@@ -44,7 +57,7 @@ def check_answers(settings: Settings, somebody_is_there: bool) -> None:
     """
     action = settings.model_action
     if action == "save" and settings.save_directory is not None:
-        check_target(settings.save_directory, settings.overwrite)
+        target_of(settings, settings.save_directory, settings.overwrite)
     if action == "upload" and settings.upload_repo_id is not None:
         _check_repo_id(settings.upload_repo_id)
     if somebody_is_there:
@@ -88,6 +101,7 @@ def command_lines(settings: Settings) -> list[str]:
         base += ["--study-checkpoint-dir", settings.study_checkpoint_dir]
     if settings.study_storage is not None:
         base += ["--study-storage", shown_location(settings.study_storage), "--study-name", settings.study_name]
+    base += dict.fromkeys(door.flag for door in doors(settings) if door.path != ("benchmark_path",))
     save_one = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
     return [shlex.join([*base, *save_one]), shlex.join([*base, "--n-additional-trials", "50"])]
 

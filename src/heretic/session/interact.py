@@ -19,13 +19,14 @@ from ..privacy import without_token
 from ..reporting.tables import finalists_table, trial_rows
 from ..saving.export import save
 from ..saving.record import Result, Strategy, measurements
-from ..saving.staging import check_target
+from ..saving.staging import target_of
 from ..saving.upload import upload
 from ..saving.verify import divergence_check
 from ..scoring.score_tables import moved_rows, score_rows
 from ..study.finalists import known_finalists
 from ..study.front import ablation_of
 from ..study.search import Search
+from ..utils import screen_text
 from .answers import trial_at
 
 COMPARED_PROMPTS = 5
@@ -152,9 +153,9 @@ class Workbench:
             directory = questionary.path("Folder to save to:", only_directories=True).ask()
             if not directory:
                 return
-            check_target(directory, overwrite=True)  # a file is no folder, whatever the answer
+            target_of(self.settings, directory, overwrite=True)  # a file is no folder, whatever the answer
             try:
-                check_target(directory, overwrite)
+                target_of(self.settings, directory, overwrite)
             except HereticError:
                 overwrite = questionary.confirm(f"{directory} is not empty. Replace it?", default=False).ask() or False
                 if not overwrite:
@@ -241,7 +242,7 @@ _STRATEGIES = [("The whole model, edited exactly (merge)", "merge"), ("A small P
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(screen_text(text))
     sys.stdout.flush()
 
 

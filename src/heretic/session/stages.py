@@ -6,6 +6,7 @@ Heavy modules are imported where they are first needed, so that what is wrong wi
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,6 +171,7 @@ def search_shown(
     """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so."""
     from ..reporting.study_view import StudyView
 
+    tell_failures(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
     with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
@@ -188,6 +190,15 @@ def search_shown(
                 lambda trial: view.show(trial, search.trials, search.n_done),
             )
             return should_stop()
+
+
+def tell_failures(search: "Search", console: "Console", settings: "Settings") -> None:
+    """Have a search tell of batches that crash and, if that is wanted, where a bug happened that failed a trial."""
+    from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
+
+    search.on_crash = partial(tell_failure, console, ONE_BY_ONE, debug=settings.debug)
+    if settings.debug:
+        search.on_bug = lambda number, error: console.message(f"Trial {number}:\n{traceback_of(error)}")
 
 
 @contextmanager
@@ -220,6 +231,8 @@ def rescore_finalists(
     settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: "Prompts", n_together: int
 ) -> None:
     """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
+    from ..device import empty_cache
+    from ..study.failures import tell_failure
     from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
 
     assert checkpoint.study is not None
@@ -230,8 +243,9 @@ def rescore_finalists(
         found = score_finalists(checkpoint.study, settings, evaluator, prompts.final_good, prompts.final_bad, n_together, console)
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
-    except HereticError as error:
-        console.warning(f"The finalists are not scored again: {error}")
+    except Exception as error:
+        tell_failure(console, "The finalists are not scored again", error, settings.debug)
+        empty_cache()
     else:
         checkpoint.note(**{ATTRIBUTE: found})
 
@@ -241,9 +255,11 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
     What goes wrong is told, and the run goes on: the study is what counts.
     """
-    from ..errors import ReportError, TrialError
+    from ..device import empty_cache
+    from ..errors import CheckpointError, ReportError
     from ..reporting.report import facts_of, report_path, write_report
     from ..study.checkpoint import journal_path
+    from ..study.failures import tell_failure
 
     if not settings.report:
         return None
@@ -253,14 +269,23 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
     try:
         if evaluator is not None:
             _take_samples(checkpoint, evaluator)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        tell_failure(console, "The report has no new responses", error, settings.debug)
+        empty_cache()
+    try:
         facts = facts_of(checkpoint.study)
         write_report(facts, path)
         if settings.report_plots:
             from ..reporting.report_plots import write_plots
 
             write_plots(facts, path)
-    except (ReportError, TrialError) as error:
+    except ReportError as error:
         console.warning(str(error))
+        return None
+    except Exception as error:
+        tell_failure(console, "There is no report", error, settings.debug)
         return None
     return path
 

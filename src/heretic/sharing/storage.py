@@ -28,6 +28,8 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBSt
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from ..errors import CheckpointError, UsageError
@@ -79,7 +81,8 @@ def open_storage(url: str, timeout: float, progress: Progress | None = None) -> 
             f"--study-storage {location} needs a driver that is not installed. Install the extra: pip install 'heretic-llm[distributed]'"
         ) from error
     except Exception as error:  # each driver has its own
-        raise CheckpointError(f"The storage {location} cannot be opened: {_reason(error)}") from error
+        reason = _reason(error).replace(url, location)
+        raise CheckpointError(f"The storage {location} cannot be opened: {reason}") from error
     return SharedStorage(backend, location, timeout, progress)
 
 
@@ -92,10 +95,8 @@ def _open_file(path: Path) -> JournalStorage:
 def _open_url(url: str) -> BaseStorage:
     scheme, _, rest = url.partition("://")
     if scheme == "grpc":
-        address = urlsplit(url)
-        if address.hostname is None or address.port is None:
-            raise UsageError(f"--study-storage {url}: a gRPC proxy is written as grpc://host:port.")
-        proxy = GrpcStorageProxy(host=address.hostname, port=address.port)
+        host, port = _grpc_address(url)
+        proxy = GrpcStorageProxy(host=host, port=port)
         proxy.wait_server_ready(timeout=30)
         return proxy
     dialect = scheme.partition("+")[0]
@@ -107,7 +108,33 @@ def _open_url(url: str) -> BaseStorage:
     if dialect.startswith("postgres"):  # so that a line that went dead is noticed
         connect |= {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
     full = url if "+" in scheme else f"{_DRIVERS[dialect]}://{rest}"
+    _check_database_url(full)
     return _CachedStorage(RDBStorage(full, engine_kwargs={"pool_pre_ping": True, "connect_args": connect}))
+
+
+def _grpc_address(url: str) -> tuple[str, int]:
+    try:
+        address = urlsplit(url)
+        host, port = address.hostname, address.port
+    except ValueError:  # whose text may hold a part of a password
+        host = port = None
+    if not host or not port:
+        raise UsageError(f"--study-storage {shown_location(url)}: a gRPC proxy is written as grpc://host:port.")
+    return host, port
+
+
+def _check_database_url(url: str) -> None:
+    """Raise `UsageError` for what is no address of a database; the parser's own errors may show a part of a password."""
+    try:
+        parsed = make_url(url)
+        is_valid = "@" not in f"{parsed.host or ''}{parsed.database or ''}"
+    except (ArgumentError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise UsageError(
+            f"--study-storage {shown_location(url)} is no address of a database. In its user name and password write %40 for @, %2F for / "
+            "and %3A for a colon."
+        )
 
 
 def artifact_store(url: str, storage: "SharedStorage") -> Any:

@@ -19,9 +19,12 @@ from ..loading.source import ModelSource, model_source
 from ..privacy import shown_location
 from ..prompts import load_all
 from ..reporting.tables import space_text
+from ..session.answers import who_asks
+from ..session.stages import scorer_identity
 from ..settings_sources import ENV_PREFIX, Parser
-from ..study.checkpoint import OF_ONE_RUN, SHARED, SPACE, kept_space
+from ..study.checkpoint import NEVER_STORED, OF_ONE_RUN, SHARED, SPACE, kept_space
 from ..study.space import SearchSpace
+from ..trust import require_consent
 from .preparation import Preparation, differences, facts_of, keep, kept
 from .shared_study import open_study, storage_of
 from .storage import artifact_store
@@ -36,7 +39,18 @@ if TYPE_CHECKING:
 # How often something that another worker has to do first is looked for.
 POLL_SECONDS = 0.5
 # What a worker says for itself; everything else comes from the study.
-OWN = ("model", "device_map", "max_memory", "batch_size", "max_batch_size", "trials_per_batch", "trust_remote_code", "debug")
+OWN = (
+    "model",
+    "device_map",
+    "max_memory",
+    "batch_size",
+    "max_batch_size",
+    "trials_per_batch",
+    "trust_remote_code",
+    "trust_scorers",
+    "scorers",
+    "debug",
+)
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-batch-size", metavar="N", help="largest batch that the automatic choice uses")
     parser.add_argument("--trials-per-batch", metavar="N", help="trials that share one forward pass")
     parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run Python code that comes with the model")
+    parser.add_argument("--trust-scorers", action="store_true", default=None, help="run scorers that the study names, without asking")
+    parser.add_argument("--scorers", type=_json_or_text, metavar="JSON", help="custom scorers, whose own settings a study does not store")
     parser.add_argument("--debug", action="store_true", default=None, help="show tracebacks and the libraries' messages")
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -223,24 +239,35 @@ def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: ar
     """The study's settings, with what this worker says for itself."""
     stored = study.user_attrs["settings"]
     # Whether to run a model's own code is decided on each machine; whoever can write to the storage must not decide it for others.
-    here = {"trust_remote_code": False, "device_map": "auto", "max_memory": None, "workers": options.workers, "study_storage": url, **own}
+    here = {"device_map": "auto", "max_memory": None, "workers": options.workers, "study_storage": url, **own}
     # The number of the trials is what it was made to be there; what is not of this version is left to validation to name.
-    kept_values = {name: value for name, value in stored.items() if name not in (*OF_ONE_RUN, *here)}
+    kept_values = {name: value for name, value in stored.items() if name not in (*OF_ONE_RUN, *NEVER_STORED, *here)}
     if "model" in own:
         kept_values.pop("demo", None)
+    if isinstance(own.get("scorers"), dict):
+        here["scorers"] = {**stored.get("scorers", {}), **own["scorers"]}
     try:
-        return Settings.model_validate({**kept_values, **here})
+        settings = Settings.model_validate({**kept_values, **here})
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise UsageError(f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}.") from error
+    require_consent(f"The study {study.study_name!r}", settings, own, who_asks())
+    identity = study.user_attrs["identity"]
+    changed = [name for name, value in scorer_identity(settings).items() if identity.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            f"This worker's trials could not be compared with the study's: {changed[0]} has another file here, or other settings, which a "
+            "study does not store. Give them with --scorers."
+        )
+    return settings
 
 
 def _run_supervised() -> int:
     """Be a worker of `workers.supervise`: what to do comes in one line on standard input, whose end means that the parent is gone."""
     order = json.loads(_read_line(0))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    from ..session.stages import stop_on_interrupt
+    from ..session.stages import stop_on_interrupt, tell_failures
 
     prepare_libraries(order["settings"]["debug"])
     import torch
@@ -256,6 +283,7 @@ def _run_supervised() -> int:
     study = open_study(order["url"], order["name"], settings.worker_timeout, console)
     joined = join(settings, console, study, artifact_store(order["url"], storage_of(study)), order["prepares"])
     evaluator = joined.evaluator
+    tell_failures(joined.search, console, settings)
     with stop_on_interrupt(lambda: None) as should_stop:
         joined.search.run(
             settings.n_trials,

@@ -61,7 +61,8 @@ class Worker:
         self.lines.clear()
         threads = {name: str(self.placement.threads) for name in _THREADS} if not self.placement.devices else {}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "heretic", "worker", "--supervised"],
+            # -P: modules are not looked for in the working directory, where anything may lie.
+            [sys.executable, "-P", "-m", "heretic", "worker", "--supervised"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -251,7 +252,8 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
             "threads": placement.threads,
             "prepares": prepares and number == 1,
         }
-        workers.append(Worker(number, placement, order, console, is_preparing if number == 1 else lambda: False))
+        tells_all = (lambda: True) if settings.debug else is_preparing if number == 1 else (lambda: False)
+        workers.append(Worker(number, placement, order, console, tells_all))
 
     def target() -> int:
         result: int = study.user_attrs.get("target", settings.n_trials)

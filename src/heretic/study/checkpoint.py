@@ -5,7 +5,7 @@ import errno
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
 
-from ..config import PromptSpecification, Settings
+from ..config import PromptSpecification, ScorerSpecification, Settings
 from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
 from ..settings_sources import as_written
+from ..trust import Ask, require_consent
+from .attributes import damage_of
 from .space import SearchSpace
 
 STUDY_NAME = "heretic"
@@ -29,6 +31,12 @@ STUDY_NAME = "heretic"
 SHARED = "shared"
 # The study's attribute that holds its search space.
 SPACE = "search_space"
+# The study's attributes that say what it is.
+DESCRIBED = {"settings", "given", "identity"}
+# What Optuna raises where a journal holds something else than what it writes; it has no error of its own for this.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError)
+# How the names of scorers begin in a study's identity.
+SCORER = "the scorer "
 
 # Settings that define a study: trials scored under different ones cannot be compared.
 DEFINING = (
@@ -89,6 +97,16 @@ OF_ONE_RUN = (
     "study_name",
 )
 
+# Settings that let code run or choose a place to write to. A journal may be somebody else's, so it does not say them.
+NEVER_STORED = ("trust_remote_code", "trust_scorers", "study_checkpoint_dir")
+
+
+def taken_over(attributes: Mapping[str, Any], leave: Collection[str] = ()) -> dict[str, Any]:
+    """The stored settings of a study that a later run takes over, as plain data."""
+    left = {*OF_ONE_RUN, *NEVER_STORED, *leave}
+    kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in left]
+    return {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
+
 
 class JournalLock:
     """Optuna's lock interface over the operating system's file locks, which a killed process cannot leave behind."""
@@ -132,7 +150,7 @@ def create_study(storage: BaseStorage, name: str, settings: Settings, identity: 
     """A new study in a storage, described by its settings."""
     directions = [StudyDirection[direction.upper()] for _, direction in settings.objectives]
     study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-    study.set_user_attr("settings", settings.model_dump(mode="json"))
+    study.set_user_attr("settings", settings.stored())
     study.set_user_attr("given", sorted(settings.model_fields_set))
     study.set_user_attr("identity", identity)
     study.set_user_attr("objectives", settings.objectives)
@@ -206,18 +224,19 @@ class Checkpoint:
         return self.study is not None and bool(self.study.user_attrs.get(SHARED))
 
     def _cut_torn_line(self) -> None:
-        content = self.path.read_bytes()
-        kept = content[: content.rfind(b"\n") + 1]
-        last = kept[:-1].rpartition(b"\n")[2]
-        if last:
-            try:
-                json.loads(last)
-            except ValueError:
-                kept = kept[: len(kept) - len(last) - 1]
-        if kept != content and _damage(kept) is None:
-            self.lost_bytes = len(content) - len(kept)
-            with self.path.open("r+b") as file:
-                file.truncate(len(kept))
+        """Cut off what a killed writer left of a line. Under the lock of writers: who is just writing is waited for."""
+        with get_lock_file(JournalLock(self.path)):
+            content = self.path.read_bytes()
+            kept = content[: content.rfind(b"\n") + 1]
+            last = kept[:-1].rpartition(b"\n")[2]
+            if last:
+                try:
+                    json.loads(last)
+                except (ValueError, RecursionError):
+                    kept = kept[: len(kept) - len(last) - 1]
+            if kept != content and _damage(kept) is None:
+                self.lost_bytes = len(content) - len(kept)
+                os.truncate(self.path, len(kept))
 
     def _load(self) -> optuna.Study | None:
         """The study in the journal, where there is one; reading leaves the file as it is."""
@@ -225,11 +244,13 @@ class Checkpoint:
             return optuna.load_study(study_name=STUDY_NAME, storage=self._storage())
         except KeyError:
             return None
+        except _UNREADABLE as error:
+            raise self._damaged(str(error).rstrip(".")) from error
 
     def _storage(self) -> JournalStorage:
         try:
             return JournalStorage(JournalFile(str(self.path), lock_obj=JournalLock(self.path)))
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:  # Optuna has no error of its own for this
+        except _UNREADABLE as error:
             raise self._damaged(_damage(self.path.read_bytes()) or str(error).rstrip(".")) from error
 
     def _damaged(self, damage: str) -> CheckpointError:
@@ -242,7 +263,8 @@ class Checkpoint:
         """Begin a study, described by its settings. A journal that is there is kept beside it, unless no trial of ours was finished."""
         with journal_errors(self.path):
             if self.path.exists():
-                is_ours = self.study is not None and "identity" in self.study.user_attrs
+                # Without a trial it is one whose making was cut off, whoever's it is.
+                is_ours = self.study is not None and ("identity" in self.study.user_attrs or not self.study.get_trials(deepcopy=False))
                 if self.path.stat().st_size == 0 or (is_ours and not self.exists):
                     self.path.unlink()
                 else:
@@ -250,15 +272,17 @@ class Checkpoint:
             self.study = create_study(self._storage(), STUDY_NAME, settings, identity)
         return self.study
 
-    def restored(self, settings: Settings) -> Settings:
+    def restored(self, settings: Settings, ask: Ask | None = None) -> Settings:
         """The stored settings, with those that are given now on top.
 
-        Raises `CheckpointError` naming what must not differ, and `UsageError` where the two do not go together.
+        Raises `CheckpointError` naming what must not differ, and `UsageError` where the two do not go together or the study names code
+        that the user does not agree to run.
         """
         attributes = self._attributes()
-        self._check_trials()
-        kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in OF_ONE_RUN]
-        stored = {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
+        assert self.study is not None
+        if damage := damage_of(self.study):
+            raise self._damaged(damage)
+        stored = taken_over(attributes)
         given = settings.model_dump(mode="json", include=settings.model_fields_set) | {"study_storage": settings.study_storage}
         try:
             before = Settings.model_validate(stored)
@@ -271,28 +295,17 @@ class Checkpoint:
             result = Settings.model_validate({**stored, **given})
         except ValidationError as error:
             raise UsageError(f"The settings given do not go with those stored in {self.path}: {_reason(error)}.") from error
-        differences = [
-            f"{name} was {_shown(getattr(before, name))} and is now {_shown(getattr(result, name))}"
-            for name in DEFINING
-            if _meaning(getattr(before, name)) != _meaning(getattr(result, name))
-        ]
-        self._refuse(differences)
+        values = {name: (_meaning(getattr(before, name)), _meaning(getattr(result, name))) for name in DEFINING}
+        self._refuse([f"{name} was {_shown(then)} and is now {_shown(now)}" for name, (then, now) in values.items() if then != now])
+        require_consent(f"The study {self.path}", result, given, ask)
         return result
-
-    def _check_trials(self) -> None:
-        """Raise `CheckpointError` where a complete trial lacks what every complete trial has."""
-        assert self.study is not None
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            names = ["refusals", "kl_divergence", "direction_index", "parameters"]
-            names += [name for name, _ in self.study.user_attrs.get("objectives", ()) if name not in trial.user_attrs.get("scores", {})]
-            missing = [name for name in names if name not in trial.user_attrs]
-            if missing:
-                raise self._damaged(f"trial {trial.number} has no {missing[0]}")
 
     def check_identity(self, identity: dict[str, str]) -> None:
         """Raise `CheckpointError` where the model's files or the prompts are no longer those of the study."""
         stored = self._attributes()["identity"]
-        self._refuse([f"the contents of {name} have changed" for name in identity if stored.get(name) != identity[name]])
+        changed = [name for name in identity if stored.get(name) != identity[name]]
+        hint = " (or its settings, which are not stored: give them again)"
+        self._refuse([f"the contents of {name} have changed{hint if name.startswith(SCORER) else ''}" for name in changed])
 
     @property
     def n_done(self) -> int:
@@ -338,7 +351,7 @@ class Checkpoint:
 
     def _attributes(self) -> dict[str, Any]:
         attributes = {} if self.study is None else self.study.user_attrs
-        if not {"settings", "given", "identity"} <= attributes.keys():
+        if not attributes.keys() >= DESCRIBED:
             raise CheckpointError(
                 f"The study {self.path} was not made by this program. Begin anew with --checkpoint-action restart (the file is kept)."
             )
@@ -353,22 +366,28 @@ class Checkpoint:
 
 
 def read_study(path: Path) -> tuple[optuna.Study, Settings]:
-    """The study in a journal and the settings it was made with, for reading. Raises `CheckpointError` where it is not one of ours."""
+    """The study in a journal and the settings it was made with, but its scorers. Raises `CheckpointError` where it is not one of ours."""
     try:
-        damage = _damage(path.read_bytes())
+        content = path.read_bytes()
+        damage = _damage(content[: content.rfind(b"\n") + 1])  # a line that is just being written, or was cut off, is left out
     except OSError as error:
         raise CheckpointError(f"The study {path} cannot be read: {error.strerror}.") from error
     if damage is not None:
         raise CheckpointError(f"The study {path} is damaged: {damage}.")
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path))))
-        stored = study.user_attrs["settings"]
-        given = {name: stored[name] for name in study.user_attrs["given"] if name in Settings.model_fields and name not in OF_ONE_RUN}
-        return study, Settings.model_validate(given)
+        storage = JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path)))
+        study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+        if not study.user_attrs.keys() >= DESCRIBED:
+            raise CheckpointError(f"The study {path} was not made by this program.")
+        if damage := damage_of(study):
+            raise CheckpointError(f"The study {path} is damaged: {damage}.")
+        return study, Settings.model_validate(taken_over(study.user_attrs, leave=["scorers"]))
     except KeyError as error:
         raise CheckpointError(f"The study {path} was not made by this program.") from error
     except ValidationError as error:
         raise CheckpointError(f"The settings stored in {path} are not ones of this version: {_reason(error)}.") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"The study {path} is damaged: {error}.") from error
 
 
 def _damage(content: bytes) -> str | None:
@@ -376,7 +395,7 @@ def _damage(content: bytes) -> str | None:
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             is_record = "op_code" in json.loads(line)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             is_record = False
         if not is_record:
             return f"line {number} is no record"
@@ -396,8 +415,12 @@ def _reason(error: ValidationError) -> str:
 
 
 def _meaning(value: Any) -> Any:
-    """What of a setting the scores depend on."""
-    return value.what_is_read if isinstance(value, PromptSpecification) else value
+    """What of a setting the scores depend on, and may be shown: what custom scorers are told is a part of the study's identity."""
+    if isinstance(value, PromptSpecification):
+        return value.what_is_read
+    if isinstance(value, dict) and any(isinstance(part, ScorerSpecification) and part.is_custom for part in value.values()):
+        return {name: part.model_copy(update={"settings": {}}) if part.is_custom else part for name, part in value.items()}
+    return value
 
 
 def _shown(value: Any) -> str:

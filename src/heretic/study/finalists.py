@@ -5,7 +5,9 @@ other prompts (`final_bad_prompts`, `final_good_prompts`) and longer answers (`f
 kept in the study's user attribute `finalists`, since Optuna's finished trials take no more attributes.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import optuna
@@ -16,7 +18,9 @@ from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..scoring.figures import intervals
 from ..utils import Progress
+from .failures import ONE_BY_ONE, reason, tell_failure
 from .front import ablation_of, front_of
+from .search import score_batch
 
 ATTRIBUTE = "finalists"
 
@@ -69,10 +73,14 @@ def score_finalists(
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
     baseline = "Baseline of the finalists"
     evaluator = Evaluator(final_settings(settings), search.model, good_prompts, bad_prompts, progress, True, baseline, search)
+    tell_crash = partial(tell_failure, progress, ONE_BY_ONE, debug=settings.debug)
     with progress.task("Scoring the finalists again", len(missing)) as advance:
         for batch in (missing[start : start + trials_per_batch] for start in range(0, len(missing), trials_per_batch)):
-            for trial, score in zip(batch, evaluator.score_trials([ablation_of(trial) for trial in batch]), strict=True):
-                trials[str(trial.number)] = {"failure": str(score)} if isinstance(score, Exception) else score.described()
+            scores = score_batch(evaluator.score_trials, [ablation_of(trial) for trial in batch], lambda kl: math.inf, tell_crash)
+            for trial, score in zip(batch, scores, strict=True):
+                if isinstance(score, Exception):
+                    tell_failure(progress, f"Trial {trial.number} is not scored again", score, settings.debug)
+                trials[str(trial.number)] = {"failure": reason(score)} if isinstance(score, Exception) else score.described()
             advance(len(batch))
     return {
         "conditions": conditions(settings),

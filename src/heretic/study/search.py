@@ -11,10 +11,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..config import SamplerName
 from ..editing.ablation import Ablation
+from ..errors import HereticError
 from ..evaluator import Score
 from ..parameters import FirstTrial
 from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
+from .failures import is_bug, reason
 from .front import ablation_of, front_of, refusal_limit
 from .samplers import make_sampler
 from .space import SearchSpace, fixed_parameters, suggest
@@ -27,13 +29,16 @@ ScoreTrials = Callable[[list[Ablation], Limit], Scores]
 ObjectiveValues = Callable[[Score], Sequence[float]]
 
 
-def score_batch(score_trials: ScoreTrials, ablations: list[Ablation], limit: Limit) -> Scores:
+def score_batch(
+    score_trials: ScoreTrials, ablations: list[Ablation], limit: Limit, on_crash: Callable[[Exception], None] = lambda error: None
+) -> Scores:
     """Scores of a batch. If scoring it crashes, each trial is scored alone, so that only those that crash again fail."""
     try:
         return score_trials(ablations, limit)
     except Exception as error:
         if len(ablations) == 1:
             return [error]
+        on_crash(error)
     return [score_batch(score_trials, [ablation], limit)[0] for ablation in ablations]
 
 
@@ -61,6 +66,9 @@ class Search:
         self.n_startup_trials = n_startup_trials
         self.sampler = sampler
         self.first_trials = [fixed_parameters(point, space) for point in first_trials]
+        # Given why trials that were to be scored together are scored one by one, and what bug failed a trial.
+        self.on_crash: Callable[[Exception], None] = lambda error: None
+        self.on_bug: Callable[[int, Exception], None] = lambda number, error: None
         self._cut_off = self._find_cut_off_trials()
 
     def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
@@ -115,15 +123,23 @@ class Search:
         return ablation
 
     def _tell(self, trial: Trial, result: Score | Exception, seconds: float, objectives: ObjectiveValues) -> None:
+        if isinstance(result, Score):
+            try:
+                values = objectives(result)
+            except Exception as error:  # recorded like one in scoring: left unfinished, the trial would fail every resumed run anew
+                result = error
+        if isinstance(result, Exception) and is_bug(result):
+            self.on_bug(trial.number, result)
         with journal_errors(self.path):
             trial.set_user_attr("seconds", round(seconds, 3))
             if isinstance(result, Exception):
-                trial.set_user_attr("failure", f"{type(result).__name__}: {result}")
+                foreseen = isinstance(result, HereticError)
+                trial.set_user_attr("failure", f"{type(result).__name__}: {result}" if foreseen else reason(result))
                 self.study.tell(trial, state=TrialState.FAIL)
             else:
                 for name, value in result.attributes().items():
                     trial.set_user_attr(name, value)
-                self.study.tell(trial, objectives(result))
+                self.study.tell(trial, values)
 
     def run(
         self,
@@ -187,4 +203,4 @@ class Search:
         return seconds
 
     def _score(self, asked: Sequence[tuple[Trial, Ablation]], score_trials: ScoreTrials, limit: Limit) -> Scores:
-        return score_batch(score_trials, [ablation for _, ablation in asked], limit)
+        return score_batch(score_trials, [ablation for _, ablation in asked], limit, self.on_crash)

@@ -1,0 +1,139 @@
+"""What a journal must hold to be one of ours: types and bounds of what is read from it, since anybody may have written it."""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from ..settings_sources import as_written
+from .space import SearchSpace
+
+# Bounds beyond any study: without them a table of any size could be asked for.
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Layer = Annotated[int, Field(ge=0, le=100_000)]
+
+
+class _Stored(BaseModel):
+    """Other attributes may stand beside the known ones: those of later versions, or of Optuna's own tools."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class _Figures(_Stored):
+    scores: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float] | None] = {}
+    response_classes: dict[str, Count] = {}
+    kl_statistics: dict[str, float] = {}
+
+
+class _Kernel(_Stored):
+    """`ablation.ComponentParameters`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_weight: FiniteFloat
+    max_weight_position: FiniteFloat
+    min_weight: FiniteFloat
+    min_weight_distance: FiniteFloat
+
+
+class _Trial(_Figures):
+    """A complete trial."""
+
+    refusals: Count
+    kl_divergence: FiniteFloat
+    direction_index: FiniteFloat | None
+    parameters: dict[str, _Kernel]
+    bounded: bool = False
+    seconds: FiniteFloat = 0.0
+    sequence_kl_divergence: float | None = None
+
+
+class _Finalist(_Figures):
+    failure: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.failure is None and "degenerate" not in self.response_classes:
+            raise ValueError("it has neither classes of responses nor a failure")
+        return self
+
+
+class _Conditions(_Stored):
+    max_response_length: Count
+
+
+class _Finalists(_Stored):
+    conditions: _Conditions
+    n_bad_prompts: Count
+    n_good_prompts: Count
+    base: _Finalist
+    trials: dict[str, _Finalist]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, trial in self.trials.items():
+            if trial.failure is None and not self.base.scores.keys() <= trial.scores.keys():
+                raise ValueError(f"trial {name} lacks a score of the original")
+        return self
+
+
+class _Samples(_Stored):
+    prompts: list[str]
+    original: list[str]
+    trials: dict[str, list[str]]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if any(len(texts) != len(self.prompts) for texts in (self.original, *self.trials.values())):
+            raise ValueError("there is not one response for each prompt")
+        return self
+
+
+class _Study(_Stored):
+    settings: dict[str, Any]
+    given: list[str]
+    identity: dict[str, str]
+    objectives: list[tuple[str, Literal["minimize", "maximize"]]] = []
+    target: Count = 0
+    trials_per_batch: Annotated[int, Field(ge=1, le=100_000)] = 1
+    base_refusals: Count | None = None
+    n_bad_prompts: Count | None = None
+    last_layer: Layer | None = None
+    search_space: SearchSpace | None = None
+    finalists: _Finalists | None = None
+    samples: _Samples | None = None
+
+
+def damage_of(study: optuna.Study) -> str | None:
+    """The first thing in a study that is not as this program writes it, in words; None if it is sound."""
+    if damage := _problem(_Study, study.user_attrs):
+        return f"its {damage}"
+    objectives = study.user_attrs.get("objectives", [])
+    if objectives and len(objectives) != len(study.directions):
+        return f"its objectives are {len(objectives)}, not {len(study.directions)}"
+    for trial in study.get_trials(deepcopy=False):
+        damage = _problem(_Trial, trial.user_attrs) if trial.state == TrialState.COMPLETE else _failure(trial)
+        scores = trial.user_attrs.get("scores", {}) if damage is None and trial.state == TrialState.COMPLETE else None
+        if scores is not None:
+            lacking = [name for name, _ in objectives if name not in scores and not isinstance(trial.user_attrs.get(name), (int, float))]
+            damage = f"no {lacking[0]}" if lacking else None
+        if damage is not None:
+            return f"trial {trial.number} has {damage}"
+    return None
+
+
+def _failure(trial: FrozenTrial) -> str | None:
+    return None if isinstance(trial.user_attrs.get("failure", ""), str) else "failure: Input should be a valid string"
+
+
+def _problem(model: type[_Stored], attributes: dict[str, Any]) -> str | None:
+    try:
+        model.model_validate_json(json.dumps(attributes))  # as JSON: there a list may be a pair, and nothing else is converted
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = as_written(problem["loc"])
+        return f"no {where}" if problem["type"] == "missing" else f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+    return None
