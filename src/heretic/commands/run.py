@@ -224,7 +224,6 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
     from ..study.finalists import missing_finalists
     from ..study.front import front_of
 
-    assert checkpoint.study is not None
     front = front_of(checkpoint.study)
     if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
         return False
@@ -243,7 +242,7 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
 def _open_search(settings: "Settings", checkpoint: "Checkpoint", space: "SearchSpace") -> "Search":
     from ..study.search import Search
 
-    assert checkpoint.study is not None and settings.seed is not None
+    assert settings.seed is not None
     return Search(
         checkpoint.study,
         checkpoint.path,

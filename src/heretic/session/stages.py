@@ -235,7 +235,6 @@ def rescore_finalists(
     from ..study.failures import tell_failure
     from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
 
-    assert checkpoint.study is not None
     if not missing_finalists(checkpoint.study, settings):
         return
     try:
@@ -263,7 +262,6 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
     if not settings.report:
         return None
-    assert checkpoint.study is not None
     # A study in a database has no file for the report to lie beside.
     path = report_path(checkpoint.path if isinstance(checkpoint.path, Path) else journal_path(settings))
     try:
@@ -294,7 +292,6 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     from ..reporting.samples import sample_prompts, take_samples
     from ..study.front import front_of
 
-    assert checkpoint.study is not None
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
@@ -317,7 +314,6 @@ def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoi
     from ..study.front import front_of
     from .answers import command_lines
 
-    assert checkpoint.study is not None
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")
