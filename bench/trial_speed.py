@@ -46,6 +46,7 @@ from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
 from heretic.scoring.divergence import kl_divergence
+from heretic.scoring.responses import counts_against
 from heretic.utils import SilentProgress
 
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -169,7 +170,8 @@ class Workload:
     bad: list[list[int]]
     length: int
     end_tokens: frozenset[int]
-    verdict: Callable[[list[int]], bool]
+    # Whether a response to a prompt, by its place, counts against an edit.
+    verdict: Callable[[int, list[int]], bool]
     # (b): scores of several ablations at once, as (refusals, divergence, whether it was stopped), with a limit of refusals by divergence.
     ours: Ours
     # Turns savings of (b) on and off.
@@ -213,9 +215,11 @@ def real_workload(settings: Settings) -> Workload:
     def ours(ablations: Sequence[Ablation], limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
         return told(evaluator.score_trials(ablations, limit))
 
-    def verdict(tokens: list[int]) -> bool:
+    def verdict(prompt: int, tokens: list[int]) -> bool:
         text = model.tokenizer.decode(tokens, skip_special_tokens=True)
-        return evaluator.rule.classify(text, is_cut_off=not model.decoder.end_tokens & set(tokens)) != "compliance"
+        assert evaluator.original_kinds is not None
+        kind = evaluator.rule.judge(text, is_cut_off=not model.decoder.end_tokens & set(tokens)).kind
+        return counts_against(kind, evaluator.original_kinds[prompt])
 
     def use(savings: Savings) -> None:
         if isinstance(model.decoder, generation.Decoder):
@@ -223,7 +227,7 @@ def real_workload(settings: Settings) -> Workload:
             with model.recording_prefix_cache():
                 evaluator.answers.record(model)
                 rows = model.rows_of(evaluator.bad_prompts, 1)
-                for _ in model.responses_of_trials(rows, settings.max_response_length, [], evaluator.rule.has_marker):
+                for _ in model.responses_of_trials(rows, settings.max_response_length, [], evaluator.rule.is_decided):
                     pass
 
     return Workload(
@@ -295,7 +299,7 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
                 decoder.prefix_cache.recording = False
 
     use(Savings())
-    return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda tokens: False, ours, use)
+    return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda prompt, tokens: False, ours, use)
 
 
 def rows_of(prompts: Sequence[list[int]]) -> list[Row]:
@@ -391,9 +395,10 @@ class Reference:
                 for output in self._generate(self.work.bad, self.batch_size, max_new_tokens=self.work.length):
                     prompts = self.work.bad[start : start + self.batch_size]
                     width = max(map(len, prompts))
+                    answers = enumerate(output.sequences[:, width:].tolist(), start)
                     start += self.batch_size
                     clock.tokens += output.sequences.shape[0] * output.sequences.shape[1]
-                    refusals += sum(self.work.verdict(ids) for ids in output.sequences[:, width:].tolist())
+                    refusals += sum(self.work.verdict(i, ids) for i, ids in answers)
         return refusals, divergence
 
 

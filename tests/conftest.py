@@ -31,6 +31,7 @@ n_startup_trials = 2
 seed = 1
 max_response_length = 4
 response_prefix = ""
+refusal_rule = "markers"
 refusal_markers = ["a"]
 dtypes = ["float32"]
 good_prompts.dataset = "good.txt"

@@ -56,7 +56,10 @@ def test_trial_speed_compares_like_with_like(
     monkeypatch.setattr(module, "SAVINGS", {name: module.SAVINGS[name] for name in ("none", "all")})
     kl_tokens: list[int] = []
     workload = module.real_workload
-    monkeypatch.setattr(module, "real_workload", lambda settings: kl_tokens.append(settings.kl_tokens) or workload(settings))
+    rule = {"refusal_rule": "markers", "refusal_markers": ["a"]}  # what the model of random weights says holds no phrase
+    monkeypatch.setattr(
+        module, "real_workload", lambda settings: kl_tokens.append(settings.kl_tokens) or workload(settings.model_copy(update=rule))
+    )
     module.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert kl_tokens == [1]

@@ -159,9 +159,23 @@ def test_how_it_was_measured(tmp_path: Path) -> None:
     assert "- System prompt: ``You `help`.``\n" in text
     assert "- Responses: greedy, at most 12 tokens\n" in text
     assert "- Response prefix, after which evaluation begins: ` yes  `\n" in text
-    assert "3 markers, or where it is empty, loops, is mostly symbols or breaks off by itself\n" in text
+    assert (
+        f"- A response is a refusal if the learned rule of heretic {__version__} says so, or if, in lower case, without asterisks, with "
+        "plain apostrophes and single spaces, it holds one of 3 markers\n"
+    ) in text
     assert "- `sorry`\n- ``i ca`n't``\n- `no|way`\n" in text
     assert "- Number format of the search: float32\n" in text
+
+
+def test_which_rule_judged(tmp_path: Path) -> None:
+    model = load(original_with(tmp_path / "m", None))
+    learned = model_card(model, result_for(settings(tmp_path / "m")), "merge")
+    assert f"- A response is a refusal if the learned rule of heretic {__version__} says so\n" in learned
+    assert "Refusals are told by a linear model over phrases, which for most responses reads only the beginning." in learned
+    assert "The markers" not in learned
+    markers = model_card(model, result_for(settings(tmp_path / "m", refusal_rule="markers")), "merge")
+    assert "with plain apostrophes and single spaces, it holds one of 26 markers\n" in markers
+    assert "Refusals are told by keywords." in markers and "- `sorry`\n" in markers
 
 
 def test_the_demonstrations_prompts(tmp_path: Path) -> None:

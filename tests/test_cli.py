@@ -272,7 +272,7 @@ def test_a_model_that_refuses_nothing(heretic: Heretic, workplace: Path) -> None
     assert (outcome.code, outcome.err) == (
         1,
         "Error: The model refuses none of the 5 harmful evaluation prompts, so there is nothing to remove. Perhaps it was never "
-        "trained to refuse, or it refuses in words that no marker matches: look at its answers with --print-responses, and set "
+        "trained to refuse, or it refuses in words that the rule does not know: look at its answers with --print-responses, and set "
         "refusal_markers, system_prompt or bad_evaluation_prompts accordingly.\n",
     )
 

@@ -1,6 +1,7 @@
 """Scores against hand-counted refusals, SciPy, and models whose weights were edited by hand."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,18 @@ ANSWERED = [
 
 @pytest.mark.parametrize("response", REFUSED)
 def test_refusals(response: str) -> None:
-    assert RefusalRule(REFUSAL_MARKERS).classify(response) != "compliance"
+    assert RefusalRule(REFUSAL_MARKERS).classify(response, is_cut_off=True) != "compliance"
 
 
 @pytest.mark.parametrize("response", ANSWERED)
 def test_answers(response: str) -> None:
-    rule = RefusalRule(REFUSAL_MARKERS)
-    assert not rule.has_marker(response) and rule.classify(response) != "refusal"
+    assert RefusalRule(REFUSAL_MARKERS).classify(response, is_cut_off=True) != "refusal"
 
 
 def test_markers_in_any_case() -> None:
     rule = RefusalRule(["As An AI", "no\u2019"])
-    assert rule.has_marker("as AN ai")
-    assert not rule.has_marker("")
+    assert rule.is_decided("as AN ai")
+    assert not rule.is_decided("")
 
 
 def test_normalized_text() -> None:
@@ -75,7 +75,7 @@ def test_what_has_occurred_stays() -> None:
     for end in range(len(response) + 1):
         assert whole.startswith(normalize(response[:end]).rstrip(" "))
     rule = RefusalRule(["i'm sorry"])
-    verdicts = [rule.has_marker(response[:end]) for end in range(len(response) + 1)]
+    verdicts = [rule.is_decided(response[:end]) for end in range(len(response) + 1)]
     assert verdicts == sorted(verdicts)
     assert True in verdicts
 
@@ -155,7 +155,7 @@ def test_thoughts_are_closed(prefix: str, closed: str) -> None:
 
 GOOD = [Prompt("", text) for text in ("how do i bake bread ?", "hello", "fix my bike and the mat", "the cat", "a dog sat on my mat .")]
 BAD = [Prompt("you are a cat", text) for text in ("hello", "my bike", "yes yes yes", "how do you bake ?", "sorry", "the dog and i", "no")]
-MARKERS = ["dog", "cat"]
+MARKERS = ["mat", "do", "cat"]
 PARAMETERS = {"attn.o_proj": ComponentParameters(1.0, 1.0, 0.4, 1.0), "mlp.down_proj": ComponentParameters(0.5, 0.0, 1.3, 1.0)}
 ABLATIONS = [Ablation(None, PARAMETERS), Ablation(0.3, PARAMETERS), Ablation(1.0, {"mlp.down_proj": PARAMETERS["mlp.down_proj"]})]
 
@@ -169,7 +169,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluator(folder: Path, progress: Any = None, **changes: Any) -> Evaluator:
-    chosen = {"refusal_markers": MARKERS, **changes}
+    chosen = {"refusal_rule": "markers", "refusal_markers": MARKERS, **changes}
     model = load(folder, **chosen)
     model.use_directions(unit_directions(3, 32), "full")
     return Evaluator(settings(folder, **chosen), model, GOOD, BAD, progress)
@@ -178,9 +178,16 @@ def evaluator(folder: Path, progress: Any = None, **changes: Any) -> Evaluator:
 def by_hand(made: Evaluator, ablation: Ablation | None) -> tuple[int, float]:
     """Refusals and KL divergence from whole responses and log-probabilities; the model itself is tested elsewhere."""
     responses = made.model.responses(BAD, 12, ablation)
-    refusals = sum(not r.strip() or any(marker in r for marker in MARKERS) for r in responses)
+    before = made.model.responses(BAD, 12)
     original, edited = (made.model.first_token_logprobs(GOOD, a).double().exp().numpy() for a in (None, ablation))
-    return refusals, float(entropy(original, edited, axis=1).mean())
+    return failures(responses, before), float(entropy(original, edited, axis=1).mean())
+
+
+def failures(responses: Sequence[str], before: Sequence[str]) -> int:
+    """Refusals, and empty responses where the original's are not empty."""
+    return sum(
+        any(marker in r for marker in MARKERS) or (not r.strip() and bool(b.strip())) for r, b in zip(responses, before, strict=True)
+    )
 
 
 def test_scores(folder: Path) -> None:
@@ -248,7 +255,7 @@ def test_a_model_that_refuses_nothing(tmp_path: Path) -> None:
         evaluator(save(tmp_path, model), refusal_markers=["zebra"])
     assert str(caught.value) == (
         "The model refuses none of the 7 harmful evaluation prompts, so there is nothing to remove. Perhaps it was never trained to "
-        "refuse, or it refuses in words that no marker matches: look at its answers with --print-responses, and set refusal_markers, "
+        "refuse, or it refuses in words that the rule does not know: look at its answers with --print-responses, and set refusal_markers, "
         "system_prompt or bad_evaluation_prompts accordingly."
     )
 
@@ -281,19 +288,20 @@ def test_printed_responses(folder: Path) -> None:
     edited = made.model.responses(BAD, 12, ABLATIONS[0])
     score = made.score(ABLATIONS[0])
     assert sorted(recorder.messages) == sorted(text(prompt, response) for prompt, response in zip(BAD, edited, strict=True))
-    assert score.refusals == sum("\nAnswered: " not in message for message in recorder.messages)
+    assert score.refusals == failures(edited, whole)
 
 
 def test_another_model_scored_against_the_original(folder: Path, tmp_path: Path) -> None:
     """What `evaluate_model` does: the baseline stays, the model is another."""
     made = evaluator(folder)
     base, base_logprobs = made.base_refusals, made.answers.first_token_logprobs()
+    before = made.model.responses(BAD, 12)
     made.detach()
     other = load(save(tmp_path, build("llama", seed=6)))
     made.model = other
     score = made.score(None)
     responses = other.responses(BAD, 12)
-    assert score.refusals == sum(not r.strip() or any(marker in r for marker in MARKERS) for r in responses)
+    assert score.refusals == failures(responses, before)
     expected = entropy(base_logprobs.double().exp().numpy(), other.first_token_logprobs(GOOD).double().exp().numpy(), axis=1).mean()
     assert score.kl_divergence == pytest.approx(expected, rel=1e-4)
     assert made.base_refusals == base

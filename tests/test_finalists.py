@@ -19,7 +19,17 @@ from heretic.evaluator import Evaluator
 from heretic.prompts import Prompt
 from heretic.scoring.divergence import OriginalAnswers
 from heretic.scoring.responses import RefusalRule
-from heretic.scoring.score_tables import finalist_rows, format_figure, format_interval, refusals_text, score_rows
+from heretic.scoring.score_tables import (
+    EARLY,
+    Baseline,
+    degenerate,
+    finalist_rows,
+    format_figure,
+    format_interval,
+    refused,
+    score_rows,
+    verdicts_text,
+)
 from heretic.study.front import front_of
 
 Heretic = Callable[..., Outcome]
@@ -233,8 +243,9 @@ def test_the_card_has_them(heretic: Heretic, workplace: Path) -> None:
     chosen = front_of(study())[0]
     again, base = known()["trials"][str(chosen.number)], known()["base"]
     card = Path("out/README.md").read_text()
-    degenerate = chosen.user_attrs["response_classes"]["degenerate"]
-    assert f"| of these refusals: empty, looping or broken off |  | {degenerate} |\n" in card
+    before = study().user_attrs["base_response_classes"]["degenerate"]
+    after = chosen.user_attrs["response_classes"]["degenerate"]
+    assert f"| degenerate responses to them (empty, looping, broken off) | {before} | {after} |\n" in card
     sequence = chosen.user_attrs["sequence_kl_divergence"]
     assert f"| KL divergence along the original's answers, 16 tokens (nats) | 0 | {sequence:.4f} |\n" in card
     before, after = base["scores"]["harmless_refusals"], again["scores"]["harmless_refusals"]
@@ -253,10 +264,28 @@ def test_texts_of_figures() -> None:
     assert format_interval(7.0, (3.0, 12.5)) == "7 (3 to 12.5)"
     assert format_interval(0.01, (0.0, 0.02)) == "0.0100 (0.0000 to 0.0200)"
     assert format_interval(0.25, None) == "0.2500"
-    assert refusals_text(trial(), 100) == "9/100"
-    classes = {"refusal": 7, "compliance": 91, "degenerate": 2}
-    assert refusals_text(trial(response_classes=classes, bounded=True), 100) == "about 9/100 (2 degenerate)"
-    assert refusals_text(trial(), 0) == "9"
+
+
+def attributes(**more: Any) -> dict[str, Any]:
+    return dict(trial(**more).user_attrs)
+
+
+def test_verdicts_beside_the_originals() -> None:
+    original = Baseline(100, 30, {"refusal": 30, "compliance": 65, "degenerate": 5})
+    classes = {"refusal": 9, "compliance": 86, "degenerate": 5}
+    assert verdicts_text(attributes(response_classes=classes), original) == "9 of 100 refused (original 30), 5 degenerate (original 5)"
+    classes = {"refusal": 7, "compliance": 90, "degenerate": 3}
+    told = attributes(response_classes=classes)  # 9 count: 7 refused, and 2 degenerate where the original's are not
+    assert verdicts_text(told, original) == "7 of 100 refused (original 30), 3 degenerate (original 5; 2 new)"
+    assert (refused(told), degenerate(told)) == ("7", "3 (2 new)")
+    assert verdicts_text(attributes(response_classes=classes, bounded=True), original) == "about 9 of 100 refused (original 30)"
+    whole = {"refusal": 9, "compliance": 91, "degenerate": 0}
+    assert verdicts_text(attributes(response_classes=whole), original) == "9 of 100 refused (original 30), 0 degenerate (original 5)"
+    assert verdicts_text(attributes(response_classes=whole), Baseline(100, 30)) == "9 of 100 refused (original 30)"
+    assert verdicts_text(attributes(), Baseline()) == "9 refused"
+    assert original.described() == "refuses 30 of 100, 5 degenerate"
+    assert Baseline(None, 30).described() == "refuses 30" and Baseline().described() == ""
+    assert Baseline.of(original.attributes()) == original
 
 
 def entry(refusals: float, degenerate: int = 0) -> dict[str, Any]:
@@ -264,19 +293,27 @@ def entry(refusals: float, degenerate: int = 0) -> dict[str, Any]:
         "scores": {"refusals": refusals, "harmless_refusals": 0.0},
         "intervals": {"refusals": [1.0, 12.0]},
         "response_classes": {"refusal": 8, "compliance": 90, "degenerate": degenerate},
+        "early_response_classes": {"refusal": 7, "compliance": 93, "degenerate": 0},
         "kl_statistics": {"median": 0.1, "p95": 0.2, "max": 0.3},
     }
+
+
+def without_early(described: dict[str, Any]) -> dict[str, Any]:
+    """As an earlier version stored it."""
+    return {name: value for name, value in described.items() if name != "early_response_classes"}
 
 
 def test_tables_of_finalists_and_of_one_trial() -> None:
     number = trial().number
     stored = {"base": entry(100), "trials": {str(number): entry(10, 2)}}
     headers, rows = finalist_rows([trial()], stored)
-    assert headers == ["Trial", "Refusals", "Harmless refusals", "Degenerate"]
-    assert rows == [["original", "100 (1 to 12)", "0", "0"], [str(number), "10 (1 to 12)", "0", "2"]]
+    assert headers == ["Trial", "Refusals", "Harmless refusals", "Degenerate", EARLY]
+    assert rows == [["original", "100 (1 to 12)", "0", "0", "7 and 0"], [str(number), "10 (1 to 12)", "0", "2", "7 and 0"]]
+    older = {"base": without_early(entry(100)), "trials": {str(number): without_early(entry(10, 2))}}
+    assert finalist_rows([trial()], older) == (headers[:-1], [row[:-1] for row in rows])
     assert finalist_rows([trial()], {}) == ([], [])
     failed = {"base": entry(100), "trials": {str(number): {"failure": "not finite"}}}
-    assert finalist_rows([trial()], failed)[1][1] == [str(number), "not finite", "", ""]
+    assert finalist_rows([trial()], failed)[1][1] == [str(number), "not finite", "", "", ""]
 
     attributes = {"scores": {"refusals": 9, "kl_divergence": 0.5, "mine": 2.5}, "kl_statistics": {"median": 0.4, "p95": 1.5, "max": 2.0}}
     headers, rows = score_rows(trial(**attributes), {"refusals": 100.0, "kl_divergence": 0.0, "mine": 1.5}, stored)
@@ -288,6 +325,11 @@ def test_tables_of_finalists_and_of_one_trial() -> None:
         ["Harmless refusals", "0", "", "0"],
     ]
     assert rows[4] == ["KL divergence, median", "0.1000", "0.4000", "0.1000"]
-    assert rows[-1] == ["Responses: degenerate (empty, looping, broken off)", "0", "", "2"]
+    assert rows[-4] == ["Responses: degenerate (empty, looping, broken off)", "0", "", "2"]
+    assert rows[-3:] == [
+        ["By their beginnings: refusal", "7", "", "7"],
+        ["By their beginnings: compliance", "93", "", "93"],
+        ["By their beginnings: degenerate (empty, looping, broken off)", "0", "", "0"],
+    ]
     # A trial of an earlier version has its two figures and nothing else.
     assert score_rows(trial(), {}, {})[1] == [["Refusals", "", "9", ""], ["KL divergence", "", "0.5000", ""]]

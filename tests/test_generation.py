@@ -168,7 +168,7 @@ def test_state_space_models_are_left_to_generate() -> None:
     assert not supports(model)
 
 
-def test_text_watch_looks_at_the_tail_and_confirms_on_the_whole() -> None:
+def test_text_watch_asks_after_each_token_and_confirms_on_the_whole() -> None:
     tokenizer = tiny.tokenizer()
     asked: list[str] = []
 
@@ -176,11 +176,12 @@ def test_text_watch_looks_at_the_tail_and_confirms_on_the_whole() -> None:
         asked.append(text)
         return "sorry yes" in text
 
-    watch = TextWatch(tokenizer, is_decided, overlap=12)
+    watch = TextWatch(tokenizer, is_decided)
     row = Row(0, [])
     for token in tokenizer.encode("the cat sat on the mat sorry yes no", add_special_tokens=False):
         row.generated.append(token)
         if watch(row):
             break
     assert tokenizer.decode(row.generated) == "the cat sat on the mat sorry yes"
-    assert max(map(len, asked[:-1])) <= 12
+    assert len(asked) == len(row.generated) + 1 and asked[-1] == "the cat sat on the mat sorry yes"
+    assert [text.split() for text in asked[:-1]] == [asked[-1].split()[:n] for n in range(1, len(row.generated) + 1)]

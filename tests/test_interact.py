@@ -100,7 +100,7 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     terminal = Terminal()
     live = terminal.see("Which trial?")
     assert "Best so far" in live and "Trials" in live, "the live view was shown"
-    terminal.answer("#  Trial  Refusals  KL divergence  Sequence KL  Direction", "\r")
+    terminal.answer("#  Trial  Refused  KL divergence  Sequence KL  Direction", "\r")
 
     # Responses before and after, side by side.
     terminal.act(COMPARE)

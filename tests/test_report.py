@@ -273,6 +273,12 @@ def test_every_finished_run_leaves_a_report(workplace: Path, heretic: Callable[.
 
     prompts = [Prompt("You are a helpful assistant.", text) for text in samples["prompts"]]
     assert samples["original"] == [text.strip() for text in model.responses(prompts, 4)]
+    # What each response is: the rule of this run knows but the marker "a".
+    for name, texts in {"original": samples["original"], **samples["trials"]}.items():
+        assert samples["verdicts"][name] == [
+            "Refused" if "a" in text else "Answered" if any(c.isalnum() for c in text) else "Degenerate" for text in texts
+        ]
+    assert f"Original: {samples['verdicts']['original'][0]}</span>" in report.read_text()
     good, bad = (mean_residual(model.residuals([Prompt("You are a helpful assistant.", t) for t in texts])) for texts in (GOOD, BAD))
     model.use_directions(refusal_directions(good, bad), "none")
     front = pareto_front(study.trials)

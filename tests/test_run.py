@@ -80,7 +80,20 @@ def test_a_run_on_a_folder_and_text_files(
     prompts = [
         word for name in ("good", "bad") for kind in ("", "-evaluation") for word in (f"--{name}{kind}-prompts.dataset", f"{name}.txt")
     ]
-    study = ["--n-trials", 4, "--n-startup-trials", 3, "--seed", 1, "--max-response-length", 10, "--refusal-markers", json.dumps(MARKERS)]
+    study = [
+        "--n-trials",
+        4,
+        "--n-startup-trials",
+        3,
+        "--seed",
+        1,
+        "--max-response-length",
+        10,
+        "--refusal-rule",
+        "markers",
+        "--refusal-markers",
+        json.dumps(MARKERS),
+    ]
     outcome = heretic("model", *prompts, *study, "--row-normalization", mode, *SAVE)
     assert (outcome.code, outcome.err) == (0, "")
 

@@ -78,11 +78,11 @@ class Demo:
                 weight.data = (matrix @ weight.double() if writer.component != "embed" else weight.double() @ matrix.T).to(weight.dtype)
             logprobs = self._logprobs(model, edited)
             divergence = float((np.exp(original) * (original - logprobs)).sum(axis=1).mean())
-            length = self.settings.max_response_length
-            responses = [self._generate(model, edited, row, length) for row in model.rows_of(self.bad, 1)]
-            texts = [model.tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-            kinds = [rule.classify(text, is_cut_off=len(r) >= length) for text, r in zip(texts, responses, strict=True)]
-            scores.append((sum(kind != "compliance" for kind in kinds), divergence))
+            responses = [self._generate(model, edited, row, self.settings.max_response_length) for row in model.rows_of(self.bad, 1)]
+            texts = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
+            kinds = [rule.judge(text, is_cut_off=len(tokens) == 40).kind for text, tokens in zip(texts, responses, strict=True)]
+            assert "degenerate" not in kinds
+            scores.append((kinds.count("refusal"), divergence))
         return scores
 
     def _logprobs(self, model: Model, network: Any) -> np.ndarray[Any, Any]:
@@ -129,3 +129,22 @@ def test_scores_are_those_of_generate_on_edited_weights(savings: Savings, demo: 
     decoder = evaluator.model.decoder
     assert isinstance(decoder, Decoder)
     assert (decoder.prefix_cache is not None) == savings.prefix_cache
+
+
+def test_answers_leave_earlier_by_the_learned_rule(demo: Demo) -> None:
+    """Although the demonstration's are short. Both rules say the same of them."""
+    tokens: dict[str, list[int]] = {}
+    kinds: dict[str, list[str]] = {}
+    for name in ("markers", "learned"):
+        settings = demo.settings.model_copy(update={"refusal_rule": name})
+        model = Model(demo.loaded, settings, savings=EACH[-1])
+        model.use_directions(demo.directions, "none")
+        rule = Evaluator(settings, model, demo.good, demo.bad).rule
+        rows = sorted(model.responses_of_trials(model.rows_of(demo.bad, 1), 40, TRIALS[:1], rule.is_decided), key=lambda row: row.prompt)
+        tokens[name] = [len(row.generated) for row in rows]
+        kinds[name] = [rule.judge(model.text_of(row), len(row.generated) == 40).kind for row in rows]
+    assert kinds["learned"] == kinds["markers"] and "compliance" in kinds["learned"]
+    answers = [i for i, kind in enumerate(kinds["learned"]) if kind == "compliance"]
+    learned, markers = (sum(tokens[name][i] for i in answers) for name in ("learned", "markers"))
+    assert learned < 0.95 * markers
+    assert all(tokens["learned"][i] <= tokens["markers"][i] for i in answers)

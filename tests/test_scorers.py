@@ -112,7 +112,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluator(folder: Path, all_scorers: bool = False, **changes: Any) -> Evaluator:
-    chosen = {"refusal_markers": MARKERS, **changes}
+    chosen = {"refusal_rule": "markers", "refusal_markers": MARKERS, **changes}
     model = load(folder, **chosen)
     model.use_directions(unit_directions(3, 32), "full")
     return Evaluator(settings(folder, **chosen), model, GOOD_PROMPTS, BAD_PROMPTS, all_scorers=all_scorers)
@@ -132,7 +132,9 @@ def test_classes_and_statistics_of_a_trial(folder: Path) -> None:
         assert isinstance(score, Score)
         kinds = [rule.classify(text, True) for text in made.model.responses(BAD_PROMPTS, 12, ablation)]
         assert score.response_classes == {kind: kinds.count(kind) for kind in ("refusal", "compliance", "degenerate")}
-        assert score.refusals == len(BAD) - score.response_classes["compliance"]
+        before = [rule.classify(text, True) for text in made.model.responses(BAD_PROMPTS, 12)]
+        new = sum(kind == "degenerate" != other for kind, other in zip(kinds, before, strict=True))
+        assert score.refusals == score.response_classes["refusal"] + new
         (divergences,) = made.answers.divergences(made.model, [ablation])
         first = divergences.first_token
         expected = [first.mean(), np.median(first), np.percentile(first, 95), first.max()]
@@ -162,7 +164,7 @@ def test_usually_harmless_prompts_are_not_answered(folder: Path) -> None:
     assert counted.attributes()["harmless_refusals"] == counted.scores["harmless_refusals"]
 
 
-def test_degenerate_responses_count_against_a_trial(tmp_path: Path) -> None:
+def test_degenerate_responses_count_where_the_originals_are_whole(tmp_path: Path) -> None:
     """A model that sees nothing but the last token says the same few words over and over, and complies with nothing."""
     model = build("llama", seed=5)
     with torch.no_grad():
@@ -174,7 +176,23 @@ def test_degenerate_responses_count_against_a_trial(tmp_path: Path) -> None:
     assert set(kinds) <= {"degenerate", "refusal"} and "degenerate" in kinds
     score = made.score(ABLATIONS[1])
     assert score.response_classes == {"refusal": kinds.count("refusal"), "compliance": 0, "degenerate": kinds.count("degenerate")}
-    assert score.refusals == len(BAD)
+    assert score.refusals == len(BAD), "the original refuses"
+    # The same beside an original that looped as well: what it did by itself is neither a refusal nor damage.
+    before = [response.kind for response in made._batch([ABLATIONS[0]]).harmful()[0]]
+    assert "degenerate" in before
+    made.original_kinds = before
+    expected = sum(kind == "refusal" or other != "degenerate" for kind, other in zip(kinds, before, strict=True))
+    assert made.score(ABLATIONS[1]).refusals == expected < len(BAD)
+
+
+def test_an_original_that_loops_refuses_nothing_by_that(tmp_path: Path) -> None:
+    model = build("llama", seed=5)
+    with torch.no_grad():
+        model.lm_head.weight[2] = 0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    with pytest.raises(EvaluationError, match=r"^The model refuses none of the 5 harmful evaluation prompts"):
+        evaluator(save(tmp_path / "m", model), max_response_length=200, refusal_markers=["zebra"])
 
 
 # Objectives
@@ -373,7 +391,7 @@ def test_tables_that_are_wrong(scorers: str, text: str, heretic: Heretic, workpl
 
 def make_classifier(folder: Path, labels: list[str]) -> Path:
     """A classifier of random weights over the words of the tests."""
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     config = LlamaConfig(**tiny.SIZES, num_labels=len(labels), id2label=dict(enumerate(labels)))
     model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
@@ -395,10 +413,11 @@ def test_a_classifier_as_judge(with_prompt: bool, folder: Path, tmp_path: Path) 
 
     def by_hand(ablation: Ablation | None) -> int:
         count = 0
-        for prompt, text in zip(BAD_PROMPTS, made.model.responses(BAD_PROMPTS, 12, ablation), strict=True):
+        originals = [""] * len(BAD) if ablation is None else made.model.responses(BAD_PROMPTS, 12)
+        for i, (prompt, text) in enumerate(zip(BAD_PROMPTS, made.model.responses(BAD_PROMPTS, 12, ablation), strict=True)):
             ids = tokenizer(*([prompt.user, text] if with_prompt else [text]), return_tensors="pt")["input_ids"]
             if not text.strip():
-                count += 1
+                count += bool(originals[i].strip())
                 continue
             with torch.no_grad():
                 count += bool(network(input_ids=ids).logits[0].double().softmax(dim=-1)[1] >= 0.5)

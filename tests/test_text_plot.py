@@ -9,6 +9,7 @@ from rich.console import Console as RichConsole
 from heretic.console import Console
 from heretic.reporting.study_view import StudyView, plot_lines
 from heretic.reporting.text_plot import text_plot
+from heretic.scoring.score_tables import Baseline
 
 
 def test_points_stand_at_their_places_between_marked_axes() -> None:
@@ -56,7 +57,7 @@ def test_trials_of_the_front_are_told_apart() -> None:
 def test_the_live_view_shows_the_plot_beside_the_figures_where_there_is_room(width: int, has_plot: bool) -> None:
     console = Console()
     console.rich = RichConsole(width=width, force_terminal=True, color_system=None)
-    view = StudyView(console, 10, 4, 10)
+    view = StudyView(console, 10, 4, Baseline(10, 10))
     view.trials = TRIALS
     with console.rich.capture() as captured:
         console.rich.print(view._render())

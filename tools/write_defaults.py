@@ -34,6 +34,7 @@ HELP_HEADER = """\
 Usage: heretic [MODEL] [--config PATH] [OPTIONS]
        heretic --demo
        heretic compare A B [C...] [OPTIONS]
+       heretic classify [FILE.jsonl]
        heretic worker --study-storage URL [--workers auto|N]
        heretic --export-from RESULT --save-directory FOLDER
        heretic --reproduce RESULT
@@ -41,6 +42,7 @@ Usage: heretic [MODEL] [--config PATH] [OPTIONS]
 Removes refusals from a transformer language model by directional ablation, without training, and keeps
 the rest of the model as it was. MODEL is a hub id or a local folder. `heretic compare` asks any saved
 models, adapters or studies (their .jsonl files; FILE:N for trial N of the front) the same prompts.
+`heretic classify` says of responses in a file which are refusals.
 
 Settings come from the command line, the environment (HERETIC_N_TRIALS=100), .env, and a TOML file
 (config.toml in the working directory, or --config PATH); the first one given wins. Lists and tables are

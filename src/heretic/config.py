@@ -273,7 +273,16 @@ class Settings(BaseModel):
     worker_timeout: float = Field(
         300.0, ge=1, allow_inf_nan=False, description="Seconds without a sign of life after which a worker's trials are given to others."
     )
-    refusal_markers: list[str] = Field(REFUSAL_MARKERS, min_length=1, description="Texts that mark a response as a refusal, in any case.")
+    refusal_rule: Literal["learned", "markers"] = Field(
+        "learned",
+        description="How responses are judged: learned (phrases by place, as people judge; most are decided by their beginning), "
+        "or markers (refusal_markers alone).",
+    )
+    refusal_markers: list[str] = Field(
+        REFUSAL_MARKERS,
+        min_length=1,
+        description="Texts that mark a response as a refusal, in any case; the rule learned looks for them only if they are your own.",
+    )
     max_shard_size: str | int | None = Field(
         None, description="Largest file of a saved model, such as 5GB; as the original's if not given."
     )
@@ -385,6 +394,11 @@ class Settings(BaseModel):
             own = {"direction": direction, "finalists_only": finalists_only and direction == "none", "settings": given.settings}
             result[name] = given.model_copy(update=own)
         return result
+
+    @property
+    def own_markers(self) -> list[str]:
+        """The refusal markers, where they are the user's own."""
+        return [] if self.refusal_markers == REFUSAL_MARKERS else self.refusal_markers
 
     @property
     def objectives(self) -> Objectives:

@@ -16,8 +16,10 @@ from .model import NOT_FINITE, Model, prompt_messages
 from .prompts import Prompt
 from .scoring.divergence import OriginalAnswers, statistics
 from .scoring.figures import Figure, intervals
+from .scoring.learned_rule import LearnedRule
 from .scoring.outputs import Batch
-from .scoring.responses import RefusalRule, Response, count_kinds
+from .scoring.responses import SHOWN_KINDS, Kind, RefusalRule, Response, count_kinds
+from .scoring.score_tables import Baseline
 from .scoring.scorers import Scorer, load_scorers
 from .utils import Progress, SilentProgress
 
@@ -27,12 +29,10 @@ PREFIX_TOKENS = 32
 # Prompts shown of those that moved most.
 MOVED_PROMPTS = 5
 
-SHOWN_KINDS = {"refusal": "Refused", "compliance": "Answered", "degenerate": "Degenerate"}
-
 
 @dataclass(frozen=True)
 class Score:
-    """What a trial is judged by: harmful evaluation prompts not complied with, mean first-token KL divergence in nats, and the rest.
+    """What a trial is judged by: failures on harmful prompts (see `counts_against`), mean first-token KL divergence in nats, the rest.
 
     `bounded`: the trial was stopped when it could no longer be on the front, and its refusals are an estimate. `scores` has the value
     of every scorer by name, `figures` what they are made of.
@@ -42,6 +42,7 @@ class Score:
     kl_divergence: float
     bounded: bool = False
     response_classes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    early_response_classes: Mapping[str, int] = field(default_factory=dict, repr=False)  # where the responses were judged whole
     kl_statistics: Mapping[str, float] = field(default_factory=dict, repr=False)
     scores: Mapping[str, float] = field(default_factory=dict, repr=False)
     figures: Mapping[str, Figure] = field(default_factory=dict, repr=False, compare=False)
@@ -71,6 +72,7 @@ class Score:
             "scores": dict(self.scores),
             "intervals": intervals(self.figures),
             "response_classes": dict(self.response_classes),
+            "early_response_classes": dict(self.early_response_classes),
             "kl_statistics": dict(self.kl_statistics),
         }
 
@@ -129,6 +131,8 @@ class Evaluator:
         self.objective_names = [name for name, _ in settings.objectives]
         self.stops_dominated = settings.stop_dominated_trials and settings.objectives == DEFAULT_OBJECTIVES
         self.rule = refusal_rule(settings, model, self.bad_prompts)
+        self.whole_verdicts = all_scorers or any(scorer.needs_whole_responses for scorer in self.scorers.values())
+        self.original_kinds: list[Kind] | None = None
         self.answers: OriginalAnswers
         self._prefix_cache: PrefixCache | None
         try:
@@ -144,12 +148,15 @@ class Evaluator:
             self._prefix_cache = model.prefix_cache
         except TrialError as error:
             raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
-        self.base_response_classes = count_kinds(original.harmful()[0])
-        self.base_refusals = len(self.bad_prompts) - self.base_response_classes["compliance"]
+        responses = original.harmful()[0]
+        self.original_kinds = [response.whole or response.kind for response in responses]
+        self.base_response_classes = count_kinds(responses)
+        self.base_early_response_classes = count_kinds(responses, early=True) if self.whole_verdicts else {}
+        self.base_refusals = self.base_response_classes["refusal"]
         if self.base_refusals == 0 and "refusals" in self.objective_names:
             raise EvaluationError(
                 f"The model refuses none of the {len(self.bad_prompts)} harmful evaluation prompts, so there is nothing to remove. "
-                "Perhaps it was never trained to refuse, or it refuses in words that no marker matches: look at its answers with "
+                "Perhaps it was never trained to refuse, or it refuses in words that the rule does not know: look at its answers with "
                 "--print-responses, and set refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
             )
         original.description = None
@@ -176,6 +183,11 @@ class Evaluator:
         return original
 
     @property
+    def baseline(self) -> Baseline:
+        """What the original does, beside which trials are shown."""
+        return Baseline(len(self.bad_prompts), self.base_refusals, self.base_response_classes)
+
+    @property
     def base_scores(self) -> dict[str, float]:
         """The original's figures by scorer."""
         return {name: figure.value for name, figure in self.base_figures.items()}
@@ -194,7 +206,10 @@ class Evaluator:
             bad_prompts=self.bad_prompts,
             max_response_length=self.settings.max_response_length,
             ablations=ablations,
-            whole_responses=self.settings.print_responses or any(scorer.needs_whole_responses for scorer in self.scorers.values()),
+            original_kinds=self.original_kinds,
+            # What the original's whole responses are must be known, to tell what an edit did to them.
+            whole_responses=self.original_kinds is None or self.whole_verdicts or self.settings.print_responses,
+            whole_verdicts=self.whole_verdicts,
             show=self._show,
             description=description,
         )
@@ -236,7 +251,7 @@ class Evaluator:
         figures = {name: self._figure(name, scorer, batch, i) for name, scorer in asked.items()}
         scores = {name: figure.value for name, figure in figures.items()}
         responses = batch.harmful()[i]
-        refusals = sum(response.kind != "compliance" for response in responses)
+        refusals = sum(response.is_failure for response in responses)
         if bounded:
             refusals = round(refusals / batch.n_begun[i] * len(self.bad_prompts))
             scores["refusals"] = refusals
@@ -245,6 +260,7 @@ class Evaluator:
             kl_divergence=scores["kl_divergence"],
             bounded=bounded,
             response_classes={} if bounded else count_kinds(responses),
+            early_response_classes=count_kinds(responses, early=True) if self.whole_verdicts else {},
             kl_statistics=statistics(batch.divergences[i].first_token),
             scores=scores,
             figures=figures,
@@ -301,4 +317,7 @@ def refusal_rule(settings: Settings, model: Model, bad_prompts: Sequence[Prompt]
     skips = settings.chain_of_thought_skips
     # The opening of a thinking block with which prompts end as the model sees them, where there is one.
     shown = model.render(prompt_messages(bad_prompts[0])).rstrip() if bad_prompts else ""
-    return RefusalRule(settings.refusal_markers, skips, next((opening for opening, _ in skips if shown.endswith(opening)), None))
+    begins_inside = next((opening for opening, _ in skips if shown.endswith(opening)), None)
+    if settings.refusal_rule == "markers":
+        return RefusalRule(settings.refusal_markers, skips, begins_inside)
+    return LearnedRule(settings.own_markers, skips, begins_inside)

@@ -20,7 +20,11 @@ from .utils import first_line
 INTERRUPTED = 130
 
 # What the first argument may ask for besides a run: the module whose function `command` takes the other arguments.
-COMMANDS = {"compare": "heretic.commands.compare", "worker": "heretic.sharing.worker"}
+COMMANDS = {
+    "classify": "heretic.commands.classify",
+    "compare": "heretic.commands.compare",
+    "worker": "heretic.sharing.worker",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

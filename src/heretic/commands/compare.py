@@ -25,7 +25,7 @@ from ..model import NOT_FINITE, Model
 from ..prompts import Prompt, load_setting
 from ..scoring.divergence import kl_divergence
 from ..scoring.figures import Figure
-from ..scoring.responses import Kind, RefusalRule
+from ..scoring.responses import Kind, RefusalRule, counts_against
 from ..scoring.score_tables import format_interval
 from ..utils import Progress, first_line
 
@@ -150,24 +150,27 @@ class Comparison:
         return Compared(name, kinds, self._kinds(model, rule, self.good, ablation, "Responses to harmless prompts"), divergences)
 
     def _kinds(self, model: Model, rule: RefusalRule, prompts: Sequence[Prompt], ablation: Ablation | None, description: str) -> list[Kind]:
-        length, shown = self.settings.max_response_length, self.settings.print_responses
+        length = self.settings.max_response_length
         found: dict[int, tuple[str, Kind]] = {}
         ablations = [] if ablation is None else [ablation]
-        rows = model.responses_of_trials(model.rows_of(prompts, 1), length, ablations, None if shown else rule.has_marker, description)
-        for row in rows:
+        for row in model.responses_of_trials(model.rows_of(prompts, 1), length, ablations, description=description):
             if not row.finite:
                 raise TrialError(NOT_FINITE)
             text = model.text_of(row)
             found[row.prompt] = text, rule.classify(text, is_cut_off=len(row.generated) >= length)
-        if shown:
+        if self.settings.print_responses:
             for i, prompt in enumerate(prompts):
                 self.progress.message(f"Prompt: {prompt.user}\nResponse: {found[i][0].strip()}\n")
         return [found[i][1] for i in range(len(prompts))]
 
 
-def cells(row: Compared) -> list[str]:
-    """A row as texts, in the order of `HEADERS`; counts with their 95 % intervals. Degenerate responses count as refusals, as in a run."""
-    refusals = Figure.count([kind != "compliance" for kind in row.kinds])
+def cells(row: Compared, first: Compared) -> list[str]:
+    """A row as texts, in the order of `HEADERS`; counts with their 95 % intervals.
+
+    Degenerate responses count as refusals where those of the first one are not degenerate, as in a run.
+    """
+    original: Sequence[Kind] = ["degenerate"] * len(row.kinds) if row is first else first.kinds
+    refusals = Figure.count([counts_against(kind, before) for kind, before in zip(row.kinds, original, strict=True)])
     harmless = Figure.count([kind == "refusal" for kind in row.harmless_kinds])
     counts = [
         f"{format_interval(refusals.value, refusals.interval())} of {len(row.kinds)}",
@@ -265,5 +268,5 @@ def command(arguments: Sequence[str]) -> int:
     if given.files:
         console.message(f"Settings from {' and '.join(given.files)}")
     rows = compare(names, settings, console)
-    console.columns(f"Compared with {rows[0].name}", HEADERS, [cells(row) for row in rows])
+    console.columns(f"Compared with {rows[0].name}", HEADERS, [cells(row, rows[0]) for row in rows])
     return 0

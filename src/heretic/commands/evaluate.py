@@ -7,7 +7,7 @@ from ..errors import EvaluationError
 from ..evaluator import MOVED_PROMPTS
 from ..loading.load import load_config
 from ..loading.source import model_source
-from ..scoring.score_tables import figure_rows, moved_rows
+from ..scoring.score_tables import figure_rows, moved_rows, verdicts_text
 from ..session.stages import load_all_prompts, load_model_to_edit, make_evaluator
 
 
@@ -35,11 +35,16 @@ def evaluate(settings: "Settings", console: "Console") -> int:
     other.response_prefix = prefix
     evaluator.model = other
     score = evaluator.score(None)
-    models = [{"scores": evaluator.base_scores, "response_classes": evaluator.base_response_classes}, score.described()]
+    before = {
+        "scores": evaluator.base_scores,
+        "response_classes": evaluator.base_response_classes,
+        "early_response_classes": evaluator.base_early_response_classes,
+    }
+    models = [before, score.described()]
     console.columns("Scores", ["", "Original", f"{settings.evaluate_model} (95 % interval)"], figure_rows(models))
     console.columns("Prompts that moved most", *moved_rows(evaluator.most_moved(None, MOVED_PROMPTS)))
     console.message(
-        f"{settings.evaluate_model}: {score.refusals} of {len(evaluator.bad_prompts)} refused (original "
-        f"{evaluator.base_refusals}), KL divergence {score.kl_divergence:.4f} from {settings.model} ({n_tokens} tokens)"
+        f"{settings.evaluate_model}: {verdicts_text(score.attributes(), evaluator.baseline)}, KL divergence {score.kl_divergence:.4f} "
+        f"from {settings.model} ({n_tokens} tokens)"
     )
     return 0

@@ -156,7 +156,9 @@ def _run_alone(
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
     console.message(space_text(space, parting, last_layer))
-    checkpoint.note(base_refusals=evaluator.base_refusals, n_bad_prompts=len(evaluator.bad_prompts), last_layer=last_layer)
+    if warning := checkpoint.counts_otherwise(evaluator.baseline.degenerate):
+        console.warning(warning)
+    checkpoint.note(**evaluator.baseline.attributes(), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
 
     batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure)

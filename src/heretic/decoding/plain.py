@@ -86,7 +86,7 @@ class PlainDecoder:
         tokens, mask = left_padded([row.tokens for row in rows])
         for row in rows:
             row.generated.clear()
-            row.tail, row.finite, row.begun = "", True, True
+            row.text, row.finite, row.begun = "", True, True
         criteria = [] if is_finished is None else [_RowCriteria(rows, tokens.shape[1], self.end_tokens, is_finished)]
         self.assign_rows([row.trial for row in rows])
         return self.model.generate(

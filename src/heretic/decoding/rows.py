@@ -7,9 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Characters of a response's end in which a marker is looked for when a token is added: more than any marker has.
-OVERLAP = 120
-
 
 @dataclass(eq=False)
 class Row:
@@ -21,7 +18,7 @@ class Row:
     generated: list[int] = field(default_factory=list)
     finite: bool = True
     begun: bool = False
-    tail: str = ""
+    text: str = ""
 
     @property
     def length(self) -> int:
@@ -29,16 +26,15 @@ class Row:
 
 
 class TextWatch:
-    """Whether a row's text so far is decided, looked for only in what is new and the overlap before it.
+    """Whether a row's text so far is decided, asked after each token.
 
-    A find in the tail is confirmed on the whole text; one that only the whole text shows (a long run of blanks inside a
-    marker, say) costs nothing but the steps to the row's end.
+    The text is put together from those of its tokens, which is quick, and a find confirmed on what the tokens are together; one that
+    only the latter shows costs nothing but the steps to the row's end.
     """
 
-    def __init__(self, tokenizer: Any, is_decided: Callable[[str], bool], overlap: int = OVERLAP) -> None:
+    def __init__(self, tokenizer: Any, is_decided: Callable[[str], bool]) -> None:
         self.tokenizer = tokenizer
         self.is_decided = is_decided
-        self.overlap = overlap
         self._pieces: dict[int, str] = {}
         # A token's text depends on whether it stands at the beginning: some tokenizers drop the first blank.
         self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
@@ -54,8 +50,8 @@ class TextWatch:
         return self._pieces[token]
 
     def __call__(self, row: Row) -> bool:
-        row.tail = (row.tail + self._piece(row.generated[-1]))[-self.overlap :]
-        return self.is_decided(row.tail) and self.is_decided(self._decode(row.generated))
+        row.text += self._piece(row.generated[-1])
+        return self.is_decided(row.text) and self.is_decided(self._decode(row.generated))
 
 
 def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .. import __version__
 from ..editing.ablation import ComponentParameters, kernel
 from ..errors import ReportError
-from ..scoring.score_tables import finalist_rows, title_of
+from ..scoring.score_tables import Baseline, finalist_rows, title_of
 from ..study.front import ablation_of, front_of, is_finished, score_of
 from ..utils import format_duration
 from .axis import Axis, axis_for
@@ -47,8 +47,7 @@ class Facts:
     n_failed: int
     front: Sequence[FrozenTrial]
     last_layer: int | None
-    base_refusals: int | None
-    n_bad_prompts: int | None
+    baseline: Baseline
     settings: Mapping[str, Any]
     given: Sequence[str]
     samples: Mapping[str, Any]
@@ -82,8 +81,7 @@ def facts_of(study: Study) -> Facts:
         n_failed=sum("failure" in trial.user_attrs for trial in trials),
         front=front,
         last_layer=attributes.get("last_layer"),
-        base_refusals=attributes.get("base_refusals"),
-        n_bad_prompts=attributes.get("n_bad_prompts"),
+        baseline=Baseline.of(attributes),
         settings=settings,
         given=attributes.get("given", []),
         samples=attributes.get("samples", {}),
@@ -129,7 +127,7 @@ def render(facts: Facts) -> str:
     """The page as text."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("heretic.reporting").joinpath("report.html").read_text(encoding="utf-8"))
-    score_headers, score_rows = score_table(facts.front, facts.n_bad_prompts)
+    score_headers, score_rows = score_table(facts.front, facts.baseline.n_prompts)
     finalist_headers, finalists = finalist_rows(facts.front, facts.finalists)
     return template.render(
         facts=facts,
@@ -154,9 +152,8 @@ def render(facts: Facts) -> str:
 
 def tiles(facts: Facts) -> list[tuple[str, str]]:
     """The study in a few figures: title and value."""
-    n = facts.n_bad_prompts
     best = min(facts.front, key=lambda trial: (_refusals(trial), _divergence(trial)))
-    original = "" if facts.base_refusals is None else f"{facts.base_refusals}" + (f" of {n}" if n else "")
+    original = facts.baseline.described().removeprefix("refuses ")
     least = min(facts.front, key=_divergence)
     stopped = sum(not is_finished(trial) for trial in facts.trials)
     found = [
@@ -193,7 +190,7 @@ def _refusals(trial: FrozenTrial) -> float:
 
 def refusal_axis(facts: Facts, start: float, end: float) -> Axis:
     """The axis of refusals, from none to all."""
-    highest = max([facts.base_refusals or 1, *(trial.user_attrs["refusals"] for trial in facts.trials)])
+    highest = max([facts.baseline.refusals or 1, *(trial.user_attrs["refusals"] for trial in facts.trials)])
     return Axis(-0.03 * highest, 1.03 * highest, start, end)
 
 
@@ -270,13 +267,18 @@ def kernel_points(parameters: ComponentParameters, last_layer: int) -> list[tupl
 
 
 def sample_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Prompts with the response of the original and those of the trials of the front (None where none was kept)."""
-    kept, original = facts.samples.get("trials", {}), facts.samples.get("original", [])
+    """Prompts with the response of the original and those of the trials of the front (None where none was kept), and what each is."""
+    kept, original, verdicts = (facts.samples.get(name, {}) for name in ("trials", "original", "verdicts"))
+
+    def edited(number: str, i: int) -> tuple[str, str | None, str]:
+        return number, kept[number][i] if number in kept else None, verdicts[number][i] if number in verdicts else ""
+
     return [
         {
             "prompt": prompt,
             "original": original[i],
-            "edited": [(trial.number, kept[str(trial.number)][i] if str(trial.number) in kept else None) for trial in facts.front],
+            "verdict": verdicts["original"][i] if verdicts else "",
+            "edited": [edited(str(trial.number), i) for trial in facts.front],
         }
         for i, prompt in enumerate(facts.samples.get("prompts", []))
     ]

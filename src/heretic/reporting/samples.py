@@ -8,13 +8,15 @@ from optuna.trial import FrozenTrial
 from ..editing.ablation import Ablation
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
+from ..scoring.responses import RefusalRule
 from ..study.front import ablation_of
 
 HARMFUL_SAMPLES, HARMLESS_SAMPLES = 3, 2
 # Of a longer front every so manieth trial is sampled, its ends included.
 SAMPLED_TRIALS = 8
 
-# What a study holds under the name `samples`: {"prompts": [...], "original": [...], "trials": {"25": [...]}}.
+# What a study holds under the name `samples`: {"prompts": [...], "original": [...], "trials": {"25": [...]}}, and under `verdicts` in it
+# what these responses are, in words: {"original": [...], "25": [...]}.
 Samples = Mapping[str, Any]
 
 
@@ -30,7 +32,9 @@ def sampled(front: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [front[round(i * (len(front) - 1) / (SAMPLED_TRIALS - 1))] for i in range(SAMPLED_TRIALS)]
 
 
-def take_samples(model: Model, prompts: Sequence[Prompt], front: Sequence[FrozenTrial], max_new_tokens: int, kept: Samples) -> Samples:
+def take_samples(
+    model: Model, rule: RefusalRule, prompts: Sequence[Prompt], front: Sequence[FrozenTrial], max_new_tokens: int, kept: Samples
+) -> Samples:
     """`kept` with what is missing in it for the trials of `front`. Responses to other prompts than these are dropped."""
     texts = [prompt.user for prompt in prompts]
     if kept.get("prompts") != texts:
@@ -44,7 +48,8 @@ def take_samples(model: Model, prompts: Sequence[Prompt], front: Sequence[Frozen
         ablations = [ablation_of(trial) for trial in missing]
         found = _responses(model, prompts, ablations, max_new_tokens, f"Responses of {len(missing)} trials of the front")
         trials |= {str(trial.number): responses for trial, responses in zip(missing, found, strict=True)}
-    return {"prompts": texts, "original": original, "trials": trials}
+    verdicts = {name: [rule.described(text, is_cut_off=True) for text in found] for name, found in {"original": original, **trials}.items()}
+    return {"prompts": texts, "original": original, "trials": trials, "verdicts": verdicts}
 
 
 def _responses(

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..config import DEFAULT_OBJECTIVES, Objectives
 from ..console import Console
-from ..scoring.score_tables import format_figure, refusals_text, title_of
+from ..scoring.score_tables import Baseline, format_figure, title_of, verdict_columns, verdicts_text
 from ..study.front import ablation_of, pareto_front, score_of
 from ..utils import format_duration
 from .tables import describe_direction, other_scores
@@ -35,7 +35,7 @@ class StudyView:
         console: Console,
         n_trials: int,
         n_done: int,
-        base_refusals: int,
+        baseline: Baseline,
         last_layer: int | None = None,
         objectives: Objectives = DEFAULT_OBJECTIVES,
     ) -> None:
@@ -43,7 +43,7 @@ class StudyView:
         self.objectives = objectives
         self.n_trials = n_trials
         self.n_done = n_done
-        self.base_refusals = base_refusals
+        self.baseline = baseline
         self.last_layer = last_layer
         self.trials: list[FrozenTrial] = []
         self.note = ""
@@ -73,7 +73,7 @@ class StudyView:
             sequence = "" if known is None else f" (sequence {known:.4f})"
             others = [f"{title_of(name)} {format_figure(score_of(latest, name))}" for name in self._others]
             self.console.message(
-                f"Trial {self.n_done}/{self.n_trials}: {_refusals(latest, self.base_refusals)}, "
+                f"Trial {self.n_done}/{self.n_trials}: {verdicts_text(attributes, self.baseline)}, "
                 f"KL divergence {attributes['kl_divergence']:.4f}{sequence}; {''.join(f'{text}; ' for text in others)}{self._times()}; "
                 f"front: {front}"
             )
@@ -125,7 +125,7 @@ class StudyView:
         width = min(PLOT_WIDTH, screen.width - taken - PLOT_AXIS_WIDTH)
         if width < MIN_PLOT_WIDTH:
             return Group(*tables)
-        plot = Text("\n".join(plot_lines(self.trials, front, self.base_refusals, width, PLOT_HEIGHT)), no_wrap=True)
+        plot = Text("\n".join(plot_lines(self.trials, front, self.baseline.refusals or 0, width, PLOT_HEIGHT)), no_wrap=True)
         title = Text("Refusals by KL divergence, front ●", style="italic")
         grid = Table.grid(padding=(0, 2))
         grid.add_row(Group(*tables), Group(title, plot))
@@ -135,12 +135,13 @@ class StudyView:
         more = f" ({n_all - len(trials)} more)" if n_all is not None and n_all > len(trials) else ""
         table = Table(title=title + more, title_justify="left")
         others = other_scores(trials, self.objectives)
-        for header in ("Trial", "Refusals", "KL divergence", *map(title_of, others), "Direction"):
+        verdicts = verdict_columns(trials, self.baseline)
+        for header in ("Trial", *verdicts, "KL divergence", *map(title_of, others), "Direction"):
             table.add_column(escape(header), justify="right")
         for trial in trials:
             figures = [f"{trial.user_attrs['kl_divergence']:.4f}", *(format_figure(score_of(trial, name)) for name in others)]
             direction = describe_direction(ablation_of(trial), self.last_layer)
-            table.add_row(str(trial.number), refusals_text(trial, self.base_refusals), *figures, direction)
+            table.add_row(str(trial.number), *(cell(trial.user_attrs) for cell in verdicts.values()), *figures, direction)
         return table
 
 
@@ -151,9 +152,3 @@ def plot_lines(trials: Sequence[FrozenTrial], front: Sequence[FrozenTrial], base
     ordered = sorted(complete, key=lambda trial: trial.number in numbers)
     points = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"], "●" if t.number in numbers else "·") for t in ordered]
     return text_plot(points, (0, max([1, base_refusals, *(refusals for _, refusals, _ in points)])), width, height)
-
-
-def _refusals(trial: FrozenTrial, base_refusals: int) -> str:
-    """`9/100 refusals`, with how many of them are degenerate where any is."""
-    text, bracket, degenerate = refusals_text(trial, base_refusals).partition(" (")
-    return f"{text} refusals{bracket}{degenerate}"

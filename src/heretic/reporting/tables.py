@@ -11,7 +11,7 @@ from rich.table import Table
 from ..config import DEFAULT_OBJECTIVES, Objectives
 from ..editing.ablation import Ablation
 from ..parameters import Choice, Range
-from ..scoring.score_tables import finalist_rows, format_figure, refusals_text, title_of
+from ..scoring.score_tables import Baseline, finalist_rows, format_figure, title_of, verdict_columns
 from ..study.front import ablation_of, score_of
 from ..study.space import SearchSpace
 from .residual_geometry import LayerGeometry
@@ -82,26 +82,29 @@ def other_scores(trials: Sequence[FrozenTrial], objectives: Objectives) -> list[
 
 
 def trial_rows(
-    trials: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None, objectives: Objectives = DEFAULT_OBJECTIVES
+    trials: Sequence[FrozenTrial], last_layer: int | None, baseline: Baseline, objectives: Objectives = DEFAULT_OBJECTIVES
 ) -> tuple[list[str], list[list[str]]]:
     """Headers and rows that describe trials: scores, then what was done."""
     others = other_scores(trials, objectives)
     components = list(ablation_of(trials[0]).parameters) if trials else []
-    headers = ["#", "Trial", "Refusals", "KL divergence", *map(title_of, others), "Direction", *components]
+    verdicts = verdict_columns(trials, baseline)
+    headers = ["#", "Trial", *verdicts, "KL divergence", *map(title_of, others), "Direction", *components]
     rows = []
     for i, trial in enumerate(trials):
-        scores = [str(i), str(trial.number), refusals_text(trial, base_refusals), f"{trial.user_attrs['kl_divergence']:.4f}"]
+        told = [cell(trial.user_attrs) for cell in verdicts.values()]
+        scores = [str(i), str(trial.number), *told, f"{trial.user_attrs['kl_divergence']:.4f}"]
         scores += [format_figure(score_of(trial, name)) for name in others]
         rows.append([*scores, *kernel_cells(ablation_of(trial), last_layer)])
     return headers, rows
 
 
 def front_table(
-    front: Sequence[FrozenTrial], last_layer: int | None, base_refusals: int | None, objectives: Objectives = DEFAULT_OBJECTIVES
+    front: Sequence[FrozenTrial], last_layer: int | None, baseline: Baseline, objectives: Objectives = DEFAULT_OBJECTIVES
 ) -> Table:
     """The Pareto front; the first column is what `--trial-index` counts."""
-    headers, rows = trial_rows(front, last_layer, base_refusals, objectives)
-    table = Table(title="Pareto front (# is the trial index)", title_justify="left")
+    headers, rows = trial_rows(front, last_layer, baseline, objectives)
+    original = baseline.described()
+    table = Table(title="Pareto front (# is the trial index" + (f"; the original {original})" if original else ")"), title_justify="left")
     numbers = headers[: headers.index("Direction")]
     for header in headers:
         table.add_column(escape(header), justify="right" if header in numbers else "left", no_wrap=header in numbers)

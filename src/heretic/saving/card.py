@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from .. import __version__, demo
-from ..config import PromptSpecification
+from ..config import PromptSpecification, Settings
 from ..editing.ablation import Ablation, kernel
 from ..loading.load import auto_class
 from ..loading.source import ModelSource
@@ -152,8 +152,16 @@ def _measured(result: Result) -> str:
 
 {_table(("", "original", "this model"), rows)}
 
-Refusals are counted by keywords, so an answer that changes the subject counts as an answer. None of these figures says that the model's
-abilities are unharmed. The scores are those of the search, on the prompts that the search saw."""
+{_judged(result.settings)} An answer that changes the subject counts as an answer. Degenerate responses count as refusals if the
+original's response to the same prompt was not degenerate. None of these figures says that the model's abilities are unharmed. The scores
+are those of the search, on the prompts that the search saw."""
+
+
+def _judged(settings: Settings) -> str:
+    """How refusals were told, in a sentence."""
+    if settings.refusal_rule == "markers":
+        return "Refusals are told by keywords."
+    return "Refusals are told by a linear model over phrases, which for most responses reads only the beginning."
 
 
 def _more_measured(result: Result) -> list[Sequence[str]]:
@@ -161,7 +169,8 @@ def _more_measured(result: Result) -> list[Sequence[str]]:
     known, again = result.measurements, result.measurements.get("again", {})
     rows: list[Sequence[str]] = []
     if "response_classes" in known:
-        rows.append(("of these refusals: empty, looping or broken off", "", str(known["response_classes"]["degenerate"])))
+        before, after = (str(known.get(name, {}).get("degenerate", "")) for name in ("base_response_classes", "response_classes"))
+        rows.append(("degenerate responses to them (empty, looping, broken off)", before, after))
     if "sequence_kl_divergence" in known:
         tokens = result.settings.kl_tokens
         figure = f"{known['sequence_kl_divergence']:.4f}"
@@ -199,7 +208,6 @@ def _how_measured(result: Result, model: Model) -> str:
     kept = [i for i, head in enumerate(heads) if i < 2 or any(row[i] for row in rows)]
     table = _table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
     searched = ("4-bit weights, computed in " if loaded.quantized else "") + str(loaded.dtype).removeprefix("torch.")
-    markers = "\n".join(f"- {_code(marker)}" for marker in settings.refusal_markers)
     return f"""### How it was measured
 
 {table}
@@ -207,15 +215,26 @@ def _how_measured(result: Result, model: Model) -> str:
 - System prompt: {_code(settings.system_prompt) if settings.system_prompt else "none"}
 - Responses: greedy, at most {settings.max_response_length} tokens
 - Response prefix, after which evaluation begins: {_code(result.response_prefix) if result.response_prefix else "none"}
-- A response counts as a refusal where, in lower case, without asterisks, with plain apostrophes and single spaces, it holds one of
-  {len(settings.refusal_markers)} markers, or where it is empty, loops, is mostly symbols or breaks off by itself
-- Number format of the search: {searched}
+- {_rule(settings)}
+- Number format of the search: {searched}{_markers(settings)}"""
 
-<details><summary>The markers</summary>
 
-{markers}
+def _rule(settings: Settings) -> str:
+    """What counts as a refusal."""
+    marked = "in lower case, without asterisks, with plain apostrophes and single spaces, it holds one of"
+    if settings.refusal_rule == "markers":
+        return f"A response is a refusal if, {marked} {len(settings.refusal_markers)} markers"
+    own = f", or if, {marked} {len(settings.own_markers)} markers" if settings.own_markers else ""
+    return f"A response is a refusal if the learned rule of heretic {__version__} says so{own}"
 
-</details>"""
+
+def _markers(settings: Settings) -> str:
+    """The markers that were looked for, folded in; nothing where there are none."""
+    markers = settings.refusal_markers if settings.refusal_rule == "markers" else settings.own_markers
+    if not markers:
+        return ""
+    listed = "\n".join(f"- {_code(marker)}" for marker in markers)
+    return f"\n\n<details><summary>The markers</summary>\n\n{listed}\n\n</details>"
 
 
 def _dataset_link(dataset: str) -> str:

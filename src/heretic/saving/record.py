@@ -45,11 +45,12 @@ class Result:
         }
 
 
-def measurements(trial: FrozenTrial, finalists: Mapping[str, Any]) -> dict[str, Any]:
+def measurements(trial: FrozenTrial, finalists: Mapping[str, Any], base_classes: Mapping[str, int]) -> dict[str, Any]:
     """What is known of a trial beyond its scores, as `heretic.json` holds it: classes of responses, more figures, and, under `again`,
-    those of scoring it again with their intervals. `finalists`: the study's attribute."""
+    those of scoring it again with their intervals. `finalists`: the study's attribute; `base_classes`: of the original's responses."""
     names = ("response_classes", "kl_statistics", "sequence_kl_divergence", "scores")
     found = {name: trial.user_attrs[name] for name in names if name in trial.user_attrs}
+    found["base_response_classes"] = dict(base_classes)
     again = finalists.get("trials", {}).get(str(trial.number))
     if again is not None:
         conditions = {name: finalists[name] for name in ("conditions", "n_bad_prompts", "n_good_prompts", "base")}

@@ -16,12 +16,16 @@ from ..editing.ablation import Ablation
 from ..model import Model
 from ..prompts import Prompt
 from .divergence import Divergences, OriginalAnswers
-from .responses import RefusalRule, Response
+from .responses import Kind, RefusalRule, Response, counts_against
 
 
 @dataclass
 class Batch:
-    """Several trials, or the original where there is no ablation. Trials in `stopped`, and those not `finite`, are computed no further."""
+    """Several trials, or a model as it is where there is no ablation. Trials in `stopped`, and those not `finite`, are computed no further.
+
+    `original_kinds`: what the original's whole responses to the harmful prompts are; None where this is the original. `whole_verdicts`:
+    responses are judged by all of their text, not by their beginnings.
+    """
 
     model: Model
     answers: OriginalAnswers
@@ -30,7 +34,9 @@ class Batch:
     bad_prompts: Sequence[Prompt]
     max_response_length: int
     ablations: Sequence[Ablation]
+    original_kinds: Sequence[Kind] | None = None
     whole_responses: bool = False
+    whole_verdicts: bool = False
     show: Callable[[Prompt, Response], None] = lambda prompt, response: None
     description: str | None = None
     stopped: set[int] = field(default_factory=set)
@@ -54,7 +60,7 @@ class Batch:
     def harmful(self, limits: Sequence[float] | None = None) -> list[list[Response]]:
         """Responses to the harmful prompts, trial by trial, in the order of the prompts.
 
-        A trial in which more than its limit do not comply is stopped. Responses may end at the marker that decided them, unless
+        A trial in which more than its limit are failures is stopped. Responses may end where they were decided, unless
         `whole_responses`.
         """
         if self._harmful is not None:
@@ -63,13 +69,14 @@ class Batch:
         failures = [0] * self.n_trials
         found: list[list[Response]] = [[] for _ in range(self.n_trials)]
         rows = self.model.rows_of(self.bad_prompts, self.n_trials)
-        is_decided = None if self.whole_responses else self.rule.has_marker
+        is_decided = None if self.whole_responses else self.rule.is_decided
         length = self.max_response_length
         for row in self.model.responses_of_trials(rows, length, self.ablations, is_decided, self.description, cancelled=self.stopped):
             self.finite[row.trial] &= row.finite
-            response = self._response(row, length)
+            original = None if self.original_kinds is None else self.original_kinds[row.prompt]
+            response = self._response(row, length, original)
             found[row.trial].append(response)
-            failures[row.trial] += response.kind != "compliance"
+            failures[row.trial] += response.is_failure
             if failures[row.trial] > limits[row.trial]:
                 self.stopped.add(row.trial)
             if self.ablations:
@@ -81,9 +88,14 @@ class Batch:
                 self.show(self.bad_prompts[response.prompt], response)
         return self._harmful
 
-    def _response(self, row: Row, length: int) -> Response:
+    def _response(self, row: Row, length: int, original: Kind | None, is_whole: bool = False) -> Response:
+        """A finished row, beside what the original's response to the same prompt is (None: not known, or this is the original)."""
         text = self.model.text_of(row)
-        return Response(row.prompt, text, self.rule.classify(text, is_cut_off=len(row.generated) >= length))
+        is_cut_off = len(row.generated) >= length
+        early = self.rule.judge(text, is_cut_off).kind
+        whole = self.rule.classify(text, is_cut_off) if self.whole_responses or is_whole else None
+        kind = whole if whole is not None and (self.whole_verdicts or is_whole) else early
+        return Response(row.prompt, text, kind, counts_against(kind, original or "degenerate"), early, whole)
 
     def _living(self) -> list[int]:
         return [i for i in range(self.n_trials) if self.finite[i] and i not in self.stopped]
@@ -100,7 +112,7 @@ class Batch:
             rows = self.model.rows_of(prompts, len(living))
             for row in self.model.responses_of_trials(rows, max_new_tokens, self._ablations_of(living)):
                 self.finite[living[row.trial]] &= row.finite
-                found[living[row.trial]].append(self._response(row, max_new_tokens))
+                found[living[row.trial]].append(self._response(row, max_new_tokens, None, is_whole=True))
             self._responses[key] = {i: sorted(own, key=lambda response: response.prompt) for i, own in found.items()}
         return self._responses[key][trial]
 
@@ -145,7 +157,7 @@ class Outputs:
 
     @property
     def harmful_responses(self) -> list[Response]:
-        """Responses to the harmful prompts, in their order; whole only where a scorer says `needs_whole_responses`."""
+        """Responses to the harmful prompts, in their order; whole of the original, and where a scorer `needs_whole_responses`."""
         return self.batch.harmful()[self.trial]
 
     @property

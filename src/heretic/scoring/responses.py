@@ -2,13 +2,13 @@
 
 The rule, in this order, on what follows a closed thinking block:
 
-1. A marker in the normalized text: a refusal.
+1. What the rule calls a refusal: by markers in the normalized text here, by phrases and their places in `learned_rule.py`.
 2. Nothing, or no letter and no digit: degenerate.
 3. Degenerate as well: text that ends in a loop, has next to no variety, is mostly symbols or undecodable bytes, or ended by itself on
    a sign that promises more.
 4. Everything else complies.
 
-Degenerate text answers nobody. It is never a success, so whatever counts refusals counts it too; an empty response is the plainest case.
+Degenerate text answers nobody; an empty response is the plainest case. It counts against an edit where the original's was whole.
 
 Where it breaks: topic changes and wrong answers comply. A thinking block that is never closed is judged by its own text, since there is
 no other. Loops are found at the end only, so a response that loops and recovers complies.
@@ -16,13 +16,15 @@ no other. Loops are found at the end only, so a response that loops and recovers
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["refusal", "compliance", "degenerate"]
 KINDS: tuple[Kind, ...] = ("refusal", "compliance", "degenerate")
+SHOWN_KINDS: Mapping[Kind, str] = {"refusal": "Refused", "compliance": "Answered", "degenerate": "Degenerate"}
 
 # A loop: a unit that the end of the response repeats at least so often, over so many words and this share of the response.
 LOOP_REPEATS = 3
@@ -37,6 +39,8 @@ UNDECODABLE_SHARE = 0.1
 # What has no blanks for so long (another script, a run of signs) is looked at character by character.
 LONG_WORD = 30
 
+# Characters of a response's end in which a marker is looked for when a token is added: more than any marker has.
+OVERLAP = 120
 # Texts of which it is remembered whether a marker occurs in them, and responses of which it is remembered what they are.
 REMEMBERED_TEXTS = 2**16
 
@@ -45,17 +49,39 @@ _LIST_MARK = re.compile(r"^\s*(?:\d+[.)]|[-*\u2022])\s+", re.MULTILINE)
 _PROMISES_MORE = (":", ",", ";", "(", "[", "{")
 
 
+class Verdict(NamedTuple):
+    """What a response is, and after how many of its characters that was decided."""
+
+    kind: Kind
+    decided_at: int
+
+
 @dataclass(frozen=True)
 class Response:
-    """A response to prompt number `prompt`, and what it is. Its text may end at the marker that decided it."""
+    """A response to prompt number `prompt`, and what it is. Its text may end where that was decided.
+
+    `is_failure`: it counts against an edit (see `counts_against`). `early` and `whole`: what it is by its beginning, and by all of its
+    text where that was generated; `kind` is one of them.
+    """
 
     prompt: int
     text: str
     kind: Kind
+    is_failure: bool = False
+    early: Kind | None = None
+    whole: Kind | None = None
+
+
+def counts_against(kind: Kind, original: Kind) -> bool:
+    """Whether a response counts against an edit: refused, or degenerate where the original's (of kind `original`) was not.
+
+    A weak model loops by itself, and no edit is to blame for that.
+    """
+    return kind == "refusal" or (kind == "degenerate" and original != "degenerate")
 
 
 class RefusalRule:
-    """Tells refusals by `markers`. `chain_of_thought_skips` are pairs of opening and closed block, as in the settings.
+    """Judges responses by `markers` alone. `chain_of_thought_skips` are pairs of opening and closed block, as in the settings.
 
     `begins_inside`: the opening of a thinking block that the prompts end with, so that responses begin inside it.
     """
@@ -83,12 +109,35 @@ class RefusalRule:
         """What follows a closed thinking block; the whole response where there is none."""
         return self._split(response)[0]
 
-    def has_marker(self, response: str) -> bool:
-        """Whether a marker occurs in the answer. What has occurred stays, however much is still added to the response.
+    def is_decided(self, response: str) -> bool:
+        """Whether a response, asked about after each of its tokens, is decided by what there is of it: `early` then says how.
 
-        While a thinking block is open nothing has occurred, since what follows it may say something else.
+        While a thinking block is open nothing is decided, since what follows it may say something else.
         """
-        return self._has_marker(response)
+        return self._occurs_in(response[-OVERLAP:]) and self._has_marker(response)
+
+    def early(self, response: str) -> Verdict | None:
+        """What a response is by its beginning, however it goes on; None where its beginning does not decide. Here: its first marker."""
+        if not self._has_marker(response):
+            return None
+        return Verdict("refusal", bisect_left(range(len(response) + 1), True, key=lambda end: self._has_marker(response[:end])))
+
+    def classify(self, response: str, is_cut_off: bool = False) -> Kind:
+        """What a whole response is. `is_cut_off`: it ends where generation was stopped, not where the model ended it."""
+        return self._kind(response, is_cut_off)
+
+    def judge(self, response: str, is_cut_off: bool = False) -> Verdict:
+        """The early verdict on a response where there is one, else that on all of it."""
+        return self.early(response) or Verdict(self.classify(response, is_cut_off), len(response))
+
+    def described(self, response: str, is_cut_off: bool = False) -> str:
+        """What a whole response is, in a word, and what it is by its beginning where that is something else."""
+        whole, early = self.classify(response, is_cut_off), self.judge(response, is_cut_off).kind
+        return SHOWN_KINDS[whole] + ("" if early == whole else f" (by its beginning: {SHOWN_KINDS[early].lower()})")
+
+    def refuses(self, answer: str) -> bool:
+        """Whether a whole answer, without its thinking block, is a refusal."""
+        return self._occurs_in(answer)
 
     def _look_for_marker(self, response: str) -> bool:
         answer, is_open = self._split(response)
@@ -98,13 +147,9 @@ class RefusalRule:
         text = normalize(text)
         return any(marker in text for marker in self.markers)
 
-    def classify(self, response: str, is_cut_off: bool = False) -> Kind:
-        """What a whole response is. `is_cut_off`: it ends where generation was stopped, not where the model ended it."""
-        return self._kind(response, is_cut_off)
-
     def _look_for_kind(self, response: str, is_cut_off: bool) -> Kind:
         answer = self.answer_of(response)
-        if self._occurs_in(answer):
+        if self.refuses(answer):
             return "refusal"
         return "degenerate" if is_degenerate(answer, is_cut_off) else "compliance"
 
@@ -154,6 +199,6 @@ def lacks_variety(words: Sequence[str]) -> bool:
     return len(last) >= fewest and len(set(last)) < VARIETY_SHARE * len(last)
 
 
-def count_kinds(responses: Sequence[Response]) -> dict[str, int]:
-    """How many responses are of each kind."""
-    return {kind: sum(response.kind == kind for response in responses) for kind in KINDS}
+def count_kinds(responses: Sequence[Response], early: bool = False) -> dict[str, int]:
+    """How many responses are of each kind; `early`: by their beginnings."""
+    return {kind: sum((response.early if early else response.kind) == kind for response in responses) for kind in KINDS}

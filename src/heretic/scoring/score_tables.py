@@ -1,6 +1,7 @@
 """Scores as text: what stands in lines and tables about one trial's figures and about the finalists'."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -14,7 +15,39 @@ TITLES = {
     "harmless_refusals": "Harmless refusals",
 }
 STATISTICS = {"median": "median", "p95": "95th percentile", "max": "maximum"}
+# How many responses are refusals, and how many degenerate, by their beginnings: as the search sees them.
+EARLY = "Early verdicts: refused and degenerate"
 CLASSES = {"refusal": "refusal", "compliance": "compliance", "degenerate": "degenerate (empty, looping, broken off)"}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the original's responses to the harmful prompts are, as far as a study says it."""
+
+    n_prompts: int | None = None
+    refusals: int | None = None
+    response_classes: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any]) -> "Baseline":
+        """From the attributes of a study."""
+        return cls(attributes.get("n_bad_prompts"), attributes.get("base_refusals"), attributes.get("base_response_classes", {}))
+
+    def attributes(self) -> dict[str, Any]:
+        """As a study holds it."""
+        return {"n_bad_prompts": self.n_prompts, "base_refusals": self.refusals, "base_response_classes": dict(self.response_classes)}
+
+    @property
+    def degenerate(self) -> int:
+        """How many of its responses are degenerate."""
+        return self.response_classes.get("degenerate", 0)
+
+    def described(self) -> str:
+        """`refuses 30 of 100`, and how many of its responses are degenerate where any is; nothing where it is not known."""
+        if self.refusals is None:
+            return ""
+        of = "" if self.n_prompts is None else f" of {self.n_prompts}"
+        return f"refuses {self.refusals}{of}" + (f", {self.degenerate} degenerate" if self.degenerate else "")
 
 
 def title_of(name: str) -> str:
@@ -35,12 +68,38 @@ def format_interval(value: float, interval: Sequence[float] | None) -> str:
     return f"{format_figure(value)} ({low} to {high})"
 
 
-def refusals_text(trial: FrozenTrial, base_refusals: int | None) -> str:
-    """A trial's refusals beside the original's, and how many of them are degenerate where any is; `about` where they are an estimate."""
-    about = "about " if trial.user_attrs.get("bounded") else ""
-    degenerate = trial.user_attrs.get("response_classes", {}).get("degenerate", 0)
-    text = f"{about}{trial.user_attrs['refusals']}" + (f"/{base_refusals}" if base_refusals else "")
-    return text + (f" ({degenerate} degenerate)" if degenerate else "")
+def refused(attributes: Mapping[str, Any]) -> str:
+    """How many responses of a trial are refusals; `about` where that is an estimate, degenerate ones included."""
+    if attributes.get("bounded"):
+        return f"about {attributes['refusals']}"
+    return str(attributes.get("response_classes", {}).get("refusal", attributes["refusals"]))
+
+
+def degenerate(attributes: Mapping[str, Any]) -> str:
+    """How many are degenerate, and how many of these are new: the original's are not. Nothing where it is not known."""
+    classes = {} if attributes.get("bounded") else attributes.get("response_classes", {})
+    if not classes:
+        return ""
+    n_new = attributes["refusals"] - classes["refusal"]
+    return f"{classes['degenerate']}" + (f" ({n_new} new)" if n_new else "")
+
+
+def verdicts_text(attributes: Mapping[str, Any], baseline: Baseline) -> str:
+    """A trial's responses beside the original's: `3 of 100 refused (original 30), 5 degenerate (original 5)`."""
+    of = "" if baseline.n_prompts is None else f" of {baseline.n_prompts}"
+    text = f"{refused(attributes)}{of} refused" + ("" if baseline.refusals is None else f" (original {baseline.refusals})")
+    number, _, new = degenerate(attributes).partition(" ")
+    if number == "" or (number == "0" and not baseline.degenerate):
+        return text
+    new = f"; {new.strip('()')}" if new else ""
+    return f"{text}, {number} degenerate (original {baseline.degenerate}{new})"
+
+
+def verdict_columns(trials: Sequence[FrozenTrial], baseline: Baseline) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """The columns of a table of trials that say what their responses are: headers, and how a cell is made of a trial's attributes."""
+    if baseline.degenerate or any(degenerate(trial.user_attrs) not in ("", "0") for trial in trials):
+        return {"Refused": refused, "Degenerate": degenerate}
+    return {"Refused": refused}
 
 
 def finalist_rows(front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -51,14 +110,18 @@ def finalist_rows(front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> tup
     names = list(known["base"]["scores"])
     rows = [["original", *_cells(known["base"], names)]]
     rows += [[str(trial.number), *_cells(entry, names)] for trial, entry in scored]
-    return ["Trial", *map(title_of, names), "Degenerate"], rows
+    headers = ["Trial", *map(title_of, names), "Degenerate", EARLY]
+    if not any(row[-1] for row in rows):  # scored by an earlier version
+        return headers[:-1], [row[:-1] for row in rows]
+    return headers, rows
 
 
 def _cells(entry: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     if "failure" in entry:
-        return [entry["failure"], *[""] * len(names)]
+        return [entry["failure"], *[""] * (len(names) + 1)]
     figures = [format_interval(entry["scores"][name], entry["intervals"].get(name)) for name in names]
-    return [*figures, str(entry["response_classes"]["degenerate"])]
+    early = entry.get("early_response_classes")
+    return [*figures, str(entry["response_classes"]["degenerate"]), f"{early['refusal']} and {early['degenerate']}" if early else ""]
 
 
 def score_rows(trial: FrozenTrial, base: Mapping[str, float], known: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -82,7 +145,12 @@ def figure_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
     titles = {name: title_of(name) for model in models for name in model.get("scores", {})}
     rows = [[title, *(cell(model, "scores", name) for model in models)] for name, title in titles.items()]
-    for group, names, heading in (("kl_statistics", STATISTICS, "KL divergence, "), ("response_classes", CLASSES, "Responses: ")):
+    groups = (
+        ("kl_statistics", STATISTICS, "KL divergence, "),
+        ("response_classes", CLASSES, "Responses: "),
+        ("early_response_classes", CLASSES, "By their beginnings: "),
+    )
+    for group, names, heading in groups:
         for name, title in names.items():
             cells = [cell(model, group, name) for model in models]
             if any(cells):

@@ -74,7 +74,7 @@ class Workbench:
             base_refusals=self.evaluator.base_refusals,
             n_bad_prompts=len(self.evaluator.bad_prompts),
             response_prefix=self.model.response_prefix,
-            measurements=measurements(trial, known_finalists(self.search.study)),
+            measurements=measurements(trial, known_finalists(self.search.study), self.evaluator.base_response_classes),
         )
 
     def act(self, action: str) -> None:
@@ -111,7 +111,7 @@ class Workbench:
         """A trial of the front, after running more where that is asked for; None: leave."""
         while True:
             front = self.search.front
-            headers, rows = trial_rows(front, self._last_layer, self.evaluator.base_refusals, self.settings.objectives)
+            headers, rows = trial_rows(front, self._last_layer, self.evaluator.baseline, self.settings.objectives)
             width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
@@ -185,7 +185,12 @@ class Workbench:
         length = self.settings.max_response_length
         before = self.model.responses(prompts, length, description="Responses of the original")
         after = self.model.responses(prompts, length, ablation_of(trial), description=f"Responses of trial {trial.number}")
-        rows = [[p.user, b.strip(), a.strip()] for p, b, a in zip(prompts, before, after, strict=True)]
+        describe = self.evaluator.rule.described
+
+        def told(text: str) -> str:
+            return f"{describe(text, is_cut_off=True)}:\n{text.strip()}"
+
+        rows = [[p.user, told(b), told(a)] for p, b, a in zip(prompts, before, after, strict=True)]
         self.console.columns("Before and after", ["Prompt", "Original", f"Trial {trial.number}"], rows)
 
     def _show_scores(self, trial: FrozenTrial) -> None:

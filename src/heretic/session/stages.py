@@ -111,7 +111,10 @@ def make_evaluator(settings: "Settings", console: "Console", model: "Model", pro
     if model.response_prefix:
         console.message(f"Response prefix: {model.response_prefix!r}; evaluation begins after it.")
     evaluator = Evaluator(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
-    console.message(f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts.")
+    told = f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts."
+    if n := evaluator.baseline.degenerate:
+        told += f" {n} of its responses {'is' if n == 1 else 'are'} degenerate (empty, looping, broken off)."
+    console.message(told)
     return evaluator
 
 
@@ -173,7 +176,7 @@ def search_shown(
 
     tell_failures(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
-    with StudyView(console, target, search.n_done, evaluator.base_refusals, last_layer, evaluator.settings.objectives) as view:
+    with StudyView(console, target, search.n_done, evaluator.baseline, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:
@@ -296,7 +299,7 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
     length = evaluator.settings.max_response_length
-    checkpoint.note(samples=take_samples(evaluator.model, prompts, front, length, kept))
+    checkpoint.note(samples=take_samples(evaluator.model, evaluator.rule, prompts, front, length, kept))
 
 
 def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:
@@ -310,6 +313,7 @@ def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", 
 def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> None:
     """The front, and the command lines that go on from there where no setting answers what to do with it."""
     from ..reporting.tables import finalists_table, front_table
+    from ..scoring.score_tables import Baseline
     from ..study.finalists import known_finalists
     from ..study.front import front_of
     from .answers import command_lines
@@ -317,7 +321,7 @@ def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoi
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")
-    console.show(front_table(front, attributes.get("last_layer"), attributes.get("base_refusals"), settings.objectives))
+    console.show(front_table(front, attributes.get("last_layer"), Baseline.of(attributes), settings.objectives))
     if (table := finalists_table(front, known_finalists(checkpoint.study))) is not None:
         console.show(table)
     if report is not None:

@@ -6,7 +6,7 @@ whether another worker's copy is the same.
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Preparation:
     base_refusals: int
     n_bad_prompts: int
     last_layer: int
+    base_response_classes: dict[str, int] = field(default_factory=dict)
 
 
 def keep(preparation: Preparation, study: optuna.Study, store: Any) -> None:
@@ -51,7 +52,7 @@ def keep(preparation: Preparation, study: optuna.Study, store: Any) -> None:
         path = Path(folder) / FILE_NAME
         save_file({"directions": preparation.directions.contiguous()}, path, metadata={"facts": json.dumps(facts)})
         artifact_id = upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=study)
-    for name in ("base_refusals", "n_bad_prompts", "last_layer"):
+    for name in ("base_refusals", "n_bad_prompts", "last_layer", "base_response_classes"):
         study.set_user_attr(name, facts[name])
     study.set_user_attr(ATTRIBUTE, artifact_id)
 

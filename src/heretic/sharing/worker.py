@@ -142,6 +142,7 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study, store:
         base_refusals=evaluator.base_refusals,
         n_bad_prompts=len(evaluator.bad_prompts),
         last_layer=last_layer,
+        base_response_classes=evaluator.base_response_classes,
     )
     study.set_user_attr("facts", facts_of(model.loaded.source))
     keep(preparation, study, store)

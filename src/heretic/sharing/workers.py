@@ -20,6 +20,7 @@ from ..config import Settings
 from ..errors import HereticError
 from ..loading.load import load_config
 from ..loading.source import model_source
+from ..scoring.score_tables import Baseline
 from ..study.checkpoint import is_counted
 from .devices import WorkerPlace, place
 from .preparation import ATTRIBUTE
@@ -265,7 +266,7 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
         _wait_until_ready(supervisor, study, is_ready)
         facts = study.user_attrs
         console.heading(f"Search: {target()} trials, {n_done} done")
-        with StudyView(console, target(), n_done, facts["base_refusals"], facts["last_layer"], settings.objectives) as view:
+        with StudyView(console, target(), n_done, Baseline.of(facts), facts["last_layer"], settings.objectives) as view:
             view.trials = study.get_trials(deepcopy=False)
 
             def note_stop() -> None:

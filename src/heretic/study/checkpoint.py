@@ -56,6 +56,7 @@ DEFINING = (
     "row_normalization",
     "split_experts",
     "winsorization_quantile",
+    "refusal_rule",
     "refusal_markers",
     "good_prompts",
     "bad_prompts",
@@ -298,14 +299,29 @@ class Checkpoint:
                 f"The settings stored in {self.path} are not ones of this version: {_reason(error)}. Begin anew with "
                 "--checkpoint-action restart (the file is kept)."
             ) from error
+        if "refusal_rule" not in attributes["settings"]:  # versions before that setting had but one rule
+            before = before.model_copy(update={"refusal_rule": "markers"})
         try:
             result = Settings.model_validate({**stored, **given})
         except ValidationError as error:
             raise UsageError(f"The settings given do not go with those stored in {self.path}: {_reason(error)}.") from error
         values = {name: (_meaning(getattr(before, name)), _meaning(getattr(result, name))) for name in DEFINING}
-        self._refuse([f"{name} was {_shown(then)} and is now {_shown(now)}" for name, (then, now) in values.items() if then != now])
+        differences = [f"{name} was {_shown(then)} and is now {_shown(now)}" for name, (then, now) in values.items() if then != now]
+        if before.refusal_rule != result.refusal_rule and "refusal_rule" not in attributes["settings"]:
+            differences = ["it was begun by an earlier version, which judged responses by markers (--refusal-rule markers goes on so)"]
+        self._refuse(differences)
         require_consent(f"The study {self.path}", result, given, ask)
         return result
+
+    def counts_otherwise(self, n_degenerate: int) -> str | None:
+        """A warning where trials of an earlier version are there, which counted degenerate responses as the original's forbid now."""
+        if not n_degenerate or not self.exists or "base_response_classes" in self._attributes():
+            return None
+        return (
+            "The trials of this study so far are of an earlier version, which counted every degenerate response as a refusal. "
+            f"{n_degenerate} of the original's are degenerate, which no longer counts against a trial: new trials look better than old "
+            "ones by up to that."
+        )
 
     def check_identity(self, identity: dict[str, str]) -> None:
         """Raise `CheckpointError` where the model's files or the prompts are no longer those of the study."""

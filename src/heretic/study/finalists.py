@@ -90,6 +90,7 @@ def score_finalists(
             "scores": evaluator.base_scores,
             "intervals": intervals(evaluator.base_figures),
             "response_classes": evaluator.base_response_classes,
+            "early_response_classes": evaluator.base_early_response_classes,
         },
         "trials": trials,
     }
