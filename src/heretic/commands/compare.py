@@ -19,12 +19,13 @@ from ..config import Settings
 from ..device import empty_cache
 from ..editing.ablation import Ablation
 from ..errors import ModelError, TrialError, UsageError
-from ..evaluator import PREFIX_PROMPTS, find_response_prefix, refusal_rule
 from ..loading.source import expand
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt, load_setting
 from ..scoring.divergence import kl_divergence
 from ..scoring.figures import Figure
+from ..scoring.measured import refusal_rule
+from ..scoring.response_prefix import find_response_prefix
 from ..scoring.responses import Kind, RefusalRule, counts_against
 from ..scoring.score_tables import format_interval
 from ..utils import Progress, first_line
@@ -134,10 +135,9 @@ class Comparison:
         vocabulary = model.tokenizer.get_vocab()
         same = self._first is None or vocabulary == self._first[1]
         if self._first is None or not same:
-            sample = [*self.good[:PREFIX_PROMPTS], *self.bad[:PREFIX_PROMPTS]]
-            model.response_prefix = find_response_prefix(model, self.settings, sample)
+            model = model.with_response_prefix(find_response_prefix(model, self.settings, self.good, self.bad))
         else:
-            model.response_prefix = self._first[2]  # what is compared must follow the same text
+            model = model.with_response_prefix(self._first[2])  # what is compared must follow the same text
         logprobs = model.first_token_logprobs(self.good, ablation, "Harmless prompts").cpu()
         divergences: Tensor | None = None
         if self._first is None:
@@ -218,10 +218,10 @@ def _use_directions(model: Model, settings: Settings) -> None:
     from ..editing.directions import mean_residual, refusal_directions
 
     good, bad = (load_setting(settings, name) for name in ("good_prompts", "bad_prompts"))
-    model.response_prefix = find_response_prefix(model, settings, [*good[:PREFIX_PROMPTS], *bad[:PREFIX_PROMPTS]])
+    with_prefix = model.with_response_prefix(find_response_prefix(model, settings, good, bad))
     quantile = settings.winsorization_quantile
     good_mean, bad_mean = (
-        mean_residual(model.residuals(prompts, f"Residuals of the study's {kind} prompts"), quantile)
+        mean_residual(with_prefix.residuals(prompts, f"Residuals of the study's {kind} prompts"), quantile)
         for prompts, kind in ((good, "harmless"), (bad, "harmful"))
     )
     directions = refusal_directions(good_mean, bad_mean, settings.orthogonalize_direction)

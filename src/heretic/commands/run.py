@@ -10,13 +10,14 @@ from ..session.stages import (
     is_told,
     load_all_prompts,
     load_model_to_edit,
-    make_evaluator,
     make_report,
+    measure,
     no_trial,
     rescore_finalists,
     scorer_identity,
     search_shown,
     show_outcome,
+    with_found_prefix,
 )
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def _run_alone(
 ) -> int:
     # 3. Device, model and what can be edited in it
     from ..device import describe_device
+    from ..evaluator import Evaluator
     from ..loading.source import fingerprint
 
     console.message(f"Seed {settings.seed}; {describe_device()}")
@@ -140,7 +142,8 @@ def _run_alone(
     check_lengths(settings, model, prompts)
 
     # 4. Response prefix, baseline, directions
-    evaluator = make_evaluator(settings, console, model, prompts)
+    model = with_found_prefix(settings, console, model, prompts)
+    evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
     parting = compute_directions(settings, console, model, prompts)
 
     # 5. The study
@@ -156,9 +159,9 @@ def _run_alone(
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
     console.message(space_text(space, parting, last_layer))
-    if warning := checkpoint.counts_otherwise(evaluator.baseline.degenerate):
+    if warning := checkpoint.counts_otherwise(evaluator.original.baseline.degenerate):
         console.warning(warning)
-    checkpoint.note(**evaluator.baseline.attributes(), last_layer=last_layer)
+    checkpoint.note(**evaluator.original.baseline.attributes(), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
 
     batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..evaluator import Evaluator
     from ..model import Model
     from ..prompts import Prompts
+    from ..scoring.measured import MeasuredOriginal
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
     from ..study.search import Search
@@ -50,14 +51,14 @@ def scorer_identity(settings: "Settings") -> dict[str, str]:
     return fingerprints(settings)
 
 
-def load_model_to_edit(settings: "Settings", console: "Console", name: str | None = None) -> "Model":
+def load_model_to_edit(settings: "Settings", console: "Console", name: str | None = None, response_prefix: str = "") -> "Model":
     from ..loading.load import load_model
     from ..loading.source import model_source
     from ..model import Model
 
     with collector_paused():  # transformers imports the model's own file only now
         loaded = load_model(settings, model_source(settings, name), console)
-    model = Model(loaded, settings, console)
+    model = Model(loaded, settings, console, response_prefix=response_prefix)
     found = ", ".join(f"{count} {component}" for component, count in model.architecture.components.items())
     dtype = str(loaded.dtype).removeprefix("torch.")
     left = ", ".join(name for name in settings.disabled_components if name in model.architecture.components)
@@ -103,19 +104,26 @@ def _check_final_lengths(settings: "Settings", model: "Model", prompts: "Prompts
         model.check_lengths(found, name, max(final.max_response_length, final.kl_tokens), "final_response_length and final_kl_tokens")
 
 
-def make_evaluator(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts", all_scorers: bool = False) -> "Evaluator":
-    from ..evaluator import PREFIX_PROMPTS, Evaluator, find_response_prefix
+def with_found_prefix(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> "Model":
+    """The model with the common start of all its responses."""
+    from ..scoring.response_prefix import find_response_prefix
 
-    sample = [*prompts.good[:PREFIX_PROMPTS], *prompts.bad[:PREFIX_PROMPTS]]
-    model.response_prefix = find_response_prefix(model, settings, sample)
-    if model.response_prefix:
-        console.message(f"Response prefix: {model.response_prefix!r}; evaluation begins after it.")
-    evaluator = Evaluator(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
-    told = f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts."
-    if n := evaluator.baseline.degenerate:
+    prefix = find_response_prefix(model, settings, prompts.good, prompts.bad)
+    if prefix:
+        console.message(f"Response prefix: {prefix!r}; evaluation begins after it.")
+    return model.with_response_prefix(prefix)
+
+
+def measure(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts", all_scorers: bool = False) -> "MeasuredOriginal":
+    """What the original says to the evaluation prompts."""
+    from ..scoring.measured import measure_original
+
+    original = measure_original(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
+    told = f"The original refuses {original.refusals} of {len(original.bad_prompts)} harmful evaluation prompts."
+    if n := original.baseline.degenerate:
         told += f" {n} of its responses {'is' if n == 1 else 'are'} degenerate (empty, looping, broken off)."
     console.message(told)
-    return evaluator
+    return original
 
 
 def compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> int:
@@ -176,7 +184,7 @@ def search_shown(
 
     tell_failures(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
-    with StudyView(console, target, search.n_done, evaluator.baseline, last_layer, evaluator.settings.objectives) as view:
+    with StudyView(console, target, search.n_done, evaluator.original.baseline, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:
@@ -299,7 +307,7 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
     length = evaluator.settings.max_response_length
-    checkpoint.note(samples=take_samples(evaluator.model, evaluator.rule, prompts, front, length, kept))
+    checkpoint.note(samples=take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept))
 
 
 def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:

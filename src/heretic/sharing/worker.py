@@ -72,6 +72,7 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
     """
     from ..decoding.decoder import Decoder
     from ..evaluator import Evaluator
+    from ..scoring.measured import measure_original
     from ..session.stages import load_model_to_edit
     from ..study.batching import BatchSize, automatic_trials_per_batch
     from .shared_search import SharedSearch
@@ -89,14 +90,15 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
             del model
             model = load_model_to_edit(_in_dtype(settings, ready.dtype), console)
         _check(study, model.loaded.source)
-        model.response_prefix = ready.response_prefix
-        evaluator = Evaluator(settings, model, ready.prompts.good_evaluation, ready.prompts.bad_evaluation, console)
-        if evaluator.base_refusals != ready.base_refusals:
+        model = model.with_response_prefix(ready.response_prefix)
+        original = measure_original(settings, model, ready.prompts.good_evaluation, ready.prompts.bad_evaluation, console)
+        if original.refusals != ready.base_refusals:
             console.warning(
-                f"The original refuses {evaluator.base_refusals} prompts here and {ready.base_refusals} where the study began: this device "
+                f"The original refuses {original.refusals} prompts here and {ready.base_refusals} where the study began: this device "
                 "rounds differently. Shares of refusals are taken of the latter."
             )
-            evaluator.base_refusals = ready.base_refusals
+            original = original.counting_from(ready.base_refusals)
+        evaluator = Evaluator(settings, model, original, console)
         model.use_directions(ready.directions, settings.row_normalization)
 
     assert settings.seed is not None
@@ -118,7 +120,8 @@ def _in_dtype(settings: Settings, dtype: str) -> Settings:
 
 def _prepare(settings: Settings, console: "Console", study: optuna.Study, store: Any) -> "tuple[Model, Evaluator]":
     """Do as a run alone does until its search begins, and keep what came of it for the others."""
-    from ..session.stages import check_lengths, compute_directions, load_model_to_edit, make_evaluator
+    from ..evaluator import Evaluator
+    from ..session.stages import check_lengths, compute_directions, load_model_to_edit, measure, with_found_prefix
     from ..study.space import search_space
 
     prompts = load_all(settings)
@@ -128,7 +131,8 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study, store:
         raise CheckpointError(f"{changed[0]} are not those that the study began with.")
     model = load_model_to_edit(settings, console)
     check_lengths(settings, model, prompts)
-    evaluator = make_evaluator(settings, console, model, prompts)
+    model = with_found_prefix(settings, console, model, prompts)
+    original = measure(settings, console, model, prompts)
     parting = compute_directions(settings, console, model, prompts)
     assert model.hooks is not None
     last_layer = len(model.architecture.layers) - 1
@@ -139,14 +143,14 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study, store:
         prompts=prompts,
         response_prefix=model.response_prefix,
         dtype=str(model.loaded.dtype).removeprefix("torch."),
-        base_refusals=evaluator.base_refusals,
-        n_bad_prompts=len(evaluator.bad_prompts),
+        base_refusals=original.refusals,
+        n_bad_prompts=len(original.bad_prompts),
         last_layer=last_layer,
-        base_response_classes=evaluator.base_response_classes,
+        base_response_classes=dict(original.response_classes),
     )
     study.set_user_attr("facts", facts_of(model.loaded.source))
     keep(preparation, study, store)
-    return model, evaluator
+    return model, Evaluator(settings, model, original, console)
 
 
 def _wait_for_preparation(study: optuna.Study, store: Any, console: "Console") -> Preparation:
