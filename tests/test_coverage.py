@@ -23,7 +23,7 @@ from conftest import Outcome
 from heretic.decoding.rows import Row
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.editing.architecture import Architecture
-from heretic.editing.completeness import remaining_share
+from heretic.editing.completeness import remainder
 from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks, batches_trials
 from heretic.editing.probe import probe_tokens
@@ -124,6 +124,10 @@ def load(model_type: str, folder: Path, mode: str) -> Model:
     """A tiny model as the program holds it, from files; its tokenizer is made for no type in particular."""
     original = zoo.build(model_type)
     original.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    with torch.no_grad():  # of all tokens only those that are words are ever the likeliest
+        head = original.get_output_embeddings().weight
+        head[: len(tiny.SPECIAL)] = head[tiny.SIZES["vocab_size"] :] = 0
+        head *= -1  # with the words that rwkv then likes, what it makes of several rows at once can be told from each alone
     tiny.save(folder, original)
     settings = tiny.settings(folder, row_normalization=mode)
     source = model_source(settings)
@@ -181,8 +185,9 @@ def check_export(loaded: Model, folder: Path, mode: str) -> None:
 def test_decoder(model_type: str, tmp_path: Path) -> None:
     model = zoo.build(model_type)
     architecture = discover(model)
-    share = remaining_share(model, architecture)
-    assert (share > 0.01) if model_type in zoo.INEXACT else (share < 2e-4)
+    left = remainder(model, architecture)
+    assert left.is_inexact(torch.float32) == (model_type in zoo.INEXACT)
+    assert model_type in zoo.INEXACT or not left.is_missed()
     check_edits(model, architecture)
     loaded = load(model_type, tmp_path / "original", "full")
     if model_type not in zoo.NOT_GENERATED:
@@ -256,6 +261,10 @@ def test_a_model_that_is_too_large_to_run_is_found_by_its_twin(model_type: str, 
 def whole_run(heretic: Callable[..., Outcome], folder: Path, model_type: str, mode: str, *more: object) -> Outcome:
     original = zoo.build(model_type)
     original.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    with torch.no_grad():  # of all tokens only those that are words are ever the likeliest
+        head = original.get_output_embeddings().weight
+        head[: len(tiny.SPECIAL)] = head[tiny.SIZES["vocab_size"] :] = 0
+        head *= -1  # with the words that rwkv then likes, what it makes of several rows at once can be told from each alone
     tiny.save(folder / "m", original)
     (folder / "good.txt").write_text("how do i bake bread\nfix my bike\nhello cat\nthe dog sat on the mat\n")
     (folder / "bad.txt").write_text("how do i fix bread\nbake my cat\nhello dog on the mat\nsorry\n")

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -14,8 +15,11 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 import process
+from conftest import Outcome
+from heretic.evaluator import Evaluator
+from heretic.session import stages
 
-STOPPING = "Stopping after the running trials. Ctrl+C again leaves at once."
+STOPPING = "Stopping: running trials that are not finished in 5 seconds are left to the next run. Ctrl+C again leaves at once."
 
 
 def complete(journal: Path) -> list[FrozenTrial]:
@@ -100,7 +104,7 @@ def interrupted(moment: str, again: bool = False) -> tuple[int, str]:
     return process.wait(pid), Path("output.txt").read_text()
 
 
-def test_one_interrupt_stops_after_the_running_trials(unhurried: Path) -> None:
+def test_one_interrupt_stops_the_search(unhurried: Path) -> None:
     code, output = interrupted("Trial 1/5000")
     assert code == 0
     assert STOPPING in output
@@ -109,6 +113,32 @@ def test_one_interrupt_stops_after_the_running_trials(unhurried: Path) -> None:
     code, output = interrupted("Trial ")
     assert f"Continuing the study checkpoints/m.jsonl ({len(trials)} trials done)." in output
     assert facts(complete(Path("checkpoints/m.jsonl"))[: len(trials)]) == facts(trials)
+
+
+def test_running_trials_are_given_up_when_their_time_is_over(
+    unhurried: Path, heretic: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--n-trials", 6, "--n-startup-trials", 2, "--trials-per-batch", 2]
+    assert heretic(*arguments, "--study-checkpoint-dir", "whole").code == 0
+    score_trials, calls = Evaluator.score_trials, []
+
+    def interrupted(self: Evaluator, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return score_trials(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "GRACE_SECONDS", 0)
+        patched.setattr(Evaluator, "score_trials", interrupted)
+        outcome = heretic(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert STOPPING.replace("5", "0") in outcome.out and "Pareto front" in outcome.out
+    assert len(calls) == 2, "nothing is scored alone after that"
+    assert len(complete(Path("checkpoints/m.jsonl"))) == 2
+    assert heretic(*arguments).code == 0
+    trials, whole = (complete(Path(folder) / "m.jsonl") for folder in ("checkpoints", "whole"))
+    assert [(trial.number, trial.params, trial.values) for trial in trials] == [(t.number, t.params, t.values) for t in whole]
 
 
 def test_two_interrupts_leave_at_once(unhurried: Path) -> None:

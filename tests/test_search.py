@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from heretic.config import Settings
 from heretic.editing.ablation import Ablation, ComponentParameters
-from heretic.errors import CheckpointError, TrialError
+from heretic.errors import CheckpointError, GivenUp, TrialError
 from heretic.evaluator import Score
 from heretic.scoring.scorers import divergence_objective
 from heretic.study.front import ablation_of, pareto_front, refusal_limit
@@ -130,6 +130,25 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(trials_per_batch: i
     assert proposals(trials) == whole
     assert [trial.number for trial in trials] == list(range(16)), "trials that were cut off are finished, not replaced"
     assert all(trial.state == TrialState.COMPLETE for trial in trials)
+
+
+@pytest.mark.parametrize("trials_per_batch", [1, 4])
+def test_a_batch_that_is_given_up_is_scored_first_by_whoever_goes_on(trials_per_batch: int, tmp_path: Path) -> None:
+    whole = proposals(run(tmp_path / "whole.jsonl", 16, trials_per_batch))
+    path = tmp_path / "j.jsonl"
+    opened = search(path)
+
+    def give_up(ablations: list[Ablation], limit: object = None) -> list[Score | Exception]:
+        raise GivenUp
+
+    opened.run(8, score, scaled, trials_per_batch)
+    opened.run(16, give_up, scaled, trials_per_batch)
+    n_running = len([trial for trial in opened.trials if trial.state == TrialState.RUNNING])
+    assert (n_running, opened.n_done) == (trials_per_batch, 8)
+    opened.run(12, score, scaled, trials_per_batch)
+    assert opened.n_done == 12 and all(trial.state == TrialState.COMPLETE for trial in opened.trials)
+    opened.run(16, give_up, scaled, trials_per_batch)
+    assert proposals(run(path, 16, trials_per_batch)) == whole
 
 
 def test_a_search_killed_between_two_records_of_a_shared_pass_repeats_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from optuna.trial import FrozenTrial, create_trial
 from rich.console import Console as RichConsole
 
 from heretic.console import Console
+from heretic.reporting import study_view
 from heretic.reporting.study_view import StudyView, plot_lines
 from heretic.reporting.text_plot import text_plot
 from heretic.scoring.score_tables import Baseline
@@ -51,6 +52,28 @@ def test_trials_of_the_front_are_told_apart() -> None:
     assert lines[0].startswith("10 ┤") and lines[0].endswith("·"), "trial 3 in the upper right corner"
     assert lines[1].count("●") == 1 and lines[1].count("·") == 1
     assert "".join(lines).count("●") == 2 and "".join(lines).count("·") == 2
+
+
+def test_the_time_left_is_that_of_batches_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(study_view.time, "monotonic", lambda: now)
+    view = StudyView(Console(), 24, 4, 10)
+    told = []
+    for batch, seconds in enumerate((100, 10, 14)):
+        now += seconds
+        for i in range(4):
+            attributes = {"seconds": seconds / 4, "refusals": 1, "kl_divergence": 0.1}
+            view.show(create_trial(values=[0.0, 0.0], user_attrs=attributes), [], 4 + 4 * batch + i + 1)
+        told.append(view._times())
+    now += 3
+    told.append(view._times())
+    # After the third batch 8 trials are left, and 8 took 24 seconds.
+    assert told == [
+        "1 min 40 s elapsed",
+        "1 min 50 s elapsed, about 30 s left",
+        "2 min 4 s elapsed, about 24 s left",
+        "2 min 7 s elapsed, about 21 s left",
+    ]
 
 
 @pytest.mark.parametrize(("width", "has_plot"), [(120, True), (100, True), (80, False), (60, False)])

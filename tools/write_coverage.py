@@ -10,11 +10,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.utils import logging
 
 from heretic.editing.architecture import Architecture, Writer
-from heretic.editing.completeness import remaining_share
+from heretic.editing.completeness import remainder
 from heretic.editing.discovery import discover
 from heretic.editing.hooks import batches_trials
 
@@ -70,10 +71,10 @@ def cell(architecture: Architecture, component: str) -> str:
 def row(model_type: str) -> str:
     model = zoo.build(model_type)
     architecture = discover(model)
-    share = remaining_share(model, architecture)
+    left = remainder(model, architecture)
     status = "whole" if model_type not in zoo.INEXACT else f"approximately: {zoo.INEXACT[model_type]}"
-    if (share > 0.01) != (model_type in zoo.INEXACT):
-        raise SystemExit(f"{model_type}: {share:.1e} of a direction stays")
+    if left.is_inexact(torch.float32) != (model_type in zoo.INEXACT):
+        raise SystemExit(f"{model_type}: {left.direction:.1e} of a direction stays")
     status += "" if batches_trials(architecture, "full") else "; one at a time"
     cells = [cell(architecture, component) for component in ("attn.o_proj", "mixer.out_proj", "mlp.down_proj")]
     return f"| {model_type} | {' | '.join(cells)} | {status} |"

@@ -151,6 +151,9 @@ class Settings(BaseModel):
 
     model: str = Field(description="Model to work on: hub id or local path; also the positional argument.")
     model_commit: str | None = Field(None, description="Revision of the model to pin: commit, tag or branch.")
+    gguf_file: str | None = Field(
+        None, min_length=1, description="GGUF file of the model's repository or folder to take; its weights are dequantized."
+    )
     evaluate_model: str | None = Field(None, description="Score this model (hub id or local path) against the model, and exit.")
     demo: bool = Field(False, description="Use the embedded demonstration model and its prompts.")
     dtypes: list[DtypeName] = Field(
@@ -226,8 +229,13 @@ class Settings(BaseModel):
         3, ge=1, description='Rank of an exported adapter in mode "full"; higher is closer and larger.'
     )
     winsorization_quantile: float = Field(1.0, gt=0, le=1, description="Clamp residuals to this quantile of their magnitudes; 1 is off.")
+    n_learned_trials: int = Field(
+        8, ge=0, description="Edits learned by gradient before the search begins, from few refusals to a small divergence; 0: none."
+    )
     n_trials: int = Field(
-        default_factory=_by_demo(DEFAULT_TRIALS, DEMO_TRIALS), ge=1, description="Trials of the search in all (the demonstration: 40)."
+        default_factory=_by_demo(DEFAULT_TRIALS, DEMO_TRIALS),
+        ge=0,
+        description="Trials of the search in all (the demonstration: 40); 0: learned ones alone.",
     )
     n_startup_trials: int = Field(
         default_factory=_startup_trials,
@@ -422,6 +430,8 @@ class Settings(BaseModel):
             raise ValueError(
                 f"n_startup_trials ({self.n_startup_trials}) is larger than n_trials ({self.n_trials}); lower the first or raise the second"
             )
+        if not self.n_trials and not self.n_learned_trials:
+            raise ValueError("n_trials and n_learned_trials are both 0, so nothing would be tried; raise one of them")
         if not self.model.strip():
             raise ValueError("model is empty; give a hub id or a local path")
         return self

@@ -43,6 +43,10 @@ class TrialError(HereticError):
     """One trial cannot be scored; the study goes on without it."""
 
 
+class LearningError(HereticError):
+    """No edit can be learned from this model; the search goes on without."""
+
+
 class CheckpointError(HereticError):
     """The study's journal is missing, locked, damaged or belongs to something else."""
 
@@ -59,3 +63,7 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     """` (did you mean x?)` with the nearest known name, or nothing where none is near."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
+class GivenUp(KeyboardInterrupt):
+    """The user stops the search and does not wait for the trials that are running. Not an error that a trial could have."""

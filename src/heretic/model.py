@@ -12,8 +12,9 @@ from transformers import TextStreamer
 
 from .config import Settings
 from .decoding.decoder import Decoder, Savings
+from .decoding.plain import PlainDecoder
 from .decoding.prefix_cache import PrefixCache
-from .decoding.rows import Row, TextWatch
+from .decoding.rows import Row, TextWatch, left_padded
 from .decoding.selfcheck import choose_decoder, resumes_well
 from .device import input_device
 from .editing.ablation import Ablation, RowNormalization
@@ -315,6 +316,22 @@ class Model:
             for row in self.decoder.run(rows, max_new_tokens, is_finished, cancelled):
                 advance(1)
                 yield row
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows of different lengths may share a pass of `logits_at_end`."""
+        return isinstance(self.decoder, Decoder)
+
+    def logits_at_end(self, rows: Sequence[Sequence[int]], n: int) -> Tensor:
+        """Logits `(row, n, vocabulary)` at the last `n` tokens of each row of token ids, in one pass. Gradients flow if they are enabled.
+
+        What is put before shorter rows is not looked at. Hooks are as they are: without an active edit it is the original.
+        """
+        if isinstance(self.decoder, PlainDecoder):
+            return self.decoder.logits_at_end(rows, n)
+        tokens, mask = left_padded(rows)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return self.decoder.forward(tokens.to(self.device), mask.to(self.device), positions.to(self.device), None, n)
 
     def text_of(self, row: Row) -> str:
         """The response of a row."""

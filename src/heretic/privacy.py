@@ -37,7 +37,7 @@ def public_name(name: str) -> str:
 
 def public_model_name(source: ModelSource) -> str:
     """The name of a model that others may be told: its hub id, or the name of its folder."""
-    return _last_part(expand(source.name)) if source.is_local else source.name
+    return source.repository or _last_part(expand(source.name))
 
 
 def _last_part(path: Path) -> str:

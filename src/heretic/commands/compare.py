@@ -110,7 +110,8 @@ def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
 def _from_study(name: str, path: Path, place: int, trust_remote_code: bool) -> Candidate:
     from ..session.answers import trial_at
     from ..study.checkpoint import read_study
-    from ..study.front import ablation_of, front_of
+    from ..study.front import front_of
+    from ..study.learned_edits import LearnedEdits
 
     study, settings = read_study(path)
     front = front_of(study)
@@ -118,7 +119,7 @@ def _from_study(name: str, path: Path, place: int, trust_remote_code: bool) -> C
         raise UsageError(f"The study {path} has no finished trial to compare.")
     trial = trial_at(front, place)
     settings = settings.model_copy(update={"trust_remote_code": trust_remote_code})
-    return Candidate(f"{name} (trial {trial.number})", settings, ablation=ablation_of(trial))
+    return Candidate(f"{name} (trial {trial.number})", settings, ablation=LearnedEdits.beside(path).ablation_of(trial))
 
 
 class Comparison:

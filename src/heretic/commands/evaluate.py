@@ -7,6 +7,7 @@ from ..console import Console
 from ..device import describe_device, empty_cache
 from ..errors import EvaluationError
 from ..evaluator import MOVED_PROMPTS, Evaluator
+from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import model_source
 from ..scoring.score_tables import figure_rows, moved_rows, verdicts_text
@@ -17,7 +18,7 @@ def evaluate(settings: "Settings", console: "Console") -> int:
     """Score `evaluate_model` against `model` with the evaluator of the search."""
 
     # Both are looked at before one is loaded.
-    sources = [model_source(settings), model_source(settings, settings.evaluate_model)]
+    sources = [dequantized_source(model_source(settings, name), console) for name in (settings.model, settings.evaluate_model)]
     n_tokens, n_other = [load_config(source).get_text_config(decoder=True).vocab_size for source in sources]
     if n_tokens != n_other:
         raise EvaluationError(

@@ -52,6 +52,7 @@ SEARCH = (
     "max_batch_size",
     "trials_per_batch",
     "stop_dominated_trials",
+    "n_learned_trials",
     "n_trials",
     "n_startup_trials",
     "sampler",
@@ -180,6 +181,7 @@ class _Model(BaseModel):
     name: str = Field(min_length=1)
     commit: str | None = Field(None, pattern=r"^\w[\w.-]*$")
     fingerprint: str | None = None
+    gguf_file: str | None = Field(None, pattern=r"^\w[\w.-]*\.gguf$")
 
 
 class _Trial(BaseModel):
@@ -253,13 +255,17 @@ def original_source(record: Record, model: str | None, trust_remote_code: bool) 
     _check_local(record, name)
     if name == DEMO_MODEL and record.content["settings"].get("demo"):
         return model_source(Settings(model=name, demo=True))
-    return model_source(Settings(model=name, model_commit=stored.get("commit"), trust_remote_code=trust_remote_code))
+    gguf = None if name.endswith(".gguf") else stored.get("gguf_file")
+    commit = stored.get("commit")
+    return model_source(Settings(model=name, model_commit=commit, gguf_file=gguf, trust_remote_code=trust_remote_code))
 
 
 def _check_local(record: Record, name: str) -> None:
     stored = record.content["model"]
     is_local = ":" in str(stored.get("fingerprint")) and not record.content["settings"].get("demo")
-    if is_local and name == stored["name"] and not Path(name).is_dir():
+    if stored.get("gguf_file") and stored["commit"] is not None:
+        is_local = False  # the hub's, whose dequantized weights the record knows
+    if is_local and name == stored["name"] and not Path(name).exists():
         raise ExportError(
             f"The original was a folder named {stored['name']}, which is not here; a record does not say where it was. "
             "Give the original with --model."
@@ -288,7 +294,7 @@ def rebuild(
     refuse_links(record.folder, (DIRECTIONS, *DESCRIPTION))
     edits = load_edits(record.folder / DIRECTIONS)
     settings = _export_settings(record)
-    original = open_original(_loaded(source), progress)
+    original = open_original(_loaded(source, progress), progress)
     _check_weights(record, original, progress)
     check_edits(edits, {name: value.shape for name, value in original.placements.model.state_dict().items()}, record.folder / DIRECTIONS)
     with file_errors(target.path), staged(target) as folder:
@@ -312,10 +318,12 @@ def rebuild(
     return target.path, files
 
 
-def _loaded(source: Any) -> Any:
+def _loaded(source: Any, progress: "Progress") -> Any:
     """The source at its commit, with its configuration in the cache."""
+    from ..loading.gguf import dequantized_source
     from ..loading.load import load_config
 
+    source = dequantized_source(source, progress)
     load_config(source)
     return source.pinned()
 
@@ -445,8 +453,8 @@ def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progre
         progress.message(f"The search ended before trial {wanted['number']}.")
         return 1
     attributes = found.user_attrs
-    then = {"direction_index": wanted["direction_index"], **_flat(wanted["parameters"])}
-    now = {"direction_index": attributes.get("direction_index"), **_flat(attributes.get("parameters", {}))}
+    then = {"direction_index": wanted["direction_index"], **_flat(wanted["parameters"] or {})}
+    now = {"direction_index": attributes.get("direction_index"), **_flat(attributes.get("parameters") or {})}
     then |= {name: scores[name] for name in ("refusals", "kl_divergence")}
     now |= {name: attributes.get(name) for name in ("refusals", "kl_divergence")}
     differing = [name for name in then if not _close(then[name], now.get(name))]

@@ -8,6 +8,7 @@ from ..session.stages import (
     check_lengths,
     compute_directions,
     is_told,
+    learn_shown,
     load_all_prompts,
     load_model_to_edit,
     make_report,
@@ -168,16 +169,22 @@ def _run_alone(
 
     def search_up_to(target: int) -> "Path | None":
         checkpoint.note(target=target)
-        was_stopped = search_shown(console, evaluator, search, target, batch_size)
+        return conclude(search_shown(console, evaluator, search, target, batch_size))
+
+    def conclude(was_stopped: bool) -> "Path | None":
         if not search.front:
             return None
         if not was_stopped:
             rescore_finalists(settings, console, checkpoint, evaluator, prompts, batch_size.value)
         return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
 
+    was_stopped = learn_shown(settings, console, search.study, checkpoint.edits, checkpoint.path, evaluator, prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
-    console.heading(f"Search: {target} trials, {search.n_done} done")
-    report = search_up_to(target)
+    if was_stopped or not target:
+        report = conclude(was_stopped)
+    else:
+        console.heading(f"Search: {target} trials, {search.n_done} done")
+        report = search_up_to(target)
     if not search.front:
         return no_trial(search.trials)
 
@@ -228,11 +235,12 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
     from ..session.answers import trial_at
     from ..study.finalists import missing_finalists
     from ..study.front import front_of
+    from ..study.learned_search import lacks_learned_trials
 
     front = front_of(checkpoint.study)
     if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
         return False
-    if missing_finalists(checkpoint.study, settings):
+    if missing_finalists(checkpoint.study, settings) or lacks_learned_trials(checkpoint.study, settings):
         return False
     if settings.trial_index is not None:
         trial_at(front, settings.trial_index)  # told before the model is loaded
@@ -256,6 +264,7 @@ def _open_search(settings: "Settings", checkpoint: "Checkpoint", space: "SearchS
         settings.n_startup_trials,
         settings.sampler,
         settings.first_trials,
+        checkpoint.edits,
     )
 
 

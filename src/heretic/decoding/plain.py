@@ -47,8 +47,12 @@ class PlainDecoder:
         return self._parts(ordered, lambda part: self._last_logits(part, n), same_length=True)
 
     def _last_logits(self, rows: list[Row], n: int) -> Tensor:
-        tokens = torch.tensor([list(row.tokens) for row in rows], device=self.device)
         self.assign_rows([row.trial for row in rows])
+        return self.logits_at_end([row.tokens for row in rows], n)
+
+    def logits_at_end(self, rows: Sequence[Sequence[int]], n: int) -> Tensor:
+        """Logits `(row, n, vocabulary)` at the last `n` tokens of rows of one length, in one pass."""
+        tokens = torch.tensor([list(row) for row in rows], device=self.device)
         kept = {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         logits: Tensor = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **kept).logits[:, -n:]
         return logits

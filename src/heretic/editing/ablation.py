@@ -36,12 +36,24 @@ class ComponentParameters:
     min_weight_distance: float
 
 
+@dataclass(frozen=True, eq=False)
+class LearnedEdit:
+    """An edit that was learned: by writer, the unit direction `(d,)` that leaves its output (float32, on the CPU) and the strength."""
+
+    directions: Mapping[str, Tensor]
+    strengths: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class Ablation:
-    """One trial as data. `direction_index` is a fraction of the last layer index; None: each layer's own direction."""
+    """One trial as data. `direction_index` is a fraction of the last layer index; None: each layer's own direction.
+
+    With `learned` that says all, and there are no parameters.
+    """
 
     direction_index: float | None
     parameters: Mapping[str, ComponentParameters]
+    learned: LearnedEdit | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,9 @@ def row_rescaling(strength: Tensor, r: Tensor, c: Tensor) -> Tensor:
     normalizing nothing does. `strength (..., 1)`, `r`, `c` `(..., d_out)`.
     """
     squared = 1 - 2 * strength * r * c + (strength * r) ** 2 * (r * c).sum(dim=-1, keepdim=True)
-    return torch.where(squared > torch.finfo(squared.dtype).eps, squared.clamp(min=0).rsqrt(), 0)
+    least = torch.finfo(squared.dtype).eps
+    # Clamped before the root, since `where` would pass an infinite gradient on even from what it does not take.
+    return torch.where(squared > least, squared.clamp(min=least).rsqrt(), 0)
 
 
 def output_map(

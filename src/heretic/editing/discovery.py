@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..loading.load import refuse_encoder_decoder
+from ..loading.explain import refuse_encoder_decoder
 from .architecture import Architecture, Storage, Writer, first_tensor
 from .probe import PROBE_TOKENS, is_norm, measure_gain, probe_direction, probe_tokens, removed, run_probe, share_along
 from .storage import Found, find_storage, is_sum, takes_gates

@@ -10,7 +10,7 @@ every layer's direction) is made once. Three kinds of writers:
 - Experts that cannot be called so: their weight is replaced while a trial is at work, and trials are not batched (`batches_trials`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +109,7 @@ class AblationHooks:
     def edit_of(self, writer: Writer, ablation: Ablation) -> tuple[Tensor, float]:
         """The unit direction `(d,)` that `ablation` takes out of the writer's output, on the CPU, and the strength."""
         constants = self._constants[self.architecture.writers.index(writer)]
-        r, _ = self._direction(constants, writer.layer, ablation)
+        r, _ = self._direction(writer, constants, ablation)
         return r.cpu(), self._strength(writer, ablation)
 
     def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
@@ -125,15 +125,20 @@ class AblationHooks:
         return min(edited, default=len(self.architecture.layers))
 
     def _strength(self, writer: Writer, ablation: Ablation) -> float:
+        if ablation.learned is not None:
+            return ablation.learned.strengths.get(writer.name, 0.0)
         last_layer = len(self.architecture.layers) - 1
         parameters = ablation.parameters.get(writer.component)
         return 0.0 if parameters is None else kernel(writer.layer, parameters, last_layer)
 
-    def _direction(self, constants: _Constants, layer: int, ablation: Ablation) -> tuple[Tensor, Tensor | None]:
+    def _direction(self, writer: Writer, constants: _Constants, ablation: Ablation) -> tuple[Tensor, Tensor | None]:
         """Unit `r (d,)` and the `c (d,)` that goes with it. Both are mixed and scaled alike, since `c` is linear in `r`."""
         n_layers = len(self.architecture.layers)
+        if ablation.learned is not None:
+            r = ablation.learned.directions[writer.name].to(constants.directions)
+            return r, None if constants.c is None else self._gram(writer, constants, r)
         if ablation.direction_index is None:
-            r, c = constants.directions[layer + 1], None if constants.c is None else constants.c[layer + 1]
+            r, c = constants.directions[writer.layer + 1], None if constants.c is None else constants.c[writer.layer + 1]
         else:
             layers = mix_at(ablation.direction_index * (n_layers - 1), n_layers)
             r = mix(constants.directions, layers)
@@ -190,24 +195,67 @@ class AblationHooks:
                 continue
             if _is_swapped(writer, self.mode):
                 continue
-            edits = [self._direction(constants, writer.layer, ablation) for ablation in ablations]
+            edits = [self._direction(writer, constants, ablation) for ablation in ablations]
             r = torch.stack([direction for direction, _ in edits])
-            strength = torch.tensor(strengths, dtype=r.dtype, device=r.device)
-            if writer.storage.n_experts is not None and self.mode != "none":
-                c = self._expert_gram(writer, constants, r) if self.mode == "full" else None
-                maps[writer.module] = output_map(self.mode, strength, r[:, None], constants.norms, c, constants.bias)
-            else:
-                c = None if constants.c is None else torch.stack([c for _, c in edits if c is not None])
-                bias = None if self.mode == "none" else constants.bias
-                maps[writer.module] = output_map(self.mode, strength, r, constants.norms, c, bias)
+            c = None if constants.c is None else torch.stack([c for _, c in edits if c is not None])
+            maps[writer.module] = self._map(writer, constants, r, torch.tensor(strengths, dtype=r.dtype, device=r.device), c)
         return maps
 
-    def _expert_gram(self, writer: Writer, constants: _Constants, r: Tensor) -> Tensor:
-        """`c (trial, expert, d)`, expert by expert, so that one weight at a time is held in float32."""
+    def _map(self, writer: Writer, constants: _Constants, r: Tensor, strength: Tensor, c: Tensor | None = None) -> OutputMap:
+        """The output map of a writer for unit directions `r (trial, d)` and `strength (trial,)`; `c (trial, d)` where it is known."""
+        if writer.storage.n_experts is not None and self.mode != "none":
+            c = self._gram(writer, constants, r) if self.mode == "full" else None
+            return output_map(self.mode, strength, r[:, None], constants.norms, c, constants.bias)
+        if self.mode == "full" and c is None:
+            c = self._gram(writer, constants, r)
+        return output_map(self.mode, strength, r, constants.norms, c, None if self.mode == "none" else constants.bias)
+
+    def _gram(self, writer: Writer, constants: _Constants, r: Tensor) -> Tensor:
+        """`c` of `r (..., d)`: `(..., d)`, for experts `(trial, expert, d)`. No weight is held beyond the call, nor for a gradient."""
         assert constants.norms is not None
-        with align_module_device(writer.module):
-            weights = writer.storage.matrices(stored_weight(writer).detach())
-            return torch.stack([row_gram(W.float(), norms, r) for W, norms in zip(weights, constants.norms, strict=True)], dim=1)
+        norms = constants.norms
+
+        def gram(r: Tensor) -> Tensor:
+            with align_module_device(writer.module):
+                if writer.storage.n_experts is None:
+                    return row_gram(dense_weight(writer.module, writer.storage).to(r.dtype), norms, r)
+                weights = writer.storage.matrices(stored_weight(writer).detach())
+                return torch.stack([row_gram(W.to(r.dtype), n, r) for W, n in zip(weights, norms, strict=True)], dim=-2)
+
+        def gradient(given: Tensor) -> Tensor:
+            if writer.storage.n_experts is None:
+                return gram(given)
+            with align_module_device(writer.module):
+                weights = writer.storage.matrices(stored_weight(writer).detach())
+                parts = zip(weights, norms, given.unbind(dim=-2), strict=True)
+                return sum((row_gram(W.to(given.dtype), n, own) for W, n, own in parts), torch.zeros_like(given[..., 0, :]))
+
+        result: Tensor = _Symmetric.apply(r, gram, gradient)
+        return result
+
+    def maps_of(self, edits: Mapping[str, tuple[Tensor, Tensor]]) -> dict[nn.Module, OutputMap]:
+        """Output maps, as functions of what they are made from: by writer, a unit `r (d,)` and a strength `()`."""
+        return {
+            writer.module: self._map(writer, constants, r.to(constants.directions.device)[None], s.to(constants.directions.device)[None])
+            for writer, constants in zip(self.architecture.writers, self._constants, strict=True)
+            if writer.name in edits
+            for r, s in [edits[writer.name]]
+        }
+
+    def has_map(self, writer: Writer) -> bool:
+        """Whether a map of its output says what an edit of the writer does."""
+        return not _is_swapped(writer, self.mode)
+
+    @contextmanager
+    def mapping(self, maps: dict[nn.Module, OutputMap]) -> Iterator[None]:
+        """Within, outputs are mapped by these maps, through which gradients flow."""
+        self._maps, self._n_trials = maps, 1
+        self.assign_rows([0])
+        try:
+            yield
+        finally:
+            self._maps = {}
+            self.assign_rows(None)
 
     def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         edit = self._maps.get(module)
@@ -258,6 +306,19 @@ class AblationHooks:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
+
+
+class _Symmetric(torch.autograd.Function):
+    """A linear function of a tensor whose gradient is told by another one, so that nothing is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return function(r)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> Any:
+        return ctx.gradient(given[0]), None, None
 
 
 def stored_weight(writer: Writer) -> Tensor:

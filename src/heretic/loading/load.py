@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import utils as hub_utils
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,9 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import Settings
 from ..device import empty_cache, free_memory, input_device, is_out_of_memory, memory_limits
-from ..errors import ModelError, UnsupportedModelError
+from ..errors import ModelError
 from ..utils import Progress, first_line
+from .explain import explain, refuse_encoder_decoder
 from .files import check_indexes
+from .gguf import dequantized_source
 from .quantized import loading_arguments, refuse_method, stored_method, unify
 from .source import ModelSource
 
@@ -51,41 +52,7 @@ def load_config(source: ModelSource) -> Any:
     try:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
     except Exception as error:
-        raise ModelError(_explain(source, error)) from error
-
-
-def _explain(source: ModelSource, error: BaseException) -> str:
-    """Why a model cannot be loaded and what to do, from the chain of causes, which transformers' own message hides."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(item) for item in chain)
-
-    def caused_by(*types: type[BaseException]) -> bool:
-        return any(isinstance(item, types) for item in chain)
-
-    name = source.name
-    if caused_by(hub_errors.GatedRepoError):
-        return f"The model {name} is gated. Accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN."
-    if caused_by(hub_errors.RevisionNotFoundError) or "is not a valid git identifier" in text:
-        return f"The model {name} has no revision {source.revision!r}. Check --model-commit."
-    if caused_by(hub_errors.RepositoryNotFoundError):
-        return (
-            f"The model {name} is neither a local folder nor on the hub, or it is private. Check the name; "
-            "for a private model log in with `hf auth login` or set HF_TOKEN."
-        )
-    if "trust_remote_code" in text:
-        return f"The model {name} comes with its own Python code. Read it, and if you trust it, add --trust-remote-code."
-    if "model_type" in text or "does not recognize this architecture" in text:
-        return f"The model {name} is of a type that this version of transformers does not know. Update transformers. ({first_line(error)})"
-    if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) or "connect" in text:
-        return (
-            f"The model {name} is not a local folder, not in the cache, and the hub cannot be reached. Check the name, the network, "
-            "and HF_ENDPOINT or HF_HUB_OFFLINE if they are set."
-        )
-    return f"The model {name} cannot be loaded: {first_line(error)}"
+        raise ModelError(explain(source, error)) from error
 
 
 def auto_class(config: Any) -> Any:
@@ -115,6 +82,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
 
     Raises `ModelError`, which lists why each format failed.
     """
+    source = dequantized_source(source, progress)
     config = load_config(source)
     refuse_encoder_decoder(config)
     refuse_method(source.name, config)
@@ -170,15 +138,6 @@ def _load_tokenizer(source: ModelSource) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # so that the last position is the last prompt token in every row
     return tokenizer
-
-
-def refuse_encoder_decoder(config: Any) -> None:
-    """Raise `UnsupportedModelError` for a configuration that has an encoder beside the decoder."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"Models of type {config.model_type} are not supported: it is an encoder with a decoder; only decoders that stand alone can be "
-            "edited."
-        )
 
 
 def stored_dtype(config: Any) -> torch.dtype:

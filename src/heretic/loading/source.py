@@ -11,23 +11,33 @@ from ..config import DEMO_MODEL, Settings
 from ..errors import ModelError
 
 _HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
-_GGUF = "GGUF files hold a model converted for llama.cpp, which cannot be edited. Give the model that it was made from."
 SAMPLE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: what transformers is given, and the name it goes by."""
+    """Where a model comes from: what transformers is given, and the name it goes by.
+
+    `gguf`: the name of a GGUF file. Until that is dequantized (`gguf.dequantized_source`) the path is its own, or a hub id.
+    """
 
     path: str
     name: str
     revision: str | None
     trust_remote_code: bool
+    gguf: str | None = None
 
     @property
     def is_local(self) -> bool:
         """Whether it is a folder on this machine."""
         return Path(self.path).is_dir()
+
+    @property
+    def repository(self) -> str | None:
+        """The hub id of where it comes from; None for what is on this machine only."""
+        if self.gguf is not None:
+            return self.name if self.revision is not None else None
+        return None if self.is_local else self.path
 
     def pinned(self) -> "ModelSource":
         """The same at the commit that was loaded, so that what is read later is what was read then."""
@@ -58,21 +68,28 @@ def model_source(settings: Settings, name: str | None = None) -> ModelSource:
     Raises `ModelError` for what looks like a path where there is no folder.
     """
     name = name or settings.model
-    revision = settings.model_commit if name == settings.model else None
+    revision, gguf = (settings.model_commit, settings.gguf_file) if name == settings.model else (None, None)
     if name == DEMO_MODEL and settings.demo:
         return ModelSource(str(demo.MODEL), DEMO_MODEL, None, False)
     path = expand(name)
     if path.is_dir():
+        if gguf is not None:
+            if not (path / gguf).is_file():
+                raise ModelError(f"The folder {name} has no file {gguf}. Check --gguf-file.")
+            return ModelSource(str(path / gguf), name, None, settings.trust_remote_code, gguf)
         if not (path / "config.json").is_file():
             hint = " It holds an adapter, not a model." if (path / "adapter_config.json").is_file() else ""
-            hint = f" {_GGUF}" if any(path.glob("*.gguf")) else hint
+            files = sorted(file.name for file in path.glob("*.gguf"))
+            hint = f" It holds GGUF files; choose one with --gguf-file, such as {files[0]}." if files else hint
             raise ModelError(f"{name} is no model folder: it has no config.json.{hint}")
         return ModelSource(str(path), name, revision, settings.trust_remote_code)
     if path.is_file():
-        raise ModelError(f"{name} is a file. {_GGUF if path.suffix == '.gguf' else 'Give the folder that holds the model, or a hub id.'}")
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name} is a file. Give the folder that holds the model, a GGUF file, or a hub id.")
+        return ModelSource(str(path), name, None, settings.trust_remote_code, path.name)
     if not _HUB_ID.fullmatch(name):
         raise ModelError(f"There is no folder {name}. Check the path (a hub id has the form owner/name).")
-    return ModelSource(name, name, revision, settings.trust_remote_code)
+    return ModelSource(name, name, revision, settings.trust_remote_code, gguf)
 
 
 def hub_commit(source: ModelSource) -> str | None:
@@ -105,10 +122,10 @@ def fingerprint(source: ModelSource) -> str:
     if not source.is_local:
         return hub_commit(source) or "unknown"
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
-    return " ".join(f"{path.name}:{_sampled_hash(path)}" for path in files)
+    return " ".join(f"{path.name}:{sampled_hash(path)}" for path in files)
 
 
-def _sampled_hash(path: Path) -> str:
+def sampled_hash(path: Path) -> str:
     """A hash of a file's size, start, middle and end: another training run changes them all, and reading weights takes minutes."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -1,11 +1,11 @@
 """A picture of the kernel: the strength of the ablation over the layers, as an SVG that needs nothing to draw or show it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 
-from ..editing.ablation import Ablation, kernel
 from .axis import Axis
 from .charts import Frame, Line, elements
+from .learned import Points
 
 TITLE = "Strength of the ablation over the layers"
 WIDTH, HEIGHT = 760, 310
@@ -17,27 +17,23 @@ STYLE = """text { font: 13px system-ui, sans-serif; fill: #222 } .grid { stroke:
 .vertical { stroke: #777; stroke-dasharray: 4 4 } .kernel { fill: none; stroke-width: 2.2 }"""
 
 
-def kernel_picture(ablation: Ablation, last_layer: int) -> str:
+def kernel_picture(strengths: Mapping[str, Points], last_layer: int, direction: float | None = None) -> str:
     """An SVG with a curve for each component, on a white ground so that it can be read on light and dark pages.
 
-    A dashed line marks the layer of the direction, if one direction serves all layers.
+    `strengths` are points `(layer, strength)` by component. A dashed line marks the layer of the `direction`, if one serves all layers.
     """
     frame = Frame(WIDTH, HEIGHT, "layer", "strength", TITLE)
-    greatest = max(max(p.max_weight, p.min_weight) for p in ablation.parameters.values())
+    found = [0.0, *(strength for points in strengths.values() for _, strength in points)]
     x = Axis(0, max(1, last_layer), *frame.x_range, whole=True)
-    y = Axis(0, 1.08 * (greatest or 1), *frame.y_range)
-    curves = [
-        Line([(layer, kernel(layer, p, last_layer)) for layer in range(last_layer + 1)], f"kernel c{i}", name)
-        for i, (name, p) in enumerate(ablation.parameters.items())
-    ]
-    index = ablation.direction_index
-    verticals = [] if index is None else [(index * last_layer, "layer of the direction")]
-    legend = _legend_places(ablation.parameters)
+    y = Axis(1.08 * min(found), 1.08 * (max(found) or 1), *frame.y_range)
+    curves = [Line(points, f"kernel c{i}", name) for i, (name, points) in enumerate(strengths.items())]
+    verticals = [] if direction is None else [(direction, "layer of the direction")]
+    legend = _legend_places(strengths)
     top = LEGEND_ROW * (max(row for _, row in legend) + 1) + 10
     keys = [
         f'<path class="kernel c{i}" d="M{at:.0f} {20 + LEGEND_ROW * row}h26"/>'
         f'<text x="{at + 32:.0f}" y="{24 + LEGEND_ROW * row}">{escape(name)}</text>'
-        for i, (name, (at, row)) in enumerate(zip(ablation.parameters, legend, strict=True))
+        for i, (name, (at, row)) in enumerate(zip(strengths, legend, strict=True))
     ]
     styles = [
         f".c{i} {{ stroke: {COLOURS[i % len(COLOURS)]}; stroke-dasharray: {DASHES[i // len(COLOURS) % len(DASHES)]} }}"

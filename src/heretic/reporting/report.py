@@ -22,15 +22,15 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import __version__
-from ..editing.ablation import ComponentParameters, kernel
 from ..errors import ReportError
 from ..scoring.score_tables import Baseline, finalist_rows, title_of
-from ..study.front import ablation_of, front_of, is_finished, score_of
+from ..study.front import components_of, front_of, is_finished, is_learned, score_of, search_view
 from ..utils import format_duration
 from .axis import Axis, axis_for
 from .charts import Frame, Line, Mark, chart
+from .learned import cosine_curve, strength_curves
 from .report_scores import score_table
-from .tables import kernel_cells
+from .tables import edit_cells
 
 USUAL_OBJECTIVES = (("refusals", "minimize"), ("kl_divergence", "minimize"))
 # With fewer trials than this an importance says nothing.
@@ -63,7 +63,7 @@ class Facts:
     @property
     def components(self) -> list[str]:
         """The components that the trials edit."""
-        return list(ablation_of(self.front[0]).parameters)
+        return components_of(self.front)
 
 
 def facts_of(study: Study) -> Facts:
@@ -93,13 +93,15 @@ def facts_of(study: Study) -> Facts:
 
 def _importances(study: Study, objectives: Sequence[tuple[str, str]]) -> dict[str, dict[str, float]]:
     """Optuna's PED-ANOVA for each objective: how much a parameter decides whether a trial is among the best tenth."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = search_view(study).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(complete) < MIN_TRIALS_FOR_IMPORTANCE:
         return {}
 
     def of(name: str, direction: str) -> dict[str, float]:
         sign = 1 if direction == "minimize" else -1
-        return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: sign * score_of(trial, name))
+        return get_param_importances(
+            search_view(study), evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: sign * score_of(trial, name)
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -143,8 +145,8 @@ def render(facts: Facts) -> str:
         finalist_rows=finalists,
         history_charts=history_charts(facts),
         importances=importance_rows(facts),
-        kernel_charts=kernel_charts(facts),
-        kernel_rows=[kernel_cells(ablation_of(trial), facts.last_layer) for trial in facts.front],
+        kernel_charts=[*zip(facts.components, kernel_charts(facts), strict=True), *cosine_charts(facts)],
+        kernel_rows=[edit_cells(trial, facts.components, facts.last_layer) for trial in facts.front],
         samples=sample_rows(facts),
         settings=[(name, json.dumps(value, ensure_ascii=False), name in facts.given) for name, value in facts.settings.items()],
     )
@@ -244,26 +246,32 @@ def kernel_charts(facts: Facts) -> list[str]:
     last_layer = facts.last_layer
     if last_layer is None:
         return []
-    ablations = [ablation_of(trial) for trial in facts.front]
-    strengths = [p.max_weight for ablation in ablations for p in ablation.parameters.values()]
+    curves = [strength_curves(trial, last_layer) for trial in facts.front]
+    strengths = [0.0, *(strength for own in curves for points in own.values() for _, strength in points)]
     charts = []
     for component in facts.components:
         frame = Frame(PANEL, 230, "Layer", "Strength", f"Strength of the edits of {component} over the layers")
-        x, y = Axis(0, max(1, last_layer), *frame.x_range, whole=True), Axis(0, 1.08 * max([1e-9, *strengths]), *frame.y_range)
+        x, y = (
+            Axis(0, max(1, last_layer), *frame.x_range, whole=True),
+            Axis(1.08 * min(strengths), 1.08 * max(1e-9, *strengths), *frame.y_range),
+        )
         lines = [
-            Line(kernel_points(ablation.parameters[component], last_layer), "kernel", describe(trial), i)
-            for i, (trial, ablation) in enumerate(zip(facts.front, ablations, strict=True))
+            Line(own.get(component, []), "kernel", describe(trial), i)
+            for i, (trial, own) in enumerate(zip(facts.front, curves, strict=True))
         ]
         charts.append(chart(frame, x, y, lines))
     return charts
 
 
-def kernel_points(parameters: ComponentParameters, last_layer: int) -> list[tuple[float, float]]:
-    """The strength over the layers as a line: its corners, with the cliffs where the kernel ends."""
-    top, reach = parameters.max_weight_position * last_layer, parameters.min_weight_distance * last_layer
-    edge = 1e-6  # layers, on either side of a cliff
-    corners = [0.0, top - reach - edge, top - reach + edge, top, top + reach - edge, top + reach + edge, float(last_layer)]
-    return [(layer, kernel(layer, parameters, last_layer)) for layer in sorted(corners) if 0 <= layer <= last_layer]
+def cosine_charts(facts: Facts) -> list[tuple[str, str]]:
+    """How much of the difference of means the directions of the front's learned trials have kept, over the layers."""
+    learned = [(i, trial) for i, trial in enumerate(facts.front) if is_learned(trial)]
+    if facts.last_layer is None or not learned:
+        return []
+    frame = Frame(PANEL, 230, "Layer", "Cosine", "Cosine between each layer's learned direction and its difference of means")
+    x, y = Axis(0, max(1, facts.last_layer), *frame.x_range, whole=True), Axis(-0.05, 1.05, *frame.y_range)
+    lines = [Line(cosine_curve(trial), "kernel", describe(trial), i) for i, trial in learned]
+    return [("Learned directions", chart(frame, x, y, lines))]
 
 
 def sample_rows(facts: Facts) -> list[dict[str, Any]]:

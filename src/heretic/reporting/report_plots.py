@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..errors import ReportError
-from ..study.front import ablation_of, is_finished
-from .report import Facts, kernel_points, staircase
+from ..study.front import is_finished
+from .learned import strength_curves
+from .report import Facts, staircase
 
 DOT, FRONT = "#8d8d86", "#1f5fbf"
 BARS = (FRONT, "#7c8f1e", "#c2410c")
@@ -79,10 +80,10 @@ def kernel_figure(facts: Facts) -> Figure:
     last_layer = facts.last_layer or 1
     for axes, component in zip(figure.subplots(1, len(facts.components), squeeze=False)[0], facts.components, strict=True):
         for i, trial in enumerate(facts.front):
-            x, y = zip(*kernel_points(ablation_of(trial).parameters[component], last_layer), strict=True)
+            x, y = zip(*strength_curves(trial, last_layer)[component], strict=True)
             label = f"{trial.user_attrs['refusals']} at {trial.user_attrs['kl_divergence']:.4f}"
             axes.plot(x, y, color=colors(0.9 * i / max(1, len(facts.front) - 1)), label=label)
-        axes.set(xlabel="Layer", ylabel="Strength", title=component, ylim=(0, None))
+        axes.set(xlabel="Layer", ylabel="Strength", title=component)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small", title="refusals at KL")

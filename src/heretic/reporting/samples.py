@@ -1,6 +1,6 @@
 """Responses of the original and of the front's trials to a few prompts, kept with the study for any report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -9,7 +9,6 @@ from ..editing.ablation import Ablation
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
 from ..scoring.responses import RefusalRule
-from ..study.front import ablation_of
 
 HARMFUL_SAMPLES, HARMLESS_SAMPLES = 3, 2
 # Of a longer front every so manieth trial is sampled, its ends included.
@@ -33,7 +32,13 @@ def sampled(front: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def take_samples(
-    model: Model, rule: RefusalRule, prompts: Sequence[Prompt], front: Sequence[FrozenTrial], max_new_tokens: int, kept: Samples
+    model: Model,
+    rule: RefusalRule,
+    prompts: Sequence[Prompt],
+    front: Sequence[FrozenTrial],
+    max_new_tokens: int,
+    kept: Samples,
+    ablation_of: Callable[[FrozenTrial], Ablation],
 ) -> Samples:
     """`kept` with what is missing in it for the trials of `front`. Responses to other prompts than these are dropped."""
     texts = [prompt.user for prompt in prompts]

@@ -48,7 +48,9 @@ class StudyView:
         self.trials: list[FrozenTrial] = []
         self.note = ""
         self._start = time.monotonic()
-        self._n_before = n_done
+        # When a batch was over, and how many trials were done then; its trials have the same seconds.
+        self._batches: list[tuple[float, int]] = []
+        self._last_seconds: float | None = None
         self._live: Live | None = None
 
     def __enter__(self) -> "StudyView":
@@ -64,6 +66,10 @@ class StudyView:
     def show(self, latest: FrozenTrial, trials: Sequence[FrozenTrial], n_done: int) -> None:
         """Take note of the trials so far, `latest` of which has just finished."""
         self.trials, self.n_done = list(trials), n_done
+        if self._batches and latest.user_attrs.get("seconds") == self._last_seconds:
+            self._batches.pop()
+        self._batches.append((time.monotonic(), n_done))
+        self._last_seconds = latest.user_attrs.get("seconds")
         if latest.state == TrialState.FAIL:
             self.console.warning(f"Trial {latest.number} failed: {latest.user_attrs.get('failure', 'cut off')}")
         elif self._live is None:
@@ -99,12 +105,17 @@ class StudyView:
         return pareto_front(self.trials, self.objectives)
 
     def _times(self) -> str:
-        elapsed = time.monotonic() - self._start
-        text = f"{format_duration(elapsed)} elapsed"
-        run = self.n_done - self._n_before
-        if run and self.n_done < self.n_trials:
-            text += f", about {format_duration(elapsed / run * (self.n_trials - self.n_done))} left"
-        return text
+        text = f"{format_duration(time.monotonic() - self._start)} elapsed"
+        left = self._seconds_left()
+        return text if left is None else f"{text}, about {format_duration(left)} left"
+
+    def _seconds_left(self) -> float | None:
+        """None until two batches are done: the first warms up, and none of its trials can be stopped for being dominated."""
+        if len(self._batches) < 2 or self.n_done >= self.n_trials:
+            return None
+        (begun, n_before), (last, n_done) = self._batches[0], self._batches[-1]
+        left = (last - begun) / (n_done - n_before) * (self.n_trials - n_done)
+        return max(0.0, left - (time.monotonic() - last))
 
     def _render(self) -> Group:
         bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(self._times()))
@@ -116,7 +127,7 @@ class StudyView:
             parts.append(
                 self._beside_plot(front, self._table("Best so far", front[:FRONT_ROWS], len(front)), self._table("Last trials", last))
             )
-        parts.append(self.note or "[dim]Ctrl+C stops after the running trials; everything finished is kept.[/]")
+        parts.append(self.note or "[dim]Ctrl+C stops within seconds; everything finished is kept.[/]")
         return Group(*parts)  # type: ignore[arg-type]
 
     def _beside_plot(self, front: Sequence[FrozenTrial], *tables: Table) -> Group | Table:

@@ -12,8 +12,9 @@ from ..config import DEFAULT_OBJECTIVES, Objectives
 from ..editing.ablation import Ablation
 from ..parameters import Choice, Range
 from ..scoring.score_tables import Baseline, finalist_rows, format_figure, title_of, verdict_columns
-from ..study.front import ablation_of, score_of
+from ..study.front import ablation_of, components_of, is_learned, score_of
 from ..study.space import SearchSpace
+from .learned import learned_cells
 from .residual_geometry import LayerGeometry
 
 _GEOMETRY_HEADERS = "S(g,b) S(g*,b*) S(g,r) S(g*,r*) S(b,r) S(b*,r*) |g| |g*| |b| |b*| |r| |r*| Silhouette".split()
@@ -24,7 +25,9 @@ _GEOMETRY_CAPTION = (
 
 
 def describe_direction(ablation: Ablation, last_layer: int | None) -> str:
-    """`per layer`, or the index with the layer beside it."""
+    """`learned`, `per layer`, or the index with the layer beside it."""
+    if ablation.learned is not None:
+        return "learned"
     index = ablation.direction_index
     if index is None:
         return "per layer"
@@ -44,6 +47,11 @@ def kernel_cells(ablation: Ablation, last_layer: int | None) -> list[str]:
             reach += f" ({p.min_weight_distance * last_layer:.1f} layers)"
         cells.append(f"{p.max_weight:.2f} at {place}, {p.min_weight:.2f} at ±{reach}")
     return cells
+
+
+def edit_cells(trial: FrozenTrial, components: Sequence[str], last_layer: int | None) -> list[str]:
+    """What a trial does, the direction first, then each component's strengths."""
+    return learned_cells(trial, components) if is_learned(trial) else kernel_cells(ablation_of(trial), last_layer)
 
 
 def space_text(space: SearchSpace, parting: int, last_layer: int) -> str:
@@ -86,7 +94,7 @@ def trial_rows(
 ) -> tuple[list[str], list[list[str]]]:
     """Headers and rows that describe trials: scores, then what was done."""
     others = other_scores(trials, objectives)
-    components = list(ablation_of(trials[0]).parameters) if trials else []
+    components = components_of(trials)
     verdicts = verdict_columns(trials, baseline)
     headers = ["#", "Trial", *verdicts, "KL divergence", *map(title_of, others), "Direction", *components]
     rows = []
@@ -94,7 +102,7 @@ def trial_rows(
         told = [cell(trial.user_attrs) for cell in verdicts.values()]
         scores = [str(i), str(trial.number), *told, f"{trial.user_attrs['kl_divergence']:.4f}"]
         scores += [format_figure(score_of(trial, name)) for name in others]
-        rows.append([*scores, *kernel_cells(ablation_of(trial), last_layer)])
+        rows.append([*scores, *edit_cells(trial, components, last_layer)])
     return headers, rows
 
 

@@ -19,6 +19,7 @@ from ..loading.source import ModelSource
 from ..model import Model
 from ..privacy import public_model_name, public_name
 from ..reporting.kernel_picture import kernel_picture
+from ..reporting.learned import Points
 from ..utils import Progress, SilentProgress, first_line, versions
 from .record import LIBRARIES, Result, Strategy, prompt_source
 
@@ -41,7 +42,7 @@ def write_card(model: Model, result: Result, strategy: Strategy, folder: Path, p
     """
     copy_licence(model.loaded.source, folder, progress)
     (folder / CARD).write_text(model_card(model, result, strategy, progress), encoding="utf-8")
-    picture = kernel_picture(result.ablation, len(model.architecture.layers) - 1)
+    picture = _picture(result, len(model.architecture.layers) - 1)
     (folder / PICTURE).write_text(picture, encoding="utf-8")
 
 
@@ -49,7 +50,9 @@ def copy_licence(source: ModelSource, folder: Path, progress: Progress) -> None:
     """Copy the original's licence files to a folder that lacks them."""
     try:
         original = (
-            source.path if source.is_local else snapshot_download(source.path, revision=source.revision, allow_patterns=LICENCE_FILES)
+            source.path
+            if source.repository is None
+            else snapshot_download(source.repository, revision=source.revision, allow_patterns=LICENCE_FILES)
         )
         for path in sorted({path for pattern in LICENCE_FILES for path in Path(original).glob(pattern) if path.is_file()}):
             if not (folder / path.name).exists():
@@ -85,7 +88,8 @@ def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, An
     """Metadata and text of the original's card; nothing and None where it has none, or where it cannot be read, which is told."""
     unread = f"The card of {source.name} cannot be read, so its licence, language and text are missing in the new one: "
     try:
-        path = Path(source.path) / CARD if source.is_local else Path(hf_hub_download(source.path, CARD, revision=source.revision))
+        repository = source.repository
+        path = Path(source.path) / CARD if repository is None else Path(hf_hub_download(repository, CARD, revision=source.revision))
         content = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, EntryNotFoundError) as error:
         if isinstance(error, LocalEntryNotFoundError):
@@ -107,31 +111,48 @@ def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> 
     source = model.loaded.source
     kept: dict[str, Any] = {name: original[name] for name in KEPT if original.get(name)}
     link = kept.get("license_link")
-    if isinstance(link, str) and not _URL.match(link) and not source.is_local:
-        kept["license_link"] = f"{HUB}/{source.path}/blob/{source.revision or 'main'}/{link.removeprefix('./')}"
+    if isinstance(link, str) and not _URL.match(link) and source.repository is not None:
+        kept["license_link"] = f"{HUB}/{source.repository}/blob/{source.revision or 'main'}/{link.removeprefix('./')}"
     text_only = auto_class(model.loaded.config).__name__ == "AutoModelForCausalLM"
     kept.setdefault("pipeline_tag", "text-generation" if text_only else "image-text-to-text")
     # The hub refuses a card whose base_model is no repository.
-    base: dict[str, Any] = {} if source.is_local else {"base_model": source.path, "base_model_relation": RELATIONS[strategy]}
+    repository = source.repository
+    base: dict[str, Any] = {} if repository is None else {"base_model": repository, "base_model_relation": RELATIONS[strategy]}
     return ModelCardData(**kept, library_name=LIBRARY[strategy], tags=list(TAGS), **base)
 
 
 def _introduction(model: Model, result: Result, strategy: Strategy) -> str:
     source = model.loaded.source
-    edited = {name: count for name, count in model.architecture.components.items() if name in result.ablation.parameters}
+    edited = {name: count for name, count in model.architecture.components.items() if name in result.components}
     modules = " and ".join(f"{count} `{name}` modules" for name, count in edited.items())
     what = "an adapter for" if strategy == "adapter" else "a modified copy of"
     return f"""# {public_model_name(source).split("/")[-1]}, refusals removed
 
 This is {what} {_model_link(source)}. Its refusals were reduced by directional ablation with heretic {__version__}, without training:
-the directions that tell refused prompts from answered ones in the residual stream were taken out of what {modules} write to it.
+{_DIRECTIONS[bool(result.learned)]} were taken out of what {modules} write to it.
 
 **Safeguards were removed.** See [Responsible use](#responsible-use) before you run or share it."""
 
 
+_DIRECTIONS = {
+    False: "the directions that tell refused prompts from answered ones in the residual stream",
+    True: "directions in the residual stream, learned by gradient from those that tell refused prompts from answered ones,",
+}
+
+
+def _picture(result: Result, last_layer: int) -> str:
+    ablation = result.ablation
+    layers = range(last_layer + 1)
+    strengths: dict[str, Points] = {n: [(i, kernel(i, p, last_layer)) for i in layers] for n, p in ablation.parameters.items()}
+    for name, found in result.learned.items():
+        strengths[name] = [(layer, strength) for layer, strength, _ in found]
+    index = ablation.direction_index
+    return kernel_picture(strengths, last_layer, None if index is None else index * last_layer)
+
+
 def _model_link(source: ModelSource) -> str:
     name = public_model_name(source)
-    if source.is_local:
+    if source.repository is None:
         return f"`{name}`"
     commit = "" if source.revision is None else f" (commit [`{source.revision[:12]}`]({HUB}/{name}/tree/{source.revision}))"
     return f"[{name}]({HUB}/{name}){commit}"
@@ -253,7 +274,14 @@ def _parameters(result: Result, last_layer: int) -> str:
         ("trial", str(result.trial_number)),
         ("seed", str(settings.seed)),
         ("row normalization", settings.row_normalization),
-        ("direction", "each layer's own" if index is None else f"one for all layers, index {index:.4f} (layer {index * last_layer:.1f})"),
+        (
+            "direction",
+            "learned, each layer's own"
+            if result.learned
+            else "each layer's own"
+            if index is None
+            else f"one for all layers, index {index:.4f} (layer {index * last_layer:.1f})",
+        ),
         ("direction orthogonalized to the harmless mean", "yes" if settings.orthogonalize_direction else "no"),
         ("winsorization quantile of residuals", f"{settings.winsorization_quantile:g}"),
     ]
@@ -264,7 +292,7 @@ def _parameters(result: Result, last_layer: int) -> str:
             rows.append((f"{name}.{field}", f"{value:.4f}{layers}"))
     return f"""## Parameters
 
-Positions, distances and the direction's index are fractions of the last layer index ({last_layer}).
+{"" if result.learned else f"Positions, distances and the direction's index are fractions of the last layer index ({last_layer})."}
 
 {_table(("parameter", "value"), rows)}
 
@@ -272,7 +300,7 @@ Positions, distances and the direction's index are fractions of the last layer i
 
 <details><summary>Strength in every layer</summary>
 
-{_strengths(ablation, last_layer)}
+{_learned_strengths(result) if result.learned else _strengths(ablation, last_layer)}
 
 </details>"""
 
@@ -283,6 +311,17 @@ def _strengths(ablation: Ablation, last_layer: int) -> str:
         for layer in range(last_layer + 1)
     ]
     return _table(["layer", *ablation.parameters], rows)
+
+
+def _learned_strengths(result: Result) -> str:
+    """Each layer's strengths, and how much of the difference of means its direction has kept."""
+    layers = sorted({layer for found in result.learned.values() for layer, _, _ in found})
+    rows = []
+    for layer in layers:
+        own = {name: [(s, cosine) for at, s, cosine in found if at == layer] for name, found in result.learned.items()}
+        cosine = next(cosine for found in own.values() for _, cosine in found)
+        rows.append([str(layer), f"{cosine:.4f}", *(", ".join(f"{s:.4f}" for s, _ in found) for found in own.values())])
+    return _table(["layer", "cosine to the difference of means", *result.learned], rows)
 
 
 def _rebuilding(strategy: Strategy) -> str:

@@ -1,6 +1,6 @@
 """`heretic.json`: what was done to what, with which versions, and what came of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +33,13 @@ class Result:
     n_bad_prompts: int
     response_prefix: str
     measurements: Mapping[str, Any] = field(default_factory=dict)
+    # Of a learned trial, by component: layer, strength, and cosine to the difference of means of each writer.
+    learned: Mapping[str, Sequence[tuple[int, float, float]]] = field(default_factory=dict)
+
+    @property
+    def components(self) -> list[str]:
+        """The components that are edited."""
+        return list(self.learned or self.ablation.parameters)
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -74,6 +81,7 @@ def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
         "model": {
             "name": public_name(loaded.source.name),
             "commit": loaded.source.revision,
+            "gguf_file": loaded.source.gguf,
             "type": loaded.config.model_type,
             "fingerprint": fingerprint(loaded.source),
             "search_dtype": str(loaded.dtype).removeprefix("torch."),
@@ -85,8 +93,10 @@ def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
         "response_prefix": result.response_prefix,
         "trial": {
             "number": result.trial_number,
+            "origin": "learned" if result.learned else "search",
             "direction_index": result.ablation.direction_index,
-            "parameters": {name: asdict(p) for name, p in result.ablation.parameters.items()},
+            "parameters": None if result.learned else {name: asdict(p) for name, p in result.ablation.parameters.items()},
+            **({"learned": {name: [list(writer) for writer in found] for name, found in result.learned.items()}} if result.learned else {}),
             "n_layers": len(model.architecture.layers),
             "modules": model.architecture.components,
         },

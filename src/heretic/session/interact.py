@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 
 from ..config import Settings
 from ..console import Console
+from ..editing.ablation import Ablation
 from ..errors import HereticError
 from ..evaluator import MOVED_PROMPTS, Evaluator
 from ..model import Message, Model, prompt_messages
@@ -24,7 +25,7 @@ from ..saving.upload import upload
 from ..saving.verify import divergence_check
 from ..scoring.score_tables import moved_rows, score_rows
 from ..study.finalists import known_finalists
-from ..study.front import ablation_of
+from ..study.front import is_learned, learned_strengths
 from ..study.search import Search
 from ..utils import screen_text
 from .answers import trial_at
@@ -63,12 +64,16 @@ class Workbench:
     def _last_layer(self) -> int:
         return len(self.model.architecture.layers) - 1
 
+    def _ablation(self, trial: FrozenTrial) -> Ablation:
+        return self.search.edits.ablation_of(trial)
+
     def result_of(self, trial: FrozenTrial) -> Result:
         """A trial with all that its record says."""
         return Result(
             settings=self.settings,
             trial_number=trial.number,
-            ablation=ablation_of(trial),
+            ablation=self._ablation(trial),
+            learned=learned_strengths(trial) if is_learned(trial) else {},
             refusals=trial.user_attrs["refusals"],
             kl_divergence=trial.user_attrs["kl_divergence"],
             base_refusals=self.evaluator.original.refusals,
@@ -184,7 +189,7 @@ class Workbench:
         prompts = self.evaluator.bad_prompts[:COMPARED_PROMPTS]
         length = self.settings.max_response_length
         before = self.model.responses(prompts, length, description="Responses of the original")
-        after = self.model.responses(prompts, length, ablation_of(trial), description=f"Responses of trial {trial.number}")
+        after = self.model.responses(prompts, length, self._ablation(trial), description=f"Responses of trial {trial.number}")
         describe = self.evaluator.original.rule.described
 
         def told(text: str) -> str:
@@ -197,7 +202,7 @@ class Workbench:
         """All figures of a trial, and the harmless prompts after which its words have moved most."""
         headers, rows = score_rows(trial, self.evaluator.original.scores, known_finalists(self.search.study))
         self.console.columns(f"Scores of trial {trial.number}", headers, rows)
-        moved = self.evaluator.most_moved(ablation_of(trial), MOVED_PROMPTS)
+        moved = self.evaluator.most_moved(self._ablation(trial), MOVED_PROMPTS)
         self.console.columns("Prompts that moved most", *moved_rows(moved))
 
     def _benchmark(self, trial: FrozenTrial) -> None:
@@ -207,7 +212,7 @@ class Workbench:
         require_extra("benchmark", "A benchmark")
         from ..scoring.benchmark import HEADERS, cells, run_benchmarks
 
-        rows = run_benchmarks(self.model, ablation_of(trial), self.settings, self.console)
+        rows = run_benchmarks(self.model, self._ablation(trial), self.settings, self.console)
         self.console.columns(f"Benchmarks, original and trial {trial.number}", HEADERS, [cells(row) for row in rows])
 
     def _chat(self, trial: FrozenTrial) -> None:
@@ -215,7 +220,7 @@ class Workbench:
         self.console.message("Chat with the edited model. Ctrl+C ends an answer; an empty line or Ctrl+C at the question goes back.")
         system = prompt_messages(self.evaluator.bad_prompts[0])[:-1]
         messages: list[Message] = list(system)
-        ablation = ablation_of(trial)
+        ablation = self._ablation(trial)
         while True:
             question = questionary.text("You:").ask()
             if not question:

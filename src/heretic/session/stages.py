@@ -4,18 +4,24 @@ Heavy modules are imported where they are first needed, so that what is wrong wi
 """
 
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import HereticError
+from ..errors import GivenUp, HereticError
 from ..loading.libraries import collector_paused
+from ..reporting.learned import learned_text
+
+# Time that running trials have to finish after Ctrl+C.
+GRACE_SECONDS = 5
 
 if TYPE_CHECKING:
+    from optuna import Study
     from optuna.trial import FrozenTrial
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..config import Settings
     from ..console import Console
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
     from ..scoring.measured import MeasuredOriginal
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
+    from ..study.learned_edits import LearnedEdits
     from ..study.search import Search
 
 
@@ -73,15 +80,25 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
 
 def _report_completeness(model: "Model", console: "Console") -> None:
     """Tell where edits of weights cannot reach all of the residual stream."""
-    from ..editing.completeness import ROUNDING, remaining_share
+    from ..editing.completeness import remainder
 
-    share = remaining_share(model.model, model.architecture)
-    if share > ROUNDING.get(model.loaded.dtype.itemsize, 0.05):
-        console.warning(
-            f"After an ablation of full strength {min(share, 1):.0%} of a direction stays in the residual stream: this model normalizes, "
-            "gates or weighs its stream in a way that no edit of weights can follow, or something that writes to it was not found. "
-            "Ablation works on it, but only approximately."
-        )
+    left = remainder(model.model, model.architecture)
+    does = "gates or weighs its stream in a way that no edit of weights can follow"
+    if left.is_missed():
+        share = max(left.channel, left.direction)
+        why = f"this model normalizes, {does}, or something that writes to it was not found"
+    elif left.is_inexact(model.loaded.dtype):
+        share, why = left.direction, f"this model {does}"
+    else:
+        return
+    console.warning(
+        f"After an ablation of full strength {_percent(share)} of what a layer writes along a direction stays in the residual stream: "
+        f"{why}. Ablation works on it, but only approximately."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{min(share, 1):.0%}" if share >= 0.01 else "less than 1%"
 
 
 def check_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> None:
@@ -179,7 +196,7 @@ def search_shown(
     target: int,
     batch_size: "BatchSize",
 ) -> bool:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it after the running trials. Whether it was ended so."""
+    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it. Whether it was ended so."""
     from ..reporting.study_view import StudyView
 
     tell_failures(search, console, evaluator.settings)
@@ -188,9 +205,12 @@ def search_shown(
         view.trials = search.trials
 
         def note_stop() -> None:
-            view.say("Stopping after the running trials. Ctrl+C again leaves at once.")
+            view.say(
+                f"Stopping: running trials that are not finished in {GRACE_SECONDS} seconds are left to the next run. Ctrl+C again leaves "
+                "at once."
+            )
 
-        with stop_on_interrupt(note_stop) as should_stop:
+        with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
             search.run(
                 target,
                 evaluator.score_trials,
@@ -203,6 +223,35 @@ def search_shown(
             return should_stop()
 
 
+def learn_shown(
+    settings: "Settings",
+    console: "Console",
+    study: "Study",
+    edits: "LearnedEdits",
+    location: object,
+    evaluator: "Evaluator",
+    prompts: "Prompts",
+) -> bool:
+    """Learn the edits that the search begins after and that are missing, each shown when it is scored. Whether Ctrl+C ended it."""
+    from ..study.learned_search import lacks_learned_trials, learn_trials
+
+    if not lacks_learned_trials(study, settings):
+        return False
+    with stop_on_interrupt(lambda: console.message("Stopping. Ctrl+C again leaves at once.")) as should_stop:
+        learn_trials(
+            study,
+            edits,
+            location,
+            evaluator,
+            (prompts.good, prompts.bad),
+            settings,
+            console,
+            lambda trial, outcome: console.message(learned_text(trial, settings.n_learned_trials, evaluator.original.baseline)),
+            should_stop,
+        )
+        return should_stop()
+
+
 def tell_failures(search: "Search", console: "Console", settings: "Settings") -> None:
     """Have a search tell of batches that crash and, if that is wanted, where a bug happened that failed a trial."""
     from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
@@ -210,6 +259,27 @@ def tell_failures(search: "Search", console: "Console", settings: "Settings") ->
     search.on_crash = partial(tell_failure, console, ONE_BY_ONE, debug=settings.debug)
     if settings.debug:
         search.on_bug = lambda number, error: console.message(f"Trial {number}:\n{traceback_of(error)}")
+
+
+@contextmanager
+def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: "Sequence[nn.Module]") -> Iterator[None]:
+    """Within, a pass of the model raises `GivenUp`, at the next of its layers, once `should_stop` has been true for so long."""
+    since: float | None = None
+
+    def check(module: "nn.Module", args: Any) -> None:
+        nonlocal since
+        if not should_stop():
+            return
+        since = time.monotonic() if since is None else since
+        if time.monotonic() - since >= seconds:
+            raise GivenUp
+
+    handles = [layer.register_forward_pre_hook(check) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -250,7 +320,9 @@ def rescore_finalists(
         return
     try:
         _check_final_lengths(settings, evaluator.model, prompts)
-        found = score_finalists(checkpoint.study, settings, evaluator, prompts.final_good, prompts.final_bad, n_together, console)
+        found = score_finalists(
+            checkpoint.study, settings, evaluator, prompts.final_good, prompts.final_bad, n_together, console, checkpoint.edits
+        )
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
     except Exception as error:
@@ -307,7 +379,8 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
     length = evaluator.settings.max_response_length
-    checkpoint.note(samples=take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept))
+    kept_edits = checkpoint.edits.ablation_of
+    checkpoint.note(samples=take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept, kept_edits))
 
 
 def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:

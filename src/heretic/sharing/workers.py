@@ -18,10 +18,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..config import Settings
 from ..errors import HereticError
+from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import model_source
 from ..scoring.score_tables import Baseline
 from ..study.checkpoint import is_counted
+from ..study.front import is_learned
 from .devices import WorkerPlace, place
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of
@@ -191,7 +193,7 @@ class Supervisor:
         silent |= {
             trial.system_attrs.get(WORKER)
             for trial in trials
-            if trial.state == TrialState.FAIL and not is_counted(trial) and WITHDRAWN not in trial.system_attrs
+            if trial.state == TrialState.FAIL and not (is_counted(trial) or is_learned(trial) or WITHDRAWN in trial.system_attrs)
         }
         for worker in self.workers:
             if worker.is_running and worker.identity in silent:
@@ -233,7 +235,7 @@ def supervise(settings: Settings, console: "Console", study: optuna.Study, url: 
     from ..reporting.study_view import StudyView
     from ..session.stages import stop_on_interrupt
 
-    source = model_source(settings)
+    source = dequantized_source(model_source(settings), console)
     placements = place(settings, source, load_config(source))
     console.message(f"{len(placements)} workers: {describe(placements)}")
     study.set_user_attr("workers", max(len(placements), study.user_attrs.get("workers", 1)))

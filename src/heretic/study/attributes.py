@@ -39,16 +39,44 @@ class _Kernel(_Stored):
     min_weight_distance: FiniteFloat
 
 
+class _Writer(_Stored):
+    writer: str
+    component: str
+    layer: Layer
+    strength: FiniteFloat
+    cosine: FiniteFloat
+
+
+class _Learned(_Stored):
+    """What `learned_search` says of an edit. `edit` names a file: no path, whatever the journal says."""
+
+    edit: Annotated[str, Field(pattern=r"^[0-9a-f-]{36}$")]
+    number: Count
+    weight: FiniteFloat
+    steps: Count
+    writers: Annotated[list[_Writer], Field(min_length=1)]
+
+
 class _Trial(_Figures):
     """A complete trial."""
 
     refusals: Count
     kl_divergence: FiniteFloat
+    origin: Literal["search", "learned"] = "search"
     direction_index: FiniteFloat | None
-    parameters: dict[str, _Kernel]
+    parameters: dict[str, _Kernel] | None
+    learned: _Learned | None = None
     bounded: bool = False
     seconds: FiniteFloat = 0.0
     sequence_kl_divergence: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.origin == "learned" and self.learned is None:
+            raise ValueError("it was learned, and does not say what")
+        if self.origin == "search" and self.parameters is None:
+            raise ValueError("it has no parameters")
+        return self
 
 
 class _Finalist(_Figures):

@@ -24,6 +24,7 @@ from ..loading.source import expand
 from ..settings_sources import as_written
 from ..trust import Ask, require_consent
 from .attributes import damage_of
+from .learned_edits import LearnedEdits, artifact_folder
 from .space import SearchSpace
 
 STUDY_NAME = "heretic"
@@ -277,7 +278,10 @@ class Checkpoint:
                 if self.path.stat().st_size == 0 or (is_ours and not self.exists):
                     self.path.unlink()
                 else:
-                    self.path.rename(_free_name(self.path))
+                    kept = _free_name(self.path)
+                    self.path.rename(kept)
+                    if artifact_folder(self.path).exists():
+                        artifact_folder(self.path).rename(artifact_folder(kept))
             self.found = create_study(self._storage(), STUDY_NAME, settings, identity)
         return self.found
 
@@ -331,8 +335,13 @@ class Checkpoint:
         self._refuse([f"the contents of {name} have changed{hint if name.startswith(SCORER) else ''}" for name in changed])
 
     @property
+    def edits(self) -> LearnedEdits:
+        """Where the study's learned edits lie."""
+        return LearnedEdits.beside(self.path)
+
+    @property
     def n_done(self) -> int:
-        """How many trials of the study are done."""
+        """How many trials of the study's search are done."""
         return 0 if self.found is None else sum(map(is_counted, self.found.get_trials(deepcopy=False)))
 
     def note(self, **attributes: Any) -> None:
@@ -450,7 +459,12 @@ def _shown(value: Any) -> str:
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Whether a trial is done: complete, or failed for a reason that is recorded. One that was cut off is neither."""
+    """Whether a trial of the search is done: complete, or failed for a reason that is recorded. One that was cut off is neither.
+
+    Learned trials are counted for themselves.
+    """
+    if trial.user_attrs.get("origin") == "learned":
+        return False
     return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and "failure" in trial.user_attrs)
 
 

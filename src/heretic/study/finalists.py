@@ -19,7 +19,8 @@ from ..prompts import Prompt
 from ..scoring.measured import measure_original
 from ..utils import Progress
 from .failures import ONE_BY_ONE, reason, tell_failure
-from .front import ablation_of, front_of
+from .front import front_of
+from .learned_edits import LearnedEdits
 from .search import score_batch
 
 ATTRIBUTE = "finalists"
@@ -63,6 +64,7 @@ def score_finalists(
     bad_prompts: Sequence[Prompt],
     trials_per_batch: int,
     progress: Progress,
+    edits: LearnedEdits,
 ) -> dict[str, Any]:
     """Score what is missing; the new content of the study's attribute, which the caller writes. `search` is what scored the search.
 
@@ -77,7 +79,7 @@ def score_finalists(
     tell_crash = partial(tell_failure, progress, ONE_BY_ONE, debug=settings.debug)
     with progress.task("Scoring the finalists again", len(missing)) as advance:
         for batch in (missing[start : start + trials_per_batch] for start in range(0, len(missing), trials_per_batch)):
-            scores = score_batch(evaluator.score_trials, [ablation_of(trial) for trial in batch], lambda kl: math.inf, tell_crash)
+            scores = score_batch(evaluator.score_trials, [edits.ablation_of(trial) for trial in batch], lambda kl: math.inf, tell_crash)
             for trial, score in zip(batch, scores, strict=True):
                 if isinstance(score, Exception):
                     tell_failure(progress, f"Trial {trial.number} is not scored again", score, settings.debug)

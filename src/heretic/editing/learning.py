@@ -1,0 +1,106 @@
+"""Edits that a gradient can follow: unit directions and strengths, free, and the output maps that they make.
+
+The maps are those of `ablation.output_map`, in all three modes of row normalization, so what is learned is applied, exported and rebuilt as
+any other edit. Every layer has one direction, shared by its writers, which begins at the layer's own difference of means (Arditi et al.
+2024, arXiv 2406.11717); every writer has a strength, of either sign: a bound at 0 would leave strengths there that no gradient moves.
+
+Where it breaks: writers that are edited by replacing their weight have no map, and are left as they are (`unmapped`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ablation import LearnedEdit, OutputMap
+from .architecture import Writer
+from .hooks import AblationHooks
+
+# Where strengths begin: an edit that does something, and little harm.
+FIRST_STRENGTH = 0.5
+# Adam's rates (Kingma & Ba 2015). A direction has unit length whatever the hidden size is, so its coordinates' rate falls with the root.
+STRENGTH_RATE = 0.1
+DIRECTION_RATE = 0.25
+BETAS = (0.9, 0.99)
+
+
+class LearnableEdit:
+    """Directions `(layer, d)` and strengths `(writer,)` in float32 (float64 in tests), with Adam's state. On the CPU, and moved for a pass.
+
+    `components`: those that are edited; `last_layer` and beyond are as any other.
+    """
+
+    def __init__(self, hooks: AblationHooks, components: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
+        self.hooks = hooks
+        self.writers = [writer for writer in hooks.architecture.writers if writer.component in components and hooks.has_map(writer)]
+        self.layers = sorted({writer.layer for writer in self.writers})
+        initial = hooks.directions[[layer + 1 for layer in self.layers]].to("cpu", dtype)
+        empty = ~initial.any(dim=-1)  # means that coincide: no direction of its own, and no gradient to find one
+        initial[empty] = initial[~empty].mean(dim=0)
+        self.initial = F.normalize(initial, dim=-1)
+        self.directions = self.initial.clone().requires_grad_()
+        self.strengths = torch.full((len(self.writers),), FIRST_STRENGTH, dtype=dtype, requires_grad=True)
+        rate = DIRECTION_RATE / math.sqrt(initial.shape[-1])
+        groups = [{"params": [self.directions], "lr": rate}, {"params": [self.strengths], "lr": STRENGTH_RATE}]
+        self.optimizer = torch.optim.Adam(groups, betas=BETAS)
+
+    def _unit_direction(self, writer: Writer, directions: Tensor) -> Tensor:
+        """What leaves the writer's output: its layer's direction, by the gain of a norm that follows."""
+        r = directions[self.layers.index(writer.layer)]
+        if writer.gain is not None:
+            r = r * writer.gain.to(r)
+        return F.normalize(r, dim=-1)
+
+    def maps(self) -> dict[nn.Module, OutputMap]:
+        """The output maps by module, through which gradients reach directions and strengths."""
+        edits = {w.name: (self._unit_direction(w, self.directions), s) for w, s in zip(self.writers, self.strengths, strict=True)}
+        return self.hooks.maps_of(edits)
+
+    def frozen(self) -> LearnedEdit:
+        """The edit as it is now, as data."""
+        with torch.no_grad():
+            directions = {writer.name: self._unit_direction(writer, self.directions).float() for writer in self.writers}
+        return LearnedEdit(directions, {w.name: float(s) for w, s in zip(self.writers, self.strengths, strict=True)})
+
+    def turned(self) -> list[float]:
+        """By writer, the cosine between the direction of its layer and the difference of means that it began at."""
+        with torch.no_grad():
+            cosines = F.cosine_similarity(self.directions, self.initial, dim=-1)
+        return [float(cosines[self.layers.index(writer.layer)]) for writer in self.writers]
+
+    def step(self) -> None:
+        """Follow the gradients that have gathered, and clear them."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that learning goes on from, as tensors."""
+        found = {"directions": self.directions.detach().clone(), "strengths": self.strengths.detach().clone()}
+        for name, parameter in (("directions", self.directions), ("strengths", self.strengths)):
+            for key, value in self.optimizer.state[parameter].items():
+                found[f"{name}.{key}"] = value.detach().clone()
+        return found
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave. Changes the edit."""
+        for name, parameter in (("directions", self.directions), ("strengths", self.strengths)):
+            parameter.data.copy_(state[name])
+            kept = {key.removeprefix(f"{name}."): value.clone() for key, value in state.items() if key.startswith(f"{name}.")}
+            self.optimizer.state[parameter].clear()
+            self.optimizer.state[parameter].update(kept)
+
+
+def refusal_loss(log_probability: Tensor) -> Tensor:
+    """`-log(1 - p)` of the probability of a refusal, from `log p`, `(row,)`.
+
+    A thousandth of `p` is taken off, so that a refusal that is certain has a gradient that is large and finite.
+    """
+    certain = torch.finfo(log_probability.dtype).eps
+    return -torch.log(-torch.expm1(log_probability.clamp(max=-certain) + math.log(0.999)))
+
+
+def divergence(original: Tensor, edited: Tensor) -> Tensor:
+    """`KL(original || edited)` of log-probabilities `(..., vocabulary)`, in nats, `(...)`."""
+    return (original.exp() * (original - edited)).sum(dim=-1)

@@ -1,0 +1,137 @@
+"""GGUF files as originals: dequantized once, into a folder that everything else takes for the model.
+
+A GGUF file holds a model converted for llama.cpp, mostly in a few bits a weight. Transformers reads many architectures of it, and gives the
+weights back as numbers; what is lost in them is lost. The folder holds them as safetensors in bfloat16, with configuration and
+tokenizer, and lies in the hub's cache, where the next run finds it. Nothing else here needs to know where a model came from.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.integrations.gguf.reader import read_gguf_metadata
+
+from ..errors import ModelError
+from ..utils import Progress, first_line
+from .explain import explain, refuse_encoder_decoder
+from .source import ModelSource, sampled_hash
+
+# Changes when what is written changes.
+VERSION = 1
+
+
+def dequantized_source(source: ModelSource, progress: Progress) -> ModelSource:
+    """The folder that a GGUF source is dequantized to, which is made if it is not there; other sources as they are.
+
+    Raises `ModelError` for files that cannot be fetched or read, and architectures that transformers does not read from GGUF.
+    """
+    if source.gguf is None or source.is_local:
+        return source
+    file, commit = _file_of(source, progress)
+    folder = Path(HF_HOME) / "heretic" / "gguf" / f"{file.stem}-{sampled_hash(file)}-{VERSION}"
+    with _errors(f"The folder {folder} cannot be written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+    with lock:
+        if not folder.is_dir():
+            _dequantize(source.name, file, folder, progress)
+    progress.message(
+        f"{source.name}: the weights of {file.name} are dequantized, in {folder}. What is saved is made from them, in bfloat16."
+    )
+    return replace(source, path=str(folder), revision=commit)
+
+
+def _file_of(source: ModelSource, progress: Progress) -> tuple[Path, str | None]:
+    """The file on this machine, and the commit if it is the hub's."""
+    assert source.gguf is not None
+    if Path(source.path).is_file():
+        return Path(source.path), None
+    try:
+        with progress.task(f"Fetching {source.gguf} of {source.name}"):
+            file = Path(hf_hub_download(source.path, source.gguf, revision=source.revision))
+    except Exception as error:  # the hub's client raises many types
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ModelError(f"The model {source.name} has no file {source.gguf}. Check --gguf-file.") from error
+        raise ModelError(explain(source, error)) from error
+    return file, file.parts[file.parts.index("snapshots") + 1]
+
+
+def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None:
+    arguments: dict[str, Any] = {"gguf_file": file.name}
+    with _reading(name):
+        metadata, _ = read_gguf_metadata(str(file))
+        _refuse_part(name, metadata)
+    architecture = metadata["general.architecture"]
+    try:
+        config = AutoConfig.from_pretrained(file.parent, **arguments)
+    except ValueError as error:
+        if "not supported" not in str(error):
+            raise _unreadable(name, error) from error
+        raise ModelError(
+            f"{name} holds a model of the architecture {architecture}, which transformers cannot read from GGUF files. Give the model that "
+            "it was made from."
+        ) from error
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    refuse_encoder_decoder(config)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with progress.task(f"Dequantizing {file.name} (once)"), _reading(name):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            **arguments,
+            dtype=torch.bfloat16,
+            device_map="cpu",
+            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{name} lacks weights that a model of its architecture ({architecture}) has: {missing[0]}"
+            f"{f' and {len(missing) - 1} more' * (len(missing) > 1)}. Give the model that it was made from."
+        )
+    with _errors(f"The folder {folder} cannot be written"):
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+
+
+def _refuse_part(name: str, metadata: dict[str, Any]) -> None:
+    n_parts = metadata.get("split.count", 0)
+    if n_parts > 1:
+        raise ModelError(
+            f"{name} is one of {n_parts} parts of a model. Join them with llama-gguf-split --merge, and give the file that it writes."
+        )
+
+
+def _unreadable(name: str, error: BaseException) -> ModelError:
+    return ModelError(f"{name} cannot be read as a GGUF file: {first_line(error).rstrip('.')}. Is it whole? Fetch it again.")
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Whatever a reader of damaged files raises, as `ModelError`."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+@contextmanager
+def _errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{what}: {error.strerror or error}. Free space, or set HF_HOME to another place.") from error

@@ -1,0 +1,80 @@
+"""How answers and refusals begin: a tree of token sequences that have been seen, by which the probability of a refusal is told.
+
+A prefix that only refusals have begun with is where one is decided, whatever its further words. So the probability that a response refuses
+is, as far as it is known, the probability of all those prefixes. Along one path of tokens a single forward pass tells it for all
+prefixes that leave the path: `sum_j p(path[:j]) * sum_t p(t | path[:j])` over the tokens `t` with which `path[:j]` becomes a refusal.
+
+Where it breaks: a refusal that has never been seen is not counted. So what is learned must be shown what the model says by now.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Path = tuple[int, ...]
+
+# Tokens after which it no longer matters how a response began.
+DEPTH = 24
+
+
+class Openings:
+    """Beginnings of responses as tokens, and how many refusals and answers had each."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Path, list[int]] = {}
+        self._next: dict[Path, dict[int, None]] = {}
+        self._deciding = lru_cache(maxsize=2**16)(self._look_for_deciding)
+
+    def add(self, tokens: Sequence[int], refuses: bool) -> None:
+        """Take note of a response."""
+        path = tuple(tokens[:DEPTH])
+        for end in range(1, len(path) + 1):
+            self._counts.setdefault(path[:end], [0, 0])[refuses] += 1
+            self._next.setdefault(path[: end - 1], {})[path[end - 1]] = None
+        self._deciding.cache_clear()
+
+    def refuses(self, tokens: Sequence[int]) -> bool:
+        """Whether refusals, and nothing else, have been seen to begin so."""
+        answers, refusals = self._counts.get(tuple(tokens), (0, 0))
+        return refusals > 0 and answers == 0
+
+    def decided(self, tokens: Sequence[int]) -> Path:
+        """The shortest beginning of a response that is a refusal's alone; all of it if there is none."""
+        path = tuple(tokens[:DEPTH])
+        return next((path[:end] for end in range(1, len(path) + 1) if self.refuses(path[:end])), path)
+
+    def deciding(self, path: Path) -> list[int]:
+        """The tokens with which `path` becomes a refusal."""
+        return self._deciding(path)
+
+    def _look_for_deciding(self, path: Path) -> list[int]:
+        return [token for token in self._next.get(path, {}) if self.refuses((*path, token))]
+
+    def log_probability(self, path: Sequence[int], logprobs: Tensor, is_refusal: bool) -> Tensor:
+        """`log p` of the refusals that are known along a path, `()`; `logprobs (token, vocabulary)` are those of its tokens and others.
+
+        The path itself counts if it `is_refusal`. Minus infinity if no refusal begins as the path does.
+        """
+        parts, before = [], logprobs.new_zeros(())
+        for j, token in enumerate(path):
+            tokens = self.deciding(tuple(path[:j]))
+            if tokens:
+                parts.append(before + torch.logsumexp(logprobs[j, tokens], dim=0))
+            before = before + logprobs[j, token]
+        if is_refusal and not self.refuses(path):
+            parts.append(before)
+        return torch.logsumexp(torch.stack(parts), dim=0) if parts else logprobs.new_full((), -torch.inf)
+
+    def state(self) -> list[tuple[list[int], int, int]]:
+        """All that has been seen, as plain data."""
+        return [(list(path), answers, refusals) for path, (answers, refusals) in self._counts.items()]
+
+    def restore(self, state: Sequence[tuple[Sequence[int], int, int]]) -> None:
+        """Take over what `state` gave."""
+        self._counts = {tuple(path): [answers, refusals] for path, answers, refusals in state}
+        self._next = {}
+        for path in self._counts:
+            self._next.setdefault(path[:-1], {})[path[-1]] = None
+        self._deciding.cache_clear()

@@ -1,0 +1,107 @@
+"""The learned trials of a study: each learned from where the one before it ended, scored as any other, and told to the study at once."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ..config import Settings
+from ..errors import GivenUp, LearningError
+from ..evaluator import Evaluator
+from ..prompts import Prompt
+from ..utils import Progress
+from .checkpoint import journal_errors
+from .learned_edits import LearnedEdits, State, described, learned_trials
+from .learning import FIRST_ROUNDS, LATER_ROUNDS, ROUND_STEPS, Learner, Outcome, weights
+from .search import score_batch
+
+# The study's attribute that says why no edit could be learned.
+LEARNING_FAILED = "learning_failed"
+
+
+def lacks_learned_trials(study: optuna.Study, settings: Settings) -> bool:
+    """Whether learned trials are still to be made: not if that failed, nor in a study that knew of none, unless it is said now."""
+    is_known = "n_learned_trials" in {*study.user_attrs["settings"], *settings.model_fields_set}
+    return is_known and LEARNING_FAILED not in study.user_attrs and len(learned_trials(study)) < settings.n_learned_trials
+
+
+def learn_trials(
+    study: optuna.Study,
+    edits: LearnedEdits,
+    location: object,
+    evaluator: Evaluator,
+    prompts: tuple[list[Prompt], list[Prompt]],
+    settings: Settings,
+    progress: Progress,
+    on_trial: Callable[[FrozenTrial, Outcome], None] = lambda trial, outcome: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Learn what is missing of the learned trials from `prompts` (harmless, harmful).
+
+    A trial that is cut off leaves nothing, and is learned again by the resume, the same way. If the model cannot be learned from, that is
+    told and noted in the study, and there are fewer trials. Raises `CheckpointError` if the study (at `location`) cannot be written.
+    """
+    done, n_trials = learned_trials(study), settings.n_learned_trials
+    components = [name for name in evaluator.model.architecture.components if name not in settings.disabled_components]
+    try:
+        learner = Learner(evaluator.model, evaluator.original.rule, *prompts, components, settings.seed or 0, progress)
+        if done:
+            _, state = edits.load(done[-1])
+            learner.restore(state.tensors, state.facts)
+        n_left = n_trials - len(done)
+        total = (n_left * LATER_ROUNDS + (0 if done else FIRST_ROUNDS - LATER_ROUNDS)) * ROUND_STEPS
+        with progress.task(f"Learning {n_left} edits", total) as advance:
+            for number, weight in list(enumerate(weights(n_trials)))[len(done) :]:
+                start = time.perf_counter()
+                outcome = learner.learn(number, weight, advance, should_stop)
+                if outcome is None:
+                    return
+                trial = _tell(study, edits, location, evaluator, learner, number, weight, outcome, start)
+                on_trial(trial, outcome)
+                if should_stop():
+                    return
+    except GivenUp:  # Ctrl+C, and a model that takes long: what was not told is learned again by the resume
+        return
+    except LearningError as error:
+        progress.warning(f"No edits are learned: {error}. The search goes on without.")
+        with journal_errors(str(location)):
+            study.set_user_attr(LEARNING_FAILED, str(error))
+
+
+def _tell(
+    study: optuna.Study,
+    edits: LearnedEdits,
+    location: object,
+    evaluator: Evaluator,
+    learner: Learner,
+    number: int,
+    weight: float,
+    outcome: Outcome,
+    start: float,
+) -> FrozenTrial:
+    """Score the learner's edit, keep it, and add the trial to the study: whole or not at all."""
+    ablation = learner.ablation()
+    assert ablation.learned is not None
+    (score,) = score_batch(evaluator.score_trials, [ablation], lambda kl: float("inf"))
+    edit = learner.edit
+    writers = [(writer.name, writer.component, writer.layer) for writer in edit.writers]
+    with journal_errors(str(location)):
+        learned = {
+            "edit": edits.keep(study, ablation.learned, State(*learner.state())),
+            "number": number,
+            "weight": weight,
+            "steps": outcome.n_steps,
+            "writers": described(writers, list(ablation.learned.strengths.values()), edit.turned()),
+        }
+        attributes: dict[str, Any] = {"origin": "learned", "direction_index": None, "parameters": None, "learned": learned}
+        attributes["seconds"] = round(time.perf_counter() - start, 3)
+        if isinstance(score, Exception):
+            attributes["failure"] = f"{type(score).__name__}: {score}"
+            trial = create_trial(state=TrialState.FAIL, user_attrs=attributes)
+        else:
+            values = list(evaluator.objectives(score))
+            trial = create_trial(state=TrialState.COMPLETE, values=values, user_attrs=attributes | score.attributes())
+        study.add_trial(trial)
+        return learned_trials(study)[-1]

@@ -1,0 +1,418 @@
+"""Edits learned by gradient: the model itself says how each direction and strength should change to refuse less and stay itself.
+
+The loss of a step, over some harmless and some harmful prompts of those that the directions are made of:
+
+- harmless: KL(original || edited) at the first token of the original's own answer, and its mean over the tokens that follow;
+- harmful, with a weight: `-log(1 - p)`, where `p` is the probability of all refusals known to begin as some response does (`Openings`).
+  They are taken from what the model says under the present edit, every few steps: an edit that only unlearns the refusals of the
+  original learns to refuse in other words;
+- harmful: KL(original || edited) along answers, from their second token on, which holds them to what the original would write once it has
+  begun to answer. Answers are the original's own, begun with other first tokens than its likeliest, and the edited model's.
+
+Trials follow each other with falling weights, each from where the one before it ended, so that together they are a trade-off. A part of the
+prompts is kept back: its loss says when a trial is done, and which of its moments is the best.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..decoding.rows import Row
+from ..device import empty_cache, free_memory, is_out_of_memory
+from ..editing.learning import LearnableEdit, divergence, refusal_loss
+from ..errors import LearningError
+from ..model import Model
+from ..prompts import Prompt
+from ..scoring.openings import Openings
+from ..scoring.responses import RefusalRule
+from ..utils import Progress
+
+# The weight of the refusals in each of eight trials; other numbers of trials spread over the same range.
+WEIGHTS = (6.0, 6.0, 3.0, 3.0, 1.5, 1.5, 0.7, 0.35)
+# Prompts of each kind in a step.
+STEP_PROMPTS = 8
+# Steps between two looks at what the model says by now, and at the prompts kept back.
+ROUND_STEPS = 4
+# Rounds of the first trial and of the others at most, and how many may pass without any gain.
+FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 6, 2, 1
+# Tokens of harmless answers that are held, and of responses to harmful prompts that are looked at.
+ANSWER_TOKENS, RESPONSE_TOKENS = 8, 28
+# Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
+ROUND_PROMPTS = 12
+KEPT_BACK, MOST_KEPT_BACK = 0.2, 16
+# Harmful prompts at which the original's answers are begun with other words than its own, and how many first tokens are tried.
+BRANCH_PROMPTS, BRANCHES = 24, 4
+# Paths of a prompt that are remembered.
+REMEMBERED_PATHS = 6
+# The chance that the latest path of a prompt is drawn, and not any of those remembered.
+LATEST = 0.6
+# Tokens in a pass: bounds its activations.
+PASS_TOKENS = {"cpu": 4096}
+PASS_TOKENS_ACCELERATOR = 16384
+# The share of free memory that the original's probabilities may take; others are computed again.
+REMEMBERED_SHARE = 0.1
+FEWEST_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of the loss; one is left out only to measure what it is worth.
+
+    `along_answers`: harmless answers beyond their first token. `begun_answers`: answers to harmful prompts, once begun. `present_refusals`:
+    refusals of the present edit, and not only of the original.
+    """
+
+    along_answers: bool = True
+    begun_answers: bool = True
+    present_refusals: bool = True
+
+
+@dataclass(frozen=True)
+class Path:
+    """A response, as far as it matters: to harmful prompt number `prompt`, and whether it refuses."""
+
+    prompt: int
+    tokens: tuple[int, ...]
+    refuses: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A row of a step: its input, how many logits at its end are looked at, and what it adds to the loss given log-probabilities
+    `(n, vocabulary)` of the edited model and of the original."""
+
+    tokens: tuple[int, ...]
+    n: int
+    loss: Callable[[Tensor, Tensor | None], Tensor]
+    needs_original: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial went: its loss on the prompts kept back, how many of those still refuse, and the steps it took."""
+
+    loss: float
+    refused: int
+    n_kept_back: int
+    n_steps: int
+
+
+class Learner:
+    """Learns edits of a model from the prompts for its directions. Takes the original's answers when made.
+
+    `seed` and the number of a trial decide what is drawn in it, so that a trial learned again from the state before it is the same.
+    Raises `LearningError` if the model cannot be learned from: it refuses too little, or nothing can be edited through a map.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        rule: RefusalRule,
+        good_prompts: Sequence[Prompt],
+        bad_prompts: Sequence[Prompt],
+        components: Sequence[str],
+        seed: int,
+        progress: Progress,
+        parts: Parts | None = None,
+    ) -> None:
+        if model.hooks is None:
+            raise ValueError("call use_directions first")
+        self.model, self.rule, self.seed, self.progress = model, rule, seed, progress
+        self.parts = parts or Parts()
+        self.good_prompts, self.bad_prompts = list(good_prompts), list(bad_prompts)
+        model.model.requires_grad_(False)
+        self.edit = LearnableEdit(model.hooks, components)
+        if not self.edit.writers:
+            raise LearningError("no edit of this model is a map of an output, so no gradient reaches it")
+        self.openings = Openings()
+        self.paths: dict[int, list[Path]] = {}
+        self._originals = Originals(self._original_logprobs, REMEMBERED_SHARE * free_memory(torch.device("cpu")))
+        self._pass_tokens = PASS_TOKENS.get(model.device.type, PASS_TOKENS_ACCELERATOR)
+        self._checkpoints = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.model.modules())
+        self._take_original()
+        refused = [i for i, paths in sorted(self.paths.items()) if any(path.refuses for path in paths)]
+        if len(refused) < FEWEST_PROMPTS:
+            raise LearningError(f"the original refuses {len(refused)} of {len(self.bad_prompts)} harmful prompts, which is too few")
+        rng = random.Random(seed)
+        good = list(range(len(self.good_prompts)))
+        self.kept_good, self.good = _split(good, rng)
+        self.kept_bad, self.bad = _split(refused, rng)
+
+    # What the original says
+
+    def _take_original(self) -> None:
+        """The original's answers to the harmless prompts, its responses to the harmful ones, and answers of its to some of these."""
+        self._answers: list[tuple[int, ...]] = [()] * len(self.good_prompts)
+        description = "Learning: answers to harmless prompts"
+        for row in self.model.responses_of_trials(self.model.rows_of(self.good_prompts, 1), ANSWER_TOKENS, [], description=description):
+            self._answers[row.prompt] = tuple(row.generated[: ANSWER_TOKENS - 1])
+            self.openings.add(row.generated, refuses=False)
+        self._respond(range(len(self.bad_prompts)), "Learning: responses to harmful prompts", is_edited=False)
+        self._branch()
+
+    def _branch(self) -> None:
+        """Begin responses of the original with its likeliest first tokens, and let it go on: other refusals, and answers."""
+        rng = random.Random(self.seed)
+        chosen = rng.sample(sorted(self.paths), min(BRANCH_PROMPTS, len(self.paths)))
+        begun: list[tuple[int, int]] = []
+        rows = []
+        for part, logprobs in self.model.logprobs_of_trials([self.bad_prompts[i] for i in chosen], []):
+            for row, tokens in zip(part, logprobs.topk(BRANCHES, dim=-1).indices.tolist(), strict=True):
+                for token in tokens:
+                    if token not in self.model.decoder.end_tokens:
+                        rows.append(Row(0, [*row.tokens, token], len(begun)))
+                        begun.append((chosen[row.prompt], token))
+        for row in sorted(self.model.responses_of_trials(rows, RESPONSE_TOKENS - 1, []), key=lambda row: row.prompt):
+            prompt, token = begun[row.prompt]
+            self._note(prompt, [token, *row.generated], is_cut_off=len(row.generated) >= RESPONSE_TOKENS - 1)
+
+    def _respond(self, prompts: Sequence[int], description: str | None = None, is_edited: bool = True) -> list[bool]:
+        """Let the model respond to harmful prompts under the present edit, and remember how; which refused."""
+        rows = self.model.rows_of([self.bad_prompts[i] for i in prompts], 1)
+        ablations = [self.ablation()] if is_edited else []
+        found = self.model.responses_of_trials(rows, RESPONSE_TOKENS, ablations, self.rule.is_decided, description)
+        rows = sorted(found, key=lambda row: row.prompt)
+        remembers = self.parts.present_refusals or not is_edited
+        return [self._note(prompts[row.prompt], row.generated, len(row.generated) >= RESPONSE_TOKENS, remembers) for row in rows]
+
+    def _note(self, prompt: int, tokens: Sequence[int], is_cut_off: bool, remembers: bool = True) -> bool:
+        """Remember a response; whether it refuses. One that is neither a refusal nor an answer is of no use."""
+        kind = self.rule.judge(self.model.tokenizer.decode(tokens, skip_special_tokens=True), is_cut_off).kind
+        if kind != "degenerate" and tokens and (remembers or kind == "compliance"):
+            self.openings.add(tokens, kind == "refusal")
+            paths = self.paths.setdefault(prompt, [])
+            paths.append(Path(prompt, tuple(tokens), kind == "refusal"))
+            del paths[:-REMEMBERED_PATHS]
+        return kind == "refusal"
+
+    # The loss
+
+    def _harmless(self, prompt: int, scale: float) -> Term:
+        answer = self._answers[prompt]
+
+        def loss(edited: Tensor, original: Tensor | None) -> Tensor:
+            assert original is not None
+            kl = divergence(original, edited)
+            return scale * (kl[0] + kl[1:].mean() if len(kl) > 1 and self.parts.along_answers else kl[0])
+
+        return Term((*self._tokens(self.good_prompts[prompt]), *answer), len(answer) + 1, loss, True)
+
+    def _harmful(self, path: Path, weight: float, scale: float) -> Term:
+        tokens = self.openings.decided(path.tokens) if path.refuses else path.tokens
+
+        def loss(edited: Tensor, original: Tensor | None) -> Tensor:
+            log_probability = self.openings.log_probability(tokens, edited, path.refuses)
+            total = scale * weight * refusal_loss(log_probability) if torch.isfinite(log_probability) else edited.new_zeros(())
+            if original is not None and len(tokens) > 1 and self.parts.begun_answers:
+                total = total + scale * divergence(original[1:], edited[1:]).mean()
+            return total
+
+        return Term((*self._tokens(self.bad_prompts[path.prompt]), *tokens[:-1]), len(tokens), loss, not path.refuses)
+
+    def _tokens(self, prompt: Prompt) -> Sequence[int]:
+        return self.model.rows_of([prompt], 1)[0].tokens
+
+    def _step_terms(self, weight: float, rng: random.Random) -> list[Term]:
+        good = rng.sample(self.good, min(STEP_PROMPTS, len(self.good)))
+        bad = rng.sample(self.bad, min(STEP_PROMPTS, len(self.bad)))
+        terms = [self._harmless(prompt, 1 / len(good)) for prompt in good]
+        for prompt in bad:
+            paths = self.paths[prompt]
+            path = paths[-1] if rng.random() < LATEST else rng.choice(paths)
+            terms.append(self._harmful(path, weight, 1 / len(bad)))
+        return terms
+
+    # Passes
+
+    def _total(self, terms: Sequence[Term], learns: bool) -> float:
+        """The loss of some terms; if `learns`, with its gradients. As many rows at a time as fit."""
+        originals = self._originals.of([term for term in terms if term.needs_original])
+        total, waiting = 0.0, sorted(terms, key=lambda term: -len(term.tokens))
+        while waiting:
+            n = max(1, self._pass_tokens // len(waiting[0].tokens))
+            part = waiting[:n] if self.model.pads else [term for term in waiting[:n] if len(term.tokens) == len(waiting[0].tokens)]
+            try:
+                total += self._pass(part, originals, learns)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._need_less(len(part), error)
+            else:
+                waiting = waiting[len(part) :]
+                continue
+            empty_cache()
+        return total
+
+    def _need_less(self, n_rows: int, error: BaseException) -> None:
+        """Keep fewer activations after memory has run out: layers are computed twice, then rows are halved."""
+        if not self._checkpoints:
+            self._checkpoints = True
+        elif n_rows == 1:
+            raise LearningError("memory does not suffice for the gradient of a single prompt") from error
+        else:
+            self._pass_tokens = max(1, self._pass_tokens // 2)
+
+    def _pass(self, terms: Sequence[Term], originals: dict[Term, Tensor], learns: bool) -> float:
+        assert self.model.hooks is not None
+        before = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
+        kept = [None if grad is None else grad.clone() for grad in before]
+        try:
+            with torch.set_grad_enabled(learns), ExitStack() as stack:
+                stack.enter_context(self.model.hooks.mapping(self.edit.maps()))
+                if self._checkpoints and learns:
+                    stack.enter_context(checkpointed(self.model.architecture.layers))
+                n = max(term.n for term in terms)
+                logits = self.model.logits_at_end([term.tokens for term in terms], n)
+                losses = []
+                for term, own in zip(terms, logits, strict=True):
+                    edited = torch.log_softmax(own[n - term.n :].float(), dim=-1)
+                    original = originals.get(term)
+                    losses.append(term.loss(edited, None if original is None else original.to(edited.device)))
+                loss = torch.stack(losses).sum()
+                if learns:
+                    torch.autograd.backward(loss)
+        except (RuntimeError, MemoryError):  # what a pass that was cut off has added would count twice
+            self.edit.directions.grad, self.edit.strengths.grad = kept
+            raise
+        return float(loss)
+
+    def _original_logprobs(self, terms: Sequence[Term]) -> list[Tensor]:
+        """Log-probabilities `(n, vocabulary)` of the original at the ends of the terms, float32 on the CPU."""
+        found: list[Tensor] = []
+        waiting = list(terms)
+        while waiting:
+            part = waiting[: max(1, self._pass_tokens // max(len(term.tokens) for term in waiting))]
+            if not self.model.pads:
+                part = part[:1]
+            n = max(term.n for term in part)
+            with torch.no_grad():
+                logits = self.model.logits_at_end([term.tokens for term in part], n)
+            found += [torch.log_softmax(own[n - term.n :].float(), dim=-1).cpu() for term, own in zip(part, logits, strict=True)]
+            waiting = waiting[len(part) :]
+        return found
+
+    # Trials
+
+    def ablation(self) -> Any:
+        """The present edit as an ablation."""
+        from ..editing.ablation import Ablation
+
+        return Ablation(None, {}, self.edit.frozen())
+
+    def learn(
+        self, number: int, weight: float, advance: Callable[[int], None], should_stop: Callable[[], bool] = lambda: False
+    ) -> Outcome | None:
+        """Learn trial `number` from where the one before it ended; the edit is then the best that was seen. None if it was to stop.
+
+        Raises `LearningError` if the loss or its gradient is not finite, or memory does not suffice for a single prompt.
+        """
+        rng = random.Random(f"{self.seed} {number}")
+        most = FIRST_ROUNDS if number == 0 else LATER_ROUNDS
+        best: tuple[float, int, dict[str, Tensor]] | None = None
+        n_steps = n_without_gain = 0
+        for done in range(most + 1):
+            asked = rng.sample(self.bad, min(ROUND_PROMPTS, len(self.bad))) if done < most else []
+            refused = sum(self._respond([*self.kept_bad, *asked])[: len(self.kept_bad)])
+            loss = self._kept_back_loss(weight)
+            if done and (best is None or loss < best[0]):
+                best, n_without_gain = (loss, refused, self.edit.state()), 0
+            elif done > 1:
+                n_without_gain += 1
+            if n_without_gain > PATIENCE or done == most:
+                break
+            for _ in range(ROUND_STEPS):
+                if should_stop():
+                    return None
+                self._step(weight, rng)
+                n_steps += 1
+                advance(1)
+        advance((most - done) * ROUND_STEPS)
+        assert best is not None
+        self.edit.restore(best[2])
+        return Outcome(best[0], best[1], len(self.kept_bad), n_steps)
+
+    def _step(self, weight: float, rng: random.Random) -> None:
+        loss = self._total(self._step_terms(weight, rng), learns=True)
+        gradients = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
+        if not all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            raise LearningError(f"the gradient of the loss ({loss:g}) is missing or not finite")
+        self.edit.step()
+
+    def _kept_back_loss(self, weight: float) -> float:
+        """The loss on the prompts kept back, along what the model has just said to them."""
+        terms = [self._harmless(prompt, 1 / len(self.kept_good)) for prompt in self.kept_good]
+        terms += [self._harmful(self.paths[prompt][-1], weight, 1 / len(self.kept_bad)) for prompt in self.kept_bad]
+        return self._total(terms, learns=False)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next trial begins with, as tensors and plain data."""
+        paths = [[path.prompt, list(path.tokens), path.refuses] for own in self.paths.values() for path in own]
+        return self.edit.state(), {"paths": paths, "openings": self.openings.state()}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.edit.restore(tensors)
+        self.openings.restore(facts["openings"])
+        self.paths = {}
+        for prompt, tokens, refuses in facts["paths"]:
+            self.paths.setdefault(prompt, []).append(Path(prompt, tuple(tokens), refuses))
+
+
+class Originals:
+    """The original's log-probabilities by row, remembered up to `max_bytes`, others computed again."""
+
+    def __init__(self, compute: Callable[[Sequence[Term]], list[Tensor]], max_bytes: float) -> None:
+        self._compute = compute
+        self._room = max_bytes
+        self._known: dict[tuple[tuple[int, ...], int], Tensor] = {}
+
+    def of(self, terms: Sequence[Term]) -> dict[Term, Tensor]:
+        """Log-probabilities `(n, vocabulary)` of each term."""
+        keys = {(term.tokens, term.n): term for term in terms}
+        missing = [term for key, term in keys.items() if key not in self._known]
+        found = {(term.tokens, term.n): own for term, own in zip(missing, self._compute(missing), strict=True)}
+        result = {term: found[key] if key in found else self._known[key] for term in terms for key in [(term.tokens, term.n)]}
+        for key, own in found.items():
+            self._room -= own.nbytes
+            if self._room >= 0:
+                self._known[key] = own
+        return result
+
+
+def weights(n_trials: int) -> list[float]:
+    """The weights of the refusals in so many trials, falling."""
+    last = len(WEIGHTS) - 1
+    return [WEIGHTS[round(i * last / max(1, n_trials - 1))] for i in range(n_trials)]
+
+
+@contextmanager
+def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, layers keep their inputs only, and are computed again for their gradients."""
+
+    def twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    originals = [(layer, layer.__dict__.get("forward"), layer.forward) for layer in layers]
+    for layer, _, forward in originals:
+        layer.forward = twice(forward)
+    try:
+        yield
+    finally:
+        for layer, own, _ in originals:
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+
+
+def _split(items: Sequence[int], rng: random.Random) -> tuple[list[int], list[int]]:
+    """A part to keep back, and the rest."""
+    shuffled = rng.sample(list(items), len(items))
+    n = min(MOST_KEPT_BACK, max(1, round(KEPT_BACK * len(items))))
+    return sorted(shuffled[:n]), sorted(shuffled[n:])
