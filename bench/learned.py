@@ -28,6 +28,7 @@ from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import Prompt, load_prompts
+from heretic.scoring.measured import measure_original
 from heretic.study.batching import automatic_trials_per_batch
 from heretic.study.learning import Learner, Parts, weights
 from heretic.study.search import Search
@@ -52,7 +53,8 @@ class Subject:
         self.good: list[Prompt] = lists["good_prompts"]
         self.bad: list[Prompt] = lists["bad_prompts"]
         self.model = Model(load_model(self.settings, model_source(self.settings), SilentProgress()), self.settings)
-        self.evaluator = Evaluator(self.settings, self.model, lists["good_evaluation_prompts"], lists["bad_evaluation_prompts"])
+        scored = lists["good_evaluation_prompts"], lists["bad_evaluation_prompts"]
+        self.evaluator = Evaluator(self.settings, self.model, measure_original(self.settings, self.model, *scored))
         good, bad = (mean_residual(self.model.residuals(prompts)) for prompts in (self.good, self.bad))
         self.model.use_directions(refusal_directions(good, bad), mode)
         self.parting = parting_layer(good, bad)
@@ -63,14 +65,14 @@ class Subject:
 
     def volume(self, points: list[tuple[int, float]]) -> float:
         """The hypervolume of some trials."""
-        base = self.evaluator.base_refusals
+        base = self.evaluator.original.refusals
         return hypervolume([(refusals / base, kl) for refusals, kl in points], REFERENCE_KL)
 
     def learn(self, seed: int, n_trials: int, parts: Parts) -> dict[str, Any]:
         """All learned trials of one seed."""
         start = time.perf_counter()
         components = list(self.model.architecture.components)
-        learner = Learner(self.model, self.evaluator.rule, self.good, self.bad, components, seed, SilentProgress(), parts)
+        learner = Learner(self.model, self.evaluator.original.rule, self.good, self.bad, components, seed, SilentProgress(), parts)
         seconds = time.perf_counter() - start
         points: list[tuple[int, float]] = []
         ablations: list[Ablation] = []

@@ -10,6 +10,7 @@ import pytest
 from heretic import config, settings_sources
 from heretic.commands import rebuild
 from heretic.config import PromptSpecification, Settings
+from heretic.demo import PROMPTS as DEMO_PROMPTS
 from heretic.errors import UsageError
 from heretic.settings_sources import load_settings
 
@@ -95,6 +96,9 @@ def test_number_of_trials() -> None:
         "n_startup_trials (11) is larger than n_trials (10); lower the first or raise the second."
     )
     assert told("--demo", "--n-startup-trials", "41").startswith("n_startup_trials (41) is larger than n_trials (40)")
+    # Defaults that follow from other settings are no second problem, and do not count as given.
+    assert told("m", "--n-trials", "0") == ("Setting n_trials (on the command line): Input should be greater than or equal to 1, got '0'.")
+    assert load_settings(["--demo"]).model_fields_set == {"demo", "model", *DEMO_PROMPTS}
 
 
 @pytest.mark.parametrize("value", ["true", "True", "1", "yes", "on"])
