@@ -99,8 +99,7 @@ def refusal_loss(log_probability: Tensor) -> Tensor:
 
     A thousandth of `p` is taken off, so that a refusal that is certain has a gradient that is large and finite.
     """
-    certain = torch.finfo(log_probability.dtype).eps
-    return -torch.log(-torch.expm1(log_probability.clamp(max=-certain) + math.log(0.999)))
+    return -torch.log1p(-0.999 * log_probability.exp())
 
 
 def divergence(original: Tensor, edited: Tensor) -> Tensor:
