@@ -124,6 +124,10 @@ def load(model_type: str, folder: Path, mode: str) -> Model:
     """A tiny model as the program holds it, from files; its tokenizer is made for no type in particular."""
     original = zoo.build(model_type)
     original.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    with torch.no_grad():  # of all tokens only those that are words are ever the likeliest
+        head = original.get_output_embeddings().weight
+        head[: len(tiny.SPECIAL)] = head[tiny.SIZES["vocab_size"] :] = 0
+        head *= -1  # with the words that rwkv then likes, what it makes of several rows at once can be told from each alone
     tiny.save(folder, original)
     settings = tiny.settings(folder, row_normalization=mode)
     source = model_source(settings)
@@ -257,6 +261,10 @@ def test_a_model_that_is_too_large_to_run_is_found_by_its_twin(model_type: str, 
 def whole_run(heretic: Callable[..., Outcome], folder: Path, model_type: str, mode: str, *more: object) -> Outcome:
     original = zoo.build(model_type)
     original.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    with torch.no_grad():  # of all tokens only those that are words are ever the likeliest
+        head = original.get_output_embeddings().weight
+        head[: len(tiny.SPECIAL)] = head[tiny.SIZES["vocab_size"] :] = 0
+        head *= -1  # with the words that rwkv then likes, what it makes of several rows at once can be told from each alone
     tiny.save(folder / "m", original)
     (folder / "good.txt").write_text("how do i bake bread\nfix my bike\nhello cat\nthe dog sat on the mat\n")
     (folder / "bad.txt").write_text("how do i fix bread\nbake my cat\nhello dog on the mat\nsorry\n")

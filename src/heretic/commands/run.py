@@ -178,9 +178,7 @@ def _run_alone(
             rescore_finalists(settings, console, checkpoint, evaluator, final_prompts, batch_size.value)
         return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
 
-    was_stopped = False
-    if checkpoint.lacks_learned_trials(settings):
-        was_stopped = learn_shown(settings, console, checkpoint, evaluator, prompts)
+    was_stopped = learn_shown(settings, console, search.study, checkpoint.edits, checkpoint.path, evaluator, prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
     if was_stopped or not target:
         report = conclude(was_stopped)
@@ -237,12 +235,13 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
     from ..session.answers import trial_at
     from ..study.finalists import missing_finalists
     from ..study.front import front_of
+    from ..study.learned_search import lacks_learned_trials
 
     assert checkpoint.study is not None
     front = front_of(checkpoint.study)
     if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
         return False
-    if missing_finalists(checkpoint.study, settings) or checkpoint.lacks_learned_trials(settings):
+    if missing_finalists(checkpoint.study, settings) or lacks_learned_trials(checkpoint.study, settings):
         return False
     if settings.trial_index is not None:
         trial_at(front, settings.trial_index)  # told before the model is loaded

@@ -19,6 +19,7 @@ from ..reporting.learned import learned_text
 GRACE_SECONDS = 5
 
 if TYPE_CHECKING:
+    from optuna import Study
     from optuna.trial import FrozenTrial
     from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ..model import Model
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
+    from ..study.learned_edits import LearnedEdits
     from ..study.search import Search
 
 
@@ -235,25 +237,29 @@ def search_shown(
 
 
 def learn_shown(
-    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: dict[str, Any]
+    settings: "Settings",
+    console: "Console",
+    study: "Study",
+    edits: "LearnedEdits",
+    location: object,
+    evaluator: "Evaluator",
+    prompts: dict[str, Any],
 ) -> bool:
-    """Learn the edits that the search begins after, each shown when it is scored. Whether Ctrl+C ended it."""
-    from ..study.learned_search import learn_trials
+    """Learn the edits that the search begins after and that are missing, each shown when it is scored. Whether Ctrl+C ended it."""
+    from ..study.learned_search import lacks_learned_trials, learn_trials
 
-    assert checkpoint.study is not None
-    study, n_trials = checkpoint.study, checkpoint.n_learned_trials(settings)
+    if not lacks_learned_trials(study, settings):
+        return False
     with stop_on_interrupt(lambda: console.message("Stopping. Ctrl+C again leaves at once.")) as should_stop:
         learn_trials(
             study,
-            checkpoint.edits,
-            checkpoint.path,
+            edits,
+            location,
             evaluator,
             (prompts["good_prompts"], prompts["bad_prompts"]),
-            settings.disabled_components,
-            settings.seed or 0,
-            n_trials,
+            settings,
             console,
-            lambda trial, outcome: console.message(learned_text(trial, n_trials, evaluator.baseline)),
+            lambda trial, outcome: console.message(learned_text(trial, settings.n_learned_trials, evaluator.baseline)),
             should_stop,
         )
         return should_stop()

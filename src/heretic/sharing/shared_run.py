@@ -14,6 +14,7 @@ from ..session.stages import is_told, make_report, no_trial, rescore_finalists, 
 from ..study.checkpoint import SHARED, is_counted
 from ..study.finalists import missing_finalists
 from ..study.front import front_of
+from ..study.learned_search import lacks_learned_trials
 from .shared_study import open_for_workers
 from .storage import WORKER, give_back
 from .worker import Joined, join
@@ -49,16 +50,17 @@ def run_shared(
     if settings.workers is None:
         joined = join(settings, console, study, store, prepares=True)
         _search_here(console, joined, target, checkpoint)
-    elif checkpoint.n_done < target:
+    elif checkpoint.n_done < target or (is_new and settings.n_learned_trials):
         console.message(f"Seed {settings.seed}; a run of several workers cannot be repeated exactly.")
         supervise(settings, console, study, url, prepares=True)
 
     if not front_of(study):
         return no_trial(study.get_trials(deepcopy=False))
     is_finished = checkpoint.n_done >= target
-    if joined is None and is_finished and (settings.report or missing_finalists(study, settings)):
+    lacks = missing_finalists(study, settings) or lacks_learned_trials(study, settings)
+    if joined is None and is_finished and (settings.report or lacks):
         console.message("The workers are done; the model is loaded here for what is left.")
-        joined = join(settings, console, study, store, prepares=False)
+        joined = join(settings, console, study, store, prepares=True)
     report = _conclude(settings, console, checkpoint, joined if is_finished else None, final_prompts)
     if is_told(settings, console, checkpoint, report):
         return 0

@@ -9,6 +9,7 @@ from ..config import Settings
 from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
 from ..study.checkpoint import STUDY_NAME, Checkpoint, create_study
+from ..study.learned_edits import LearnedEdits
 from ..utils import Progress
 from .storage import SharedStorage, artifact_store, is_file, open_storage
 
@@ -48,6 +49,11 @@ class SharedCheckpoint(Checkpoint):
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    @property
+    def edits(self) -> LearnedEdits:
+        """Where the study's learned edits lie, for all workers."""
+        return LearnedEdits(artifact_store(self.url, self._shared_storage))
 
     @property
     def exists(self) -> bool:

@@ -24,6 +24,7 @@ from ..session.answers import who_asks
 from ..session.stages import scorer_identity
 from ..settings_sources import ENV_PREFIX, Parser
 from ..study.checkpoint import NEVER_STORED, OF_ONE_RUN, SHARED, SPACE, kept_space
+from ..study.learned_edits import LearnedEdits
 from ..study.space import SearchSpace
 from ..trust import require_consent
 from .preparation import Preparation, differences, facts_of, keep, kept
@@ -82,7 +83,9 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
     if ready is not None and source.is_local:
         _check(study, source)  # before a model that is another one is loaded
     if ready is None and prepares:
-        model, evaluator = _prepare(settings, console, study, store)
+        model, evaluator, preparation = _prepare(settings, console, study)
+        _learn(settings, console, study, store, evaluator, preparation)
+        keep(preparation, study, store)  # which the others wait for
     else:
         wanted = None if ready is None else ready.dtype
         model = load_model_to_edit(settings if wanted is None else _in_dtype(settings, wanted), console)
@@ -100,11 +103,20 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
             )
             evaluator.base_refusals = ready.base_refusals
         model.use_directions(ready.directions, settings.row_normalization)
+        if prepares:
+            _learn(settings, console, study, store, evaluator, ready)
 
     assert settings.seed is not None
     space = SearchSpace.model_validate(study.user_attrs[SPACE])
     search = SharedSearch(
-        study, storage_of(study), space, settings.seed, settings.n_startup_trials, settings.sampler, settings.first_trials
+        study,
+        storage_of(study),
+        space,
+        settings.seed,
+        settings.n_startup_trials,
+        settings.sampler,
+        settings.first_trials,
+        LearnedEdits(store),
     )
     if ready is None:
         search.queue_first_trials()
@@ -118,8 +130,19 @@ def _in_dtype(settings: Settings, dtype: str) -> Settings:
     return settings.model_copy(update={"dtypes": [dtype]})
 
 
-def _prepare(settings: Settings, console: "Console", study: optuna.Study, store: Any) -> "tuple[Model, Evaluator]":
-    """Do as a run alone does until its search begins, and keep what came of it for the others."""
+def _learn(
+    settings: Settings, console: "Console", study: optuna.Study, store: Any, evaluator: "Evaluator", preparation: Preparation
+) -> None:
+    """Learn the edits that are missing. Raises `KeyboardInterrupt` if the user ends that: what was learned is kept."""
+    from ..session.stages import learn_shown
+
+    location = storage_of(study).location
+    if learn_shown(settings, console, study, LearnedEdits(store), location, evaluator, preparation.prompts):
+        raise KeyboardInterrupt
+
+
+def _prepare(settings: Settings, console: "Console", study: optuna.Study) -> "tuple[Model, Evaluator, Preparation]":
+    """Do as a run alone does until its search begins; what came of it is for the others as well."""
     from ..session.stages import check_lengths, compute_directions, load_final_prompts, load_model_to_edit, make_evaluator
     from ..study.space import search_space
 
@@ -147,8 +170,7 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study, store:
         base_response_classes=evaluator.base_response_classes,
     )
     study.set_user_attr("facts", facts_of(model.loaded.source))
-    keep(preparation, study, store)
-    return model, evaluator
+    return model, evaluator, preparation
 
 
 def _wait_for_preparation(study: optuna.Study, store: Any, console: "Console") -> Preparation:

@@ -23,6 +23,7 @@ from ..loading.load import load_config
 from ..loading.source import model_source
 from ..scoring.score_tables import Baseline
 from ..study.checkpoint import is_counted
+from ..study.front import is_learned
 from .devices import WorkerPlace, place
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of
@@ -192,7 +193,7 @@ class Supervisor:
         silent |= {
             trial.system_attrs.get(WORKER)
             for trial in trials
-            if trial.state == TrialState.FAIL and not is_counted(trial) and WITHDRAWN not in trial.system_attrs
+            if trial.state == TrialState.FAIL and not (is_counted(trial) or is_learned(trial) or WITHDRAWN in trial.system_attrs)
         }
         for worker in self.workers:
             if worker.is_running and worker.identity in silent:

@@ -24,7 +24,7 @@ from ..loading.source import expand
 from ..settings_sources import as_written
 from ..trust import Ask, require_consent
 from .attributes import damage_of
-from .learned_edits import LearnedEdits, artifact_folder, learned_trials
+from .learned_edits import LearnedEdits, artifact_folder
 from .space import SearchSpace
 
 STUDY_NAME = "heretic"
@@ -32,8 +32,6 @@ STUDY_NAME = "heretic"
 SHARED = "shared"
 # The study's attribute that holds its search space.
 SPACE = "search_space"
-# The study's attribute that says why no edit could be learned.
-LEARNING_FAILED = "learning_failed"
 # The study's attributes that say what it is.
 DESCRIBED = {"settings", "given", "identity"}
 # What Optuna raises where a journal holds something else than what it writes; it has no error of its own for this.
@@ -333,17 +331,6 @@ class Checkpoint:
     def edits(self) -> LearnedEdits:
         """Where the study's learned edits lie."""
         return LearnedEdits.beside(self.path)
-
-    def n_learned_trials(self, settings: Settings) -> int:
-        """How many learned trials there shall be: none in a study of a version that knew none, unless that is said now."""
-        is_known = self.study is None or "n_learned_trials" in self._attributes()["settings"]
-        return settings.n_learned_trials if is_known or "n_learned_trials" in settings.model_fields_set else 0
-
-    def lacks_learned_trials(self, settings: Settings) -> bool:
-        """Whether learned trials are still to be made, as far as that can be."""
-        if self.study is None or LEARNING_FAILED in self.study.user_attrs:
-            return False
-        return len(learned_trials(self.study)) < self.n_learned_trials(settings)
 
     @property
     def n_done(self) -> int:

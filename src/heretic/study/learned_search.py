@@ -7,14 +7,24 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from ..config import Settings
 from ..errors import GivenUp, LearningError
 from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..utils import Progress
-from .checkpoint import LEARNING_FAILED, journal_errors
+from .checkpoint import journal_errors
 from .learned_edits import LearnedEdits, State, described, learned_trials
 from .learning import FIRST_ROUNDS, LATER_ROUNDS, ROUND_STEPS, Learner, Outcome, weights
 from .search import score_batch
+
+# The study's attribute that says why no edit could be learned.
+LEARNING_FAILED = "learning_failed"
+
+
+def lacks_learned_trials(study: optuna.Study, settings: Settings) -> bool:
+    """Whether learned trials are still to be made: not if that failed, nor in a study that knew of none, unless it is said now."""
+    is_known = "n_learned_trials" in {*study.user_attrs["settings"], *settings.model_fields_set}
+    return is_known and LEARNING_FAILED not in study.user_attrs and len(learned_trials(study)) < settings.n_learned_trials
 
 
 def learn_trials(
@@ -23,24 +33,20 @@ def learn_trials(
     location: object,
     evaluator: Evaluator,
     prompts: tuple[list[Prompt], list[Prompt]],
-    disabled_components: list[str],
-    seed: int,
-    n_trials: int,
+    settings: Settings,
     progress: Progress,
     on_trial: Callable[[FrozenTrial, Outcome], None] = lambda trial, outcome: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Learn what is missing of `n_trials` from `prompts` (harmless, harmful).
+    """Learn what is missing of the learned trials from `prompts` (harmless, harmful).
 
     A trial that is cut off leaves nothing, and is learned again by the resume, the same way. If the model cannot be learned from, that is
     told and noted in the study, and there are fewer trials. Raises `CheckpointError` if the study (at `location`) cannot be written.
     """
-    done = learned_trials(study)
-    if len(done) >= n_trials:
-        return
-    components = [name for name in evaluator.model.architecture.components if name not in disabled_components]
+    done, n_trials = learned_trials(study), settings.n_learned_trials
+    components = [name for name in evaluator.model.architecture.components if name not in settings.disabled_components]
     try:
-        learner = Learner(evaluator.model, evaluator.rule, *prompts, components, seed, progress)
+        learner = Learner(evaluator.model, evaluator.rule, *prompts, components, settings.seed or 0, progress)
         if done:
             _, state = edits.load(done[-1])
             learner.restore(state.tensors, state.facts)

@@ -61,6 +61,19 @@ FEWEST_PROMPTS = 8
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The parts of the loss; one is left out only to measure what it is worth.
+
+    `along_answers`: harmless answers beyond their first token. `begun_answers`: answers to harmful prompts, once begun. `present_refusals`:
+    refusals of the present edit, and not only of the original.
+    """
+
+    along_answers: bool = True
+    begun_answers: bool = True
+    present_refusals: bool = True
+
+
+@dataclass(frozen=True)
 class Path:
     """A response, as far as it matters: to harmful prompt number `prompt`, and whether it refuses."""
 
@@ -106,10 +119,12 @@ class Learner:
         components: Sequence[str],
         seed: int,
         progress: Progress,
+        parts: Parts | None = None,
     ) -> None:
         if model.hooks is None:
             raise ValueError("call use_directions first")
         self.model, self.rule, self.seed, self.progress = model, rule, seed, progress
+        self.parts = parts or Parts()
         self.good_prompts, self.bad_prompts = list(good_prompts), list(bad_prompts)
         model.model.requires_grad_(False)
         self.edit = LearnableEdit(model.hooks, components)
@@ -163,12 +178,13 @@ class Learner:
         ablations = [self.ablation()] if is_edited else []
         found = self.model.responses_of_trials(rows, RESPONSE_TOKENS, ablations, self.rule.is_decided, description)
         rows = sorted(found, key=lambda row: row.prompt)
-        return [self._note(prompts[row.prompt], row.generated, len(row.generated) >= RESPONSE_TOKENS) for row in rows]
+        remembers = self.parts.present_refusals or not is_edited
+        return [self._note(prompts[row.prompt], row.generated, len(row.generated) >= RESPONSE_TOKENS, remembers) for row in rows]
 
-    def _note(self, prompt: int, tokens: Sequence[int], is_cut_off: bool) -> bool:
+    def _note(self, prompt: int, tokens: Sequence[int], is_cut_off: bool, remembers: bool = True) -> bool:
         """Remember a response; whether it refuses. One that is neither a refusal nor an answer is of no use."""
         kind = self.rule.judge(self.model.tokenizer.decode(tokens, skip_special_tokens=True), is_cut_off).kind
-        if kind != "degenerate" and tokens:
+        if kind != "degenerate" and tokens and (remembers or kind == "compliance"):
             self.openings.add(tokens, kind == "refusal")
             paths = self.paths.setdefault(prompt, [])
             paths.append(Path(prompt, tuple(tokens), kind == "refusal"))
@@ -183,7 +199,7 @@ class Learner:
         def loss(edited: Tensor, original: Tensor | None) -> Tensor:
             assert original is not None
             kl = divergence(original, edited)
-            return scale * (kl[0] + kl[1:].mean() if len(kl) > 1 else kl[0])
+            return scale * (kl[0] + kl[1:].mean() if len(kl) > 1 and self.parts.along_answers else kl[0])
 
         return Term((*self._tokens(self.good_prompts[prompt]), *answer), len(answer) + 1, loss, True)
 
@@ -193,7 +209,7 @@ class Learner:
         def loss(edited: Tensor, original: Tensor | None) -> Tensor:
             log_probability = self.openings.log_probability(tokens, edited, path.refuses)
             total = scale * weight * refusal_loss(log_probability) if torch.isfinite(log_probability) else edited.new_zeros(())
-            if original is not None and len(tokens) > 1:
+            if original is not None and len(tokens) > 1 and self.parts.begun_answers:
                 total = total + scale * divergence(original[1:], edited[1:]).mean()
             return total
 

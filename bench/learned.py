@@ -1,0 +1,167 @@
+"""What learned edits give beside a search: fronts, hypervolumes and seconds, and what each part of the loss is worth.
+
+    uv run python bench/small_models.py MODELS                       # or folders of other models, each with its four lists of prompts
+    uv run python bench/learned.py MODELS/llama-0 MODELS/gpt2-0 demo --search 40 --seeds 0 1 2
+
+A folder holds a model and `good.txt`, `bad.txt`, `good_evaluation.txt`, `bad_evaluation.txt`; `demo` is the demonstration model. Learned
+edits come from the first two lists, everything is scored on the other two. The hypervolume is that of (share of refusals left, KL divergence)
+below (1, 1 nat), as a share of the whole. `--leave-out` learns again without one part of the loss at a time. `again` is a check of the edit
+with fewest refusals (at equal ones the smallest divergence) by other means: mean log-probability under the original, per token from the
+sixth word on, of the edit's answers to harmful prompts and of the original's to harmless ones. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heretic.config import PromptSpecification, Settings
+from heretic.editing.ablation import Ablation
+from heretic.editing.directions import mean_residual, parting_layer, refusal_directions
+from heretic.evaluator import Evaluator, Score
+from heretic.loading.load import load_model
+from heretic.loading.source import model_source
+from heretic.model import Model
+from heretic.prompts import Prompt, load_prompts
+from heretic.study.batching import automatic_trials_per_batch
+from heretic.study.learning import Learner, Parts, weights
+from heretic.study.search import Search
+from heretic.study.space import search_space
+from heretic.utils import SilentProgress
+from search_quality import hypervolume
+
+PROMPTS = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
+REFERENCE_KL = 1.0
+ANSWER_TOKENS, FIRST_WORDS = 40, 5
+
+
+class Subject:
+    """A model ready to be edited, its scores, and the prompts for its directions."""
+
+    def __init__(self, name: str, mode: Any, max_response_length: int) -> None:
+        given: dict[str, Any] = {"demo": True} if name == "demo" else {"model": name, "demo": False}
+        for prompts in PROMPTS if name != "demo" else ():
+            given[prompts] = PromptSpecification(dataset=str(Path(name) / f"{prompts.removesuffix('_prompts')}.txt"))
+        self.settings = Settings(**given, row_normalization=mode, max_response_length=max_response_length, seed=0)
+        lists = {prompts: load_prompts(getattr(self.settings, prompts), self.settings.system_prompt, prompts) for prompts in PROMPTS}
+        self.good: list[Prompt] = lists["good_prompts"]
+        self.bad: list[Prompt] = lists["bad_prompts"]
+        self.model = Model(load_model(self.settings, model_source(self.settings), SilentProgress()), self.settings)
+        self.evaluator = Evaluator(self.settings, self.model, lists["good_evaluation_prompts"], lists["bad_evaluation_prompts"])
+        good, bad = (mean_residual(self.model.residuals(prompts)) for prompts in (self.good, self.bad))
+        self.model.use_directions(refusal_directions(good, bad), mode)
+        self.parting = parting_layer(good, bad)
+
+    def point(self, score: Score) -> tuple[int, float]:
+        """Refusals and KL divergence."""
+        return score.refusals, score.kl_divergence
+
+    def volume(self, points: list[tuple[int, float]]) -> float:
+        """The hypervolume of some trials."""
+        base = self.evaluator.base_refusals
+        return hypervolume([(refusals / base, kl / REFERENCE_KL) for refusals, kl in points])
+
+    def learn(self, seed: int, n_trials: int, parts: Parts) -> dict[str, Any]:
+        """All learned trials of one seed."""
+        start = time.perf_counter()
+        components = list(self.model.architecture.components)
+        learner = Learner(self.model, self.evaluator.rule, self.good, self.bad, components, seed, SilentProgress(), parts)
+        seconds = time.perf_counter() - start
+        points: list[tuple[int, float]] = []
+        ablations: list[Ablation] = []
+        sequence: list[float] = []
+        steps = 0
+        for number, weight in enumerate(weights(n_trials)):
+            start = time.perf_counter()
+            outcome = learner.learn(number, weight, lambda n: None)
+            seconds += time.perf_counter() - start
+            assert outcome is not None
+            steps += outcome.n_steps
+            ablations.append(learner.ablation())
+            score = self.evaluator.score(ablations[-1])
+            points.append(self.point(score))
+            sequence.append(score.scores["sequence_kl_divergence"])
+        best = min(range(n_trials), key=lambda i: points[i])
+        harmless = next(s for s in [self.evaluator.score(ablations[best])])
+        return {
+            "points": [(refusals, round(kl, 5)) for refusals, kl in points],
+            "sequence_kl": [round(value, 5) for value in sequence],
+            "hypervolume": round(self.volume(points), 4),
+            "steps": steps,
+            "seconds": round(seconds, 1),
+            "degenerate": harmless.response_classes.get("degenerate", 0),
+            "again": {"answers": self.plausibility(ablations[best]), "original": self.plausibility(None)},
+        }
+
+    def plausibility(self, ablation: Ablation | None) -> float:
+        """Mean log-probability under the original of answers from the sixth word on: the edit's to harmful prompts, or its own."""
+        prompts = self.evaluator.good_prompts if ablation is None else self.evaluator.bad_prompts
+        total, n = 0.0, 0
+        ablations = [] if ablation is None else [ablation]
+        rows = list(self.model.responses_of_trials(self.model.rows_of(prompts, 1), ANSWER_TOKENS, ablations))
+        for row in rows:
+            words = [len(self.model.tokenizer.decode(row.generated[: i + 1]).split()) for i in range(len(row.generated))]
+            start = next((i for i, count in enumerate(words) if count > FIRST_WORDS), len(words))
+            if len(words) - start < 2:
+                continue
+            with torch.inference_mode():
+                logits = self.model.logits_at_end([[*row.tokens, *row.generated]], len(row.generated) + 1)[0, :-1]
+            logprobs = torch.log_softmax(logits.float(), dim=-1)[range(len(row.generated)), row.generated]
+            total, n = total + float(logprobs[start:].sum()), n + len(words) - start
+        return round(total / max(1, n), 4)
+
+    def search(self, seed: int, n_trials: int) -> dict[str, Any]:
+        """A search of one seed with the settings' defaults."""
+        import optuna
+
+        start = time.perf_counter()
+        last_layer = len(self.model.architecture.layers) - 1
+        space = search_space(self.settings, list(self.model.architecture.components), last_layer, self.parting)
+        study = optuna.create_study(directions=["minimize", "minimize"])
+        search = Search(study, "memory", space, seed, n_trials * 3 // 10)
+        size = automatic_trials_per_batch(len(self.evaluator.bad_prompts), n_trials)
+        search.run(n_trials, self.evaluator.score_trials, self.evaluator.objectives, size)
+        points = [(trial.user_attrs["refusals"], trial.user_attrs["kl_divergence"]) for trial in search.front]
+        seconds = time.perf_counter() - start
+        return {
+            "points": [(refusals, round(kl, 5)) for refusals, kl in points],
+            "hypervolume": round(self.volume(points), 4),
+            "seconds": round(seconds, 1),
+        }
+
+
+def main() -> None:
+    """Measure all that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="folders, or demo")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--trials", type=int, default=8, help="learned trials")
+    parser.add_argument("--search", type=int, nargs="*", default=[], help="searches of so many trials beside it")
+    parser.add_argument("--mode", choices=["none", "pre", "full"], default="none")
+    parser.add_argument("--leave-out", action="store_true", help="learn again without each part of the loss")
+    parser.add_argument("--max-response-length", type=int, default=60)
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {}
+    for name in arguments.models:
+        subject = Subject(name, arguments.mode, arguments.max_response_length)
+        found: dict[str, Any] = {"base_refusals": subject.evaluator.base_refusals}
+        for seed in arguments.seeds:
+            kinds = {"learned": Parts()}
+            if arguments.leave_out:
+                kinds |= {f"without {part.name}": Parts(**{part.name: False}) for part in fields(Parts)}
+            for kind, parts in kinds.items():
+                found[f"{kind}, seed {seed}"] = subject.learn(seed, arguments.trials, parts)
+                print(name, kind, seed, json.dumps(found[f"{kind}, seed {seed}"]), flush=True)
+            for n_trials in arguments.search:
+                found[f"search of {n_trials}, seed {seed}"] = subject.search(seed, n_trials)
+                print(name, "search", n_trials, seed, json.dumps(found[f"search of {n_trials}, seed {seed}"]), flush=True)
+        report[Path(name).name] = found
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
