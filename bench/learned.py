@@ -66,7 +66,7 @@ class Subject:
     def volume(self, points: list[tuple[int, float]]) -> float:
         """The hypervolume of some trials."""
         base = self.evaluator.original.refusals
-        return hypervolume([(refusals / base, kl / REFERENCE_KL) for refusals, kl in points])
+        return hypervolume([(refusals / base, kl) for refusals, kl in points], REFERENCE_KL)
 
     def learn(self, seed: int, n_trials: int, parts: Parts) -> dict[str, Any]:
         """All learned trials of one seed."""

@@ -309,18 +309,23 @@ def test_whole_runs(model_type: str, mode: str, components: str, told: list[str]
     assert (tmp_path / "out" / "heretic.json").is_file()
 
 
-def test_what_stays_in_the_stream_is_told(tmp_path: Path, heretic: Callable[..., Outcome]) -> None:
-    outcome = whole_run(heretic, tmp_path, "doge", "none")
-    assert outcome.code == 0
-    text = " ".join((outcome.out + outcome.err).split())
-    share = re.search(
-        r"After an ablation of full strength (\d+)% of a direction stays in the residual stream: (.*?) Ablation works on it", text
+GATES = "gates or weighs its stream in a way that no edit of weights can follow"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("doge", f"this model {GATES}"), ("openai-gpt", f"this model normalizes, {GATES}, or something that writes to it was not found")],
+)
+def test_what_stays_in_the_stream_is_told(model_type: str, why: str, tmp_path: Path, heretic: Callable[..., Outcome]) -> None:
+    outcome = whole_run(heretic, tmp_path, model_type, "none")
+    lines = " ".join(line.strip() for line in outcome.out.splitlines())
+    told = re.search(
+        r"Warning: After an ablation of full strength (\d+)% of what a layer writes along a direction stays in the residual stream: "
+        r"(.*?)\. Ablation works on it, but only approximately\. ",
+        lines,
     )
-    assert share and 50 < int(share[1]) < 100
-    assert share[2] == (
-        "this model normalizes, gates or weighs its stream in a way that no edit of weights can follow, or something that writes to it was "
-        "not found."
-    )
+    assert told and 10 < int(told[1]) <= 100, outcome
+    assert told[2] == why
 
 
 def test_experts_may_have_kernels_of_their_own(tmp_path: Path, heretic: Callable[..., Outcome]) -> None:

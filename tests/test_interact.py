@@ -25,6 +25,7 @@ from heretic.console import Console
 from heretic.errors import ModelError
 from heretic.prompts import Prompt
 from heretic.session.interact import Workbench, align, is_count
+from heretic.study.learned_edits import LearnedEdits
 
 DOWN = "\x1b[B"
 CLEAR_LINE = "\x15"
@@ -238,6 +239,7 @@ def test_a_chat_remembers_what_was_said_but_not_what_was_interrupted(monkeypatch
     bench = Workbench(*(SimpleNamespace() for _ in range(6)))  # type: ignore[arg-type]
     bench.console, bench.evaluator = Console(), SimpleNamespace(bad_prompts=prompts)  # type: ignore[assignment]
     bench.model = SimpleNamespace(stream_response=stream_response)  # type: ignore[assignment]
+    bench.search = SimpleNamespace(edits=LearnedEdits(None))  # type: ignore[assignment]
     monkeypatch.setattr("questionary.text", Answers("one", "two", "three"))
     parameters = {"attn.o_proj": {"max_weight": 1.0, "max_weight_position": 0.5, "min_weight": 0.0, "min_weight_distance": 0.5}}
     bench._chat(create_trial(values=[0.0, 0.0], user_attrs={"direction_index": None, "parameters": parameters}))
