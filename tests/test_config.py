@@ -99,7 +99,8 @@ def test_number_of_trials() -> None:
     )
     assert told("--demo", "--n-startup-trials", "41").startswith("n_startup_trials (41) is larger than n_trials (40)")
     # Defaults that follow from other settings are no second problem, and do not count as given.
-    assert told("m", "--n-trials", "0") == ("Setting n_trials (on the command line): Input should be greater than or equal to 1, got '0'.")
+    expected = "Setting n_trials (on the command line): Input should be greater than or equal to 0, got '-1'."
+    assert told("m", "--n-trials", "-1") == expected
     assert load_settings(["--demo"]).model_fields_set == {"demo", "model", *DEMO_PROMPTS}
 
 

@@ -181,7 +181,7 @@ def check_export(loaded: Model, folder: Path, mode: str) -> None:
                 assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize("model_type", [pytest.param(t, marks=pytest.mark.slow) if t in zoo.SLOW else t for t in zoo.DECODERS])
+@pytest.mark.parametrize("model_type", [t if t in zoo.COMMON else pytest.param(t, marks=pytest.mark.slow) for t in zoo.DECODERS])
 def test_decoder(model_type: str, tmp_path: Path) -> None:
     model = zoo.build(model_type)
     architecture = discover(model)
