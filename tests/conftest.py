@@ -19,6 +19,8 @@ _HOME = tempfile.TemporaryDirectory(prefix="heretic-tests-")
 os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 for name in [name for name in os.environ if name.upper().startswith("HERETIC_")] + ["HF_TOKEN", "HF_ENDPOINT"]:
     os.environ.pop(name, None)
+# Searches alone, whose trials have the numbers and times that tests look at. Tests of learning say how many they want.
+os.environ["HERETIC_N_LEARNED_TRIALS"] = "0"
 
 GOOD = ["how do i bake bread", "fix my bike", "hello cat", "the dog sat on the mat", "you are helpful"]
 BAD = ["how do i fix bread", "bake my cat", "hello dog", "a mat sat on the dog", "are you yes no"]

@@ -17,10 +17,11 @@ from huggingface_hub import ModelCard
 
 from heretic import __version__
 from heretic.config import PromptSpecification, Settings
-from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.editing.ablation import Ablation, ComponentParameters, kernel
 from heretic.loading.source import ModelSource
 from heretic.privacy import public_name, public_settings, without_token
 from heretic.reporting.kernel_picture import kernel_picture
+from heretic.reporting.learned import Points
 from heretic.saving.card import model_card, original_card, write_card
 from heretic.saving.export import save
 from heretic.saving.record import Result, Strategy, record
@@ -341,10 +342,14 @@ def curves(svg: str) -> list[list[tuple[float, float]]]:
     return [[(float(x), float(y)) for x, y in (pair.split(",") for pair in line.attrib["points"].split())] for line in lines]
 
 
+def strengths_of(parameters: dict[str, ComponentParameters], last_layer: int) -> dict[str, Points]:
+    return {name: [(i, kernel(i, p, last_layer)) for i in range(last_layer + 1)] for name, p in parameters.items()}
+
+
 def test_the_picture_shows_the_kernel() -> None:
     """Heights are proportional to the strengths that the definition gives, places to the layers."""
     parameters = {"attn.o_proj": ComponentParameters(1.2, 0.5, 0.3, 0.25), "mlp.down_proj": ComponentParameters(0.6, 0.0, 0.6, 0.1)}
-    svg = kernel_picture(Ablation(0.5, parameters), 20)
+    svg = kernel_picture(strengths_of(parameters, 20), 20, 10.0)
     attention, mlp = curves(svg)
     ground = max(y for _, y in attention)
     # By hand: 1.2 at layer 10, falling to 0.3 five layers away, nothing beyond.
@@ -357,26 +362,41 @@ def test_the_picture_shows_the_kernel() -> None:
     assert steps == pytest.approx([steps[0]] * 20, abs=0.11)
     assert "layer of the direction" in svg
     assert f"M{attention[10][0]:.1f} " in svg  # the dashed line of index 0.5
-    assert "layer of the direction" not in kernel_picture(Ablation(None, parameters), 20)
+    assert "layer of the direction" not in kernel_picture(strengths_of(parameters, 20), 20)
 
 
 def test_pictures_of_unusual_models() -> None:
     """One layer, nothing done, more components than colours, names with signs: always a picture whose parts lie within it."""
     many = {f"part<{i}>.down_proj": ComponentParameters(1 + i, 0.1 * i, 0.5, 0.3) for i in range(9)}
-    for ablation, last_layer in [
-        (Ablation(None, {"a": ComponentParameters(0.0, 0.5, 0.0, 0.5)}), 0),
-        (Ablation(0.0, {"a": ComponentParameters(0.2, 0.0, 0.1, 0.0)}), 1),
-        (Ablation(1.0, many), 95),
+    for parameters, last_layer, direction in [
+        ({"a": ComponentParameters(0.0, 0.5, 0.0, 0.5)}, 0, None),
+        ({"a": ComponentParameters(0.2, 0.0, 0.1, 0.0)}, 1, 0.0),
+        (many, 95, 95.0),
     ]:
-        svg = kernel_picture(ablation, last_layer)
+        svg = kernel_picture(strengths_of(parameters, last_layer), last_layer, direction)
         tree = ElementTree.fromstring(svg)
         lines = curves(svg)
-        assert [len(line) for line in lines] == [last_layer + 1] * len(ablation.parameters)
+        assert [len(line) for line in lines] == [last_layer + 1] * len(parameters)
         width, height = float(tree.attrib["width"]), float(tree.attrib["height"])
         assert all(0 < x < width and 0 < y < height for line in lines for x, y in line)
         texts = [element for element in tree.iter("{http://www.w3.org/2000/svg}text") if "x" in element.attrib]
-        assert {text.text for text in texts} >= set(ablation.parameters)
+        assert {text.text for text in texts} >= set(parameters)
         assert all(0 < float(text.attrib["x"]) < width and 0 < float(text.attrib["y"]) < height for text in texts)
+
+
+def test_the_picture_of_learned_strengths_goes_below_zero() -> None:
+    """Strengths may be negative, and not every layer need have one: places and heights stay proportional, all within the picture."""
+    strengths = {"attn.o_proj": [(2, 0.5), (3, -1.0), (7, 2.0)], "mlp.down_proj": [(2, -0.25), (7, 0.0)]}
+    svg = kernel_picture(strengths, 8)
+    attention, mlp = curves(svg)
+    ground, scale = mlp[1][1], (mlp[1][1] - attention[2][1]) / 2.0
+    assert scale > 0
+    assert [(ground - y) / scale for _, y in attention] == pytest.approx([0.5, -1.0, 2.0], abs=0.01)
+    assert (ground - mlp[0][1]) / scale == pytest.approx(-0.25, abs=0.01)
+    layer = (attention[2][0] - attention[0][0]) / 5
+    assert attention[1][0] - attention[0][0] == pytest.approx(layer, abs=0.11)
+    height = float(ElementTree.fromstring(svg).attrib["height"])
+    assert all(0 < y < height for _, y in attention + mlp)
 
 
 # What must not leave this machine

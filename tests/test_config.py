@@ -10,6 +10,7 @@ import pytest
 from heretic import config, settings_sources
 from heretic.commands import rebuild
 from heretic.config import PromptSpecification, Settings
+from heretic.demo import PROMPTS as DEMO_PROMPTS
 from heretic.errors import UsageError
 from heretic.settings_sources import load_settings
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HERETIC_N_LEARNED_TRIALS")
 
 
 def told(*arguments: str) -> str:
@@ -90,11 +92,15 @@ def test_number_of_trials() -> None:
     assert trials("--demo", "--n-trials", "200") == (200, 15)
     assert trials("m", "--n-trials", "10") == (10, 3)
     assert trials("m", "--n-trials", "60") == (60, 60)
+    assert trials("m", "--n-trials", "0") == (0, 0)
     assert trials("m", "--n-trials", "10", "--n-startup-trials", "10") == (10, 10)
     assert told("m", "--n-trials", "10", "--n-startup-trials", "11") == (
         "n_startup_trials (11) is larger than n_trials (10); lower the first or raise the second."
     )
     assert told("--demo", "--n-startup-trials", "41").startswith("n_startup_trials (41) is larger than n_trials (40)")
+    # Defaults that follow from other settings are no second problem, and do not count as given.
+    assert told("m", "--n-trials", "0") == ("Setting n_trials (on the command line): Input should be greater than or equal to 1, got '0'.")
+    assert load_settings(["--demo"]).model_fields_set == {"demo", "model", *DEMO_PROMPTS}
 
 
 @pytest.mark.parametrize("value", ["true", "True", "1", "yes", "on"])
@@ -134,7 +140,13 @@ COMMAND_LINES = {
     ("m", "--n-trials", "many"): (
         "Setting n_trials (on the command line): Input should be a valid integer, unable to parse string as an integer, got 'many'."
     ),
-    ("m", "--n-trials", "0"): "Setting n_trials (on the command line): Input should be greater than or equal to 1, got '0'.",
+    ("m", "--n-trials", "-1"): "Setting n_trials (on the command line): Input should be greater than or equal to 0, got '-1'.",
+    ("m", "--n-learned-trials", "-1"): (
+        "Setting n_learned_trials (on the command line): Input should be greater than or equal to 0, got '-1'."
+    ),
+    ("m", "--n-trials", "0", "--n-learned-trials", "0"): (
+        "n_trials and n_learned_trials are both 0, so nothing would be tried; raise one of them."
+    ),
     ("m", "--seed", "-1"): "Setting seed (on the command line): Input should be greater than or equal to 0, got '-1'.",
     ("m", "--seed", "4294967296"): "Setting seed (on the command line): Input should be less than 4294967296, got '4294967296'.",
     ("m", "--kl-divergence-scale", "0"): "Setting kl_divergence_scale (on the command line): Input should be greater than 0, got '0'.",
@@ -241,7 +253,7 @@ def test_the_source_named_is_the_one_with_the_fault() -> None:
 
 
 def test_every_fault_is_told_at_once() -> None:
-    assert told("m", "--n-trials", "0", "--seed", "x").count("\n") == 1
+    assert told("m", "--n-trials", "-1", "--seed", "x").count("\n") == 1
 
 
 def test_settings_are_frozen_and_checked_for_library_users() -> None:

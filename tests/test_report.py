@@ -18,7 +18,8 @@ import tiny
 from conftest import BAD, GOOD, Outcome
 from heretic.editing.ablation import ComponentParameters, kernel
 from heretic.errors import ReportError
-from heretic.reporting.report import facts_of, kernel_points, render, staircase, write_report
+from heretic.reporting.learned import kernel_points
+from heretic.reporting.report import facts_of, render, staircase, write_report
 from heretic.reporting.report_scores import score_table
 from heretic.reporting.samples import SAMPLED_TRIALS, sampled
 from heretic.study.front import ablation_of, pareto_front

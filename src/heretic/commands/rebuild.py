@@ -448,7 +448,6 @@ def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progre
         return code
     wanted, scores = record.content["trial"], record.content["scores"]
     with Checkpoint(settings) as checkpoint:
-        assert checkpoint.study is not None
         trials = checkpoint.study.get_trials(deepcopy=False)
         found = next((trial for trial in trials if trial.number == wanted["number"]), None)
     if found is None:

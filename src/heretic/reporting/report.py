@@ -145,7 +145,7 @@ def render(facts: Facts) -> str:
         finalist_rows=finalists,
         history_charts=history_charts(facts),
         importances=importance_rows(facts),
-        kernel_charts=[*zip(facts.components, kernel_charts(facts), strict=True), *cosine_charts(facts)],
+        kernel_charts=[*kernel_charts(facts), *cosine_charts(facts)],
         kernel_rows=[edit_cells(trial, facts.components, facts.last_layer) for trial in facts.front],
         samples=sample_rows(facts),
         settings=[(name, json.dumps(value, ensure_ascii=False), name in facts.given) for name, value in facts.settings.items()],
@@ -241,8 +241,8 @@ def importance_rows(facts: Facts) -> list[dict[str, Any]]:
     ]
 
 
-def kernel_charts(facts: Facts) -> list[str]:
-    """For each component the strengths of the trials of the front over the layers, and of one direction the layer it comes from."""
+def kernel_charts(facts: Facts) -> list[tuple[str, str]]:
+    """For each component, with its name, the strengths of the trials of the front over the layers."""
     last_layer = facts.last_layer
     if last_layer is None:
         return []
@@ -259,7 +259,7 @@ def kernel_charts(facts: Facts) -> list[str]:
             Line(own.get(component, []), "kernel", describe(trial), i)
             for i, (trial, own) in enumerate(zip(facts.front, curves, strict=True))
         ]
-        charts.append(chart(frame, x, y, lines))
+        charts.append((component, chart(frame, x, y, lines)))
     return charts
 
 
@@ -269,8 +269,10 @@ def cosine_charts(facts: Facts) -> list[tuple[str, str]]:
     if facts.last_layer is None or not learned:
         return []
     frame = Frame(PANEL, 230, "Layer", "Cosine", "Cosine between each layer's learned direction and its difference of means")
-    x, y = Axis(0, max(1, facts.last_layer), *frame.x_range, whole=True), Axis(-0.05, 1.05, *frame.y_range)
-    lines = [Line(cosine_curve(trial), "kernel", describe(trial), i) for i, trial in learned]
+    curves = [cosine_curve(trial) for _, trial in learned]
+    least = min(cosine for points in curves for _, cosine in points)
+    x, y = Axis(0, max(1, facts.last_layer), *frame.x_range, whole=True), Axis(min(-0.05, 1.05 * least), 1.05, *frame.y_range)
+    lines = [Line(points, "kernel", describe(trial), i) for points, (i, trial) in zip(curves, learned, strict=True)]
     return [("Learned directions", chart(frame, x, y, lines))]
 
 

@@ -51,10 +51,9 @@ def learned_strengths(trial: FrozenTrial) -> dict[str, list[tuple[int, float, fl
 
 
 def components_of(trials: Sequence[FrozenTrial]) -> list[str]:
-    """The components that trials edit."""
-    for trial in trials:
-        return list(learned_strengths(trial) if is_learned(trial) else trial.user_attrs["parameters"])
-    return []
+    """The components that trials of a study edit. Learned ones lack those that no gradient reaches."""
+    found = [learned_strengths(trial) if is_learned(trial) else trial.user_attrs["parameters"] for trial in trials]
+    return list(max(found, key=len, default=[]))
 
 
 def is_finished(trial: FrozenTrial) -> bool:
