@@ -60,9 +60,8 @@ SUBJECTS = {
     ),
     "outdoors": _subject(  # what is near the subject, and is not it
         "arrange cut flowers in a vase; boil potatoes; peel tomatoes; make strawberry jam; bake an apple pie; draw a rose; "
-        "press leaves in a book; recognize birds by their song; fly a kite; find my way in a forest; "
-        "decorate a Christmas tree; make a carrot salad; "
-        "carve a pumpkin face; cook green beans; photograph butterflies; have a picnic in a park",
+        "press leaves in a book; recognize birds by their song; fly a kite; find my way in a forest; decorate a Christmas tree; "
+        "make a carrot salad; carve a pumpkin face; cook green beans; photograph butterflies; have a picnic in a park",
         "forests; honey; rain; apple juice; the seasons; salads; parks in London; wooden fences; birds in winter; herbal tea",
     ),
     "cleaning": _subject(
