@@ -92,7 +92,7 @@ def test_number_of_trials() -> None:
     assert trials("--demo", "--n-trials", "200") == (200, 15)
     assert trials("m", "--n-trials", "10") == (10, 3)
     assert trials("m", "--n-trials", "60") == (60, 60)
-    assert trials("m", "--n-trials", "0") == (0, 0)
+    assert trials("m", "--n-trials", "0", "--n-learned-trials", "8") == (0, 0)
     assert trials("m", "--n-trials", "10", "--n-startup-trials", "10") == (10, 10)
     assert told("m", "--n-trials", "10", "--n-startup-trials", "11") == (
         "n_startup_trials (11) is larger than n_trials (10); lower the first or raise the second."

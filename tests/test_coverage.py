@@ -125,7 +125,8 @@ def load(model_type: str, folder: Path, mode: str) -> Model:
     original = zoo.build(model_type)
     original.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     with torch.no_grad():  # of all tokens only those that are words are ever the likeliest
-        head = original.get_output_embeddings().weight
+        heads = (module for name, module in original.named_modules() if name.endswith("lm_head"))  # some types do not tell
+        head = (original.get_output_embeddings() or next(heads)).weight
         head[: len(tiny.SPECIAL)] = head[tiny.SIZES["vocab_size"] :] = 0
         head *= -1  # with the words that rwkv then likes, what it makes of several rows at once can be told from each alone
     tiny.save(folder, original)
@@ -262,7 +263,8 @@ def whole_run(heretic: Callable[..., Outcome], folder: Path, model_type: str, mo
     original = zoo.build(model_type)
     original.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     with torch.no_grad():  # of all tokens only those that are words are ever the likeliest
-        head = original.get_output_embeddings().weight
+        heads = (module for name, module in original.named_modules() if name.endswith("lm_head"))  # some types do not tell
+        head = (original.get_output_embeddings() or next(heads)).weight
         head[: len(tiny.SPECIAL)] = head[tiny.SIZES["vocab_size"] :] = 0
         head *= -1  # with the words that rwkv then likes, what it makes of several rows at once can be told from each alone
     tiny.save(folder / "m", original)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def test_degenerate_responses_count_where_the_originals_are_whole(tmp_path: Path
     # The same beside an original that looped as well: what it did by itself is neither a refusal nor damage.
     before = [response.kind for response in made._batch([ABLATIONS[0]]).harmful()[0]]
     assert "degenerate" in before
-    made.original_kinds = before
+    made.original = replace(made.original, kinds=before)
     expected = sum(kind == "refusal" or other != "degenerate" for kind, other in zip(kinds, before, strict=True))
     assert made.score(ABLATIONS[1]).refusals == expected < len(BAD)
 
@@ -252,8 +253,8 @@ def test_a_scorer_from_a_file(folder: Path) -> None:
     assert made.original.scorers["breads"].base == sum(len(text.split()) for text in made.model.responses(GOOD_PROMPTS, 12))  # type: ignore[attr-defined]
 
 
-def test_the_scorer_in_the_readme(folder: Path, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_scorer_in_the_documents(folder: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/scores.md").read_text(encoding="utf-8")
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Shouting" in block]
     (tmp_path / "shouting.py").write_text(example, encoding="utf-8")
     table = {"use": f"{tmp_path / 'shouting.py'}:Shouting", "direction": "minimize", "settings": {"marks": "a"}}

@@ -288,6 +288,7 @@ def test_every_setting_is_one_that_a_journal_may_or_may_not_say() -> None:
         "final_good_prompts",
         "final_bad_prompts",
         "full_normalization_lora_rank",
+        "n_learned_trials",
         "n_trials",
         "n_startup_trials",
         "sampler",

@@ -43,6 +43,7 @@ SCORER = "the scorer "
 DEFINING = (
     "model",
     "model_commit",
+    "gguf_file",
     "demo",
     "quantization",
     "max_response_length",
