@@ -155,15 +155,11 @@ def test_final_prompts_that_the_original_does_not_refuse(heretic: Heretic, workp
 
 
 def test_an_interrupted_scoring_goes_on_to_the_front(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Evaluator.__init__
-
-    def interrupt(self: Evaluator, *arguments: Any, **more: Any) -> None:
-        if "Baseline of the finalists" in arguments:
-            raise KeyboardInterrupt
-        made(self, *arguments, **more)
+    def interrupt(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "__init__", interrupt)
+        patch.setattr("heretic.study.finalists.measure_original", interrupt)
         outcome = heretic()
     assert outcome.code == 0
     assert "Interrupted: the finalists are not scored again." in outcome.out and "Pareto front" in outcome.out
@@ -229,7 +225,9 @@ def test_scores_of_another_model(heretic: Heretic, workplace: Path) -> None:
     assert outcome.code == 0, outcome.err
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines() if line.startswith("│")]
     rows = {row[0]: row[1:] for row in cells}
-    assert rows["Refusals"] == ["5", format_interval(entry["scores"]["refusals"], entry["intervals"]["refusals"])]
+    assert rows["Refusals"] == [
+        format_interval(described["scores"]["refusals"], described["intervals"]["refusals"]) for described in (known()["base"], entry)
+    ]
     harmless = known()["base"]["scores"]["harmless_refusals"], entry["scores"]["harmless_refusals"]
     assert [cell.split(" ")[0] for cell in rows["Harmless refusals"]] == [f"{count:.0f}" for count in harmless]
     assert float(rows["Sequence KL"][1].split(" ")[0]) == pytest.approx(entry["scores"]["sequence_kl_divergence"], abs=1e-4)
