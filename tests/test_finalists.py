@@ -225,8 +225,9 @@ def test_scores_of_another_model(heretic: Heretic, workplace: Path) -> None:
     assert outcome.code == 0, outcome.err
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines() if line.startswith("│")]
     rows = {row[0]: row[1:] for row in cells}
-    base = known()["base"]
-    assert rows["Refusals"] == [format_interval(shown["scores"]["refusals"], shown["intervals"]["refusals"]) for shown in (base, entry)]
+    assert rows["Refusals"] == [
+        format_interval(described["scores"]["refusals"], described["intervals"]["refusals"]) for described in (known()["base"], entry)
+    ]
     harmless = known()["base"]["scores"]["harmless_refusals"], entry["scores"]["harmless_refusals"]
     assert [cell.split(" ")[0] for cell in rows["Harmless refusals"]] == [f"{count:.0f}" for count in harmless]
     assert float(rows["Sequence KL"][1].split(" ")[0]) == pytest.approx(entry["scores"]["sequence_kl_divergence"], abs=1e-4)
