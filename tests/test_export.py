@@ -222,6 +222,7 @@ def test_record(tmp_path: Path) -> None:
     assert record["hardware"].keys() == {"devices", "cpu_threads", "cpu_capability", "machine", "system"}
     assert record["trial"] == {
         "number": 17,
+        "origin": "search",
         "direction_index": 0.3,
         "parameters": {
             "attn.o_proj": {"max_weight": 1.0, "max_weight_position": 1.0, "min_weight": 0.4, "min_weight_distance": 1.0},

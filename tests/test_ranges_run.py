@@ -153,8 +153,8 @@ def test_stored_ranges_that_this_version_does_not_take(heretic: Heretic, workpla
     outcome = heretic()
     assert (outcome.code, outcome.err) == (
         1,
-        f'Error: The study {JOURNAL} is damaged: its search_space.components."mlp.down_proj".max_weight.low: Input should be a valid number, '
-        "unable to parse string as a number. Put a good copy in its place, or begin anew with --checkpoint-action restart "
+        f'Error: The study {JOURNAL} is damaged: its search_space.components."mlp.down_proj".max_weight.low: Input should be '
+        "a valid number, unable to parse string as a number. Put a good copy in its place, or begin anew with --checkpoint-action restart "
         "(the file is kept).\n",
     )
 
