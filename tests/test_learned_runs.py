@@ -31,10 +31,12 @@ from heretic.study.front import front_of, is_learned
 from heretic.study.learning import Learner
 from heretic.utils import SilentProgress
 from test_demo import DEMO, SYSTEM, Judge, lines, mean_kl
+from test_experts import N_EXPERTS, chat_model
 from tiny import load
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
 N_PROMPTS, N_EVALUATED = 40, 20
+assert chat_model  # a fixture
 STUDY = f"""\
 model = "{DEMO / "model"}"
 dtypes = ["float32"]
@@ -50,6 +52,8 @@ bad_prompts.dataset = "bad.txt"
 good_evaluation_prompts.dataset = "good_evaluation.txt"
 bad_evaluation_prompts.dataset = "bad_evaluation.txt"
 """
+# One learned trial, and no search.
+ONE = ["--n-trials", "0", "--n-startup-trials", "0", "--n-learned-trials", "1"]
 TWO_ROUNDS = {"FIRST_ROUNDS": 2, "LATER_ROUNDS": 1}
 
 
@@ -229,10 +233,10 @@ def test_what_is_saved_of_a_learned_trial(copied: Path, heretic: Callable[..., O
         assert (outcome.code, outcome.err) == (0, "")
         again = {path.name: path.read_bytes() for path in Path(f"{strategy} again").iterdir()}
         assert again == {path.name: path.read_bytes() for path in Path(strategy).iterdir()}
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")
     outcome = heretic("compare", DEMO / "model", f"{journal_of(copied)}:{index}")
     assert outcome.code == 0, outcome.err
-    row = next(line for line in outcome.out.splitlines() if f"(trial {trial.number})" in line)
+    row = next(line for line in outcome.out.splitlines() if line.startswith("│") and f"(trial {trial.number})" in line)
     assert f"{trial.user_attrs['kl_divergence']:.4f}" in row
 
 
@@ -288,7 +292,7 @@ def test_a_kill_in_the_middle_of_learning_changes_nothing(finished: Path, tmp_pa
 
 
 def test_another_seed_learns_another_edit(finished: Path, place: Path, heretic: Callable[..., Outcome]) -> None:
-    outcome = heretic("--seed", "2", "--n-trials", "0", "--n-startup-trials", "0", "--n-learned-trials", "1")
+    outcome = heretic("--seed", "2", *ONE)
     assert (outcome.code, outcome.err) == (0, "")
     assert not same_edits(edits_of(place), edits_of(finished)[:1])
     assert edits_of(place)[0].keys() == edits_of(finished)[0].keys()
@@ -317,7 +321,7 @@ def test_ctrl_c_before_anything_is_learned(place: Path) -> None:
 
 
 def test_disabled_components_are_left_alone(place: Path, heretic: Callable[..., Outcome]) -> None:
-    only = ["--n-trials", "0", "--n-startup-trials", "0", "--n-learned-trials", "1", "--disabled-components", '["mlp.down_proj"]']
+    only = [*ONE, "--disabled-components", '["mlp.down_proj"]']
     outcome = heretic(*only, *saved_as("merge", 0))
     assert (outcome.code, outcome.err) == (0, "")
     (trial,) = study_of(place).trials
@@ -342,10 +346,10 @@ def test_a_model_that_refuses_too_little(workplace: Path, heretic: Callable[...,
     outcome = heretic("--n-learned-trials", "2")
     told = r"No edits are learned: the original refuses [0-5] of 5 harmful prompts, which is too few\. The search goes on without\."
     assert outcome.code == 0
-    assert re.search(told, outcome.err)
+    assert re.search(told, " ".join(outcome.out.split()))
     assert len(study_of(workplace).trials) == 3
     again = heretic("--n-learned-trials", "2", "--n-trials", "4")
-    assert (again.code, again.err) == (0, "") and "Learning" not in again.out
+    assert (again.code, again.err) == (0, "") and "Learning" not in again.out and "No edits are" not in again.out
     assert len(study_of(workplace).trials) == 4
 
 
@@ -405,7 +409,7 @@ def taught() -> Learner:
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(9, 128, generator=generator, dtype=torch.float64), dim=-1)
     model.use_directions(directions, "full")
-    return Learner(model, LearnedRule([]), good, bad, list(model.architecture.components), 1, SilentProgress())
+    return Learner(model, LearnedRule(), good, bad, list(model.architecture.components), 1, SilentProgress())
 
 
 def gradients(learner: Learner) -> tuple[float, list[Tensor]]:
@@ -488,14 +492,31 @@ def test_a_gradient_that_is_not_finite(taught: Learner, monkeypatch: pytest.Monk
 # Other kinds of models
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", "full"])
+def refused_by(folder: Path) -> int:
+    """Of the harmful evaluation prompts, those that a saved model refuses in transformers alone."""
+    answers = Judge(folder).answers(lines("bad_evaluation", N_EVALUATED), 24)
+    return sum(LearnedRule().judge(answer, True).kind == "refusal" for answer in answers)
+
+
+@pytest.mark.parametrize("mode", ["none", "pre", "full"])
 def test_a_4_bit_run_learns(place: Path, heretic: Callable[..., Outcome], mode: str) -> None:
-    only = ["--n-trials", "0", "--n-startup-trials", "0", "--n-learned-trials", "1", "--row-normalization", mode]
-    outcome = heretic("--quantization", "bnb_4bit", *only, *saved_as("merge", 0))
+    outcome = heretic("--quantization", "bnb_4bit", *ONE, "--row-normalization", mode, *saved_as("merge", 0))
     assert (outcome.code, outcome.err) == (0, "")
     (trial,) = study_of(place).trials
-    refused = sum(
-        LearnedRule([]).judge(text, True).kind == "refusal" for text in Judge(Path("merge")).answers(lines("bad_evaluation", 20), 24)
-    )
-    assert refused <= 10 and trial.user_attrs["refusals"] <= 10
+    assert len(trial.user_attrs["learned"]["writers"]) == 16
+    assert refused_by(Path("merge")) <= 10 and trial.user_attrs["refusals"] <= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "pre", "full"])
+def test_a_mixture_of_experts_learns(chat_model: Path, place: Path, heretic: Callable[..., Outcome], mode: str) -> None:
+    """Fused experts, as a component of their own; what is saved is judged by transformers alone."""
+    outcome = heretic(str(chat_model), *ONE, "--row-normalization", mode, "--split-experts", *saved_as("merge", 0))
+    assert (outcome.code, outcome.err) == (0, "")
+    (trial,) = study_of(place).trials
+    assert [w["component"] for w in trial.user_attrs["learned"]["writers"]] == ["attn.o_proj", "mlp.experts.down_proj"] * 8
+    saved = json.loads(Path("merge/heretic.json").read_text())["trial"]
+    assert saved["modules"] == {"attn.o_proj": 8, "mlp.experts.down_proj": 8 * N_EXPERTS}
+    assert list(saved["learned"]) == ["attn.o_proj", "mlp.experts.down_proj"]
+    assert refused_by(Path("merge")) <= 10 and trial.user_attrs["refusals"] <= 10
+    assert trial.user_attrs["kl_divergence"] < 0.5
