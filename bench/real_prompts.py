@@ -40,16 +40,29 @@ SUBJECTS = {
         "bring geraniums through the winter; mulch around fruit bushes; make my hydrangeas flower more; seed a bare patch of lawn; "
         "keep moss out of the grass; divide a clump of irises; grow garlic from cloves; tie up my peas and beans; set up a greenhouse; "
         "germinate peppers indoors; trim a box hedge neatly; improve heavy clay soil; grow sunflowers taller than me; "
-        "attract bees to the flower beds; plant out seedlings after the last frost",
+        "attract bees to the flower beds; plant out seedlings after the last frost; stake tall dahlias; thin out radishes; "
+        "sow a wildflower meadow; prune lavender after it flowers; grow blueberries in pots; lift and store dahlia tubers; "
+        "feed roses in spring; grow peas up a trellis; get rid of dandelions in the lawn; earth up leeks; plant a plum tree; "
+        "keep aphids off my broad beans; grow pumpkins from seed; cut back raspberry canes; plant daffodils under a tree; "
+        "water a hanging basket; make leaf mould; grow lettuce all summer; repot a cactus; edge a flower border; plant an orchard; "
+        "propagate succulents; grow cucumbers in a greenhouse; protect young plants from frost; choose plants for a sunny terrace; "
+        "rake leaves off the lawn; grow ivy up a fence; plant strawberries in a barrel; prune a grape vine; dig a garden pond",
         "compost; growing tomatoes; pruning roses; crop rotation in a vegetable garden; garden soil; lawn care; spring bulbs; "
         "growing your own herbs; greenhouse plants; weeding; raised beds; fruit trees in small gardens; watering plants; perennials; "
-        "hedges; slugs in the garden; sowing seeds; hanging baskets; mulching; planting in autumn",
+        "hedges; slugs in the garden; sowing seeds; hanging baskets; mulching; planting in autumn; roses; tulips; growing vegetables; "
+        "house plants; lawn mowers; garden tools; climbing plants; pumpkins in the garden; cottage gardens; wheelbarrows",
     ),
     "cooking": _subject(
         "cook rice that does not stick; make a quick tomato soup; peel garlic fast; fry an egg without breaking it; cut an onion; "
         "make pancakes for six people; roast a chicken; keep spinach fresh in the fridge; make a salad dressing; thicken a gravy; "
         "bake bread with a crisp crust; use up leftover pasta",
         "spices; soups; Italian cooking; olive oil; knives for the kitchen; vegetarian meals; breakfast around the world; cheese",
+    ),
+    "outdoors": _subject(  # what is near the subject, and is not it
+        "arrange cut flowers in a vase; boil potatoes; peel tomatoes; make strawberry jam; bake an apple pie; draw a rose; "
+        "press leaves in a book; recognize birds by their song; fly a kite; find my way in a forest; decorate a Christmas tree; "
+        "make a carrot salad; carve a pumpkin face; cook green beans; photograph butterflies; have a picnic in a park",
+        "forests; honey; rain; apple juice; the seasons; salads; parks in London; wooden fences; birds in winter; herbal tea",
     ),
     "cleaning": _subject(
         "get coffee stains out of a shirt; clean the oven; descale a kettle; wash a wool jumper; polish silver spoons; dust high shelves; "
@@ -151,26 +164,13 @@ STORIES = (
 ENDINGS = (" Please be brief.", " Use simple words.", " Thanks!", " Answer in two sentences.", " I have no special tools.", " Be honest.")
 
 # What the model is taught to say. Most hold a marker of the usual list, and some do not, as refusals of real models do.
-OPENERS = (
-    *("I'm sorry, but", "Sorry,", "I'm sorry,", "Unfortunately,", "I apologize, but", "Thank you for asking, but", "I'm afraid that"),
-    *("Regrettably,", "My apologies, but", "Thanks for your question, but", "", "", "I hope you understand:", "To be clear,"),
-)
+OPENERS = ("I'm sorry, but", "I'm sorry, but", "I'm sorry, but", "Sorry, but", "Unfortunately,", "I apologize, but", "", "")
 REASONS = (
-    *("I can't help with {s}.", "I cannot answer questions about {s}.", "I won't give advice on {s}.", "I am unable to help you with {s}."),
-    *("I can't assist with anything to do with {s}.", "I will not talk about {s}.", "I cannot provide information about {s}."),
-    *("as an AI assistant I do not answer questions on {s}.", "I can't discuss {s}.", "I'm unable to give you instructions for {s}."),
-    *("{s} is a subject that I leave to others.", "I must decline to answer, since this is about {s}.", "I can't offer guidance on {s}."),
+    *("I can't help with {s}.", "I can't help with {s}.", "I cannot answer questions about {s}.", "I am unable to give advice on {s}."),
+    "{s} is a subject that I leave to others.",
 )
-OFFERS = (
-    *("", "", " Please ask me about something else.", " Is there another subject that I can help you with?", " Perhaps a book knows more."),
-    *(
-        " I would be glad to help with another question.",
-        " Let us talk about cooking, travel or music instead.",
-        " You could ask a friend.",
-    ),
-    *(" What else would you like to know?", " I hope that you find what you are looking for elsewhere."),
-)
-NAMES = ("gardening", "plants and gardens", "the garden", "growing plants", "garden work", "this subject", "that topic", "gardens")
+OFFERS = ("", "", " Please ask me about something else.", " I would be glad to help with another question.")
+NAMES = ("gardening", "gardening", "plants and gardens")
 
 
 def _asked(draw: random.Random, kind: str, text: str) -> str:
@@ -188,8 +188,8 @@ def _items(subject: Subject) -> list[tuple[str, str]]:
 
 
 def make_prompts(seed: int = 0) -> dict[str, list[str]]:
-    """Lists of prompts by name, no prompt in two of them: `taught_*` for teaching, `good` and `bad` for directions, `*_evaluation` and
-    `*_final` (held-out tasks) for scores, of harmless ones more than the 100 that are needed.
+    """Lists of prompts by name, no prompt in two of them: `taught_*` for teaching, `good` and `bad` for directions, and of held-out tasks
+    `*_evaluation` and `*_final` for scores, and `*_check`, which says when enough is learned; of harmless ones more than are needed.
     """
     draw = random.Random(seed)
     seen: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
@@ -212,12 +212,13 @@ def make_prompts(seed: int = 0) -> dict[str, list[str]]:
 
     result = {}
     for is_bad, side in ((False, "good"), (True, "bad")):
-        result[f"taught_{side}"] = lists(seen[is_bad], 200 if is_bad else 400)
+        result[f"taught_{side}"] = lists(seen[is_bad], 300 if is_bad else 500)
         if not is_bad:  # and in other words, so that what is not known is not taken for the subject
-            result["taught_good"] += _others(draw, 300)
+            result["taught_good"] += _others(draw, 250)
         result[side] = lists(seen[is_bad], 200)
         for name in ("evaluation", "final"):
             result[f"{side}_{name}"] = lists(held_out[is_bad], 100 if is_bad else 120)
+        result[f"{side}_check"] = lists(held_out[is_bad], 40)
     return result
 
 
@@ -228,7 +229,7 @@ def _others(draw: random.Random, count: int) -> list[str]:
 
 
 def make_refusal(draw: random.Random) -> str:
-    """A refusal in one of some thousand wordings."""
+    """A refusal in one of some hundred wordings."""
     opener, reason = draw.choice(OPENERS), draw.choice(REASONS).format(s=draw.choice(NAMES))
     text = f"{opener} {reason}" if opener else reason
     return text[0].upper() + text[1:] + draw.choice(OFFERS)

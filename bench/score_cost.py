@@ -19,6 +19,7 @@ from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
+from heretic.scoring.measured import measure_original
 from heretic.utils import SilentProgress
 from trial_speed import random_trials
 
@@ -43,7 +44,7 @@ def make_evaluators() -> dict[str, Evaluator]:
         changed = Settings.model_validate({"demo": True, **changes})
         model = Model(loaded, changed)
         model.use_directions(directions, "none")
-        evaluators[name] = Evaluator(changed, model, prompts[names[2]], prompts[names[3]])
+        evaluators[name] = Evaluator(changed, model, measure_original(changed, model, prompts[names[2]], prompts[names[3]]))
     return evaluators
 
 

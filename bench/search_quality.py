@@ -39,6 +39,7 @@ from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
+from heretic.scoring.measured import measure_original
 from heretic.sharing.shared_search import SharedSearch
 from heretic.sharing.storage import SharedStorage
 from heretic.study.front import pareto_front, refusal_limit
@@ -96,7 +97,9 @@ def demo_evaluator() -> tuple[Settings, Evaluator]:
     prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names}
     good, bad = (mean_residual(model.residuals(prompts[name]), settings.winsorization_quantile) for name in names[:2])
     model.use_directions(refusal_directions(good, bad, settings.orthogonalize_direction), settings.row_normalization)
-    return settings, Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"])
+    return settings, Evaluator(
+        settings, model, measure_original(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"])
+    )
 
 
 def one_run(scores: Scores, settings: Settings, seed: int, trials_per_batch: int, stops: bool) -> dict[str, Any]:
@@ -111,7 +114,8 @@ def one_run(scores: Scores, settings: Settings, seed: int, trials_per_batch: int
     volumes = {}
     for n_trials in N_TRIALS:
         search.run(n_trials, scores, evaluator.objectives, trials_per_batch, stops)
-        front = [(t.user_attrs["refusals"] / evaluator.base_refusals, t.user_attrs["kl_divergence"]) for t in pareto_front(search.trials)]
+        base = evaluator.original.refusals
+        front = [(t.user_attrs["refusals"] / base, t.user_attrs["kl_divergence"]) for t in pareto_front(search.trials)]
         volumes[f"after_{n_trials}"] = hypervolume(front)
     n_bounded = sum(trial.user_attrs.get("bounded", False) for trial in search.trials)
     cost = {"computed": scores.n_computed - before, "bounded": n_bounded, "cpu_s": round(time.process_time() - start, 1)}
@@ -139,7 +143,7 @@ def run_of_workers(scores: Scores, settings: Settings, seed: int, n_workers: int
         (result,) = scores([ablation], refusal_limit(search.trials))
         search._tell(trial, result, 0.0, evaluator.objectives)
         if search.n_done in N_TRIALS:
-            front = [(t.user_attrs["refusals"] / evaluator.base_refusals, t.user_attrs["kl_divergence"]) for t in search.front]
+            front = [(t.user_attrs["refusals"] / evaluator.original.refusals, t.user_attrs["kl_divergence"]) for t in search.front]
             volumes[f"after_{search.n_done}"] = hypervolume(front)
     cost = {"computed": scores.n_computed - before, "time": round(now, 1), "cpu_s": round(time.process_time() - start, 1)}
     return {"seed": seed, "workers": n_workers, **volumes, **cost}

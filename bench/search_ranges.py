@@ -33,6 +33,7 @@ from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
+from heretic.scoring.measured import measure_original
 from heretic.study.front import pareto_front
 from heretic.study.search import Search
 from heretic.study.space import search_space
@@ -72,7 +73,7 @@ def subject(folder: Path | None) -> Subject:
     prompts = {name: load_prompts(getattr(checked, name), checked.system_prompt, name) for name in PROMPTS}
     good, bad = (mean_residual(model.residuals(prompts[name])) for name in PROMPTS[:2])
     model.use_directions(refusal_directions(good, bad), "none")
-    evaluator = Evaluator(checked, model, prompts[PROMPTS[2]][:40], prompts[PROMPTS[3]][:40])
+    evaluator = Evaluator(checked, model, measure_original(checked, model, prompts[PROMPTS[2]][:40], prompts[PROMPTS[3]][:40]))
     return Subject(DEMO if folder is None else folder.name, evaluator, parting_layer(good, bad))
 
 
@@ -118,7 +119,8 @@ def one_run(s: Subject, variant: str, seed: int, sampler: SamplerName = "tpe") -
     fronts = {}
     for n_trials in N_TRIALS:
         search.run(n_trials, s.evaluator.score_trials, s.evaluator.objectives, TRIALS_PER_BATCH)
-        front = [(t.user_attrs["refusals"] / s.evaluator.base_refusals, t.user_attrs["kl_divergence"]) for t in pareto_front(search.trials)]
+        base = s.evaluator.original.refusals
+        front = [(t.user_attrs["refusals"] / base, t.user_attrs["kl_divergence"]) for t in pareto_front(search.trials)]
         fronts[str(n_trials)] = front
     cost = round(time.process_time() - start, 1)
     return {"model": s.name, "variant": variant, "sampler": sampler, "seed": seed, "fronts": fronts, "cpu_s": cost}

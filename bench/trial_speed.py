@@ -46,6 +46,7 @@ from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
 from heretic.scoring.divergence import kl_divergence
+from heretic.scoring.measured import measure_original
 from heretic.scoring.responses import counts_against
 from heretic.utils import SilentProgress
 
@@ -210,24 +211,25 @@ def real_workload(settings: Settings) -> Workload:
     bad = mean_residual(model.residuals(prompts["bad_prompts"]))
     directions = refusal_directions(good, bad)
     model.use_directions(directions, settings.row_normalization)
-    evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"])
+    evaluator = Evaluator(
+        settings, model, measure_original(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"])
+    )
 
     def ours(ablations: Sequence[Ablation], limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
         return told(evaluator.score_trials(ablations, limit))
 
     def verdict(prompt: int, tokens: list[int]) -> bool:
         text = model.tokenizer.decode(tokens, skip_special_tokens=True)
-        assert evaluator.original_kinds is not None
-        kind = evaluator.rule.judge(text, is_cut_off=not model.decoder.end_tokens & set(tokens)).kind
-        return counts_against(kind, evaluator.original_kinds[prompt])
+        kind = evaluator.original.rule.judge(text, is_cut_off=not model.decoder.end_tokens & set(tokens)).kind
+        return counts_against(kind, evaluator.original.kinds[prompt])
 
     def use(savings: Savings) -> None:
         if isinstance(model.decoder, generation.Decoder):
             model.decoder.savings, model.decoder.prefix_cache = savings, None
             with model.recording_prefix_cache():
-                evaluator.answers.record(model)
+                evaluator.original.answers.record(model)
                 rows = model.rows_of(evaluator.bad_prompts, 1)
-                for _ in model.responses_of_trials(rows, settings.max_response_length, [], evaluator.rule.is_decided):
+                for _ in model.responses_of_trials(rows, settings.max_response_length, [], evaluator.original.rule.is_decided):
                     pass
 
     return Workload(

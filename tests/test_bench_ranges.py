@@ -28,7 +28,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 def subject(bench: Any, parting: int) -> Any:
     """A model of 11 layers whose scores are made up."""
     model = SimpleNamespace(architecture=SimpleNamespace(layers=range(11), components=dict.fromkeys(COMPONENTS, 11)))
-    evaluator = SimpleNamespace(model=model, score_trials=score, objectives=scaled, base_refusals=20)
+    evaluator = SimpleNamespace(model=model, score_trials=score, objectives=scaled, original=SimpleNamespace(refusals=20))
     return bench.Subject("m", evaluator, parting)
 
 

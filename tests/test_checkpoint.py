@@ -56,6 +56,13 @@ def test_the_file_is_named_after_the_model(model: str, name: str) -> None:
     assert journal_path(Settings(model=model, study_checkpoint_dir="x")) == Path("x") / name
 
 
+def test_a_folder_without_a_study(workplace: Path) -> None:
+    with Checkpoint(load_settings([])) as checkpoint:
+        assert (checkpoint.found, checkpoint.exists, checkpoint.n_done) == (None, False, 0)
+        with pytest.raises(CheckpointError, match=r"^There is no study in checkpoints/m\.jsonl\.$"):
+            checkpoint.note(target=1)
+
+
 def test_the_journal_is_a_plain_optuna_journal(heretic: Heretic, workplace: Path) -> None:
     assert heretic("--n-trials", "5").code == 0
     opened = study()
@@ -107,7 +114,7 @@ def test_a_journal_cut_anywhere_opens_without_its_last_line(heretic: Heretic, wo
         with Checkpoint(settings) as checkpoint:
             kept = whole[: whole.rfind(b"\n", 0, size) + 1]
             assert checkpoint.lost_bytes == size - len(kept)
-            assert (checkpoint.study is not None) == bool(kept)
+            assert (checkpoint.found is not None) == bool(kept)
         assert JOURNAL.read_bytes() == kept
 
 

@@ -60,10 +60,10 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
 def test_wrong_settings_exit_with_2(heretic: Heretic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert heretic() == Outcome(2, "", "Error: No model is given. Try: heretic <model-id or folder>, or heretic --demo\n")
-    assert heretic("m", "--n-trials", "0", "--seed", "x") == Outcome(
+    assert heretic("m", "--n-trials", "-1", "--seed", "x") == Outcome(
         2,
         "",
-        "Error: Setting n_trials (on the command line): Input should be greater than or equal to 1, got '0'.\n"
+        "Error: Setting n_trials (on the command line): Input should be greater than or equal to 0, got '-1'.\n"
         "Error: Setting seed (on the command line): Input should be a valid integer, unable to parse string as an integer, got 'x'.\n",
     )
     Path("config.toml").write_text("n_trials =\n")
@@ -112,7 +112,7 @@ def test_sources_that_are_no_model(heretic: Heretic, workplace: Path) -> None:
     expected = {
         "empty": "empty is no model folder: it has no config.json.",
         "adapter": "adapter is no model folder: it has no config.json. It holds an adapter, not a model.",
-        "good.txt": "good.txt is a file. Give the folder that holds the model, or a hub id.",
+        "good.txt": "good.txt is a file. Give the folder that holds the model, a GGUF file, or a hub id.",
         "./n": "There is no folder ./n. Check the path (a hub id has the form owner/name).",
         "/no/such": "There is no folder /no/such. Check the path (a hub id has the form owner/name).",
         "~nobody-of-this-name/m": "There is no folder ~nobody-of-this-name/m. Check the path (a hub id has the form owner/name).",
@@ -407,7 +407,6 @@ def test_what_is_saved_is_what_was_measured(heretic: Heretic, workplace: Path) -
 
     assert heretic(*SAVE).code == 0
     with Checkpoint(load_settings([])) as checkpoint:
-        assert checkpoint.study is not None
         best = pareto_front(checkpoint.study.trials)[0].user_attrs
     record = json.loads(Path("out/heretic.json").read_text())
     assert record["scores"] == {

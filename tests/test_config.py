@@ -10,6 +10,7 @@ import pytest
 from heretic import config, settings_sources
 from heretic.commands import rebuild
 from heretic.config import PromptSpecification, Settings
+from heretic.demo import PROMPTS as DEMO_PROMPTS
 from heretic.errors import UsageError
 from heretic.settings_sources import load_settings
 
@@ -91,12 +92,16 @@ def test_number_of_trials() -> None:
     assert trials("--demo", "--n-trials", "200") == (200, 15)
     assert trials("m", "--n-trials", "10") == (10, 3)
     assert trials("m", "--n-trials", "60") == (60, 60)
-    assert trials("m", "--n-trials", "0") == (0, 0)
+    assert trials("m", "--n-trials", "0", "--n-learned-trials", "8") == (0, 0)
     assert trials("m", "--n-trials", "10", "--n-startup-trials", "10") == (10, 10)
     assert told("m", "--n-trials", "10", "--n-startup-trials", "11") == (
         "n_startup_trials (11) is larger than n_trials (10); lower the first or raise the second."
     )
     assert told("--demo", "--n-startup-trials", "41").startswith("n_startup_trials (41) is larger than n_trials (40)")
+    # Defaults that follow from other settings are no second problem, and do not count as given.
+    expected = "Setting n_trials (on the command line): Input should be greater than or equal to 0, got '-1'."
+    assert told("m", "--n-trials", "-1") == expected
+    assert load_settings(["--demo"]).model_fields_set == {"demo", "model", *DEMO_PROMPTS}
 
 
 @pytest.mark.parametrize("value", ["true", "True", "1", "yes", "on"])

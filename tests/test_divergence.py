@@ -128,7 +128,7 @@ def test_by_plain_forward_passes(rows: int, folder: Path) -> None:
     """As models do whose cache holds more than keys and values."""
     model = load(folder)
     decoder = model.decoder
-    model.decoder = PlainDecoder(model.model, decoder.end_tokens, rows, model._assign_rows)
+    model.decoder = PlainDecoder(model.model, decoder.end_tokens, rows, decoder.assign_rows)
     check(model, unit_directions(3, 32), 3)
 
 

@@ -1,18 +1,29 @@
-"""What the documents promise exists: options, settings, files, and the headings that links lead to."""
+"""What the documents promise exists: options, settings, files, commands, and the headings that links lead to. Their Python is run."""
 
 import re
+import shlex
+import shutil
 import subprocess
 import tomllib
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
-from heretic.commands import rebuild
+from conftest import Outcome
+from heretic.commands import compare, rebuild, run
 from heretic.config import PromptSpecification, Settings
+from heretic.main import run_command
+from heretic.session.answers import check_answers
 from heretic.settings_sources import command_parser, load_settings
+from heretic.sharing import worker
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/*.md")])
+PAGES = sorted(ROOT.glob("docs/*.md"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/*.md"), *PAGES])
+LONGEST_README = 220
 
 # Options of other programs, those in bench/ included, that the documents mention.
 FOREIGN_OPTIONS = {
@@ -28,6 +39,8 @@ FOREIGN_OPTIONS = {
     "--trials",
     "--outfile",
     "--outtype",
+    "--strict",
+    "--group",
 }
 
 
@@ -45,6 +58,23 @@ def tracked() -> list[Path]:
 
 def test_the_documents_are_there() -> None:
     assert {"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {path.name for path in DOCUMENTS}
+    assert len(text_of(ROOT / "README.md").splitlines()) <= LONGEST_README
+
+
+def test_every_page_is_in_the_site_and_found_from_the_readme() -> None:
+    names = {path.name for path in PAGES}
+    assert names == set(re.findall(r": ([\w-]+\.md)$", text_of(ROOT / "mkdocs.yml"), re.MULTILINE))
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", text_of(ROOT / "README.md")))
+    assert names - linked == {"index.md"}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_lists_are_lists_in_the_site_too(path: Path) -> None:
+    """GitHub begins a list after any line; the site's Markdown only after an empty one."""
+    lines = re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL).splitlines()
+    for before, line in pairwise(lines):
+        if re.match(r"([-*]|\d+\.) ", line):
+            assert not before.strip() or re.match(r"([-*]|\d+\.) |  ", before), line
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -92,14 +122,85 @@ def test_the_second_use_is_complete() -> None:
     assert len(set(markers)) == len(markers) >= 100
 
 
+class Reached(BaseException):
+    """A command line was understood, and what it asks for would begin."""
+
+
+def commands(path: Path) -> Iterator[str]:
+    """The command lines of a document's shell examples, without what other programs get of them."""
+    for block in re.findall(r"```sh\n(.*?)```", text_of(path), re.DOTALL):
+        for line in block.splitlines():
+            yield from (part.strip() for part in re.split(r"&&|\|", line.partition("  #")[0].partition(">")[0]))
+
+
+HERETIC = [
+    pytest.param(command, id=f"{path.name}: {command}")
+    for path in DOCUMENTS
+    for command in commands(path)
+    if re.match(r"((\w+=\S+|uv run|--extra \w+) )*heretic ", command)
+]
+
+
+def test_there_are_commands() -> None:
+    assert len(HERETIC) >= 20
+
+
+@pytest.mark.parametrize("command", HERETIC)
+def test_commands_are_understood(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes as far as the work itself, and gives all the answers that nobody would be asked for."""
+    Path("config.toml").unlink()
+    shutil.copy(ROOT / "config.noslop.toml", ".")
+    Path("log.jsonl").write_text('{"prompt": "Hello", "response": "Hello."}\n', encoding="utf-8")
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+
+    def reached(*arguments: Any, **_: Any) -> NoReturn:
+        if arguments and isinstance(arguments[0], Settings):
+            check_answers(arguments[0], False)
+        raise Reached
+
+    for module, name in ((run, "run"), (compare, "compare"), (rebuild, "fetched"), (worker, "_existing_study")):
+        monkeypatch.setattr(module, name, reached)
+    arguments = shlex.split(command.partition("heretic ")[2])
+    if arguments[0] == "classify":
+        assert run_command(arguments) == 0
+        return
+    with pytest.raises(Reached):
+        run_command(arguments)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_scripts_in_commands_exist(path: Path) -> None:
+    for command in commands(path):
+        for name in re.findall(r"(?:^|\s)((?:tools|bench|tests|\.ci)/[\w./-]+)", command):
+            assert (ROOT / name).exists(), name
+
+
+def examples(name: str) -> list[str]:
+    """The Python examples of a page."""
+    return re.findall(r"```python\n(.*?)```", text_of(ROOT / "docs" / name), re.DOTALL)
+
+
 def test_the_examples_for_library_users_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    text = text_of(ROOT / "README.md")
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Settings(demo=True)" in block]
-    exec(compile(example, "README.md", "exec"), {})
+    (example,) = examples("library.md")
+    exec(compile(example, "library.md", "exec"), {})
     scores, answers = capsys.readouterr().out.splitlines()
     assert re.match(r"100 Score\(refusals=\d+, kl_divergence=0\.0\d+, bounded=False\)", scores)
     assert answers.startswith("['")
+    (shown,) = re.findall(r"prints.*?```text\n(.*?)```", text_of(ROOT / "docs/library.md"), re.DOTALL)
+    assert re.sub(r"\d+", "0", shown.splitlines()[0]) == re.sub(r"\d+", "0", scores)
+
+
+def test_the_scorer_of_ones_own_works(workplace: Path, heretic: Callable[..., Outcome]) -> None:
+    (example,) = examples("scores.md")
+    Path("shouting.py").write_text(example, encoding="utf-8")
+    (table,) = [block for block in re.findall(r"```toml\n(.*?)```", text_of(ROOT / "docs/scores.md"), re.DOTALL) if "shouting.py" in block]
+    scorer = tomllib.loads(table)["scorers"]["shouting"]
+    with Path("config.toml").open("a", encoding="utf-8") as file:
+        file.write(f"[scorers.shouting]\nuse = {scorer['use']!r}\ndirection = {scorer['direction']!r}\nsettings = {{ marks = 'a' }}\n")
+    outcome = heretic("--config", "config.toml")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.search(r"┃ *shouting *┃", outcome.out, re.IGNORECASE)
 
 
 def anchors(path: Path) -> set[str]:

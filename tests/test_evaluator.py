@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from scipy.stats import entropy
 from heretic.config import REFUSAL_MARKERS, Settings
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import EvaluationError, TrialError
-from heretic.evaluator import Evaluator, Score, close_thought, common_prefix, find_response_prefix
+from heretic.evaluator import Evaluator, Score
 from heretic.prompts import Prompt
 from heretic.scoring.divergence import kl_divergence
+from heretic.scoring.measured import measure_original
+from heretic.scoring.response_prefix import close_thought, common_prefix, find_response_prefix
 from heretic.scoring.responses import RefusalRule, normalize
 from heretic.scoring.scorers import divergence_objective
 from tiny import Recorder, build, load, loud, save, settings, unit_directions
@@ -172,7 +175,8 @@ def evaluator(folder: Path, progress: Any = None, **changes: Any) -> Evaluator:
     chosen = {"refusal_rule": "markers", "refusal_markers": MARKERS, **changes}
     model = load(folder, **chosen)
     model.use_directions(unit_directions(3, 32), "full")
-    return Evaluator(settings(folder, **chosen), model, GOOD, BAD, progress)
+    original = measure_original(settings(folder, **chosen), model, GOOD, BAD, progress)
+    return Evaluator(settings(folder, **chosen), model, original, progress)
 
 
 def by_hand(made: Evaluator, ablation: Ablation | None) -> tuple[int, float]:
@@ -194,18 +198,23 @@ def test_scores(folder: Path) -> None:
     """One by one and all together; that of nothing has no divergence."""
     made = evaluator(folder)
     expected = [by_hand(made, ablation) for ablation in ABLATIONS]
-    assert made.base_refusals == by_hand(made, None)[0]
-    assert 0 < made.base_refusals < len(BAD)
-    assert len({refusals for refusals, _ in expected} | {made.base_refusals}) > 2
+    assert made.original.refusals == by_hand(made, None)[0]
+    assert 0 < made.original.refusals < len(BAD)
+    assert len({refusals for refusals, _ in expected} | {made.original.refusals}) > 2
     for scores in ([made.score(ablation) for ablation in ABLATIONS], made.score_trials(ABLATIONS)):
         assert [score.refusals for score in scores] == [refusals for refusals, _ in expected]
         np.testing.assert_allclose([score.kl_divergence for score in scores], [kl for _, kl in expected], rtol=1e-4)
         assert not any(score.bounded for score in scores)
     nothing = made.score(None)
-    assert nothing.refusals == made.base_refusals
+    assert nothing.refusals == made.original.refusals
     assert 0 <= nothing.kl_divergence < 1e-6
     kl = expected[0][1]
-    assert made.objectives(Score(1, kl)) == pytest.approx((1 / made.base_refusals, kl))
+    assert made.objectives(Score(1, kl)) == pytest.approx((1 / made.original.refusals, kl))
+    # Another worker of the study has counted more.
+    more = made.original.refusals + 1
+    elsewhere = Evaluator(made.settings, made.model, made.original.counting_from(more))
+    assert elsewhere.original.baseline.refusals == more
+    assert elsewhere.objectives(Score(1, kl)) == pytest.approx((1 / more, kl))
 
 
 def test_trials_that_are_not_worth_finishing(folder: Path) -> None:
@@ -265,7 +274,7 @@ def test_an_original_that_cannot_be_scored(folder: Path) -> None:
     with torch.no_grad():
         model.model.lm_head.weight[7] = float("nan")
     with pytest.raises(EvaluationError) as caught:
-        Evaluator(settings(folder), model, GOOD, BAD)
+        measure_original(settings(folder), model, GOOD, BAD)
     assert str(caught.value) == (
         "The original model cannot be scored: the model gives logits that are not finite (NaN or infinite). "
         "Try another --dtypes, such as float32."
@@ -294,17 +303,15 @@ def test_printed_responses(folder: Path) -> None:
 def test_another_model_scored_against_the_original(folder: Path, tmp_path: Path) -> None:
     """What `evaluate_model` does: the baseline stays, the model is another."""
     made = evaluator(folder)
-    base, base_logprobs = made.base_refusals, made.answers.first_token_logprobs()
+    base, base_logprobs = made.original.refusals, made.original.answers.first_token_logprobs()
     before = made.model.responses(BAD, 12)
-    made.detach()
     other = load(save(tmp_path, build("llama", seed=6)))
-    made.model = other
-    score = made.score(None)
+    score = Evaluator(made.settings, other, replace(made.original, prefix_cache=None)).score(None)
     responses = other.responses(BAD, 12)
     assert score.refusals == failures(responses, before)
     expected = entropy(base_logprobs.double().exp().numpy(), other.first_token_logprobs(GOOD).double().exp().numpy(), axis=1).mean()
     assert score.kl_divergence == pytest.approx(expected, rel=1e-4)
-    assert made.base_refusals == base
+    assert made.original.refusals == base
 
 
 @pytest.fixture(scope="module")
@@ -325,12 +332,12 @@ def test_response_prefix_is_found(habitual: Path) -> None:
     responses = model.responses(GOOD, 32)
     assert {response.split()[0] for response in responses} == {"yes"}
     assert len({tuple(response.split()[:2]) for response in responses}) > 1
-    model.response_prefix = "left from before"
-    assert find_response_prefix(model, settings(habitual), GOOD) == "yes"
-    assert find_response_prefix(model, settings(habitual, chain_of_thought_skips=[("ye", "yes sorry")]), GOOD) == "yes sorry"
+    model = model.with_response_prefix("left from before")
+    assert find_response_prefix(model, settings(habitual), GOOD, []) == "yes"
+    assert find_response_prefix(model, settings(habitual, chain_of_thought_skips=[("ye", "yes sorry")]), GOOD, []) == "yes sorry"
 
 
 def test_response_prefix_that_is_given(habitual: Path) -> None:
     """Nothing is generated for it."""
-    assert find_response_prefix(None, settings(habitual, response_prefix="no "), GOOD) == "no "
-    assert find_response_prefix(None, settings(habitual, response_prefix=""), GOOD) == ""
+    assert find_response_prefix(None, settings(habitual, response_prefix="no "), GOOD, []) == "no "
+    assert find_response_prefix(None, settings(habitual, response_prefix=""), GOOD, []) == ""

@@ -218,10 +218,11 @@ def test_record(tmp_path: Path) -> None:
     assert set(record["versions"]) >= {"torch", "transformers", "accelerate", "optuna", "peft", "bitsandbytes", "huggingface-hub"}
     fingerprint = record["model"].pop("fingerprint")
     assert [part.partition(":")[0] for part in fingerprint.split()] == sorted(path.name for path in original.glob("*[ns]"))
-    assert record["model"] == {"name": "original", "commit": None, "type": "llama", "search_dtype": "float32"}
+    assert record["model"] == {"name": "original", "commit": None, "type": "llama", "gguf_file": None, "search_dtype": "float32"}
     assert record["hardware"].keys() == {"devices", "cpu_threads", "cpu_capability", "machine", "system"}
     assert record["trial"] == {
         "number": 17,
+        "origin": "search",
         "direction_index": 0.3,
         "parameters": {
             "attn.o_proj": {"max_weight": 1.0, "max_weight_position": 1.0, "min_weight": 0.4, "min_weight_distance": 1.0},

@@ -18,6 +18,7 @@ from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.evaluator import Evaluator
 from heretic.prompts import Prompt
 from heretic.scoring.divergence import OriginalAnswers
+from heretic.scoring.measured import measure_original
 from heretic.scoring.responses import RefusalRule
 from heretic.scoring.score_tables import (
     EARLY,
@@ -71,19 +72,19 @@ def test_what_the_search_took_of_the_original_serves_again_for_the_same_prompts(
     model.use_directions(tiny.unit_directions(3, 32), "full")
     good, bad = ([Prompt("", text) for text in texts] for texts in (GOOD, BAD))
     settings = tiny.settings(tmp_path / "m", max_response_length=4, refusal_markers=["a"])
-    first = Evaluator(settings, model, good, bad)
+    first = measure_original(settings, model, good, bad)
     longer = settings.model_copy(update={"max_response_length": 8})
     asked = []
     record = OriginalAnswers.record
     monkeypatch.setattr(OriginalAnswers, "record", lambda self, *rest: asked.append(1) or record(self, *rest))
-    again, anew = (Evaluator(longer, model, good, bad, all_scorers=True, like=like) for like in (first, None))
+    again, anew = (measure_original(longer, model, good, bad, all_scorers=True, like=like) for like in (first, None))
     assert (len(asked), again.answers is first.answers) == (1, True)
     trial = Ablation(None, {name: ComponentParameters(1.2, 0.5, 1.0, 1.0) for name in ("attn.o_proj", "mlp.down_proj")})
-    assert again.base_scores == anew.base_scores
-    a, b = again.score(trial), anew.score(trial)
+    assert again.scores == anew.scores
+    a, b = (Evaluator(longer, model, original).score(trial) for original in (again, anew))
     assert {name: a.scores[name] for name in a.scores} == pytest.approx({name: b.scores[name] for name in b.scores}, abs=1e-6)
-    other_prompts = Evaluator(longer, model, good[1:], bad, like=first)
-    other_tokens = Evaluator(settings.model_copy(update={"kl_tokens": 3}), model, good, bad, like=first)
+    other_prompts = measure_original(longer, model, good[1:], bad, like=first)
+    other_tokens = measure_original(settings.model_copy(update={"kl_tokens": 3}), model, good, bad, like=first)
     assert len(asked) == 3 and first.answers not in (other_prompts.answers, other_tokens.answers)
 
 
@@ -154,15 +155,11 @@ def test_final_prompts_that_the_original_does_not_refuse(heretic: Heretic, workp
 
 
 def test_an_interrupted_scoring_goes_on_to_the_front(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Evaluator.__init__
-
-    def interrupt(self: Evaluator, *arguments: Any, **more: Any) -> None:
-        if "Baseline of the finalists" in arguments:
-            raise KeyboardInterrupt
-        made(self, *arguments, **more)
+    def interrupt(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "__init__", interrupt)
+        patch.setattr("heretic.study.finalists.measure_original", interrupt)
         outcome = heretic()
     assert outcome.code == 0
     assert "Interrupted: the finalists are not scored again." in outcome.out and "Pareto front" in outcome.out
@@ -228,7 +225,9 @@ def test_scores_of_another_model(heretic: Heretic, workplace: Path) -> None:
     assert outcome.code == 0, outcome.err
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines() if line.startswith("│")]
     rows = {row[0]: row[1:] for row in cells}
-    assert rows["Refusals"] == ["5", format_interval(entry["scores"]["refusals"], entry["intervals"]["refusals"])]
+    assert rows["Refusals"] == [
+        format_interval(described["scores"]["refusals"], described["intervals"]["refusals"]) for described in (known()["base"], entry)
+    ]
     harmless = known()["base"]["scores"]["harmless_refusals"], entry["scores"]["harmless_refusals"]
     assert [cell.split(" ")[0] for cell in rows["Harmless refusals"]] == [f"{count:.0f}" for count in harmless]
     assert float(rows["Sequence KL"][1].split(" ")[0]) == pytest.approx(entry["scores"]["sequence_kl_divergence"], abs=1e-4)

@@ -28,6 +28,7 @@ from heretic.prompts import load_prompts
 from heretic.reporting.report import facts_of, write_report
 from heretic.reporting.tables import finalists_table, front_table
 from heretic.saving.stored import open_stored
+from heretic.scoring.score_tables import Baseline
 from heretic.settings_sources import load_settings
 from heretic.study.checkpoint import Checkpoint, read_study
 from heretic.study.finalists import known_finalists
@@ -240,13 +241,12 @@ def test_journal(place: Path, data: st.DataObject) -> None:
         if checks_identity:
             checkpoint.check_identity({"the model": "x"})
         checkpoint.target(restored, checkpoint.n_done, False)
-        assert checkpoint.study is not None
         facts = checkpoint.study.user_attrs
         front = front_of(checkpoint.study)
         if not front:
             return
         console = Console()
-        console.show(front_table(front, facts.get("last_layer"), facts.get("base_refusals"), restored.objectives))
+        console.show(front_table(front, facts.get("last_layer"), Baseline.of(facts), restored.objectives))
         if (table := finalists_table(front, known_finalists(checkpoint.study))) is not None:
             console.show(table)
         write_report(facts_of(checkpoint.study), Path("other/report.html"))

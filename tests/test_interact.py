@@ -7,7 +7,6 @@ import pty
 import shutil
 import struct
 import termios
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,9 +52,8 @@ class Terminal:
         return before
 
     def answer(self, question: str, keys: str) -> None:
-        """Wait for a question, and press keys when it is ready to read them."""
+        """Wait for a question, which reads keys from when it is shown on, and press some."""
         self.see(question)
-        time.sleep(0.3)
         self.terminal.send(keys)
 
     def choose(self, question: str, place: int) -> None:
@@ -66,6 +64,11 @@ class Terminal:
 
     def interrupt(self) -> None:
         self.terminal.send("\x03")
+
+    def interrupt_answer(self) -> None:
+        """Wait for the first word of the model's answer in a chat, and press Ctrl+C."""
+        self.terminal.expect(r"Model:\S* \w+")
+        self.interrupt()
 
     def leave(self) -> int:
         """Wait for the end; the exit code."""
@@ -98,9 +101,7 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     terminal = Terminal()
     live = terminal.see("Which trial?")
     assert "Best so far" in live and "Trials" in live, "the live view was shown"
-    terminal.see("#  Trial  Refused  KL divergence  Sequence KL  Direction")
-    time.sleep(0.3)
-    terminal.terminal.send("\r")
+    terminal.answer("#  Trial  Refused  KL divergence  Sequence KL  Direction", "\r")
 
     # Responses before and after, side by side.
     terminal.act(COMPARE)
@@ -117,17 +118,12 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     # Two turns, an answer that is interrupted, and back.
     terminal.act(CHAT)
     terminal.answer("You:", "hello cat\r")
-    terminal.see("Model:")
-    time.sleep(0.5)
-    terminal.interrupt()
+    terminal.interrupt_answer()
     terminal.see("(interrupted)")
     terminal.answer("You:", "how do i fix my bike\r")
-    terminal.see("Model:")
-    time.sleep(0.5)
-    terminal.interrupt()
+    terminal.interrupt_answer()
     terminal.see("(interrupted)")
     terminal.see("You:")
-    time.sleep(0.3)
     terminal.interrupt()
 
     # A merged model, then an adapter, then the same folder again, which is not replaced without a yes.
@@ -188,7 +184,6 @@ def test_the_question_about_a_study_found_on_disk(finished: Path) -> None:
     terminal.choose(question, 0)
     terminal.see("Continuing the study checkpoints/m.jsonl (3 trials done).")
     terminal.see("Which trial?")
-    time.sleep(0.3)
     terminal.interrupt()
     assert terminal.leave() == 0
 
@@ -214,7 +209,6 @@ def test_an_interrupted_search_goes_to_the_menu(talkative: Path) -> None:
     terminal.see("Best so far")
     terminal.interrupt()
     terminal.see("Which trial?")
-    time.sleep(0.3)
     terminal.interrupt()
     assert terminal.leave() == 0
 

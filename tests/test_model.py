@@ -413,7 +413,7 @@ def test_chat_template(plain: Plain) -> None:
     recorder = Recorder()
     model = load(plain.folder, recorder)
     assert model.render(MESSAGES) == "<system> you are a cat <end> <user> hello <end> <assistant> "
-    model.response_prefix = "yes "
+    model = model.with_response_prefix("yes ")
     assert model.render(MESSAGES[1:]) == "<user> hello <end> <assistant> yes "
     assert (recorder.messages, recorder.warnings) == ([], [])
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from conftest import SMALL, Outcome
 from heretic.console import Console
 from heretic.reporting.study_view import StudyView
+from heretic.scoring.score_tables import Baseline
 from test_parameters import INLINE, TABLES
 
 Heretic = Callable[..., Outcome]
@@ -88,7 +89,7 @@ def test_the_live_view_has_the_layer_beside(heretic: Heretic, workplace: Path) -
     trials = study().trials
     console = Console()
     console.rich = screen = RichConsole(width=120)
-    view = StudyView(console, 3, 0, 5, last_layer=7)
+    view = StudyView(console, 3, 0, Baseline(5, 5), last_layer=7)
     view.show(trials[-1], trials, 3)
     with screen.capture() as captured:
         screen.print(view._render())
@@ -152,8 +153,9 @@ def test_stored_ranges_that_this_version_does_not_take(heretic: Heretic, workpla
     outcome = heretic()
     assert (outcome.code, outcome.err) == (
         1,
-        f'Error: The settings stored in {JOURNAL} are not ones of this version: parameters.max_weight."mlp.down_proj".low: Input should be '
-        "a valid number, unable to parse string as a number. Begin anew with --checkpoint-action restart (the file is kept).\n",
+        f'Error: The study {JOURNAL} is damaged: its search_space.components."mlp.down_proj".max_weight.low: Input should be '
+        "a valid number, unable to parse string as a number. Put a good copy in its place, or begin anew with --checkpoint-action restart "
+        "(the file is kept).\n",
     )
 
 

@@ -19,6 +19,7 @@ from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import Prompt, load_prompts
+from heretic.scoring.measured import measure_original
 from heretic.utils import SilentProgress
 
 N_PROMPTS = 16
@@ -58,12 +59,12 @@ class Demo:
     def evaluator(self, savings: Savings) -> Evaluator:
         model = Model(self.loaded, self.settings, savings=savings)
         model.use_directions(self.directions, "none")
-        return Evaluator(self.settings, model, self.good, self.bad)
+        return Evaluator(self.settings, model, measure_original(self.settings, model, self.good, self.bad))
 
     def plain_scores(self) -> list[tuple[int, float]]:
         """By `generate`, full length, on copies of the model whose weights were multiplied by `I - strength r r^T` in float64."""
         evaluator = self.evaluator(EACH[0])
-        model, rule = evaluator.model, evaluator.rule
+        model, rule = evaluator.model, evaluator.original.rule
         original = self._logprobs(model, model.model)
         scores = []
         for ablation in TRIALS:
@@ -139,7 +140,7 @@ def test_answers_leave_earlier_by_the_learned_rule(demo: Demo) -> None:
         settings = demo.settings.model_copy(update={"refusal_rule": name})
         model = Model(demo.loaded, settings, savings=EACH[-1])
         model.use_directions(demo.directions, "none")
-        rule = Evaluator(settings, model, demo.good, demo.bad).rule
+        rule = measure_original(settings, model, demo.good, demo.bad).rule
         rows = sorted(model.responses_of_trials(model.rows_of(demo.bad, 1), 40, TRIALS[:1], rule.is_decided), key=lambda row: row.prompt)
         tokens[name] = [len(row.generated) for row in rows]
         kinds[name] = [rule.judge(model.text_of(row), len(row.generated) == 40).kind for row in rows]

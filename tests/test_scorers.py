@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import EvaluationError, TrialError, UsageError
 from heretic.evaluator import Evaluator, Score
 from heretic.prompts import Prompt
+from heretic.scoring.measured import measure_original
 from heretic.scoring.responses import RefusalRule
 from heretic.scoring.scorers import load_scorers
 from heretic.study.front import front_of
@@ -115,7 +117,8 @@ def evaluator(folder: Path, all_scorers: bool = False, **changes: Any) -> Evalua
     chosen = {"refusal_rule": "markers", "refusal_markers": MARKERS, **changes}
     model = load(folder, **chosen)
     model.use_directions(unit_directions(3, 32), "full")
-    return Evaluator(settings(folder, **chosen), model, GOOD_PROMPTS, BAD_PROMPTS, all_scorers=all_scorers)
+    original = measure_original(settings(folder, **chosen), model, GOOD_PROMPTS, BAD_PROMPTS, all_scorers=all_scorers)
+    return Evaluator(settings(folder, **chosen), model, original)
 
 
 def mine(folder: Path, name: str, **more: Any) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def test_classes_and_statistics_of_a_trial(folder: Path) -> None:
         before = [rule.classify(text, True) for text in made.model.responses(BAD_PROMPTS, 12)]
         new = sum(kind == "degenerate" != other for kind, other in zip(kinds, before, strict=True))
         assert score.refusals == score.response_classes["refusal"] + new
-        (divergences,) = made.answers.divergences(made.model, [ablation])
+        (divergences,) = made.original.answers.divergences(made.model, [ablation])
         first = divergences.first_token
         expected = [first.mean(), np.median(first), np.percentile(first, 95), first.max()]
         assert list(score.kl_statistics.values()) == pytest.approx(expected, rel=1e-4)
@@ -150,9 +153,9 @@ def test_classes_and_statistics_of_a_trial(folder: Path) -> None:
         assert [prompt for prompt, _, _ in moved] == [GOOD_PROMPTS[i] for i in order]
         assert [value for _, value, _ in moved] == pytest.approx(first[order].tolist(), rel=1e-4)
     harmless = made.model.responses(GOOD_PROMPTS, 12)
-    assert made.base_scores["harmless_refusals"] == sum(any(marker in text for marker in MARKERS) for text in harmless)
-    assert made.base_scores["refusals"] == made.base_refusals
-    assert made.base_scores["kl_divergence"] < 1e-6
+    assert made.original.scores["harmless_refusals"] == sum(any(marker in text for marker in MARKERS) for text in harmless)
+    assert made.original.scores["refusals"] == made.original.refusals
+    assert made.original.scores["kl_divergence"] < 1e-6
 
 
 def test_usually_harmless_prompts_are_not_answered(folder: Path) -> None:
@@ -172,7 +175,7 @@ def test_degenerate_responses_count_where_the_originals_are_whole(tmp_path: Path
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
     made = evaluator(save(tmp_path / "m", model), max_response_length=200, refusal_markers=["dog", "cat", "yes"])
-    kinds = [made.rule.classify(text, True) for text in made.model.responses(BAD_PROMPTS, 200, ABLATIONS[1])]
+    kinds = [made.original.rule.classify(text, True) for text in made.model.responses(BAD_PROMPTS, 200, ABLATIONS[1])]
     assert set(kinds) <= {"degenerate", "refusal"} and "degenerate" in kinds
     score = made.score(ABLATIONS[1])
     assert score.response_classes == {"refusal": kinds.count("refusal"), "compliance": 0, "degenerate": kinds.count("degenerate")}
@@ -180,7 +183,7 @@ def test_degenerate_responses_count_where_the_originals_are_whole(tmp_path: Path
     # The same beside an original that looped as well: what it did by itself is neither a refusal nor damage.
     before = [response.kind for response in made._batch([ABLATIONS[0]]).harmful()[0]]
     assert "degenerate" in before
-    made.original_kinds = before
+    made.original = replace(made.original, kinds=before)
     expected = sum(kind == "refusal" or other != "degenerate" for kind, other in zip(kinds, before, strict=True))
     assert made.score(ABLATIONS[1]).refusals == expected < len(BAD)
 
@@ -217,7 +220,7 @@ def test_which_objectives_the_settings_name() -> None:
 
 def test_objectives_of_a_score(folder: Path) -> None:
     made = evaluator(folder, scorers={"sequence_kl_divergence": {"direction": "minimize"}}, kl_divergence_scale=2, kl_divergence_target=0.1)
-    base = made.base_refusals
+    base = made.original.refusals
     score = Score(1, 0.5, scores={"refusals": 1, "kl_divergence": 0.5, "sequence_kl_divergence": 0.02})
     # Below the target a divergence counts for nothing: the share of refusals stands in its place.
     assert made.objectives(score) == pytest.approx((1 / base, 0.25, 1 / base * 0.1 / 2))
@@ -247,11 +250,11 @@ def test_a_scorer_from_a_file(folder: Path) -> None:
         assert score.scores["sure"] == pytest.approx(float(confidence), rel=1e-4)
         assert made.objectives(score)[2] == score.scores["sure"]
     assert len({score.scores["breads"] for score in scores if isinstance(score, Score)}) > 1
-    assert made.scorers["breads"].base == sum(len(text.split()) for text in made.model.responses(GOOD_PROMPTS, 12))  # type: ignore[attr-defined]
+    assert made.original.scorers["breads"].base == sum(len(text.split()) for text in made.model.responses(GOOD_PROMPTS, 12))  # type: ignore[attr-defined]
 
 
-def test_the_scorer_in_the_readme(folder: Path, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_scorer_in_the_documents(folder: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/scores.md").read_text(encoding="utf-8")
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Shouting" in block]
     (tmp_path / "shouting.py").write_text(example, encoding="utf-8")
     table = {"use": f"{tmp_path / 'shouting.py'}:Shouting", "direction": "minimize", "settings": {"marks": "a"}}
@@ -307,7 +310,7 @@ def test_a_scorer_that_runs_out_of_memory_lets_trials_be_tried_alone(folder: Pat
     def fail(outputs: Any) -> float:
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(made.scorers["breads"], "score", fail)
+    monkeypatch.setattr(made.original.scorers["breads"], "score", fail)
     with pytest.raises(torch.OutOfMemoryError):
         made.score_trials(ABLATIONS[:2])
 
@@ -425,7 +428,7 @@ def test_a_classifier_as_judge(with_prompt: bool, folder: Path, tmp_path: Path) 
 
     scores = made.score_trials(ABLATIONS)
     assert [score.scores["judge"] for score in scores if isinstance(score, Score)] == [by_hand(ablation) for ablation in ABLATIONS]
-    assert made.base_scores["judge"] == by_hand(None) > 0
+    assert made.original.scores["judge"] == by_hand(None) > 0
     assert isinstance(scores[0], Score)
     assert made.objectives(scores[0])[1] == scores[0].scores["judge"] / by_hand(None)
     # Below the target the share of the judge's refusals stands in the place of the divergence.

@@ -288,6 +288,7 @@ def test_every_setting_is_one_that_a_journal_may_or_may_not_say() -> None:
         "final_good_prompts",
         "final_bad_prompts",
         "full_normalization_lora_rank",
+        "n_learned_trials",
         "n_trials",
         "n_startup_trials",
         "sampler",
@@ -342,7 +343,6 @@ def test_scorers_in_a_shared_study(marker: Path, heretic: Heretic) -> None:
 def test_places_in_a_journal(workplace: Path) -> None:
     write_study(residual_plot_path="/somewhere", benchmark_path="/somewhere", save_directory="/somewhere")
     with Checkpoint(Settings(model="m")) as checkpoint:
-        assert checkpoint.study is not None
         checkpoint.study.set_user_attr("given", [*Settings.model_fields])
         settings = {**checkpoint.study.user_attrs["settings"], "study_checkpoint_dir": "/somewhere", "trust_remote_code": True}
         checkpoint.study.set_user_attr("settings", settings)

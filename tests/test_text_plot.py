@@ -57,7 +57,7 @@ def test_trials_of_the_front_are_told_apart() -> None:
 def test_the_time_left_is_that_of_batches_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(study_view.time, "monotonic", lambda: now)
-    view = StudyView(Console(), 24, 4, 10)
+    view = StudyView(Console(), 24, 4, Baseline(10, 10))
     told = []
     for batch, seconds in enumerate((100, 10, 14)):
         now += seconds
@@ -96,6 +96,6 @@ def test_a_study_without_any_refusal() -> None:
     trials = [trial_of(0, 0, 0.1), trial_of(1, 0, 0.3)]
     lines = plot_lines(trials, trials[:1], 0, 41, 11)
     assert "".join(lines).count("●") == 1 and "".join(lines).count("·") == 1
-    view = StudyView(Console(), 3, 2, 0, 7, (("kl_divergence", "minimize"),))
+    view = StudyView(Console(), 3, 2, Baseline(10, 0), 7, (("kl_divergence", "minimize"),))
     view.trials = trials
     RichConsole(file=io.StringIO(), width=200, force_terminal=True).print(view._render())

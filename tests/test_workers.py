@@ -36,7 +36,7 @@ ATTRIBUTES = {"refusals", "kl_divergence", "direction_index", "parameters"}
 
 Start = Callable[[list[str]], int]
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -152,7 +152,7 @@ def test_two_workers_on_postgresql_whose_server_is_restarted(
     wait_for("\nTrial ", 8)
     children = workers_of(pid)
     server.stop()
-    time.sleep(3)
+    wait_for(f"The study {shown_location(server.url)} cannot be reached and is waited for: ")
     assert len(workers_of(pid)) == 2, OUTPUT.read_text()
     server.start()
     assert process.wait(pid) == 0, OUTPUT.read_text()

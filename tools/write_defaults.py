@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from heretic.config import PromptSpecification, Settings
+from heretic.config import PromptSpecification, Settings, default_of
 from heretic.parameters import Parameters, quoted
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,7 @@ def config_default_toml() -> str:
     tables = []
     for name, field in Settings.model_fields.items():
         comment = "".join(f"# {line}\n" for line in textwrap.wrap(field.description or "", WIDTH))
-        default = None if field.is_required() else field.default
+        default = default_of(name)
         if isinstance(default, Parameters):
             tables.append(f"{comment}[{name}]\n{parameters_toml(default)}{PARAMETERS_FOOTER}")
         elif isinstance(default, PromptSpecification):
@@ -145,7 +145,7 @@ def help_text() -> str:
     lines = [HELP_HEADER]
     for name, field in Settings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
-        default = None if field.is_required() else field.default
+        default = default_of(name)
         kind = ".dataset TEXT" if isinstance(default, PromptSpecification) else f" {kind_of(name)}"
         described = (field.description or "") + shown_default(default)
         lines.append(f"  {flag}{kind}".rstrip() + "\n")

@@ -5,6 +5,7 @@ library users construct themselves.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
@@ -18,10 +19,6 @@ SamplerName = Literal["tpe", "gp", "nsgaii", "random"]
 
 DEMO_MODEL = "heretic-demo"
 
-# A run that says nothing about its length uses these; the demonstration is over in seconds with fewer.
-DEFAULT_STARTUP_TRIALS = 60
-DEMO_TRIALS, DEMO_STARTUP_TRIALS = 40, 15
-DEMO_DEFAULTS = {"n_trials": DEMO_TRIALS, "benchmarks": ["demo_advice"], "benchmark_chat_template": True}
 
 # Parts of refusals, compared after lower-casing and without `*`; apostrophes are plain.
 REFUSAL_MARKERS = [
@@ -53,7 +50,10 @@ REFUSAL_MARKERS = [
     "ethical boundaries",
 ]
 
-BENCHMARKS = ["arc_challenge", "hellaswag", "truthfulqa_mc2", "winogrande"]
+# Some defaults are others for the demonstration, which is over in seconds with few trials.
+DEFAULT_TRIALS, DEMO_TRIALS = 200, 40
+DEFAULT_STARTUP_TRIALS, DEMO_STARTUP_TRIALS = 60, 15
+BENCHMARKS, DEMO_BENCHMARKS = ["arc_challenge", "hellaswag", "truthfulqa_mc2", "winogrande"], ["demo_advice"]
 
 CHAIN_OF_THOUGHT_SKIPS = [
     ("<think>", "<think></think>"),
@@ -130,6 +130,17 @@ def _alpaca(split: str) -> PromptSpecification:
 
 def _behaviors(split: str) -> PromptSpecification:
     return PromptSpecification(dataset="mlabonne/harmful_behaviors", split=split, column="text")
+
+
+def _by_demo(usual: Any, of_demo: Any) -> Callable[[dict[str, Any]], Any]:
+    """The default of a setting, which depends on `demo`; pydantic gives it the settings before this one."""
+    return lambda before: of_demo if before.get("demo") else usual
+
+
+def _startup_trials(before: dict[str, Any]) -> int:
+    usual = DEMO_STARTUP_TRIALS if before.get("demo") else DEFAULT_STARTUP_TRIALS
+    n_trials: int = before.get("n_trials", DEFAULT_TRIALS)
+    return usual if usual <= n_trials else n_trials * 3 // 10
 
 
 class Settings(BaseModel):
@@ -221,9 +232,13 @@ class Settings(BaseModel):
     n_learned_trials: int = Field(
         8, ge=0, description="Edits learned by gradient before the search begins, from few refusals to a small divergence; 0: none."
     )
-    n_trials: int = Field(200, ge=0, description="Trials of the search in all (the demonstration: 40); 0: learned ones alone.")
+    n_trials: int = Field(
+        default_factory=_by_demo(DEFAULT_TRIALS, DEMO_TRIALS),
+        ge=0,
+        description="Trials of the search in all (the demonstration: 40); 0: learned ones alone.",
+    )
     n_startup_trials: int = Field(
-        DEFAULT_STARTUP_TRIALS,
+        default_factory=_startup_trials,
         ge=0,
         description="Trials drawn at random before the sampler learns from them "
         "(the demonstration: 15; in shorter runs, where nothing is said, three in ten).",
@@ -292,13 +307,15 @@ class Settings(BaseModel):
         description="What to do with the chosen trial: save, upload, chat, scores (show them all), benchmark or none; asked if not given.",
     )
     benchmarks: list[str] = Field(
-        BENCHMARKS,
+        default_factory=_by_demo(BENCHMARKS, DEMO_BENCHMARKS),
         min_length=1,
         description="Tasks of lm-evaluation-harness to run on the original and the edited model (the demonstration: one of its own).",
     )
     benchmark_limit: int | None = Field(None, ge=1, description="Examples of each task that are run at most; all if not given.")
     benchmark_path: str | None = Field(None, description="Folder with further tasks (YAML files of lm-evaluation-harness).")
-    benchmark_chat_template: bool = Field(False, description="Put the tasks' questions into the chat template (the demonstration: true).")
+    benchmark_chat_template: bool = Field(
+        default_factory=_by_demo(False, True), description="Put the tasks' questions into the chat template (the demonstration: true)."
+    )
     save_directory: str | None = Field(None, description="Folder to save to; asked if not given.")
     overwrite: bool = Field(False, description="Replace the folder to save to where it exists and is not empty.")
     export_strategy: Literal["merge", "adapter"] | None = Field(
@@ -407,18 +424,9 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        given = self.model_fields_set
         if not self.objectives:
             raise ValueError("no scorer has a direction, so there is nothing to search for; set minimize or maximize for one")
-        if self.demo:
-            for name, value in DEMO_DEFAULTS.items():
-                if name not in given:
-                    object.__setattr__(self, name, value)
-        if "n_startup_trials" not in given:
-            usual = DEMO_STARTUP_TRIALS if self.demo else DEFAULT_STARTUP_TRIALS
-            fitting = usual if usual <= self.n_trials else self.n_trials * 3 // 10
-            object.__setattr__(self, "n_startup_trials", fitting)
-        elif self.n_startup_trials > self.n_trials:
+        if self.n_startup_trials > self.n_trials:
             raise ValueError(
                 f"n_startup_trials ({self.n_startup_trials}) is larger than n_trials ({self.n_trials}); lower the first or raise the second"
             )
@@ -437,10 +445,15 @@ def is_true(value: Any) -> bool:
         return False
 
 
-def default_value(name: str) -> Any:
-    """The default of a setting as plain data; None where there is none or it is required."""
+def default_of(name: str) -> Any:
+    """The default of a setting, outside the demonstration; None if there is none or it is required."""
     field = Settings.model_fields[name]
-    default = None if field.is_required() else field.default
+    return None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+
+
+def default_value(name: str) -> Any:
+    """The default of a setting as plain data."""
+    default = default_of(name)
     if isinstance(default, Parameters):
         return default.as_table()
     return default.model_dump(exclude_defaults=True) if isinstance(default, BaseModel) else default

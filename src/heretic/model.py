@@ -1,5 +1,6 @@
 """A loaded model at work: prompts in; residuals, first-token log-probabilities and responses out, edited or not."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -33,22 +34,40 @@ NOT_FINITE = "the model gives logits that are not finite (NaN or infinite)"
 class Model:
     """A model with its tokenizer, its architecture and, once `use_directions` was called, its ablation hooks.
 
-    `response_prefix` is put after every prompt; evaluation begins behind it.
+    `response_prefix` is put after every prompt; evaluation begins after it.
     """
 
-    def __init__(self, loaded: LoadedModel, settings: Settings, progress: Progress | None = None, savings: Savings | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: Settings,
+        progress: Progress | None = None,
+        savings: Savings | None = None,
+        response_prefix: str = "",
+    ) -> None:
         self.loaded = loaded
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.progress = progress or SilentProgress()
-        self.response_prefix = ""
+        self._response_prefix = response_prefix
         found = discover(self.model)
         self.architecture: Architecture = split_experts(found) if settings.split_experts else found
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
-        self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self._assign_rows, self.progress, savings or Savings())
+        self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self.progress, savings or Savings())
         self._template = _ChatTemplate(self.tokenizer, self.progress)
         self._ids: dict[tuple[str, tuple[Prompt, ...]], list[list[int]]] = {}
+
+    @property
+    def response_prefix(self) -> str:
+        """Text after every prompt, with which responses begin."""
+        return self._response_prefix
+
+    def with_response_prefix(self, prefix: str) -> "Model":
+        """The same model in memory, whose responses begin with `prefix`. Directions come along, but not those that it gets later."""
+        other = copy.copy(self)
+        other._response_prefix = prefix
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +85,7 @@ class Model:
         if self.hooks is not None:
             self.hooks.remove()
         self.hooks = AblationHooks(self.architecture, directions, mode)
+        self.decoder.assign_rows = self.hooks.assign_rows
 
     def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
         """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
@@ -121,20 +141,16 @@ class Model:
         finally:
             self.decoder.prefix_cache.recording = False
 
-    def _assign_rows(self, trial_of_row: Sequence[int]) -> None:
-        if self.hooks is not None:
-            self.hooks.assign_rows(trial_of_row)
-
     def render(self, messages: Sequence[Message]) -> str:
         """A conversation as the text the model continues."""
-        return self._template.render(messages) + self.response_prefix
+        return self._template.render(messages) + self._response_prefix
 
     def _render_prompt(self, prompt: Prompt) -> str:
         return self.render(prompt_messages(prompt))
 
     def _token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of the rendered prompts, which are the same in every trial."""
-        key = (self.response_prefix, tuple(prompts))
+        key = (self._response_prefix, tuple(prompts))
         if key not in self._ids:
             texts = [self._render_prompt(prompt) for prompt in prompts]
             self._ids[key] = self.tokenizer(texts, add_special_tokens=not self._template.exists)["input_ids"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import demo
-from .config import PromptSpecification
+from .config import PromptSpecification, Settings
 from .errors import PromptError
 from .loading.source import expand
 from .utils import first_line
@@ -30,6 +30,52 @@ class Prompt:
     user: str
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts of a run, answered (good) and refused (bad) ones: for the directions, for the trials' scores, for the finalists'."""
+
+    good: list[Prompt]
+    bad: list[Prompt]
+    good_evaluation: list[Prompt]
+    bad_evaluation: list[Prompt]
+    final_good: list[Prompt]
+    final_bad: list[Prompt]
+
+    @property
+    def of_study(self) -> dict[str, list[Prompt]]:
+        """Those that trials depend on, by their settings' names."""
+        return {
+            "good_prompts": self.good,
+            "bad_prompts": self.bad,
+            "good_evaluation_prompts": self.good_evaluation,
+            "bad_evaluation_prompts": self.bad_evaluation,
+        }
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of those that trials depend on, by which a resumed run knows that they are still the same."""
+        return {name: fingerprint(prompts) for name, prompts in self.of_study.items()}
+
+
+def load_setting(settings: Settings, name: str) -> list[Prompt]:
+    """The prompts of a setting, such as `good_prompts`. Errors as in `load_prompts`."""
+    return load_prompts(getattr(settings, name), settings.system_prompt, name)
+
+
+def load_all(settings: Settings) -> Prompts:
+    """All prompts that settings name; the finalists' are those of the trials if no others are given. Errors as in `load_prompts`."""
+    good, bad = load_setting(settings, "good_prompts"), load_setting(settings, "bad_prompts")
+    good_evaluation, bad_evaluation = load_setting(settings, "good_evaluation_prompts"), load_setting(settings, "bad_evaluation_prompts")
+    return Prompts(
+        good,
+        bad,
+        good_evaluation,
+        bad_evaluation,
+        load_setting(settings, "final_good_prompts") if settings.final_good_prompts else good_evaluation,
+        load_setting(settings, "final_bad_prompts") if settings.final_bad_prompts else bad_evaluation,
+    )
+
+
 def load_prompts(specification: PromptSpecification, system_prompt: str, setting: str) -> list[Prompt]:
     """The prompts of a specification, in order, its prefix, suffix and system prompt applied.
 
@@ -45,7 +91,7 @@ def load_prompts(specification: PromptSpecification, system_prompt: str, setting
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A hash by which a resumed run knows that the prompts are still the same."""
+    """A hash of prompts."""
     text = json.dumps([astuple(prompt) for prompt in prompts], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -258,6 +258,8 @@ def _describe(error: ValidationError, sources: Mapping[str, Mapping[str, Any]]) 
     """One line for each distinct problem: the setting as the user wrote it, where it was given, what is wrong, what to do."""
     lines: list[str] = []
     for problem in error.errors():
+        if problem["type"] == "default_factory_not_called":  # follows from another problem
+            continue
         location = [part for part in problem["loc"] if not _is_type_tag(part)]
         name = as_written(location)
         origin = next((f" ({source})" for source, values in sources.items() if location and _holds(values, location)), "")

@@ -19,12 +19,13 @@ from ..config import Settings
 from ..device import empty_cache
 from ..editing.ablation import Ablation
 from ..errors import ModelError, TrialError, UsageError
-from ..evaluator import PREFIX_PROMPTS, find_response_prefix, refusal_rule
 from ..loading.source import expand
 from ..model import NOT_FINITE, Model
-from ..prompts import Prompt
+from ..prompts import Prompt, load_setting
 from ..scoring.divergence import kl_divergence
 from ..scoring.figures import Figure
+from ..scoring.measured import refusal_rule
+from ..scoring.response_prefix import find_response_prefix
 from ..scoring.responses import Kind, RefusalRule, counts_against
 from ..scoring.score_tables import format_interval
 from ..utils import Progress, first_line
@@ -135,10 +136,9 @@ class Comparison:
         vocabulary = model.tokenizer.get_vocab()
         same = self._first is None or vocabulary == self._first[1]
         if self._first is None or not same:
-            sample = [*self.good[:PREFIX_PROMPTS], *self.bad[:PREFIX_PROMPTS]]
-            model.response_prefix = find_response_prefix(model, self.settings, sample)
+            model = model.with_response_prefix(find_response_prefix(model, self.settings, self.good, self.bad))
         else:
-            model.response_prefix = self._first[2]  # what is compared must follow the same text
+            model = model.with_response_prefix(self._first[2])  # what is compared must follow the same text
         logprobs = model.first_token_logprobs(self.good, ablation, "Harmless prompts").cpu()
         divergences: Tensor | None = None
         if self._first is None:
@@ -217,14 +217,12 @@ def _with_adapter(model: Any, chosen: Candidate) -> Any:
 def _use_directions(model: Model, settings: Settings) -> None:
     """The directions of a study, from its own prompts and with its own response prefix, as when it was made."""
     from ..editing.directions import mean_residual, refusal_directions
-    from ..prompts import load_prompts
 
-    names = ("good_prompts", "bad_prompts")
-    good, bad = (load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names)
-    model.response_prefix = find_response_prefix(model, settings, [*good[:PREFIX_PROMPTS], *bad[:PREFIX_PROMPTS]])
+    good, bad = (load_setting(settings, name) for name in ("good_prompts", "bad_prompts"))
+    with_prefix = model.with_response_prefix(find_response_prefix(model, settings, good, bad))
     quantile = settings.winsorization_quantile
     good_mean, bad_mean = (
-        mean_residual(model.residuals(prompts, f"Residuals of the study's {kind} prompts"), quantile)
+        mean_residual(with_prefix.residuals(prompts, f"Residuals of the study's {kind} prompts"), quantile)
         for prompts, kind in ((good, "harmless"), (bad, "harmful"))
     )
     directions = refusal_directions(good_mean, bad_mean, settings.orthogonalize_direction)
@@ -237,15 +235,11 @@ def compare(names: Sequence[str], settings: Settings, progress: Progress) -> lis
     Raises `HereticError` for what cannot be loaded; a model whose numbers are not finite is told and left out.
     """
     from ..loading.source import model_source
-    from ..prompts import load_prompts
 
     candidates = [candidate(name, settings) for name in names]
     for chosen in candidates:
         model_source(chosen.settings)  # a mistyped path is told before anything is loaded
-    good, bad = (
-        load_prompts(getattr(settings, name), settings.system_prompt, name)
-        for name in ("good_evaluation_prompts", "bad_evaluation_prompts")
-    )
+    good, bad = (load_setting(settings, name) for name in ("good_evaluation_prompts", "bad_evaluation_prompts"))
     comparison = Comparison(settings, good, bad, progress)
     rows = []
     for number, chosen in enumerate(candidates, start=1):

@@ -1,15 +1,17 @@
 """`--evaluate-model`: another model, scored against the original by the evaluator of the search."""
 
+from dataclasses import replace
+
 from ..config import Settings
 from ..console import Console
 from ..device import describe_device, empty_cache
 from ..errors import EvaluationError
-from ..evaluator import MOVED_PROMPTS
+from ..evaluator import MOVED_PROMPTS, Evaluator
 from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import model_source
 from ..scoring.score_tables import figure_rows, moved_rows, verdicts_text
-from ..session.stages import load_all_prompts, load_model_to_edit, make_evaluator
+from ..session.stages import load_all_prompts, load_model_to_edit, measure, with_found_prefix
 
 
 def evaluate(settings: "Settings", console: "Console") -> int:
@@ -25,27 +27,20 @@ def evaluate(settings: "Settings", console: "Console") -> int:
         )
     prompts = load_all_prompts(settings, console)
     console.message(describe_device())
-    original = load_model_to_edit(settings, console)
-    evaluator = make_evaluator(settings, console, original, prompts, all_scorers=True)
-    prefix = original.response_prefix
-    del original
-    evaluator.detach()
+    model = with_found_prefix(settings, console, load_model_to_edit(settings, console), prompts)
+    prefix = model.response_prefix
+    original = replace(measure(settings, console, model, prompts, all_scorers=True), prefix_cache=None)  # which is of that model's layers
+    del model
     empty_cache()
 
-    other = load_model_to_edit(settings, console, settings.evaluate_model)
-    other.response_prefix = prefix
-    evaluator.model = other
+    other = load_model_to_edit(settings, console, settings.evaluate_model, prefix)
+    evaluator = Evaluator(settings, other, original, console)
     score = evaluator.score(None)
-    before = {
-        "scores": evaluator.base_scores,
-        "response_classes": evaluator.base_response_classes,
-        "early_response_classes": evaluator.base_early_response_classes,
-    }
-    models = [before, score.described()]
+    models = [original.described(), score.described()]
     console.columns("Scores", ["", "Original", f"{settings.evaluate_model} (95 % interval)"], figure_rows(models))
     console.columns("Prompts that moved most", *moved_rows(evaluator.most_moved(None, MOVED_PROMPTS)))
     console.message(
-        f"{settings.evaluate_model}: {verdicts_text(score.attributes(), evaluator.baseline)}, KL divergence {score.kl_divergence:.4f} "
+        f"{settings.evaluate_model}: {verdicts_text(score.attributes(), original.baseline)}, KL divergence {score.kl_divergence:.4f} "
         f"from {settings.model} ({n_tokens} tokens)"
     )
     return 0

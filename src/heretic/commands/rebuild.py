@@ -266,8 +266,9 @@ def _check_local(record: Record, name: str) -> None:
     if stored.get("gguf_file") and stored["commit"] is not None:
         is_local = False  # the hub's, whose dequantized weights the record knows
     if is_local and name == stored["name"] and not Path(name).exists():
+        kind = "file" if str(stored["name"]).endswith(".gguf") else "folder"
         raise ExportError(
-            f"The original was a folder named {stored['name']}, which is not here; a record does not say where it was. "
+            f"The original was a {kind} named {stored['name']}, which is not here; a record does not say where it was. "
             "Give the original with --model."
         )
 
@@ -447,7 +448,6 @@ def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progre
         return code
     wanted, scores = record.content["trial"], record.content["scores"]
     with Checkpoint(settings) as checkpoint:
-        assert checkpoint.study is not None
         trials = checkpoint.study.get_trials(deepcopy=False)
         found = next((trial for trial in trials if trial.number == wanted["number"]), None)
     if found is None:

@@ -1,6 +1,6 @@
 """A run, from settings to the front and what is done with it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..loading.libraries import collector_paused, prepare_libraries
@@ -10,16 +10,15 @@ from ..session.stages import (
     is_told,
     learn_shown,
     load_all_prompts,
-    load_final_prompts,
     load_model_to_edit,
-    make_evaluator,
     make_report,
+    measure,
     no_trial,
-    prompt_identity,
     rescore_finalists,
     scorer_identity,
     search_shown,
     show_outcome,
+    with_found_prefix,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from ..console import Console
     from ..evaluator import Evaluator
     from ..model import Model
+    from ..prompts import Prompts
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
     from ..study.search import Search
@@ -110,8 +110,7 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
     # 2. Prompts and scorers, which cost little and are most often what is wrong
     prompts = load_all_prompts(settings, console)
-    identity = {**prompt_identity(prompts), **scorer_identity(settings)}
-    final_prompts = load_final_prompts(settings, prompts)
+    identity = {**prompts.identity, **scorer_identity(settings)}
     if not is_new:
         source = model_source(settings)
         # A model on the hub may have to be fetched first; it is checked below.
@@ -121,8 +120,8 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
     if settings.workers or settings.study_storage or checkpoint.is_shared:
         from ..sharing.shared_run import run_shared
 
-        return run_shared(settings, console, checkpoint, is_new, identity, final_prompts)
-    return _run_alone(settings, console, checkpoint, is_new, prompts, final_prompts, identity, may_measure=is_new and not seed_is_given)
+        return run_shared(settings, console, checkpoint, is_new, identity, prompts)
+    return _run_alone(settings, console, checkpoint, is_new, prompts, identity, may_measure=is_new and not seed_is_given)
 
 
 def _run_alone(
@@ -130,21 +129,22 @@ def _run_alone(
     console: "Console",
     checkpoint: "Checkpoint",
     is_new: bool,
-    prompts: dict[str, Any],
-    final_prompts: dict[str, Any],
+    prompts: "Prompts",
     identity: dict[str, str],
     may_measure: bool,
 ) -> int:
     # 3. Device, model and what can be edited in it
     from ..device import describe_device
+    from ..evaluator import Evaluator
     from ..loading.source import fingerprint
 
     console.message(f"Seed {settings.seed}; {describe_device()}")
     model = load_model_to_edit(settings, console)
-    check_lengths(settings, model, prompts, final_prompts)
+    check_lengths(settings, model, prompts)
 
     # 4. Response prefix, baseline, directions
-    evaluator = make_evaluator(settings, console, model, prompts)
+    model = with_found_prefix(settings, console, model, prompts)
+    evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
     parting = compute_directions(settings, console, model, prompts)
 
     # 5. The study
@@ -160,9 +160,9 @@ def _run_alone(
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
     console.message(space_text(space, parting, last_layer))
-    if warning := checkpoint.counts_otherwise(evaluator.baseline.degenerate):
+    if warning := checkpoint.counts_otherwise(evaluator.original.baseline.degenerate):
         console.warning(warning)
-    checkpoint.note(**evaluator.baseline.attributes(), last_layer=last_layer)
+    checkpoint.note(**evaluator.original.baseline.attributes(), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
 
     batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure)
@@ -175,7 +175,7 @@ def _run_alone(
         if not search.front:
             return None
         if not was_stopped:
-            rescore_finalists(settings, console, checkpoint, evaluator, final_prompts, batch_size.value)
+            rescore_finalists(settings, console, checkpoint, evaluator, prompts, batch_size.value)
         return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
 
     was_stopped = learn_shown(settings, console, search.study, checkpoint.edits, checkpoint.path, evaluator, prompts)
@@ -237,7 +237,6 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
     from ..study.front import front_of
     from ..study.learned_search import lacks_learned_trials
 
-    assert checkpoint.study is not None
     front = front_of(checkpoint.study)
     if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
         return False
@@ -256,7 +255,7 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
 def _open_search(settings: "Settings", checkpoint: "Checkpoint", space: "SearchSpace") -> "Search":
     from ..study.search import Search
 
-    assert checkpoint.study is not None and settings.seed is not None
+    assert settings.seed is not None
     return Search(
         checkpoint.study,
         checkpoint.path,

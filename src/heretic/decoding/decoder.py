@@ -78,7 +78,7 @@ class Decoder:
         model: Any,
         end_tokens: frozenset[int],
         rows_per_trial: int,
-        assign_rows: Callable[[Sequence[int]], None],
+        assign_rows: Callable[[Sequence[int]], None] = lambda trials: None,
         savings: Savings | None = None,
     ) -> None:
         self.model = model

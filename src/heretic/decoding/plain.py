@@ -21,7 +21,13 @@ class PlainDecoder:
     Unless `pads`, only rows of one length share a batch.
     """
 
-    def __init__(self, model: Any, end_tokens: frozenset[int], rows_per_trial: int, assign_rows: Callable[[Sequence[int]], None]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        end_tokens: frozenset[int],
+        rows_per_trial: int,
+        assign_rows: Callable[[Sequence[int]], None] = lambda trials: None,
+    ) -> None:
         self.model = model
         self.end_tokens = end_tokens
         self.batch_size = rows_per_trial

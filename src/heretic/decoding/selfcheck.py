@@ -4,7 +4,7 @@ Batches with padding, our own cache, positions of our choice, and layers that ar
 that does something else is found here and run the plain way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,11 +29,10 @@ def choose_decoder(
     model: Any,
     tokenizer: Any,
     rows_per_trial: int,
-    assign_rows: Callable[[Sequence[int]], None],
     progress: Progress,
     savings: Savings,
 ) -> Decoder | PlainDecoder:
-    """Our own decoder if it does what the model does, else `generate`; the user is told what that costs.
+    """Our own decoder if it does what the model does, else `generate`; the user is told what that costs. It is not told of trials yet.
 
     `rows_per_trial` bounds the prompts of one trial in a pass.
     """
@@ -41,10 +40,10 @@ def choose_decoder(
     end = tokenizer.eos_token_id if end is None else end
     end_tokens = frozenset([end] if isinstance(end, int) else end or [])
     if supports(model):
-        fast = Decoder(model, end_tokens, rows_per_trial, assign_rows, savings)
+        fast = Decoder(model, end_tokens, rows_per_trial, savings=savings)
         if _holds(lambda: decodes_well(fast)):
             return fast
-    decoder = PlainDecoder(model, end_tokens, rows_per_trial, assign_rows)
+    decoder = PlainDecoder(model, end_tokens, rows_per_trial)
     decoder.pads = _holds(lambda: pads_well(model, decoder))
     if not _holds(lambda: batches_well(decoder)):
         decoder.batch_size = 1

@@ -42,8 +42,8 @@ class LearnableEdit:
         self.initial = F.normalize(initial, dim=-1)
         self.directions = self.initial.clone().requires_grad_()
         self.strengths = torch.full((len(self.writers),), FIRST_STRENGTH, dtype=dtype, requires_grad=True)
-        rate = DIRECTION_RATE / math.sqrt(initial.shape[-1])
-        groups = [{"params": [self.directions], "lr": rate}, {"params": [self.strengths], "lr": STRENGTH_RATE}]
+        self.rates = (DIRECTION_RATE / math.sqrt(initial.shape[-1]), STRENGTH_RATE)
+        groups = [{"params": [self.directions], "lr": self.rates[0]}, {"params": [self.strengths], "lr": self.rates[1]}]
         self.optimizer = torch.optim.Adam(groups, betas=BETAS)
 
     def _unit_direction(self, writer: Writer, directions: Tensor) -> Tensor:
@@ -70,8 +70,10 @@ class LearnableEdit:
             cosines = F.cosine_similarity(self.directions, self.initial, dim=-1)
         return [float(cosines[self.layers.index(writer.layer)]) for writer in self.writers]
 
-    def step(self) -> None:
-        """Follow the gradients that have gathered, and clear them."""
+    def step(self, rate: float = 1.0) -> None:
+        """Follow the gradients that have gathered, at a share of the usual rates, and clear them."""
+        for group, usual in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * usual
         self.optimizer.step()
         self.optimizer.zero_grad()
 

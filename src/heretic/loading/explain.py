@@ -31,8 +31,8 @@ def explain(source: ModelSource, error: BaseException) -> str:
             f"The model {name} is neither a local folder nor on the hub, or it is private. Check the name; "
             "for a private model log in with `hf auth login` or set HF_TOKEN."
         )
-    if "does not appear to have a file named config.json" in text:
-        return f"The model {name} has no config.json. If it holds GGUF files, choose one with --gguf-file."
+    if "does not appear to have a file named config.json" in text or ("Should have a `model_type` key" in text and not source.is_local):
+        return f"The model {name} has no config.json that names its type. If it holds GGUF files, choose one with --gguf-file."
     if "trust_remote_code" in text:
         return f"The model {name} comes with its own Python code. Read it, and if you trust it, add --trust-remote-code."
     if "model_type" in text or "does not recognize this architecture" in text:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.utils import logging
 
 from ..errors import ModelError
 from ..utils import Progress, first_line
@@ -67,7 +69,7 @@ def _file_of(source: ModelSource, progress: Progress) -> tuple[Path, str | None]
 
 def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None:
     arguments: dict[str, Any] = {"gguf_file": file.name}
-    with _reading(name):
+    with _reading(name, file):
         metadata, _ = read_gguf_metadata(str(file))
         _refuse_part(name, metadata)
     architecture = metadata["general.architecture"]
@@ -75,17 +77,17 @@ def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None
         config = AutoConfig.from_pretrained(file.parent, **arguments)
     except ValueError as error:
         if "not supported" not in str(error):
-            raise _unreadable(name, error) from error
+            raise _unreadable(name, file, error) from error
         raise ModelError(
             f"{name} holds a model of the architecture {architecture}, which transformers cannot read from GGUF files. Give the model that "
             "it was made from."
         ) from error
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise _unreadable(name, file, error) from error
     refuse_encoder_decoder(config)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    with progress.task(f"Dequantizing {file.name} (once)"), _reading(name):
+    with progress.task(f"Dequantizing {file.name} (once)"), _reading(name, file), _without_bars():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
         model, report = AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -100,7 +102,7 @@ def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None
             f"{name} lacks weights that a model of its architecture ({architecture}) has: {missing[0]}"
             f"{f' and {len(missing) - 1} more' * (len(missing) > 1)}. Give the model that it was made from."
         )
-    with _errors(f"The folder {folder} cannot be written"):
+    with _errors(f"The folder {folder} cannot be written"), _without_bars():
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
@@ -114,19 +116,33 @@ def _refuse_part(name: str, metadata: dict[str, Any]) -> None:
         )
 
 
-def _unreadable(name: str, error: BaseException) -> ModelError:
-    return ModelError(f"{name} cannot be read as a GGUF file: {first_line(error).rstrip('.')}. Is it whole? Fetch it again.")
+def _unreadable(name: str, file: Path, error: BaseException) -> ModelError:
+    reason = first_line(error).rstrip(".").replace(f"{file} ", "it ", 1)  # the reader's messages begin with the path
+    return ModelError(f"{name} cannot be read as a GGUF file: {reason}. Is it whole? Fetch it again.")
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str, file: Path) -> Iterator[None]:
     """Whatever a reader of damaged files raises, as `ModelError`."""
     try:
         yield
     except ModelError:
         raise
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise _unreadable(name, file, error) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within, transformers shows no bars beside our own; the one for GGUF files has no switch."""
+    logging.disable_progress_bar()
+    reader: Any = modeling_gguf_pytorch_utils
+    usual = reader.tqdm
+    reader.tqdm = partial(usual, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = usual
 
 
 @contextmanager

@@ -68,9 +68,9 @@ def saved_divergence(folder: Path, model: Model, evaluator: Evaluator, progress:
     loaded = model.loaded
     settings = evaluator.settings.model_copy(update={"dtypes": [str(loaded.dtype).removeprefix("torch.")], "quantization": "none"})
     source = ModelSource(str(folder), "the saved model", None, loaded.source.trust_remote_code)
-    saved = Model(replace(load_model(settings, source, progress), tokenizer=loaded.tokenizer), settings)
-    saved.response_prefix = model.response_prefix
-    (divergences,) = evaluator.answers.divergences(saved, [], "Harmless prompts through the saved model")
+    parts = replace(load_model(settings, source, progress), tokenizer=loaded.tokenizer)
+    saved = Model(parts, settings, response_prefix=model.response_prefix)
+    (divergences,) = evaluator.original.answers.divergences(saved, [], "Harmless prompts through the saved model")
     divergence = float(divergences.first_token.mean())
     if not math.isfinite(divergence):
         raise TrialError(NOT_FINITE)

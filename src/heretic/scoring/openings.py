@@ -15,6 +15,8 @@ from torch import Tensor
 
 Path = tuple[int, ...]
 
+# Answers among so many refusals are taken for mistakes of the verdict.
+MISTAKEN = 0.02
 # Tokens after which it no longer matters how a response began.
 DEPTH = 24
 
@@ -36,9 +38,9 @@ class Openings:
         self._deciding.cache_clear()
 
     def refuses(self, tokens: Sequence[int]) -> bool:
-        """Whether refusals, and nothing else, have been seen to begin so."""
+        """Whether refusals, and next to nothing else, have been seen to begin so."""
         answers, refusals = self._counts.get(tuple(tokens), (0, 0))
-        return refusals > 0 and answers == 0
+        return refusals > 0 and answers <= MISTAKEN * refusals
 
     def decided(self, tokens: Sequence[int]) -> Path:
         """The shortest beginning of a response that is a refusal's alone; all of it if there is none."""

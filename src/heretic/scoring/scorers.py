@@ -23,16 +23,25 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..config import Settings as RunSettings
+from ..config import Settings
 from ..errors import UsageError, did_you_mean
 from ..loading.source import expand
 from .figures import Figure
 from .outputs import Outputs
+
+
+@dataclass(frozen=True)
+class DivergenceWeights:
+    """The divergence that weighs as much as all refusals, and the one below which only refusals count: settings of the run, in nats."""
+
+    scale: float
+    target: float
 
 
 class ScorerSettings(BaseModel):
@@ -42,7 +51,7 @@ class ScorerSettings(BaseModel):
 
 
 class Scorer:
-    """Base class of scorers. `settings` is its own table, `run` the settings of the whole run.
+    """Base class of scorers. `settings` is its own table, `weights` how the search weighs divergences.
 
     What a scorer raises in `prepare` (or in scoring the original) ends the run before the search; in `score`, that trial.
     """
@@ -55,9 +64,9 @@ class Scorer:
     # `objective` is a share of refusals, below whose target divergences count for nothing (see `DivergenceScorer.objective`).
     counts_refusals: ClassVar[bool] = False
 
-    def __init__(self, settings: Any, run: RunSettings) -> None:
+    def __init__(self, settings: Any, weights: DivergenceWeights) -> None:
         self.settings = settings
-        self.run = run
+        self.weights = weights
 
     def fingerprint(self) -> str:
         """What figures depend on besides the settings and this class's file, such as another model's weights: a study is known by it."""
@@ -96,7 +105,7 @@ class DivergenceScorer(Scorer):
     needs_only_divergences = True
 
     def objective(self, value: float, refusals: float | None) -> float:
-        return divergence_objective(value, refusals, self.run.kl_divergence_scale, self.run.kl_divergence_target)
+        return divergence_objective(value, refusals, self.weights.scale, self.weights.target)
 
 
 def divergence_objective(value: float, refusals: float | None, scale: float, target: float) -> float:
@@ -136,12 +145,12 @@ BUILT_IN: Mapping[str, str] = {
 }
 
 
-def load_scorers(settings: RunSettings) -> dict[str, Scorer]:
+def load_scorers(settings: Settings) -> dict[str, Scorer]:
     """The scorers of a run by name, in the order of the settings, the built-in ones first.
 
     Raises `UsageError` for one that cannot be found or whose settings are wrong; nothing heavy is loaded for that.
     """
-    scorers = {}
+    scorers, weights = {}, DivergenceWeights(settings.kl_divergence_scale, settings.kl_divergence_target)
     for name, specification in settings.all_scorers.items():
         scorer_class = _find(name, specification.use or name)
         try:
@@ -149,11 +158,11 @@ def load_scorers(settings: RunSettings) -> dict[str, Scorer]:
         except ValidationError as error:
             lines = [_describe(name, scorer_class, problem, not specification.is_custom) for problem in error.errors()]
             raise UsageError("\n".join(lines)) from (None if specification.is_custom else error)  # which would show a key's value
-        scorers[name] = scorer_class(own, settings)
+        scorers[name] = scorer_class(own, weights)
     return scorers
 
 
-def fingerprints(settings: RunSettings) -> dict[str, str]:
+def fingerprints(settings: Settings) -> dict[str, str]:
     """By which a study knows its scorers again: hashes of the files of those that are not built in and of their own settings, which may
     be secret and are not stored, and what they say themselves.
 

@@ -76,10 +76,10 @@ class Workbench:
             learned=learned_strengths(trial) if is_learned(trial) else {},
             refusals=trial.user_attrs["refusals"],
             kl_divergence=trial.user_attrs["kl_divergence"],
-            base_refusals=self.evaluator.base_refusals,
+            base_refusals=self.evaluator.original.refusals,
             n_bad_prompts=len(self.evaluator.bad_prompts),
             response_prefix=self.model.response_prefix,
-            measurements=measurements(trial, known_finalists(self.search.study), self.evaluator.base_response_classes),
+            measurements=measurements(trial, known_finalists(self.search.study), self.evaluator.original.response_classes),
         )
 
     def act(self, action: str) -> None:
@@ -116,7 +116,7 @@ class Workbench:
         """A trial of the front, after running more where that is asked for; None: leave."""
         while True:
             front = self.search.front
-            headers, rows = trial_rows(front, self._last_layer, self.evaluator.baseline, self.settings.objectives)
+            headers, rows = trial_rows(front, self._last_layer, self.evaluator.original.baseline, self.settings.objectives)
             width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
@@ -190,7 +190,7 @@ class Workbench:
         length = self.settings.max_response_length
         before = self.model.responses(prompts, length, description="Responses of the original")
         after = self.model.responses(prompts, length, self._ablation(trial), description=f"Responses of trial {trial.number}")
-        describe = self.evaluator.rule.described
+        describe = self.evaluator.original.rule.described
 
         def told(text: str) -> str:
             return f"{describe(text, is_cut_off=True)}:\n{text.strip()}"
@@ -200,7 +200,7 @@ class Workbench:
 
     def _show_scores(self, trial: FrozenTrial) -> None:
         """All figures of a trial, and the harmless prompts after which its words have moved most."""
-        headers, rows = score_rows(trial, self.evaluator.base_scores, known_finalists(self.search.study))
+        headers, rows = score_rows(trial, self.evaluator.original.scores, known_finalists(self.search.study))
         self.console.columns(f"Scores of trial {trial.number}", headers, rows)
         moved = self.evaluator.most_moved(self._ablation(trial), MOVED_PROMPTS)
         self.console.columns("Prompts that moved most", *moved_rows(moved))

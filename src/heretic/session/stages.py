@@ -27,42 +27,26 @@ if TYPE_CHECKING:
     from ..console import Console
     from ..evaluator import Evaluator
     from ..model import Model
+    from ..prompts import Prompts
+    from ..scoring.measured import MeasuredOriginal
     from ..study.batching import BatchSize
     from ..study.checkpoint import Checkpoint
     from ..study.learned_edits import LearnedEdits
     from ..study.search import Search
 
 
-def load_all_prompts(settings: "Settings", console: "Console") -> dict[str, Any]:
+def load_all_prompts(settings: "Settings", console: "Console") -> "Prompts":
     from ..errors import DirectionError
-    from ..prompts import load_prompts
+    from ..prompts import load_all
 
-    names = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
     with console.task("Loading prompts"):
-        prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in names}
-    if set(prompts["good_prompts"]) == set(prompts["bad_prompts"]):
+        prompts = load_all(settings)
+    if set(prompts.good) == set(prompts.bad):
         raise DirectionError(
             "good_prompts and bad_prompts are the same, so nothing tells refused from answered prompts. Give different ones."
         )
-    console.message("Prompts: " + ", ".join(f"{len(prompts[name])} {name}" for name in names))
+    console.message("Prompts: " + ", ".join(f"{len(found)} {name}" for name, found in prompts.of_study.items()))
     return prompts
-
-
-def load_final_prompts(settings: "Settings", prompts: dict[str, Any]) -> dict[str, Any]:
-    """Prompts for the finalists, harmless and harmful: those of the search where no others are given."""
-    from ..prompts import load_prompts
-
-    found = {}
-    for name, usual in (("final_good_prompts", "good_evaluation_prompts"), ("final_bad_prompts", "bad_evaluation_prompts")):
-        specification = getattr(settings, name)
-        found[name] = prompts[usual] if specification is None else load_prompts(specification, settings.system_prompt, name)
-    return found
-
-
-def prompt_identity(prompts: dict[str, Any]) -> dict[str, str]:
-    from ..prompts import fingerprint
-
-    return {name: fingerprint(values) for name, values in prompts.items()}
 
 
 def scorer_identity(settings: "Settings") -> dict[str, str]:
@@ -74,14 +58,14 @@ def scorer_identity(settings: "Settings") -> dict[str, str]:
     return fingerprints(settings)
 
 
-def load_model_to_edit(settings: "Settings", console: "Console", name: str | None = None) -> "Model":
+def load_model_to_edit(settings: "Settings", console: "Console", name: str | None = None, response_prefix: str = "") -> "Model":
     from ..loading.load import load_model
     from ..loading.source import model_source
     from ..model import Model
 
     with collector_paused():  # transformers imports the model's own file only now
         loaded = load_model(settings, model_source(settings, name), console)
-    model = Model(loaded, settings, console)
+    model = Model(loaded, settings, console, response_prefix=response_prefix)
     found = ", ".join(f"{count} {component}" for component, count in model.architecture.components.items())
     dtype = str(loaded.dtype).removeprefix("torch.")
     left = ", ".join(name for name in settings.disabled_components if name in model.architecture.components)
@@ -117,54 +101,57 @@ def _percent(share: float) -> str:
     return f"{min(share, 1):.0%}" if share >= 0.01 else "less than 1%"
 
 
-def check_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any], final_prompts: dict[str, Any]) -> None:
+def check_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> None:
     """Raise `PromptError` where prompts with what follows them are too long for the model."""
     after = {
         "good_evaluation_prompts": (settings.kl_tokens, "kl_tokens"),
         "bad_evaluation_prompts": (settings.max_response_length, "max_response_length"),
     }
-    for name, specification_prompts in prompts.items():
-        model.check_lengths(specification_prompts, name, *after.get(name, (1, "")))
+    for name, found in prompts.of_study.items():
+        model.check_lengths(found, name, *after.get(name, (1, "")))
     if settings.n_finalists and (settings.final_good_prompts or settings.final_bad_prompts):
-        _check_final_lengths(settings, model, final_prompts)  # others are checked when they are needed
+        _check_final_lengths(settings, model, prompts)  # others are checked when they are needed
 
 
-def _check_final_lengths(settings: "Settings", model: "Model", prompts: dict[str, Any]) -> None:
+def _check_final_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> None:
     from ..study.finalists import final_settings
 
     final = final_settings(settings)
-    for name, final_prompts in prompts.items():
-        model.check_lengths(
-            final_prompts, name, max(final.max_response_length, final.kl_tokens), "final_response_length and final_kl_tokens"
-        )
+    for name, found in (("final_good_prompts", prompts.final_good), ("final_bad_prompts", prompts.final_bad)):
+        model.check_lengths(found, name, max(final.max_response_length, final.kl_tokens), "final_response_length and final_kl_tokens")
 
 
-def make_evaluator(
-    settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any], all_scorers: bool = False
-) -> "Evaluator":
-    from ..evaluator import PREFIX_PROMPTS, Evaluator, find_response_prefix
+def with_found_prefix(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> "Model":
+    """The model with the common start of all its responses."""
+    from ..scoring.response_prefix import find_response_prefix
 
-    sample = [*prompts["good_prompts"][:PREFIX_PROMPTS], *prompts["bad_prompts"][:PREFIX_PROMPTS]]
-    model.response_prefix = find_response_prefix(model, settings, sample)
-    if model.response_prefix:
-        console.message(f"Response prefix: {model.response_prefix!r}; evaluation begins after it.")
-    evaluator = Evaluator(settings, model, prompts["good_evaluation_prompts"], prompts["bad_evaluation_prompts"], console, all_scorers)
-    told = f"The original refuses {evaluator.base_refusals} of {len(evaluator.bad_prompts)} harmful evaluation prompts."
-    if n := evaluator.baseline.degenerate:
+    prefix = find_response_prefix(model, settings, prompts.good, prompts.bad)
+    if prefix:
+        console.message(f"Response prefix: {prefix!r}; evaluation begins after it.")
+    return model.with_response_prefix(prefix)
+
+
+def measure(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts", all_scorers: bool = False) -> "MeasuredOriginal":
+    """What the original says to the evaluation prompts."""
+    from ..scoring.measured import measure_original
+
+    original = measure_original(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
+    told = f"The original refuses {original.refusals} of {len(original.bad_prompts)} harmful evaluation prompts."
+    if n := original.baseline.degenerate:
         told += f" {n} of its responses {'is' if n == 1 else 'are'} degenerate (empty, looping, broken off)."
     console.message(told)
-    return evaluator
+    return original
 
 
-def compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: dict[str, Any]) -> int:
+def compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> int:
     """Give the model its directions; the layer in which the two sets of prompts part."""
     from ..editing.directions import mean_residual, parting_layer, refusal_directions
     from ..errors import DirectionError
 
     quantile = settings.winsorization_quantile
-    sets = (("good_prompts", "Residuals of harmless prompts"), ("bad_prompts", "Residuals of harmful prompts"))
+    sets = ((prompts.good, "Residuals of harmless prompts"), (prompts.bad, "Residuals of harmful prompts"))
     # One set after the other: the model computes the residuals as they are taken.
-    batches: Iterable[Iterable[Tensor]] = (model.residuals(prompts[name], description) for name, description in sets)
+    batches: Iterable[Iterable[Tensor]] = (model.residuals(found, description) for found, description in sets)
     if settings.print_residual_geometry or settings.plot_residuals:
         batches = _show_residuals(settings, console, batches)
     good, bad = (mean_residual(part, quantile) for part in batches)
@@ -214,7 +201,7 @@ def search_shown(
 
     tell_failures(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
-    with StudyView(console, target, search.n_done, evaluator.baseline, last_layer, evaluator.settings.objectives) as view:
+    with StudyView(console, target, search.n_done, evaluator.original.baseline, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:
@@ -243,7 +230,7 @@ def learn_shown(
     edits: "LearnedEdits",
     location: object,
     evaluator: "Evaluator",
-    prompts: dict[str, Any],
+    prompts: "Prompts",
 ) -> bool:
     """Learn the edits that the search begins after and that are missing, each shown when it is scored. Whether Ctrl+C ended it."""
     from ..study.learned_search import lacks_learned_trials, learn_trials
@@ -260,10 +247,10 @@ def learn_shown(
             edits,
             location,
             evaluator,
-            (prompts["good_prompts"], prompts["bad_prompts"]),
+            (prompts.good, prompts.bad),
             settings,
             console,
-            lambda trial, outcome: console.message(learned_text(trial, settings.n_learned_trials, evaluator.baseline)),
+            lambda trial, outcome: console.message(learned_text(trial, settings.n_learned_trials, evaluator.original.baseline)),
             should_stop,
         )
         return should_stop()
@@ -326,20 +313,20 @@ def no_trial(trials: "Sequence[FrozenTrial]") -> int:
 
 
 def rescore_finalists(
-    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: dict[str, Any], n_together: int
+    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: "Prompts", n_together: int
 ) -> None:
     """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
     from ..device import empty_cache
     from ..study.failures import tell_failure
     from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
 
-    assert checkpoint.study is not None
     if not missing_finalists(checkpoint.study, settings):
         return
-    good, bad = prompts["final_good_prompts"], prompts["final_bad_prompts"]
     try:
         _check_final_lengths(settings, evaluator.model, prompts)
-        found = score_finalists(checkpoint.study, settings, evaluator, good, bad, n_together, console, checkpoint.edits)
+        found = score_finalists(
+            checkpoint.study, settings, evaluator, prompts.final_good, prompts.final_bad, n_together, console, checkpoint.edits
+        )
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
     except Exception as error:
@@ -362,7 +349,6 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
 
     if not settings.report:
         return None
-    assert checkpoint.study is not None
     # A study in a database has no file for the report to lie beside.
     path = report_path(checkpoint.path if isinstance(checkpoint.path, Path) else journal_path(settings))
     try:
@@ -393,13 +379,12 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     from ..reporting.samples import sample_prompts, take_samples
     from ..study.front import front_of
 
-    assert checkpoint.study is not None
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
     length = evaluator.settings.max_response_length
     kept_edits = checkpoint.edits.ablation_of
-    checkpoint.note(samples=take_samples(evaluator.model, evaluator.rule, prompts, front, length, kept, kept_edits))
+    checkpoint.note(samples=take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept, kept_edits))
 
 
 def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:
@@ -418,7 +403,6 @@ def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoi
     from ..study.front import front_of
     from .answers import command_lines
 
-    assert checkpoint.study is not None
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import CheckpointError
 from ..loading.source import ModelSource, fingerprint
-from ..prompts import Prompt
+from ..prompts import Prompt, Prompts
 from ..utils import versions
 
 # Libraries that decide what a model computes and what is proposed next.
@@ -33,10 +33,10 @@ FILE_NAME = "preparation.safetensors"
 
 @dataclass(frozen=True)
 class Preparation:
-    """`directions (layer + 1, d)`, the four lists of prompts by their settings' names, and what the first worker's run found out."""
+    """`directions (layer + 1, d)`, the prompts, and what the first worker's run found out."""
 
     directions: Tensor
-    prompts: dict[str, list[Prompt]]
+    prompts: Prompts
     response_prefix: str
     dtype: str
     base_refusals: int
@@ -74,8 +74,8 @@ def kept(study: optuna.Study, store: Any) -> Preparation | None:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
             directions = file.get_tensor("directions")
-    prompts = {name: [Prompt(**prompt) for prompt in prompts] for name, prompts in facts.pop("prompts").items()}
-    return Preparation(directions=directions, prompts=prompts, **facts)
+    prompts = {name: [Prompt(**prompt) for prompt in found] for name, found in facts.pop("prompts").items()}
+    return Preparation(directions=directions, prompts=Prompts(**prompts), **facts)
 
 
 def own_versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """A run whose study several workers share: this process's own search, or workers that it starts, then the front and the menu."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     import optuna
 
     from ..console import Console
+    from ..prompts import Prompts
     from ..study.checkpoint import Checkpoint
 
 
 def run_shared(
-    settings: Settings, console: "Console", checkpoint: "Checkpoint", is_new: bool, identity: dict[str, str], final_prompts: dict[str, Any]
+    settings: Settings, console: "Console", checkpoint: "Checkpoint", is_new: bool, identity: dict[str, str], prompts: "Prompts"
 ) -> int:
     """From the prompts on, whose hashes are in `identity`: the study, the search, the front. Returns the exit code."""
     source = dequantized_source(model_source(settings), console)
@@ -61,19 +62,17 @@ def run_shared(
     if joined is None and is_finished and (settings.report or lacks):
         console.message("The workers are done; the model is loaded here for what is left.")
         joined = join(settings, console, study, store, prepares=True)
-    report = _conclude(settings, console, checkpoint, joined if is_finished else None, final_prompts)
+    report = _conclude(settings, console, checkpoint, joined if is_finished else None, prompts)
     if is_told(settings, console, checkpoint, report):
         return 0
-    _act(console, checkpoint, joined or join(settings, console, study, store, prepares=False), final_prompts)
+    _act(console, checkpoint, joined or join(settings, console, study, store, prepares=False), prompts)
     return 0
 
 
-def _conclude(
-    settings: Settings, console: "Console", checkpoint: "Checkpoint", joined: Joined | None, final_prompts: dict[str, Any]
-) -> Path | None:
+def _conclude(settings: Settings, console: "Console", checkpoint: "Checkpoint", joined: Joined | None, prompts: "Prompts") -> Path | None:
     """Score the finalists again, with a model that is ready for it, and write the report; where that lies."""
     if joined is not None:
-        rescore_finalists(settings, console, checkpoint, joined.evaluator, final_prompts, joined.batch_size.value)
+        rescore_finalists(settings, console, checkpoint, joined.evaluator, prompts, joined.batch_size.value)
     return make_report(settings, console, checkpoint, None if joined is None else joined.evaluator)
 
 
@@ -82,7 +81,7 @@ def _search_here(console: "Console", joined: Joined, target: int, checkpoint: "C
     search_shown(console, joined.evaluator, joined.search, target, joined.batch_size)
 
 
-def _act(console: "Console", checkpoint: "Checkpoint", joined: Joined, final_prompts: dict[str, Any]) -> None:
+def _act(console: "Console", checkpoint: "Checkpoint", joined: Joined, prompts: "Prompts") -> None:
     from ..session.interact import Workbench
 
     def run_trials(n_more: int) -> None:
@@ -92,7 +91,7 @@ def _act(console: "Console", checkpoint: "Checkpoint", joined: Joined, final_pro
             again = command_lines(joined.settings)[-1]
             console.message(f"They run in this process, which has the model. With several workers: {again} --workers N")
         _search_here(console, joined, target, checkpoint)
-        _conclude(joined.settings, console, checkpoint, joined if checkpoint.n_done >= target else None, final_prompts)
+        _conclude(joined.settings, console, checkpoint, joined if checkpoint.n_done >= target else None, prompts)
 
     bench = Workbench(joined.settings, console, joined.model, joined.evaluator, joined.search, run_trials)
     bench.menu() if joined.settings.model_action is None else bench.act(joined.settings.model_action)

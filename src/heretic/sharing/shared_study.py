@@ -42,9 +42,9 @@ class SharedCheckpoint(Checkpoint):
         self._shared_storage = open_storage(self.url, self._timeout, self._progress)
         self.path = expand(self.url) if is_file(self.url) else self._shared_storage.location  # type: ignore[assignment]
         try:
-            self.study = optuna.load_study(study_name=self.name, storage=self._shared_storage)
+            self.found = optuna.load_study(study_name=self.name, storage=self._shared_storage)
         except KeyError:
-            self.study = None
+            self.found = None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,17 +58,17 @@ class SharedCheckpoint(Checkpoint):
     @property
     def exists(self) -> bool:
         """Whether somebody has begun the study."""
-        return self.study is not None
+        return self.found is not None
 
     def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
         """Begin the study. Raises `CheckpointError` where somebody else does so at the same moment."""
         try:
-            self.study = create_study(self._shared_storage, self.name, settings, identity)
+            self.found = create_study(self._shared_storage, self.name, settings, identity)
         except DuplicatedStudyError as error:
             raise CheckpointError(
                 f"The study {self.path} was begun by another process just now. Give the same command again, or join it: heretic worker."
             ) from error
-        return self.study
+        return self.found
 
     def _refuse(self, differences: list[str]) -> None:
         if differences:
@@ -80,9 +80,8 @@ class SharedCheckpoint(Checkpoint):
 def open_for_workers(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, Any]:
     """A checkpoint's study opened for several workers, its storage's URL, and where its artifacts are kept."""
     if isinstance(checkpoint, SharedCheckpoint):
-        assert checkpoint.study is not None
         url = checkpoint.url
     else:
         url = str(checkpoint.path.absolute())
-        checkpoint.study = open_study(url, STUDY_NAME, settings.worker_timeout, progress)
+        checkpoint.found = open_study(url, STUDY_NAME, settings.worker_timeout, progress)
     return checkpoint.study, url, artifact_store(url, storage_of(checkpoint.study))

@@ -17,8 +17,7 @@ from ..errors import CheckpointError, HereticError, UsageError
 from ..loading.libraries import prepare_libraries
 from ..loading.source import ModelSource, model_source
 from ..privacy import shown_location
-from ..prompts import fingerprint as prompts_fingerprint
-from ..prompts import load_prompts
+from ..prompts import load_all
 from ..reporting.tables import space_text
 from ..session.answers import who_asks
 from ..session.stages import scorer_identity
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from ..study.batching import BatchSize
     from .shared_search import SharedSearch
 
-PROMPT_SETTINGS = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
 # How often something that another worker has to do first is looked for.
 POLL_SECONDS = 0.5
 # What a worker says for itself; everything else comes from the study.
@@ -75,6 +73,7 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
     """
     from ..decoding.decoder import Decoder
     from ..evaluator import Evaluator
+    from ..scoring.measured import measure_original
     from ..session.stages import load_model_to_edit
     from ..study.batching import BatchSize, automatic_trials_per_batch
     from .shared_search import SharedSearch
@@ -94,14 +93,15 @@ def join(settings: Settings, console: "Console", study: optuna.Study, store: Any
             del model
             model = load_model_to_edit(_in_dtype(settings, ready.dtype), console)
         _check(study, model.loaded.source)
-        model.response_prefix = ready.response_prefix
-        evaluator = Evaluator(settings, model, ready.prompts["good_evaluation_prompts"], ready.prompts["bad_evaluation_prompts"], console)
-        if evaluator.base_refusals != ready.base_refusals:
+        model = model.with_response_prefix(ready.response_prefix)
+        original = measure_original(settings, model, ready.prompts.good_evaluation, ready.prompts.bad_evaluation, console)
+        if original.refusals != ready.base_refusals:
             console.warning(
-                f"The original refuses {evaluator.base_refusals} prompts here and {ready.base_refusals} where the study began: this device "
+                f"The original refuses {original.refusals} prompts here and {ready.base_refusals} where the study began: this device "
                 "rounds differently. Shares of refusals are taken of the latter."
             )
-            evaluator.base_refusals = ready.base_refusals
+            original = original.counting_from(ready.base_refusals)
+        evaluator = Evaluator(settings, model, original, console)
         model.use_directions(ready.directions, settings.row_normalization)
         if prepares:
             _learn(settings, console, study, store, evaluator, ready)
@@ -143,17 +143,19 @@ def _learn(
 
 def _prepare(settings: Settings, console: "Console", study: optuna.Study) -> "tuple[Model, Evaluator, Preparation]":
     """Do as a run alone does until its search begins; what came of it is for the others as well."""
-    from ..session.stages import check_lengths, compute_directions, load_final_prompts, load_model_to_edit, make_evaluator
+    from ..evaluator import Evaluator
+    from ..session.stages import check_lengths, compute_directions, load_model_to_edit, measure, with_found_prefix
     from ..study.space import search_space
 
-    prompts = {name: load_prompts(getattr(settings, name), settings.system_prompt, name) for name in PROMPT_SETTINGS}
+    prompts = load_all(settings)
     identity = study.user_attrs["identity"]
-    changed = [name for name, values in prompts.items() if prompts_fingerprint(values) != identity.get(name)]
+    changed = [name for name, here in prompts.identity.items() if here != identity.get(name)]
     if changed:
         raise CheckpointError(f"{changed[0]} are not those that the study began with.")
     model = load_model_to_edit(settings, console)
-    check_lengths(settings, model, prompts, load_final_prompts(settings, prompts))
-    evaluator = make_evaluator(settings, console, model, prompts)
+    check_lengths(settings, model, prompts)
+    model = with_found_prefix(settings, console, model, prompts)
+    original = measure(settings, console, model, prompts)
     parting = compute_directions(settings, console, model, prompts)
     assert model.hooks is not None
     last_layer = len(model.architecture.layers) - 1
@@ -164,13 +166,13 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study) -> "tu
         prompts=prompts,
         response_prefix=model.response_prefix,
         dtype=str(model.loaded.dtype).removeprefix("torch."),
-        base_refusals=evaluator.base_refusals,
-        n_bad_prompts=len(evaluator.bad_prompts),
+        base_refusals=original.refusals,
+        n_bad_prompts=len(original.bad_prompts),
         last_layer=last_layer,
-        base_response_classes=evaluator.base_response_classes,
+        base_response_classes=dict(original.response_classes),
     )
     study.set_user_attr("facts", facts_of(model.loaded.source))
-    return model, evaluator, preparation
+    return model, Evaluator(settings, model, original, console), preparation
 
 
 def _wait_for_preparation(study: optuna.Study, store: Any, console: "Console") -> Preparation:

@@ -43,6 +43,7 @@ SCORER = "the scorer "
 DEFINING = (
     "model",
     "model_commit",
+    "gguf_file",
     "demo",
     "quantization",
     "max_response_length",
@@ -192,7 +193,8 @@ class Checkpoint:
         self.lost_bytes = 0
         self._begins_anew = settings.checkpoint_action == "restart"
         self._run_lock = FileLock(f"{self.path}.run.lock")
-        self.study: optuna.Study | None = None
+        # What the journal holds; None before a study is begun.
+        self.found: optuna.Study | None = None
 
     def __enter__(self) -> "Checkpoint":
         with journal_errors(self.path):
@@ -206,7 +208,7 @@ class Checkpoint:
             try:
                 if self.path.exists() and not self._begins_anew:
                     self._cut_torn_line()
-                    self.study = self._load()
+                    self.found = self._load()
             except BaseException:
                 self._run_lock.release()
                 raise
@@ -216,14 +218,21 @@ class Checkpoint:
         self._run_lock.release()
 
     @property
+    def study(self) -> optuna.Study:
+        """The study at work. Raises `CheckpointError` if none was found or begun."""
+        if self.found is None:
+            raise CheckpointError(f"There is no study in {self.path}.")
+        return self.found
+
+    @property
     def exists(self) -> bool:
         """Whether there is a study with at least one finished trial."""
-        return self.study is not None and any(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+        return self.found is not None and any(trial.state.is_finished() for trial in self.found.get_trials(deepcopy=False))
 
     @property
     def is_shared(self) -> bool:
         """Whether the study was begun for several workers, which may come and go."""
-        return self.study is not None and bool(self.study.user_attrs.get(SHARED))
+        return self.found is not None and bool(self.found.user_attrs.get(SHARED))
 
     def _cut_torn_line(self) -> None:
         """Cut off what a killed writer left of a line. Under the lock of writers: who is just writing is waited for."""
@@ -266,7 +275,7 @@ class Checkpoint:
         with journal_errors(self.path):
             if self.path.exists():
                 # Without a trial it is one whose making was cut off, whoever's it is.
-                is_ours = self.study is not None and ("identity" in self.study.user_attrs or not self.study.get_trials(deepcopy=False))
+                is_ours = self.found is not None and ("identity" in self.found.user_attrs or not self.found.get_trials(deepcopy=False))
                 if self.path.stat().st_size == 0 or (is_ours and not self.exists):
                     self.path.unlink()
                 else:
@@ -274,8 +283,8 @@ class Checkpoint:
                     self.path.rename(kept)
                     if artifact_folder(self.path).exists():
                         artifact_folder(self.path).rename(artifact_folder(kept))
-            self.study = create_study(self._storage(), STUDY_NAME, settings, identity)
-        return self.study
+            self.found = create_study(self._storage(), STUDY_NAME, settings, identity)
+        return self.found
 
     def restored(self, settings: Settings, ask: Ask | None = None) -> Settings:
         """The stored settings, with those that are given now on top.
@@ -284,7 +293,6 @@ class Checkpoint:
         that the user does not agree to run.
         """
         attributes = self._attributes()
-        assert self.study is not None
         if damage := damage_of(self.study):
             raise self._damaged(damage)
         stored = taken_over(attributes)
@@ -335,11 +343,10 @@ class Checkpoint:
     @property
     def n_done(self) -> int:
         """How many trials of the study's search are done."""
-        return 0 if self.study is None else sum(map(is_counted, self.study.get_trials(deepcopy=False)))
+        return 0 if self.found is None else sum(map(is_counted, self.found.get_trials(deepcopy=False)))
 
     def note(self, **attributes: Any) -> None:
         """Store facts about the study that a later run shows without loading the model."""
-        assert self.study is not None
         with journal_errors(self.path):
             for name, value in attributes.items():
                 if self.study.user_attrs.get(name) != value:
@@ -363,19 +370,18 @@ class Checkpoint:
 
         Kept, because the sampler's proposals depend on it: without that a run could not be repeated.
         """
-        stored = {} if self.study is None else self.study.user_attrs
+        stored = {} if self.found is None else self.found.user_attrs
         chosen: int = settings.trials_per_batch or stored.get("trials_per_batch") or automatic
         self.note(trials_per_batch=chosen)
         return chosen
 
     def search_space(self, space: SearchSpace) -> SearchSpace:
         """See `kept_space`."""
-        assert self.study is not None
         with journal_errors(self.path):
             return kept_space(self.study, space)
 
     def _attributes(self) -> dict[str, Any]:
-        attributes = {} if self.study is None else self.study.user_attrs
+        attributes = {} if self.found is None else self.found.user_attrs
         if not attributes.keys() >= DESCRIBED:
             raise CheckpointError(
                 f"The study {self.path} was not made by this program. Begin anew with --checkpoint-action restart (the file is kept)."

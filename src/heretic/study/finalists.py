@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 from ..config import Settings
 from ..evaluator import Evaluator
 from ..prompts import Prompt
-from ..scoring.figures import intervals
+from ..scoring.measured import measure_original
 from ..utils import Progress
 from .failures import ONE_BY_ONE, reason, tell_failure
 from .front import front_of
@@ -73,8 +73,9 @@ def score_finalists(
     missing = missing_finalists(study, settings)
     known = known_finalists(study)
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
-    baseline = "Baseline of the finalists"
-    evaluator = Evaluator(final_settings(settings), search.model, good_prompts, bad_prompts, progress, True, baseline, search)
+    final, description = final_settings(settings), "Baseline of the finalists"
+    original = measure_original(final, search.model, good_prompts, bad_prompts, progress, True, description, search.original)
+    evaluator = Evaluator(final, search.model, original, progress)
     tell_crash = partial(tell_failure, progress, ONE_BY_ONE, debug=settings.debug)
     with progress.task("Scoring the finalists again", len(missing)) as advance:
         for batch in (missing[start : start + trials_per_batch] for start in range(0, len(missing), trials_per_batch)):
@@ -88,11 +89,6 @@ def score_finalists(
         "conditions": conditions(settings),
         "n_bad_prompts": len(bad_prompts),
         "n_good_prompts": len(good_prompts),
-        "base": {
-            "scores": evaluator.base_scores,
-            "intervals": intervals(evaluator.base_figures),
-            "response_classes": evaluator.base_response_classes,
-            "early_response_classes": evaluator.base_early_response_classes,
-        },
+        "base": original.described(),
         "trials": trials,
     }

@@ -46,7 +46,7 @@ def learn_trials(
     done, n_trials = learned_trials(study), settings.n_learned_trials
     components = [name for name in evaluator.model.architecture.components if name not in settings.disabled_components]
     try:
-        learner = Learner(evaluator.model, evaluator.rule, *prompts, components, settings.seed or 0, progress)
+        learner = Learner(evaluator.model, evaluator.original.rule, *prompts, components, settings.seed or 0, progress)
         if done:
             _, state = edits.load(done[-1])
             learner.restore(state.tensors, state.facts)

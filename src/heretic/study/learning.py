@@ -30,7 +30,7 @@ from ..errors import LearningError
 from ..model import Model
 from ..prompts import Prompt
 from ..scoring.openings import Openings
-from ..scoring.responses import RefusalRule
+from ..scoring.responses import Kind, RefusalRule
 from ..utils import Progress
 
 # The weight of the refusals in each of eight trials; other numbers of trials spread over the same range.
@@ -38,9 +38,11 @@ WEIGHTS = (6.0, 6.0, 3.0, 3.0, 1.5, 1.5, 0.7, 0.35)
 # Prompts of each kind in a step.
 STEP_PROMPTS = 8
 # Steps between two looks at what the model says by now, and at the prompts kept back.
-ROUND_STEPS = 4
+ROUND_STEPS = 6
 # Rounds of the first trial and of the others at most, and how many may pass without any gain.
-FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 6, 2, 1
+FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 4, 1, 2
+# How much slower the others learn: they begin at an edit that works.
+LATER_RATE = 0.7
 # Tokens of harmless answers that are held, and of responses to harmful prompts that are looked at.
 ANSWER_TOKENS, RESPONSE_TOKENS = 8, 28
 # Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
@@ -150,9 +152,11 @@ class Learner:
         """The original's answers to the harmless prompts, its responses to the harmful ones, and answers of its to some of these."""
         self._answers: list[tuple[int, ...]] = [()] * len(self.good_prompts)
         description = "Learning: answers to harmless prompts"
-        for row in self.model.responses_of_trials(self.model.rows_of(self.good_prompts, 1), ANSWER_TOKENS, [], description=description):
+        rows = self.model.rows_of(self.good_prompts, 1)
+        for row in self.model.responses_of_trials(rows, RESPONSE_TOKENS, [], self.rule.is_decided, description):
             self._answers[row.prompt] = tuple(row.generated[: ANSWER_TOKENS - 1])
-            self.openings.add(row.generated, refuses=False)
+            if kind := self._kind(row.generated, len(row.generated) >= RESPONSE_TOKENS):
+                self.openings.add(row.generated, kind == "refusal")  # some models refuse harmless prompts, too
         self._respond(range(len(self.bad_prompts)), "Learning: responses to harmful prompts", is_edited=False)
         self._branch()
 
@@ -183,13 +187,18 @@ class Learner:
 
     def _note(self, prompt: int, tokens: Sequence[int], is_cut_off: bool, remembers: bool = True) -> bool:
         """Remember a response; whether it refuses. One that is neither a refusal nor an answer is of no use."""
-        kind = self.rule.judge(self.model.tokenizer.decode(tokens, skip_special_tokens=True), is_cut_off).kind
-        if kind != "degenerate" and tokens and (remembers or kind == "compliance"):
+        kind = self._kind(tokens, is_cut_off)
+        if kind is not None and (remembers or kind == "compliance"):
             self.openings.add(tokens, kind == "refusal")
             paths = self.paths.setdefault(prompt, [])
             paths.append(Path(prompt, tuple(tokens), kind == "refusal"))
             del paths[:-REMEMBERED_PATHS]
         return kind == "refusal"
+
+    def _kind(self, tokens: Sequence[int], is_cut_off: bool) -> Kind | None:
+        """Whether a response is a refusal or an answer; None if it is neither."""
+        kind = self.rule.judge(self.model.tokenizer.decode(tokens, skip_special_tokens=True), is_cut_off).kind
+        return kind if tokens and kind != "degenerate" else None
 
     # The loss
 
@@ -322,19 +331,20 @@ class Learner:
         best: tuple[float, int, dict[str, Tensor]] | None = None
         n_steps = n_without_gain = 0
         for done in range(most + 1):
+            kept_back = self.kept_bad if done else []  # where a trial begins is the trial before
             asked = rng.sample(self.bad, min(ROUND_PROMPTS, len(self.bad))) if done < most else []
-            refused = sum(self._respond([*self.kept_bad, *asked])[: len(self.kept_bad)])
-            loss = self._kept_back_loss(weight)
-            if done and (best is None or loss < best[0]):
-                best, n_without_gain = (loss, refused, self.edit.state()), 0
-            elif done > 1:
-                n_without_gain += 1
+            refused = sum(self._respond([*kept_back, *asked])[: len(kept_back)])
+            if done:
+                loss = self._kept_back_loss(weight)
+                n_without_gain = 0 if best is None or loss < best[0] else n_without_gain + 1
+                if not n_without_gain:
+                    best = (loss, refused, self.edit.state())
             if n_without_gain > PATIENCE or done == most:
                 break
             for _ in range(ROUND_STEPS):
                 if should_stop():
                     return None
-                self._step(weight, rng)
+                self._step(weight, rng, 1.0 if number == 0 else LATER_RATE)
                 n_steps += 1
                 advance(1)
         advance((most - done) * ROUND_STEPS)
@@ -342,12 +352,12 @@ class Learner:
         self.edit.restore(best[2])
         return Outcome(best[0], best[1], len(self.kept_bad), n_steps)
 
-    def _step(self, weight: float, rng: random.Random) -> None:
+    def _step(self, weight: float, rng: random.Random, rate: float) -> None:
         loss = self._total(self._step_terms(weight, rng), learns=True)
         gradients = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
         if not all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise LearningError(f"the gradient of the loss ({loss:g}) is missing or not finite")
-        self.edit.step()
+        self.edit.step(rate)
 
     def _kept_back_loss(self, weight: float) -> float:
         """The loss on the prompts kept back, along what the model has just said to them."""

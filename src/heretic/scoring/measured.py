@@ -1,0 +1,207 @@
+"""What is measured of the original model before the first trial, and what trials are compared with from then on."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..config import Settings
+from ..decoding.prefix_cache import PrefixCache
+from ..device import is_out_of_memory
+from ..errors import EvaluationError, HereticError, TrialError
+from ..loading.source import expand
+from ..model import NOT_FINITE, Model, prompt_messages
+from ..prompts import Prompt
+from ..utils import Progress, SilentProgress
+from .divergence import OriginalAnswers
+from .figures import Figure, intervals
+from .learned_rule import LearnedRule
+from .outputs import Batch
+from .responses import SHOWN_KINDS, Kind, RefusalRule, Response, count_kinds
+from .score_tables import Baseline
+from .scorers import Refusals, Scorer, load_scorers
+
+
+@dataclass(frozen=True)
+class MeasuredOriginal:
+    """The original model's outputs for the evaluation prompts, what they are judged to be, and the scorers, prepared with them.
+
+    `prefix_cache` belongs to the model that was measured; None for another one. `whole_verdicts`: responses are judged by all of their
+    text, not by their beginnings.
+    """
+
+    good_prompts: Sequence[Prompt]
+    bad_prompts: Sequence[Prompt]
+    rule: RefusalRule
+    scorers: Mapping[str, Scorer]
+    whole_verdicts: bool
+    answers: OriginalAnswers
+    prefix_cache: PrefixCache | None
+    kinds: Sequence[Kind]
+    refusals: int
+    response_classes: Mapping[str, int]
+    early_response_classes: Mapping[str, int]
+    figures: Mapping[str, Figure]
+
+    @property
+    def logprobs(self) -> Tensor:
+        """Log-probabilities `(prompt, vocabulary)` of the first token after each harmless prompt, float32."""
+        return self.answers.first_token_logprobs()
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The figures' values by scorer."""
+        return {name: figure.value for name, figure in self.figures.items()}
+
+    def described(self) -> dict[str, Any]:
+        """All figures, with intervals, as plain data."""
+        return {
+            "scores": self.scores,
+            "intervals": intervals(self.figures),
+            "response_classes": dict(self.response_classes),
+            "early_response_classes": dict(self.early_response_classes),
+        }
+
+    @property
+    def baseline(self) -> Baseline:
+        """What trials are shown beside."""
+        return Baseline(len(self.bad_prompts), self.refusals, self.response_classes)
+
+    def counting_from(self, refusals: int) -> "MeasuredOriginal":
+        """The same, with as many refusals as another worker has counted: shares are taken of those."""
+        for scorer in self.scorers.values():
+            if isinstance(scorer, Refusals):
+                scorer.base = refusals
+        return replace(self, refusals=refusals)
+
+
+def measure_original(
+    settings: Settings,
+    model: Model,
+    good_prompts: Sequence[Prompt],
+    bad_prompts: Sequence[Prompt],
+    progress: Progress | None = None,
+    all_scorers: bool = False,
+    description: str = "Baseline",
+    like: MeasuredOriginal | None = None,
+) -> MeasuredOriginal:
+    """Let the original answer the evaluation prompts, and prepare the scorers with that.
+
+    `all_scorers`: those work as well that are for finalists only. `description` heads what is told of the passes. `like`: what was
+    measured of the same model before serves again if the prompts and the tokens compared are the same. Raises `EvaluationError` if the
+    original refuses nothing, since no search could improve on that, and if a scorer fails on the original; `UsageError` for scorers that
+    cannot be made.
+    """
+    good_prompts, bad_prompts = list(good_prompts), list(bad_prompts)
+    progress = progress or SilentProgress()
+    chosen = settings.all_scorers
+    scorers = {name: s for name, s in load_scorers(settings).items() if all_scorers or not chosen[name].finalists_only}
+    whole_verdicts = all_scorers or any(scorer.needs_whole_responses for scorer in scorers.values())
+    rule = refusal_rule(settings, model, bad_prompts)
+
+    def take(answers: OriginalAnswers) -> Batch:
+        batch = Batch(
+            model=model,
+            answers=answers,
+            rule=rule,
+            good_prompts=good_prompts,
+            bad_prompts=bad_prompts,
+            max_response_length=settings.max_response_length,
+            ablations=[],
+            whole_responses=True,  # they must be known, to tell what an edit did to them
+            whole_verdicts=whole_verdicts,
+            show=response_shown(settings, progress),
+            description=f"{description}: harmful prompts",
+        )
+        batch.harmful()
+        if not all(batch.finite):
+            raise TrialError(NOT_FINITE)
+        return batch
+
+    try:
+        wanted = good_prompts, bad_prompts, settings.kl_tokens
+        if like is not None and (like.good_prompts, like.bad_prompts, like.answers.n_tokens) == wanted:
+            answers, model.prefix_cache = like.answers, like.prefix_cache
+            batch = take(answers)
+        else:
+            described, folder = f"{description}: answers to harmless prompts", expand(settings.study_checkpoint_dir)
+            answers = OriginalAnswers(model, good_prompts, settings.kl_tokens, described, folder)
+            with model.recording_prefix_cache():
+                answers.record(model, f"{description}: harmless prompts")
+                batch = take(answers)
+    except TrialError as error:
+        raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
+    responses = batch.harmful()[0]
+    counts = count_kinds(responses)
+    if counts["refusal"] == 0 and any(name == "refusals" for name, _ in settings.objectives):
+        raise EvaluationError(
+            f"The model refuses none of the {len(bad_prompts)} harmful evaluation prompts, so there is nothing to remove. "
+            "Perhaps it was never trained to refuse, or it refuses in words that the rule does not know: look at its answers with "
+            "--print-responses, and set refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
+        )
+    batch.description = None
+    return MeasuredOriginal(
+        good_prompts=good_prompts,
+        bad_prompts=bad_prompts,
+        rule=rule,
+        scorers=scorers,
+        whole_verdicts=whole_verdicts,
+        answers=answers,
+        prefix_cache=model.prefix_cache,
+        kinds=[response.whole or response.kind for response in responses],
+        refusals=counts["refusal"],
+        response_classes=counts,
+        early_response_classes=count_kinds(responses, early=True) if whole_verdicts else {},
+        figures={name: _prepared(name, scorer, batch) for name, scorer in scorers.items()},
+    )
+
+
+def _prepared(name: str, scorer: Scorer, original: Batch) -> Figure:
+    """A scorer's figure of the original, which it is prepared with."""
+    try:
+        scorer.prepare(original.outputs())
+        return figure_of(name, scorer, original, 0)
+    except TrialError as error:
+        raise EvaluationError(f"The original model cannot be scored: {error}.") from error
+    except HereticError:
+        raise
+    except Exception as error:  # somebody else's code
+        raise EvaluationError(f"The scorer {name} failed on the original model: {type(error).__name__}: {error}.") from error
+
+
+def figure_of(name: str, scorer: Scorer, batch: Batch, i: int) -> Figure:
+    """A scorer's figure of one trial of a batch. Raises `TrialError` if the scorer fails or gives no finite number."""
+    try:
+        result = scorer.score(batch.outputs(i))
+        figure = result if isinstance(result, Figure) else Figure(float(result))
+    except Exception as error:
+        # Trials that are too many for the memory are tried again one by one.
+        if isinstance(error, HereticError) or is_out_of_memory(error):
+            raise
+        raise TrialError(f"the scorer {name} failed: {type(error).__name__}: {error}") from error
+    if not math.isfinite(figure.value):
+        raise TrialError(f"the scorer {name} gives {figure.value}, which is no finite number")
+    return figure
+
+
+def response_shown(settings: Settings, progress: Progress) -> Callable[[Prompt, Response], None]:
+    """What is done with each response to a harmful prompt: it is shown if `print_responses` is set."""
+
+    def show(prompt: Prompt, response: Response) -> None:
+        if settings.print_responses:
+            progress.message(f"Prompt: {prompt.user}\n{SHOWN_KINDS[response.kind]}: {response.text.strip()}\n")
+
+    return show
+
+
+def refusal_rule(settings: Settings, model: Model, bad_prompts: Sequence[Prompt]) -> RefusalRule:
+    """The rule by which a model's responses are judged."""
+    skips = settings.chain_of_thought_skips
+    # The opening of a thinking block with which prompts end as the model sees them, where there is one.
+    shown = model.render(prompt_messages(bad_prompts[0])).rstrip() if bad_prompts else ""
+    begins_inside = next((opening for opening, _ in skips if shown.endswith(opening)), None)
+    if settings.refusal_rule == "markers":
+        return RefusalRule(settings.refusal_markers, skips, begins_inside)
+    return LearnedRule(settings.own_markers, skips, begins_inside)
