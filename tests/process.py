@@ -17,11 +17,14 @@ def start(arguments: Sequence[str], output: str = os.devnull, before: Callable[[
     assert heretic.session.interact
     pid = os.fork()
     if pid == 0:
-        before()
-        files = [os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)]
-        for number, file in ((0, files[0]), (1, files[1]), (2, files[1])):
-            os.dup2(file, number)
-        run_and_exit(arguments)
+        try:
+            before()
+            files = [os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)]
+            for number, file in ((0, files[0]), (1, files[1]), (2, files[1])):
+                os.dup2(file, number)
+            run_and_exit(arguments)
+        finally:
+            os._exit(1)  # whatever was raised: this process must not go on as the test
     return pid
 
 

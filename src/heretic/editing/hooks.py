@@ -115,9 +115,8 @@ class AblationHooks:
     def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
         """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
         for writer in self.architecture.writers:
-            r, strength = self.edit_of(writer, ablation)
-            if strength:
-                yield writer, r, strength
+            if self._strength(writer, ablation):  # what was learned knows no direction of others
+                yield writer, *self.edit_of(writer, ablation)
 
     def first_layer(self, ablation: Ablation) -> int:
         """The first layer that the ablation edits; the number of layers where it edits none."""

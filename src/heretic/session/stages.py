@@ -237,7 +237,11 @@ def learn_shown(
 
     if not lacks_learned_trials(study, settings):
         return False
-    with stop_on_interrupt(lambda: console.message("Stopping. Ctrl+C again leaves at once.")) as should_stop:
+
+    def note_stop() -> None:
+        console.message("Stopping: what is being learned is left to the next run. Ctrl+C again leaves at once.")
+
+    with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
         learn_trials(
             study,
             edits,

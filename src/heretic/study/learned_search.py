@@ -65,7 +65,8 @@ def learn_trials(
     except GivenUp:  # Ctrl+C, and a model that takes long: what was not told is learned again by the resume
         return
     except LearningError as error:
-        progress.warning(f"No edits are learned: {error}. The search goes on without.")
+        which = "No more" if learned_trials(study) else "No"
+        progress.warning(f"{which} edits are learned: {error}. The search goes on without.")
         with journal_errors(str(location)):
             study.set_user_attr(LEARNING_FAILED, str(error))
 

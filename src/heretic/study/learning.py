@@ -240,14 +240,20 @@ class Learner:
     # Passes
 
     def _total(self, terms: Sequence[Term], learns: bool) -> float:
-        """The loss of some terms; if `learns`, with its gradients. As many rows at a time as fit."""
+        """The loss of some terms; if `learns`, with its gradients."""
         originals = self._originals.of([term for term in terms if term.needs_original])
-        total, waiting = 0.0, sorted(terms, key=lambda term: -len(term.tokens))
+        losses: list[float] = []
+        self._in_passes(terms, lambda part: losses.append(self._pass(part, originals, learns)))
+        return sum(losses)
+
+    def _in_passes(self, terms: Sequence[Term], work: Callable[[Sequence[Term]], None]) -> None:
+        """Do the work, as many rows at a time as fit."""
+        waiting = sorted(terms, key=lambda term: -len(term.tokens))
         while waiting:
             n = max(1, self._pass_tokens // len(waiting[0].tokens))
             part = waiting[:n] if self.model.pads else [term for term in waiting[:n] if len(term.tokens) == len(waiting[0].tokens)]
             try:
-                total += self._pass(part, originals, learns)
+                work(part)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -256,7 +262,6 @@ class Learner:
                 waiting = waiting[len(part) :]
                 continue
             empty_cache()
-        return total
 
     def _need_less(self, n_rows: int, error: BaseException) -> None:
         """Keep fewer activations after memory has run out: layers are computed twice, then rows are halved."""
@@ -293,18 +298,17 @@ class Learner:
 
     def _original_logprobs(self, terms: Sequence[Term]) -> list[Tensor]:
         """Log-probabilities `(n, vocabulary)` of the original at the ends of the terms, float32 on the CPU."""
-        found: list[Tensor] = []
-        waiting = list(terms)
-        while waiting:
-            part = waiting[: max(1, self._pass_tokens // max(len(term.tokens) for term in waiting))]
-            if not self.model.pads:
-                part = part[:1]
+        found: dict[Term, Tensor] = {}
+
+        def work(part: Sequence[Term]) -> None:
             n = max(term.n for term in part)
             with torch.no_grad():
                 logits = self.model.logits_at_end([term.tokens for term in part], n)
-            found += [torch.log_softmax(own[n - term.n :].float(), dim=-1).cpu() for term, own in zip(part, logits, strict=True)]
-            waiting = waiting[len(part) :]
-        return found
+            for term, own in zip(part, logits, strict=True):
+                found[term] = torch.log_softmax(own[n - term.n :].float(), dim=-1).cpu()
+
+        self._in_passes(terms, work)
+        return [found[term] for term in terms]
 
     # Trials
 
@@ -322,6 +326,7 @@ class Learner:
         Raises `LearningError` if the loss or its gradient is not finite, or memory does not suffice for a single prompt.
         """
         rng = random.Random(f"{self.seed} {number}")
+        self._originals.forget()  # a resume has none of them, and what they share a pass with changes their last digits
         most = FIRST_ROUNDS if number == 0 else LATER_ROUNDS
         best: tuple[float, int, dict[str, Tensor]] | None = None
         n_steps = n_without_gain = 0
@@ -379,7 +384,12 @@ class Originals:
 
     def __init__(self, compute: Callable[[Sequence[Term]], list[Tensor]], max_bytes: float) -> None:
         self._compute = compute
-        self._room = max_bytes
+        self._max_bytes = max_bytes
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._room = self._max_bytes
         self._known: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
     def of(self, terms: Sequence[Term]) -> dict[Term, Tensor]:
