@@ -24,10 +24,12 @@ from heretic.editing.ablation import Ablation, RowNormalization
 from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks
 from heretic.editing.learning import FIRST_STRENGTH, LearnableEdit, divergence, refusal_loss
+from heretic.errors import LearningError
 from heretic.evaluator import Score
 from heretic.saving.export import save
 from heretic.saving.record import Result
 from heretic.scoring.openings import DEPTH, Openings
+from heretic.study import learning
 from heretic.study.front import search_view
 from heretic.study.learning import WEIGHTS, Originals, Term, checkpointed, weights
 from heretic.study.samplers import make_sampler
@@ -460,3 +462,31 @@ def test_a_search_proposes_the_same_whatever_was_learned_before(sampler: Sampler
             assert len(search_view(study).trials) == len(search_view(study).get_trials()) == 10
     assert found[0] == found[1]
     assert len({json.dumps(params) for params in found[0]}) == 9
+
+
+class Opaque(torch.autograd.Function):
+    """An operation that has no gradient, as kernels of some models have none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> Any:
+        raise NotImplementedError("this kernel is for inference only")
+
+
+def test_an_operation_without_a_gradient_is_told() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(LearningError, match=r"^the model has an operation without a gradient \(this kernel is for inference only\)$"):
+        learning._backward(Opaque.apply(x).sum())
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        learning._backward(OutOfRoom.apply(x).sum())
+
+
+class OutOfRoom(Opaque):
+    """Memory that runs out in the backward pass."""
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

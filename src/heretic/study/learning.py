@@ -31,7 +31,7 @@ from ..model import Model
 from ..prompts import Prompt
 from ..scoring.openings import Openings
 from ..scoring.responses import Kind, RefusalRule
-from ..utils import Progress
+from ..utils import Progress, first_line
 
 # The weight of the refusals in each of eight trials; other numbers of trials spread over the same range.
 WEIGHTS = (6.0, 6.0, 3.0, 3.0, 1.5, 1.5, 0.7, 0.35)
@@ -290,7 +290,7 @@ class Learner:
                     losses.append(term.loss(edited, None if original is None else original.to(edited.device)))
                 loss = torch.stack(losses).sum()
                 if learns:
-                    torch.autograd.backward(loss)
+                    _backward(loss)
         except (RuntimeError, MemoryError):  # what a pass that was cut off has added would count twice
             self.edit.directions.grad, self.edit.strengths.grad = kept
             raise
@@ -377,6 +377,16 @@ class Learner:
         self.paths = {}
         for prompt, tokens, refuses in facts["paths"]:
             self.paths.setdefault(prompt, []).append(Path(prompt, tuple(tokens), refuses))
+
+
+def _backward(loss: Tensor) -> None:
+    """Take the gradient. Raises `LearningError` if some operation of the model has none."""
+    try:
+        torch.autograd.backward(loss)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise LearningError(f"the model has an operation without a gradient ({first_line(error)})") from error
 
 
 class Originals:
