@@ -160,7 +160,7 @@ def test_the_study_tells_of_learned_trials(finished: Path) -> None:
         assert isinstance(attributes["refusals"], int) and isinstance(attributes["kl_divergence"], float)
         assert trial.values[0] == attributes["refusals"] / N_EVALUATED
         own = attributes["learned"]
-        assert (own["number"], own["weight"], own["steps"]) == (number, [6.0, 0.35][number], [8, 4][number])
+        assert (own["number"], own["weight"], own["steps"]) == (number, [6.0, 0.35][number], [2, 1][number] * learning.ROUND_STEPS)
         names = [f"model.layers.{i}.{name}" for i in range(8) for name in ("self_attn.o_proj", "mlp.down_proj")]
         assert [writer["writer"] for writer in own["writers"]] == names
         assert [writer["layer"] for writer in own["writers"]] == [i for i in range(8) for _ in range(2)]
@@ -182,7 +182,7 @@ def test_the_screen_and_the_report_tell_of_learned_trials(finished: Path) -> Non
     first = study_of(finished).trials[0].user_attrs
     assert re.search(
         rf"\nLearned edit 1/2: {first['refusals']} of {N_EVALUATED} refused \(original {N_EVALUATED}\), KL divergence "
-        rf"{first['kl_divergence']:.4f} \(sequence {first['sequence_kl_divergence']:.4f}\); 8 steps, \d+",
+        rf"{first['kl_divergence']:.4f} \(sequence {first['sequence_kl_divergence']:.4f}\); {2 * learning.ROUND_STEPS} steps, \d+",
         said,
     )
     assert said.index("Learned edit 2/2: ") < said.index("\nSearch: 2 trials, 0 done\n") < said.index("\nTrial 1/2: ")

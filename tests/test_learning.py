@@ -442,7 +442,7 @@ def made_up(ablations: list[Ablation], limit: object = None) -> list[Score]:
     return [Score(max(0, round(20 - 6 * s)), 0.02 * s**2) for s in strengths]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsgaii", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.slow), "nsgaii", "random"])
 def test_a_search_proposes_the_same_whatever_was_learned_before(sampler: SamplerName) -> None:
     space = search_space(Settings(model="m"), ["attn.o_proj", "mlp.down_proj"], 10)
     found = []
