@@ -102,7 +102,7 @@ class Subject:
 
     def plausibility(self, ablation: Ablation | None) -> float:
         """Mean log-probability under the original of answers from the sixth word on: the edit's to harmful prompts, or its own."""
-        prompts = self.evaluator.good_prompts if ablation is None else self.evaluator.bad_prompts
+        prompts = self.evaluator.original.good_prompts if ablation is None else self.evaluator.original.bad_prompts
         total, n = 0.0, 0
         ablations = [] if ablation is None else [ablation]
         rows = list(self.model.responses_of_trials(self.model.rows_of(prompts, 1), ANSWER_TOKENS, ablations))
@@ -126,7 +126,7 @@ class Subject:
         space = search_space(self.settings, list(self.model.architecture.components), last_layer, self.parting)
         study = optuna.create_study(directions=["minimize", "minimize"])
         search = Search(study, "memory", space, seed, n_trials * 3 // 10)
-        size = automatic_trials_per_batch(len(self.evaluator.bad_prompts), n_trials)
+        size = automatic_trials_per_batch(len(self.evaluator.original.bad_prompts), n_trials)
         search.run(n_trials, self.evaluator.score_trials, self.evaluator.objectives, size)
         points = [(trial.user_attrs["refusals"], trial.user_attrs["kl_divergence"]) for trial in search.front]
         seconds = time.perf_counter() - start
@@ -151,7 +151,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     for name in arguments.models:
         subject = Subject(name, arguments.mode, arguments.max_response_length)
-        found: dict[str, Any] = {"base_refusals": subject.evaluator.base_refusals}
+        found: dict[str, Any] = {"base_refusals": subject.evaluator.original.refusals}
         for seed in arguments.seeds:
             kinds = {"learned": Parts()}
             if arguments.leave_out:
