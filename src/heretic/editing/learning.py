@@ -62,7 +62,7 @@ class LearnableEdit:
         """The edit as it is now, as data."""
         with torch.no_grad():
             directions = {writer.name: self._unit_direction(writer, self.directions).float() for writer in self.writers}
-        return LearnedEdit(directions, {w.name: float(s) for w, s in zip(self.writers, self.strengths, strict=True)})
+        return LearnedEdit(directions, {w.name: s for w, s in zip(self.writers, self.strengths.tolist(), strict=True)})
 
     def turned(self) -> list[float]:
         """By writer, the cosine between the direction of its layer and the difference of means that it began at."""

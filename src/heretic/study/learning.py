@@ -294,7 +294,7 @@ class Learner:
         except (RuntimeError, MemoryError):  # what a pass that was cut off has added would count twice
             self.edit.directions.grad, self.edit.strengths.grad = kept
             raise
-        return float(loss)
+        return loss.item()
 
     def _original_logprobs(self, terms: Sequence[Term]) -> list[Tensor]:
         """Log-probabilities `(n, vocabulary)` of the original at the ends of the terms, float32 on the CPU."""
