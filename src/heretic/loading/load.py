@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    modeling_utils,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM
 from transformers.utils import logging as transformers_logging
@@ -202,7 +205,8 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
     transformers_logging.disable_progress_bar()  # the weights' bars; loading is a task of ours
     if sys.stdout.isatty():
         hub_utils.enable_progress_bars()  # downloads' bars, which the line above turned off too
-    model, report = auto_class(config).from_pretrained(source.path, output_loading_info=True, **arguments)
+    with _optional_warmup():
+        model, report = auto_class(config).from_pretrained(source.path, output_loading_info=True, **arguments)
     if missing := sorted(report["missing_keys"]):
         progress.warning(
             f"Missing in the model's files and set at random: {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}. "
@@ -217,6 +221,23 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+@contextmanager
+def _optional_warmup() -> Iterator[None]:
+    """Within, a model is loaded even if transformers fails to take its memory in advance, which only saves time: where a device has less
+    than 1.2 GiB, it asks for a negative size."""
+    warmup = modeling_utils.caching_allocator_warmup
+
+    def tried(*arguments: Any) -> None:
+        with suppress(RuntimeError):
+            warmup(*arguments)
+
+    modeling_utils.caching_allocator_warmup = tried
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = warmup
 
 
 def _take_generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
