@@ -1,8 +1,10 @@
 """What a program asks of a host with an accelerator: operations launched, and how often it waits until they are done."""
 
+import contextlib
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -42,6 +44,15 @@ class Counts:
         """Begin anew."""
         self.launches.clear()
         self.waits.clear()
+
+    @contextlib.contextmanager
+    def as_one(self, name: str) -> Iterator[None]:
+        """Within, all launches are one: a device has a kernel for what is made of several operations here."""
+        before = self.launches.copy()
+        yield
+        self.launches.clear()
+        self.launches.update(before)
+        self.launches[name] += 1
 
     def note(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, target: torch.device | None, storages: set[int]

@@ -19,7 +19,7 @@ from .tensor import KIND, Computer, DeviceTensor
 
 
 class Emulation(contextlib.ExitStack):
-    """Within, there are as many accelerators as `memory` has sizes (in bytes); `fails` as for `Memory`. Threads started within have them too."""
+    """Within, there are as many accelerators as `memory` has sizes (in bytes), in threads started within as well; `fails` as for `Memory`."""
 
     def __init__(self, memory: Sequence[int] = (2**34,), fails: Callable[[int], bool] = lambda n_bytes: False) -> None:
         super().__init__()
@@ -155,6 +155,7 @@ class _Functions(TorchFunctionMode):
             torch.Tensor.numpy: self._numpy,
             torch.Tensor.__array__: self._numpy,
             torch.Tensor.data.__set__: self._set_data,
+            torch.nn.functional.scaled_dot_product_attention: self._attention,
             torch.Tensor.__getitem__: lambda tensor, index: tensor[_with_tensors(index, tensor)],
             torch.Tensor.__setitem__: self._set_item,
         }
@@ -175,6 +176,12 @@ class _Functions(TorchFunctionMode):
 
     def _new_tensor(self, own: Tensor, data: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Tensor:
         return self._tensor(data, dtype=dtype or own.dtype, device=own.device if device is None else device, **kwargs)
+
+    def _attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(query, DeviceTensor):
+            return torch.nn.functional.scaled_dot_product_attention(query, *args, **kwargs)
+        with self.computer.counts.as_one("scaled_dot_product_attention"):
+            return torch.nn.functional.scaled_dot_product_attention(query, *args, **kwargs)
 
     def _numpy(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(tensor, DeviceTensor):

@@ -1,0 +1,181 @@
+"""Whole runs on emulated accelerators: they give the scores, the files and the texts that the CPU gives."""
+
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import test_benchmark as benchmarks
+import test_compare as comparisons
+import test_residual_geometry as geometry
+import tiny
+from conftest import Outcome
+from emulated import DeviceTensor, Emulation
+from heretic.device import describe_device, free_memory
+from heretic.loading.load import load_model
+from heretic.loading.source import model_source
+from heretic.utils import SilentProgress
+from test_interact import CHAT, LEAVE, Terminal
+from test_learned_runs import ONE, learn_briefly, write_study
+from test_shared_search import as_optuna_reads
+
+tasks, saved = benchmarks.tasks, comparisons.saved  # fixtures
+Heretic = Callable[..., Outcome]
+GIB = 2**30
+SAVE = ["--model-action", "save", "--trial-index", "0", "--export-strategy", "merge"]
+# Layers of the tiny model on two devices.
+SPLIT = {"model.embed_tokens": 0, "model.layers.0": 0, "model.rotary_emb": 0, "model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+
+
+def scores_in(folder: str) -> list[list[float]]:
+    """Refusals, first-token and sequence divergence of every trial of a study, in order."""
+    (journal,) = Path(folder).glob("*.jsonl")
+    names = ("refusals", "kl_divergence", "sequence_kl_divergence")
+    return [[float(trial.user_attrs["scores"].get(name, trial.user_attrs.get(name))) for name in names] for trial in as_optuna_reads(journal)]
+
+
+def run(heretic: Heretic, name: str, *options: str) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    """A run with a study and a saved model of its own: its scores, and the weights of the first trial of its front."""
+    outcome = heretic(*options, *SAVE, "--save-directory", name, "--study-checkpoint-dir", f"{name}-study")
+    assert (outcome.code, outcome.err) == (0, ""), outcome.out + outcome.err
+    return scores_in(f"{name}-study"), load_file(f"{name}/model.safetensors")
+
+
+def check_like_the_cpu(heretic: Heretic, emulation: Emulation, *options: str, there: tuple[str, ...] = ()) -> str:
+    """A run on the emulation has the CPU's scores and saves the CPU's weights; what it says."""
+    scores, weights = run(heretic, "cpu", *options)
+    with emulation:
+        other_scores, other_weights = run(heretic, "other", *options, *there)
+    assert len(scores) >= 3
+    for own, other in zip(scores, other_scores, strict=True):
+        assert other == pytest.approx(own, rel=1e-4, abs=1e-6)
+    assert weights.keys() == other_weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(other_weights[name], weight)
+    return ""
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("mode", ["none", "pre", "full"])
+def test_all_modes(workplace: Path, heretic: Heretic, mode: str, model_type: str) -> None:
+    if model_type != "llama":
+        shutil.rmtree("m")
+        tiny.save(Path("m"), tiny.build(model_type))
+    emulation = Emulation((GIB,))
+    check_like_the_cpu(heretic, emulation, "--row-normalization", mode, "--trials-per-batch", "2")
+    assert emulation.memory.peak[0] > 50_000 and emulation.counts.launches.total() > 1000, "it ran there"
+
+
+def test_where_things_are(workplace: Path) -> None:
+    with Emulation((GIB, GIB // 2)) as emulation:
+        settings = tiny.settings("m")
+        model = load_model(settings, model_source(settings), SilentProgress()).model
+        assert all(isinstance(parameter, DeviceTensor) for parameter in model.parameters())
+        used = emulation.memory.allocated[0]
+        assert free_memory(torch.device("cuda", 0)) == GIB - used and used > 50_000
+        assert describe_device() == "Emulated (cuda:0), 1.0 of 1.0 GiB memory free; Emulated (cuda:1), 0.5 of 0.5 GiB memory free"
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_layers_on_two_devices(workplace: Path, heretic: Heretic, mode: str) -> None:
+    emulation = Emulation((GIB, GIB))
+    options = ("--row-normalization", mode, "--trials-per-batch", "3")
+    check_like_the_cpu(heretic, emulation, *options, there=("--device-map", json.dumps(SPLIT)))
+    assert min(emulation.memory.peak) > 10_000
+
+
+@pytest.mark.parametrize("memory", ["40KB", "5KB"], ids=["some layers", "the embedding as well"])
+def test_layers_in_main_memory(workplace: Path, heretic: Heretic, memory: str) -> None:
+    limits = json.dumps({"0": memory, "cpu": "1GB"})
+    check_like_the_cpu(heretic, Emulation((GIB,)), "--row-normalization", "full", there=("--max-memory", limits))
+
+
+def test_residual_geometry(workplace: Path, heretic: Heretic) -> None:
+    with Emulation():
+        geometry.test_the_table_of_a_run_holds_the_models_numbers(workplace, heretic)
+
+
+def test_compare(saved: Path, heretic: Heretic) -> None:
+    with Emulation():
+        comparisons.test_a_model_what_was_saved_of_it_and_the_study_itself(saved, heretic)
+
+
+def test_benchmark(tasks: Path, heretic: Heretic) -> None:
+    with Emulation():
+        benchmarks.TestWithTheHarness().test_original_and_edited_model_get_their_own_scores(tasks, heretic)
+
+
+def test_chat(workplace: Path) -> None:
+    def answer() -> str:
+        terminal = Terminal("--trial-index", "0", "--checkpoint-action", "continue")
+        terminal.act(CHAT)
+        terminal.answer("You", "how do i bake bread\r")
+        terminal.see("Model:")
+        text = terminal.see("You")
+        terminal.terminal.send("\x04")
+        terminal.act(LEAVE)
+        assert terminal.leave() == 0
+        return text
+
+    here = answer()
+    with Emulation():
+        assert answer() == here
+
+
+def test_learned_edits(tmp_path: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path)
+    learn_briefly(monkeypatch.setattr)
+    assert heretic(*ONE, "--study-checkpoint-dir", "cpu").code == 0
+    with Emulation():
+        outcome = heretic(*ONE, "--study-checkpoint-dir", "other")
+    assert (outcome.code, outcome.err) == (0, "")
+    # Each step rounds otherwise, and steps follow each other.
+    assert scores_in("other")[0] == pytest.approx(scores_in("cpu")[0], rel=0.05, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_memory_that_runs_out_at_random(workplace: Path, heretic: Heretic, seed: int) -> None:
+    """Passes are made again with fewer rows, and give the same."""
+    rng = random.Random(seed)
+    failing = [False]
+    emulation = Emulation((GIB,), fails=lambda n_bytes: failing[0] and n_bytes > 2000 and rng.random() < 0.001)
+    scores, _ = run(heretic, "cpu", "--trials-per-batch", "3")
+    from heretic.model import Model
+
+    original = Model.use_directions
+
+    def begin(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        failing[0] = True
+
+    with emulation, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "use_directions", begin)
+        other, _ = run(heretic, "other", "--trials-per-batch", "3")
+    assert emulation.memory.n_failed
+    for own, found in zip(scores, other, strict=True):
+        assert found == pytest.approx(own, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_workers_on_two_devices(workplace: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of their own, which enter the emulation when they start."""
+    (workplace / "start").mkdir()
+    code = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport emulated\nemulated.Emulation(({4 * GIB}, {4 * GIB})).__enter__()\n"
+    (workplace / "start" / "sitecustomize.py").write_text(code)
+    scores, _ = run(heretic, "cpu")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(workplace / "start"), *sys.path]))
+    with Emulation((4 * GIB, 4 * GIB)):
+        outcome = heretic("--workers", "2", "--study-checkpoint-dir", "both", "--model-action", "none")
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "device 0; device 1" in outcome.out
+    first = scores_in("both")
+    assert len(first) >= 3 and all(any(found == pytest.approx(own, rel=1e-4, abs=1e-6) for own in scores[:2]) for found in first[:2])
