@@ -18,6 +18,7 @@ from ..loading.load import load_config, stored_dtype
 from ..loading.quantized import stored_method
 from ..loading.source import ModelSource
 from ..utils import Progress, first_line, some_of
+from . import CARD, DIRECTIONS, PICTURE, RECORD
 from .dequantize import dequantized
 from .placement import Piece, Placements, skeleton
 from .stored import WEIGHT_FILES, StoredModel, open_stored
@@ -26,7 +27,7 @@ from .stored import WEIGHT_FILES, StoredModel, open_stored
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite")
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
 # Written anew.
-REPLACED = ("README.md", "kernel.svg", "heretic.json", "heretic.directions")
+REPLACED = (CARD, PICTURE, RECORD, DIRECTIONS)
 # Tensors outside of the model's own files are a second copy of it where they are this large a part of it, and else an extra part.
 SECOND_COPY = 0.5
 
