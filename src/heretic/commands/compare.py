@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config import Settings
 from ..device import empty_cache
@@ -203,7 +204,7 @@ def loaded(chosen: Candidate, settings: Settings, progress: Progress) -> Iterato
         empty_cache()
 
 
-def _with_adapter(model: Any, chosen: Candidate) -> Any:
+def _with_adapter(model: PreTrainedModel, chosen: Candidate) -> Any:
     """The model with an adapter's changes in its weights. Raises `ModelError` where the adapter is not one for it."""
     from peft import PeftModel  # takes seconds to import
 

@@ -4,13 +4,13 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 from huggingface_hub.hf_api import RepoFile
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ..errors import ExportError, ModelError
 from ..loading.files import files_of_index, leads_out, plain_names
@@ -41,7 +41,7 @@ class Original:
 
     source: ModelSource
     folder: Path
-    config: Any
+    config: PreTrainedConfig
     stored: StoredModel
     placements: Placements
     files: tuple[str, ...]
