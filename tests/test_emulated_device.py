@@ -69,7 +69,7 @@ def test_tensors_of_two_devices_do_not_meet(emulation: Emulation, name: str, a: 
     if name in CPU_NUMBER and b == "cpu":
         assert MIXED[name](a, b).device == torch.device(a)
         return
-    with pytest.raises(RuntimeError, match="Expected .* (be on|have) the same device"):
+    with pytest.raises(RuntimeError, match=r"Expected .* (be on|have) the same device"):
         MIXED[name](a, b)
 
 
@@ -210,7 +210,7 @@ def test_an_allocation_fails_when_told_to() -> None:
 
 
 WAITS: list[tuple[Callable[[], Any], int]] = [
-    (lambda: there(3)[0].item(), 1),
+    (lambda: there(3)[0].item(), 1),  # noqa: PLW0108
     (lambda: there(3).tolist(), 1),
     (lambda: there(3).cpu(), 1),
     (lambda: bool(there(1) > 0), 1),
@@ -230,7 +230,7 @@ WAITS: list[tuple[Callable[[], Any], int]] = [
     (lambda: there(3) + 1, 0),
     (lambda: there(3).masked_fill_(there(3) > 0, 1.0), 0),
     (lambda: there(3)[1:], 0),
-    (lambda: here(3)[here(3) > 0].tolist(), 0),
+    (lambda: here(3)[here(3) > 0].tolist(), 0),  # noqa: PLW0108
 ]
 
 

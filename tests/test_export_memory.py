@@ -14,7 +14,8 @@ from tiny import save as save_original
 MEASURE = """
 import json, sys
 from pathlib import Path
-from heretic.commands import rebuild
+from heretic.commands.read_record import fetched
+from heretic.commands.rebuild import rebuild
 from heretic.utils import SilentProgress
 
 def peak():
@@ -22,8 +23,8 @@ def peak():
     return int(fields["VmHWM"].split()[0]) * 1024
 
 def run(stored, target):
-    with rebuild.fetched(stored) as record:
-        rebuild.rebuild(record, target, False, stored.removesuffix("-saved"), False, SilentProgress())
+    with fetched(stored) as record:
+        rebuild(record, target, False, stored.removesuffix("-saved"), False, SilentProgress())
 
 stored, target, small_stored, small_target = sys.argv[1:]
 run(small_stored, small_target)  # now everything is imported

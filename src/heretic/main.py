@@ -8,23 +8,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.resources import files
+from pkgutil import resolve_name
 from typing import NoReturn
 
 from . import __version__
+from .commands import COMMANDS, REBUILD_FLAGS
 from .errors import HereticError
 from .loading.libraries import prepare_libraries
-from .utils import first_line
+from .utils import first_line, screen_text
 
 INTERRUPTED = 130
-
-# What the first argument may ask for besides a run: the module whose function `command` takes the other arguments.
-COMMANDS = {
-    "classify": "heretic.commands.classify",
-    "compare": "heretic.commands.compare",
-    "worker": "heretic.sharing.worker",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,7 +48,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run the command and return its exit code: 0 done, 1 an error told, 2 wrong usage, 130 interrupted."""
+    """Run the command and return its exit code: 0 done, 1 an error told, 2 wrong usage, 130 interrupted.
+
+    What is imported here would slow down `--help`, or read the environment before `prepare_libraries` has set it.
+    """
     command = COMMANDS.get(arguments[0]) if arguments else None
     if command is None and {"-h", "--help"} & set(arguments):  # answered from a text, before anything slow is imported
         print(files("heretic").joinpath("help.txt").read_text(encoding="utf-8"), end="")
@@ -66,19 +63,21 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         if command is not None:
             prepare_libraries(debug)
-            code: int = import_module(command).command(arguments[1:])
+            code: int = resolve_name(command)(arguments[1:])
             return code
-        from .commands import rebuild
-
-        if rebuild.is_asked(arguments):
+        if any(argument.partition("=")[0] in REBUILD_FLAGS for argument in arguments):
             prepare_libraries(debug)
-            return rebuild.run_command(arguments)
-        from .commands.run import run
-        from .session.answers import who_asks
+            from .commands.start import rebuild
+
+            return rebuild(arguments)
         from .settings_sources import read_settings
+        from .trust import who_asks
 
         given = read_settings(arguments, ask=who_asks())
         debug = given.settings.debug
+        prepare_libraries(debug)
+        from .commands.start import run
+
         return run(given.settings, given.files)
     except HereticError as error:
         _tell(str(error), debug)
@@ -90,13 +89,23 @@ def run_command(arguments: Sequence[str]) -> int:
         raise
     except Exception as error:  # nothing foresaw it; it is told in plain words all the same
         reason = first_line(f"{type(error).__name__}: {error}")
+        if _is_out_of_memory(error):
+            _tell(f"Memory ran out ({reason.rstrip('.')}). Try --quantization bnb_4bit, or --max-memory. What was finished is kept.", debug)
+            return 1
         _tell(f"{reason} (this is a bug in heretic; --debug shows where it happened). What was finished is kept.", debug)
         return 1
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:  # nothing has taken much yet
+        return isinstance(error, MemoryError)
+    from .device import is_out_of_memory  # imports torch
+
+    return is_out_of_memory(error)
+
+
 def _tell(text: str, debug: bool) -> None:
-    from .privacy import without_token
-    from .utils import screen_text
+    from .privacy import without_token  # which `--help` does not need
 
     if debug:
         print(screen_text(without_token(traceback.format_exc())), end="", file=sys.stderr)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
@@ -14,9 +14,9 @@ from .config import Settings
 from .decoding.decoder import Decoder, Savings
 from .decoding.plain import PlainDecoder
 from .decoding.prefix_cache import PrefixCache
-from .decoding.rows import Row, TextWatch, left_padded
+from .decoding.rows import Row, TextWatch, padded_on
 from .decoding.selfcheck import choose_decoder, resumes_well
-from .device import input_device
+from .device import input_device, upload
 from .editing.ablation import Ablation, RowNormalization
 from .editing.architecture import Architecture, Writer, first_tensor, split_experts
 from .editing.discovery import discover
@@ -260,9 +260,10 @@ class Model:
         with self._edited(ablations), self._task(description, len(rows)) as advance:
             for part, logits in self.decoder.last_logits(rows, n):
                 advance(len(part))
-                asked = torch.tensor([[j >= n - 1 - len(answers[row.prompt]) for j in range(n)] for row in part])
                 width = logits.shape[1]  # a prompt and its answer can be shorter than the longest answer
-                yield part, logits[asked[:, n - width :].to(logits.device)]
+                lengths = [len(answers[row.prompt]) + 1 for row in part]
+                asked = torch.tensor([(i, j) for i, length in enumerate(lengths) for j in range(width - length, width)])
+                yield part, logits[upload(asked.T, logits.device).unbind()]
 
     def responses(
         self,
@@ -329,9 +330,7 @@ class Model:
         """
         if isinstance(self.decoder, PlainDecoder):
             return self.decoder.logits_at_end(rows, n)
-        tokens, mask = left_padded(rows)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return self.decoder.forward(tokens.to(self.device), mask.to(self.device), positions.to(self.device), None, n)
+        return self.decoder.forward(*padded_on(self.device, rows), None, n)
 
     def text_of(self, row: Row) -> str:
         """The response of a row."""
@@ -354,7 +353,7 @@ class Model:
                 raise ModelError(f"The conversation fills the model's context of {self.context_length} tokens. Begin a new one.")
         streamer = _CallbackStreamer(self.tokenizer, write)
         with self._edited([] if ablation is None else [ablation]):
-            self.model.generate(**inputs.to(self.device), max_new_tokens=max_new_tokens, streamer=streamer)
+            cast(Any, self.model).generate(**inputs.to(self.device), max_new_tokens=max_new_tokens, streamer=streamer)
         return "".join(streamer.pieces)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import Settings, is_true
 from .errors import UsageError
-from .utils import screen_text
+from .utils import can_ask, screen_text
 
 # Asks the user a question whose answer is yes or no.
 Ask = Callable[[str], bool]
@@ -50,6 +50,17 @@ def doors(settings: Settings) -> list[Door]:
     if settings.benchmark_path is not None:  # its YAML files may name functions
         found.append(Door(("benchmark_path",), settings.benchmark_path, f"--benchmark-path {settings.benchmark_path}"))
     return found
+
+
+def who_asks() -> Ask | None:
+    """Asks a question of yes or no at the terminal; None without one."""
+    return _confirm if can_ask() else None
+
+
+def _confirm(question: str) -> bool:
+    import questionary  # which a run without questions does not need
+
+    return bool(questionary.confirm(question, default=False).ask())
 
 
 def require_consent(origin: str, settings: Settings, own: Mapping[str, Any], ask: Ask | None, otherwise: str = "") -> None:

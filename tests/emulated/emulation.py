@@ -19,7 +19,10 @@ from .tensor import KIND, Computer, DeviceTensor
 
 
 class Emulation(contextlib.ExitStack):
-    """Within, there are as many accelerators as `memory` has sizes (in bytes), in threads started within as well; `fails` as for `Memory`."""
+    """Within, there are as many accelerators as `memory` has sizes (in bytes). Threads that are started within have them, too.
+
+    `fails` is that of `Memory`.
+    """
 
     def __init__(self, memory: Sequence[int] = (2**34,), fails: Callable[[int], bool] = lambda n_bytes: False) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .counts import Counts
 from .memory import Memory
@@ -41,7 +41,9 @@ class DeviceTensor(torch.Tensor):
     memory: Any
 
     @staticmethod
-    def __new__(cls, inner: Tensor, device: torch.device, memory: Any = None) -> "DeviceTensor":
+    def __new__(cls, inner: Tensor, device: torch.device | None = None, memory: Any = None, requires_grad: bool = True) -> Any:
+        if device is None:  # somebody makes another parameter of this one's type, which PyTorch's parameters would be
+            return nn.Parameter(inner, requires_grad)
         # Made in inference mode, a view of an ordinary tensor is an ordinary tensor.
         with torch.inference_mode(inner.is_inference()):
             made = torch.Tensor._make_wrapper_subclass(

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..device import upload
 from .rows import Row
 
 
 class BlockLayer(DynamicLayer):
     """Keys and values of one layer in blocks `(row, head, column, dim)` of fixed size; `length` columns are in use, the others unset."""
 
+    # Asks transformers to make a mask for every step of one token, without looking first whether one is needed: to look is to wait.
+    is_compileable = True
     keys: Tensor
     values: Tensor
 
@@ -129,7 +132,10 @@ class Prefix:
         """Put the prefix at the beginning of every row of an empty cache."""
         trials = [row.trial for row in rows]
         sources = torch.tensor([self.row_of_trial[trial] for trial in (trials[:1] if len(set(trials)) == 1 else trials)])
+        on_device: dict[torch.device, Tensor] = {}
         for own, new in zip(self.cache.blocks, cache.blocks, strict=True):
             if own.is_initialized:
-                there = sources.to(own.device)
+                if own.device not in on_device:
+                    on_device[own.device] = upload(sources, own.device)
+                there = on_device[own.device]
                 new.begin_with(own.keys[there], own.values[there], len(rows))

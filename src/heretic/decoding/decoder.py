@@ -15,17 +15,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..device import empty_cache, free_memory, input_device, is_out_of_memory
+from ..device import embedding_weight, empty_cache, free_memory, input_device, is_out_of_memory
 from .blocks import Blocks, Prefix
 from .pool import Pool
 from .prefix_cache import PrefixCache, pass_key
-from .rows import Row, left_padded
+from .rows import Row, padded_on
 
 # The share of free memory that keys and values may take; the rest is for everything else.
 MEMORY_SHARE = 0.6
@@ -58,7 +58,7 @@ class Savings:
 Done = TypeVar("Done")
 
 
-def supports(model: Any) -> bool:
+def supports(model: PreTrainedModel) -> bool:
     """Whether the model's cache is nothing but keys and values by position, and it takes positions of our choice."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -75,7 +75,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         end_tokens: frozenset[int],
         rows_per_trial: int,
         assign_rows: Callable[[Sequence[int]], None] = lambda trials: None,
@@ -115,7 +115,7 @@ class Decoder:
         """Logits `(row, n, vocabulary)` at the last `n` tokens of each row, for as many rows of similar length at a time as fit."""
         waiting = deque(sorted(rows, key=self._order))
         prefix = self._share_prefix(rows, n)
-        vocabulary, size = self.model.get_input_embeddings().weight.shape[0], self.model.dtype.itemsize
+        vocabulary, size = embedding_weight(self.model).shape[0], self.model.dtype.itemsize
         limit = min(self._row_limit(rows), max(1, LOGITS_BYTES // (n * vocabulary * size)))
         while waiting:
             chunk = self.take(waiting, limit, self.padding_tokens)
@@ -142,18 +142,20 @@ class Decoder:
         pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
         while waiting or pool.rows:
             try:
-                done = pool.advance(waiting, prefix)
+                pool.advance(waiting, prefix)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(pool.living) <= 1:
                     raise
                 self.max_rows = max(1, len(pool.living) // 2)
             else:
-                yield from done
+                yield from pool.finished()
                 if cancelled:
                     waiting = deque(row for row in waiting if row.trial not in cancelled)
                     pool.drop(cancelled)
                 continue
             # What has been generated is kept: the rows are prefilled again, in smaller company.
+            pool.look()
+            yield from pool.finished()
             waiting = deque(sorted([*pool.living, *waiting], key=self._order))
             pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
             empty_cache()
@@ -198,7 +200,7 @@ class Decoder:
     def _share_prefix(self, rows: Sequence[Row], n_logits: int = 1) -> "Prefix | None":
         """Compute what all prompts begin with (system prompt, template) once per trial, where that is worth a pass.
 
-        The last `n_logits` tokens of a row, whose logits are asked for, are never part of it.
+        None if that does not fit into memory. The last `n_logits` tokens of a row, whose logits are asked for, are never part of it.
         Not where layers have a sliding window: rows then have a hole between prefix and prompt, which the window would count.
         """
         if not (self.savings.shared_prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
@@ -208,7 +210,15 @@ class Decoder:
             return None
         trials = sorted({row.trial for row in rows})
         cache = Blocks(self.n_layers, len(trials), len(tokens))
-        self.prefill([Row(trial, tokens) for trial in trials], cache, None)
+        try:
+            self.prefill([Row(trial, tokens) for trial in trials], cache, None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            cache = None
+        if cache is None:
+            empty_cache()
+            return None
         return Prefix(len(tokens), {trial: i for i, trial in enumerate(trials)}, cache)
 
     def prefill(
@@ -221,16 +231,15 @@ class Decoder:
         """
         skipped = 0 if prefix is None else prefix.length
         sequences = [[*row.tokens, *row.generated][skipped:] for row in rows]
-        tokens, mask = left_padded(sequences)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0) + skipped
+        tokens, mask, positions = padded_on(self.device, sequences)
         if prefix is not None:
             cache = cache or Blocks(self.n_layers, len(rows), skipped + tokens.shape[1])
             prefix.begin(cache, rows)
-            mask = torch.cat([torch.ones(len(rows), skipped, dtype=torch.bool), mask], dim=1)
+            mask = nn.functional.pad(mask, (skipped, 0), value=True)
+            positions = positions + skipped
         self.assign_rows([row.trial for row in rows])
-        mask = mask.to(self.device)
         with self._reuse(sequences, rows[0].trial, cache):
-            logits = self.forward(tokens.to(self.device), mask, positions.to(self.device), cache, n_logits or 1)
+            logits = self.forward(tokens, mask, positions, cache, n_logits or 1)
         return logits[:, -1] if n_logits is None else logits, mask
 
     def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: Blocks | None) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..device import upload
 from .blocks import Blocks, Prefix
 from .rows import Row
 
@@ -58,6 +59,9 @@ class Pool:
         self.length = 0  # columns in use
         self._starts: list[int] = []  # each row's first column
         self._gone: set[int] = set()
+        # Rows whose latest token was not shown to `is_finished` yet. A device computes the next one meanwhile.
+        self._unseen: list[int] = []
+        self._finished: list[Row] = []
         self._entering: list[Row] = []
         self._assigned = False
 
@@ -66,15 +70,24 @@ class Pool:
         """The rows that are not finished, those included that are just being let in."""
         return [row for i, row in enumerate(self.rows) if i not in self._gone] + self._entering
 
-    def advance(self, waiting: "deque[Row]", prefix: Prefix | None) -> list[Row]:
-        """One step: let waiting rows in where there is room, or decode one token of every row. Returns the rows that finished."""
+    def advance(self, waiting: "deque[Row]", prefix: Prefix | None) -> None:
+        """One step: let waiting rows in where there is room, or decode one token of every row."""
         room = self.limit - len(self.rows) + len(self._gone)
         if waiting and (room >= min(len(waiting), self.limit * REFILL_SHARE) or len(self._gone) == len(self.rows)):
             self._compact()
-            return self._admit(waiting, room, prefix)
+            self._admit(waiting, self.limit - len(self.rows), prefix)
+            return
+        if self.length == self.n_columns:
+            self.look()  # making room moves rows
         if len(self._gone) > len(self.rows) * COMPACT_SHARE:
             self._compact()
-        return self._step() if self.rows else []
+        if self.rows:
+            self._step()
+
+    def finished(self) -> list[Row]:
+        """The rows that have finished since this was asked last."""
+        finished, self._finished = self._finished, []
+        return finished
 
     def drop(self, trials: Set[int]) -> None:
         """Let the rows of some trials go."""
@@ -91,18 +104,18 @@ class Pool:
         self.positions = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
         return Blocks(decoder.n_layers, self.limit, self.n_columns)
 
-    def _admit(self, waiting: "deque[Row]", room: int, prefix: Prefix | None) -> list[Row]:
+    def _admit(self, waiting: "deque[Row]", room: int, prefix: Prefix | None) -> None:
         decoder = self.decoder
         chunk = decoder.take(waiting, room, decoder.padding_tokens)
         fresh = Blocks(decoder.n_layers, len(chunk), max(row.length for row in chunk))
         prefilled = decoder.retry(waiting, chunk, lambda part: decoder.prefill(part, fresh, prefix))
         if prefilled is None:
-            return []
+            return
         logits, mask = prefilled
         self._entering = chunk
         if self.cache is None:
             self.cache = self._allocate(fresh)
-        lengths, width = [row.length for row in chunk], mask.shape[1]
+        width = mask.shape[1]
         first, end = len(self.rows), len(self.rows) + len(chunk)
         if first == 0:
             self.length = width
@@ -111,14 +124,14 @@ class Pool:
         self.cache.put(fresh, first, self.length)
         self.mask[first:end] = False
         self.mask[first:end, self.length - width : self.length] = mask
-        self.positions[first:end] = torch.tensor(lengths, device=decoder.device)
+        self.positions[first:end] = mask.sum(dim=1)
         self.rows += chunk
-        self._starts += [self.length - width + (0 if prefix else width - length) for length in lengths]
+        self._starts += [self.length - width + (0 if prefix else width - row.length) for row in chunk]
         self._entering = []
         self._assigned = False
-        return self._note(first, _likeliest(logits).tolist())
+        self._note(first, self._choose(first, logits))
 
-    def _step(self) -> list[Row]:
+    def _step(self) -> None:
         n = len(self.rows)
         if self.length == self.n_columns:
             self._make_room()
@@ -130,38 +143,58 @@ class Pool:
         self.length += 1
         logits = self.decoder.forward(self.next_tokens[:n, None], self.mask[:n, : self.length], self.positions[:n, None], self.cache)
         self.positions[:n] += 1
-        return self._note(0, _likeliest(logits[:, -1]).tolist())
+        chosen = self._choose(0, logits[:, -1])
+        self.look()  # a device is still computing what was chosen
+        self._note(0, chosen)
 
-    def _note(self, first: int, chosen: list[int]) -> list[Row]:
-        """Give each row from `first` on the token chosen for it; returns those that are finished with it."""
-        self.next_tokens[first : first + len(chosen)] = torch.tensor([max(token, 0) for token in chosen], device=self.decoder.device)
-        done = []
-        for i, token in enumerate(chosen, first):
-            row = self.rows[i]
-            if i not in self._gone and self._append(row, token):
-                done.append(row)
-                self._gone.add(i)
-        return done
+    def _choose(self, first: int, logits: Tensor) -> Tensor:
+        """The likeliest token (-1 if logits are not finite) of each row from `first` on, which is the next one that it is given."""
+        chosen = _likeliest(logits)
+        torch.clamp(chosen, min=0, out=self.next_tokens[first : first + len(chosen)])
+        return chosen
+
+    def _note(self, first: int, chosen: Tensor) -> None:
+        """Add the token chosen for it to each row from `first` on. Whether that decides its text is seen while a device goes on."""
+        for i, token in enumerate(chosen.tolist(), first):
+            if i in self._gone:
+                continue
+            if self._append(self.rows[i], token):
+                self._finish(i)
+            else:
+                self._unseen.append(i)
+        if self.decoder.device.type == "cpu":
+            self.look()
+
+    def look(self) -> None:
+        """Show the rows' latest tokens to `is_finished`."""
+        for i in self._unseen:
+            if i not in self._gone and self.is_finished(self.rows[i]):
+                self._finish(i)
+        self._unseen.clear()
+
+    def _finish(self, i: int) -> None:
+        self._gone.add(i)
+        self._finished.append(self.rows[i])
 
     def _append(self, row: Row, token: int) -> bool:
-        """Add a token (-1: logits were not finite) to a row; returns whether it is finished with it."""
+        """Add a token (-1: logits were not finite) to a row; returns whether that alone finishes it."""
         row.begun = True
         row.finite = token >= 0
         if not row.finite or token in self.decoder.end_tokens:
             return True
         row.generated.append(token)
-        return len(row.generated) >= self.max_new_tokens or self.is_finished(row)
+        return len(row.generated) >= self.max_new_tokens
 
     def _compact(self) -> None:
         """Put the last living rows in the places of those that have left."""
+        self.look()
         if not self._gone or self.cache is None:
             return
         n_left = len(self.rows) - len(self._gone)
         holes = sorted(i for i in self._gone if i < n_left)
         movers = [i for i in range(n_left, len(self.rows)) if i not in self._gone]
         if holes:
-            targets = torch.tensor(holes, device=self.decoder.device)
-            sources = torch.tensor(movers, device=self.decoder.device)
+            targets, sources = upload(torch.tensor([holes, movers]), self.decoder.device)
             self.cache.move_rows(sources, targets)
             for values in (self.mask, self.next_tokens, self.positions):
                 values[targets] = values[sources]

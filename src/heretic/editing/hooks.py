@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..device import upload
 from .ablation import (
     Ablation,
     OutputMap,
@@ -197,7 +198,7 @@ class AblationHooks:
             edits = [self._direction(writer, constants, ablation) for ablation in ablations]
             r = torch.stack([direction for direction, _ in edits])
             c = None if constants.c is None else torch.stack([c for _, c in edits if c is not None])
-            maps[writer.module] = self._map(writer, constants, r, torch.tensor(strengths, dtype=r.dtype, device=r.device), c)
+            maps[writer.module] = self._map(writer, constants, r, upload(torch.tensor(strengths, dtype=r.dtype), r.device), c)
         return maps
 
     def _map(self, writer: Writer, constants: _Constants, r: Tensor, strength: Tensor, c: Tensor | None = None) -> OutputMap:
@@ -288,7 +289,7 @@ class AblationHooks:
             return torch.zeros(index.numel(), dtype=torch.long, device=index.device)
         if self._trial_of_row is None:
             raise ValueError("rows of several ablations must be assigned before a forward pass")
-        trials = torch.tensor(self._trial_of_row, device=index.device)
+        trials = upload(torch.tensor(self._trial_of_row), index.device)
         return trials.repeat_interleave(index.numel() // len(trials))
 
     def _rows_on(self, device: torch.device) -> Tensor | None:
@@ -298,7 +299,7 @@ class AblationHooks:
         if self._trial_of_row is None:
             raise ValueError("rows of several ablations must be assigned before a forward pass")
         if device not in self._membership:
-            self._membership[device] = trial_membership(torch.tensor(self._trial_of_row, device=device), self._n_trials)
+            self._membership[device] = trial_membership(upload(torch.tensor(self._trial_of_row), device), self._n_trials)
         return self._membership[device]
 
     def remove(self) -> None:
@@ -333,7 +334,7 @@ def dense_weight(module: nn.Module, storage: Storage = LINEAR) -> Tensor:
     weight: Any = getattr(module, storage.weight or "")
     state = getattr(weight, "quant_state", None)
     if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit  # heavy, and only for models in 4 bits
 
         return dequantize_4bit(weight.data, state).float()
     return storage.matrices(weight.detach()).float()

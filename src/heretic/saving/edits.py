@@ -1,6 +1,6 @@
 """The edits that a trial stands for as data: which parameter, which direction, how strong. All that an export needs to know.
 
-They are stored beside `heretic.json` with the directions of all layers (`DIRECTIONS_FILE`, in safetensors' format: the usual suffix would
+They are stored beside `heretic.json` with the directions of all layers (`DIRECTIONS`, in safetensors' format: the usual suffix would
 have programs that read every such file of a folder take it for a part of the model). With them a model is made again from its
 original without prompts, a search or an accelerator, and by the same numbers.
 """
@@ -20,8 +20,6 @@ from ..editing.ablation import Ablation
 from ..editing.architecture import Storage
 from ..errors import ExportError
 from ..model import Model
-
-DIRECTIONS_FILE = "heretic.directions"
 
 
 @dataclass(frozen=True)

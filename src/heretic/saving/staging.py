@@ -23,11 +23,10 @@ from huggingface_hub import constants
 from ..config import Settings
 from ..errors import ExportError
 from ..loading.source import expand
+from . import RECORD
 
 # What a workspace holds: the lock of the process at work, the marker, what is written, and what that replaces.
 _LOCK, _MARKER, _NEW, _OLD = "lock", "heretic.txt", "new", "replaced"
-# What every folder that was saved holds.
-RECORD = "heretic.json"
 # Not every file system can flush a folder.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 # From Linux's fcntl.h and stdio.h.

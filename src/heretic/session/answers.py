@@ -16,8 +16,7 @@ from ..config import Settings
 from ..errors import UsageError
 from ..privacy import shown_location
 from ..saving.staging import target_of
-from ..trust import Ask, doors
-from ..utils import can_ask
+from ..trust import doors
 
 Trial = TypeVar("Trial")
 
@@ -37,17 +36,6 @@ _NEEDED = {
     "upload": ("trial_index", "export_strategy", "upload_repo_id", "upload_repo_private"),
     "scores": ("trial_index",),
 }
-
-
-def who_asks() -> Ask | None:
-    """Asks a question of yes or no at the terminal; None without one."""
-    return _confirm if can_ask() else None
-
-
-def _confirm(question: str) -> bool:
-    import questionary
-
-    return bool(questionary.confirm(question, default=False).ask())
 
 
 def check_answers(settings: Settings, somebody_is_there: bool) -> None:

@@ -1,7 +1,4 @@
-"""The stages of a run, one function each: what a run alone, a worker, and the scoring of another model have in common.
-
-Heavy modules are imported where they are first needed, so that what is wrong with settings or prompts is told before.
-"""
+"""The stages of a run, one function each: what a run alone, a worker, and the scoring of another model have in common."""
 
 import signal
 import time
@@ -9,35 +6,50 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import GivenUp, HereticError
+import torch
+from optuna import Study
+from optuna.trial import FrozenTrial
+from torch import Tensor, nn
+
+from ..config import Settings
+from ..console import Console
+from ..device import empty_cache
+from ..editing.completeness import remainder
+from ..editing.directions import mean_residual, parting_layer, refusal_directions, winsorize
+from ..errors import CheckpointError, DirectionError, GivenUp, HereticError, ReportError
+from ..evaluator import Evaluator
 from ..loading.libraries import collector_paused
+from ..loading.load import load_model
+from ..loading.source import expand, model_source
+from ..model import Model
+from ..prompts import Prompts, load_all
 from ..reporting.learned import learned_text
+from ..reporting.report import facts_of, report_path, write_report
+from ..reporting.residual_geometry import residual_geometry
+from ..reporting.samples import sample_prompts, take_samples
+from ..reporting.study_view import StudyView
+from ..reporting.tables import finalists_table, front_table, geometry_table
+from ..scoring.measured import MeasuredOriginal, measure_original
+from ..scoring.response_prefix import find_response_prefix
+from ..scoring.score_tables import Baseline
+from ..scoring.scorers import fingerprints
+from ..study.batching import BatchSize
+from ..study.checkpoint import Checkpoint, file_name, journal_path
+from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
+from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
+from ..study.front import front_of
+from ..study.learned_edits import LearnedEdits
+from ..study.learned_search import lacks_learned_trials, learn_trials
+from ..study.search import Search
+from .answers import command_lines
 
 # Time that running trials have to finish after Ctrl+C.
 GRACE_SECONDS = 5
 
-if TYPE_CHECKING:
-    from optuna import Study
-    from optuna.trial import FrozenTrial
-    from torch import Tensor, nn
 
-    from ..config import Settings
-    from ..console import Console
-    from ..evaluator import Evaluator
-    from ..model import Model
-    from ..prompts import Prompts
-    from ..scoring.measured import MeasuredOriginal
-    from ..study.batching import BatchSize
-    from ..study.checkpoint import Checkpoint
-    from ..study.learned_edits import LearnedEdits
-    from ..study.search import Search
-
-
-def load_all_prompts(settings: "Settings", console: "Console") -> "Prompts":
-    from ..errors import DirectionError
-    from ..prompts import load_all
+def load_all_prompts(settings: Settings, console: Console) -> Prompts:
 
     with console.task("Loading prompts"):
         prompts = load_all(settings)
@@ -49,19 +61,15 @@ def load_all_prompts(settings: "Settings", console: "Console") -> "Prompts":
     return prompts
 
 
-def scorer_identity(settings: "Settings") -> dict[str, str]:
+def scorer_identity(settings: Settings) -> dict[str, str]:
     """Fingerprints of the scorers that are not built in; told here if one cannot be made, before anything heavy is loaded."""
     if not settings.scorers:
         return {}
-    from ..scoring.scorers import fingerprints
 
     return fingerprints(settings)
 
 
-def load_model_to_edit(settings: "Settings", console: "Console", name: str | None = None, response_prefix: str = "") -> "Model":
-    from ..loading.load import load_model
-    from ..loading.source import model_source
-    from ..model import Model
+def load_model_to_edit(settings: Settings, console: Console, name: str | None = None, response_prefix: str = "") -> Model:
 
     with collector_paused():  # transformers imports the model's own file only now
         loaded = load_model(settings, model_source(settings, name), console)
@@ -78,9 +86,8 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
     return model
 
 
-def _report_completeness(model: "Model", console: "Console") -> None:
+def _report_completeness(model: Model, console: Console) -> None:
     """Tell where edits of weights cannot reach all of the residual stream."""
-    from ..editing.completeness import remainder
 
     left = remainder(model.model, model.architecture)
     does = "gates or weighs its stream in a way that no edit of weights can follow"
@@ -101,7 +108,7 @@ def _percent(share: float) -> str:
     return f"{min(share, 1):.0%}" if share >= 0.01 else "less than 1%"
 
 
-def check_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> None:
+def check_lengths(settings: Settings, model: Model, prompts: Prompts) -> None:
     """Raise `PromptError` where prompts with what follows them are too long for the model."""
     after = {
         "good_evaluation_prompts": (settings.kl_tokens, "kl_tokens"),
@@ -113,17 +120,15 @@ def check_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> N
         _check_final_lengths(settings, model, prompts)  # others are checked when they are needed
 
 
-def _check_final_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> None:
-    from ..study.finalists import final_settings
+def _check_final_lengths(settings: Settings, model: Model, prompts: Prompts) -> None:
 
     final = final_settings(settings)
     for name, found in (("final_good_prompts", prompts.final_good), ("final_bad_prompts", prompts.final_bad)):
         model.check_lengths(found, name, max(final.max_response_length, final.kl_tokens), "final_response_length and final_kl_tokens")
 
 
-def with_found_prefix(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> "Model":
+def with_found_prefix(settings: Settings, console: Console, model: Model, prompts: Prompts) -> Model:
     """The model with the common start of all its responses."""
-    from ..scoring.response_prefix import find_response_prefix
 
     prefix = find_response_prefix(model, settings, prompts.good, prompts.bad)
     if prefix:
@@ -131,9 +136,8 @@ def with_found_prefix(settings: "Settings", console: "Console", model: "Model", 
     return model.with_response_prefix(prefix)
 
 
-def measure(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts", all_scorers: bool = False) -> "MeasuredOriginal":
+def measure(settings: Settings, console: Console, model: Model, prompts: Prompts, all_scorers: bool = False) -> MeasuredOriginal:
     """What the original says to the evaluation prompts."""
-    from ..scoring.measured import measure_original
 
     original = measure_original(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
     told = f"The original refuses {original.refusals} of {len(original.bad_prompts)} harmful evaluation prompts."
@@ -143,10 +147,8 @@ def measure(settings: "Settings", console: "Console", model: "Model", prompts: "
     return original
 
 
-def compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> int:
+def compute_directions(settings: Settings, console: Console, model: Model, prompts: Prompts) -> int:
     """Give the model its directions; the layer in which the two sets of prompts part."""
-    from ..editing.directions import mean_residual, parting_layer, refusal_directions
-    from ..errors import DirectionError
 
     quantile = settings.winsorization_quantile
     sets = ((prompts.good, "Residuals of harmless prompts"), (prompts.bad, "Residuals of harmful prompts"))
@@ -164,21 +166,13 @@ def compute_directions(settings: "Settings", console: "Console", model: "Model",
     return parting_layer(good, bad)
 
 
-def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable[Iterable[Tensor]]") -> "list[Iterable[Tensor]]":
+def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iterable[Tensor]]) -> list[Iterable[Tensor]]:
     """Tell and draw how all residuals lie, as far as settings ask for it; the residuals, which are then held in memory."""
-    import torch
-
-    from ..editing.directions import winsorize
-    from ..loading.source import expand
-    from ..study.checkpoint import file_name
 
     good, bad = (torch.cat([batch.cpu() for batch in part]) for part in batches)
     quantile = settings.winsorization_quantile
     good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as the directions see them
     if settings.print_residual_geometry:
-        from ..reporting.residual_geometry import residual_geometry
-        from ..reporting.tables import geometry_table
-
         console.show(geometry_table(residual_geometry(good_seen, bad_seen), wraps=console.is_terminal))
     if settings.plot_residuals:
         from ..reporting.residual_plots import write_residual_plots
@@ -190,14 +184,13 @@ def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable
 
 
 def search_shown(
-    console: "Console",
-    evaluator: "Evaluator",
-    search: "Search",
+    console: Console,
+    evaluator: Evaluator,
+    search: Search,
     target: int,
-    batch_size: "BatchSize",
+    batch_size: BatchSize,
 ) -> bool:
     """Run trials up to `target`, shown as they come; the first Ctrl+C ends it. Whether it was ended so."""
-    from ..reporting.study_view import StudyView
 
     tell_failures(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
@@ -224,16 +217,15 @@ def search_shown(
 
 
 def learn_shown(
-    settings: "Settings",
-    console: "Console",
-    study: "Study",
-    edits: "LearnedEdits",
+    settings: Settings,
+    console: Console,
+    study: Study,
+    edits: LearnedEdits,
     location: object,
-    evaluator: "Evaluator",
-    prompts: "Prompts",
+    evaluator: Evaluator,
+    prompts: Prompts,
 ) -> bool:
     """Learn the edits that the search begins after and that are missing, each shown when it is scored. Whether Ctrl+C ended it."""
-    from ..study.learned_search import lacks_learned_trials, learn_trials
 
     if not lacks_learned_trials(study, settings):
         return False
@@ -256,9 +248,8 @@ def learn_shown(
         return should_stop()
 
 
-def tell_failures(search: "Search", console: "Console", settings: "Settings") -> None:
+def tell_failures(search: Search, console: Console, settings: Settings) -> None:
     """Have a search tell of batches that crash and, if that is wanted, where a bug happened that failed a trial."""
-    from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
 
     search.on_crash = partial(tell_failure, console, ONE_BY_ONE, debug=settings.debug)
     if settings.debug:
@@ -266,11 +257,11 @@ def tell_failures(search: "Search", console: "Console", settings: "Settings") ->
 
 
 @contextmanager
-def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: "Sequence[nn.Module]") -> Iterator[None]:
+def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: Sequence[nn.Module]) -> Iterator[None]:
     """Within, a pass of the model raises `GivenUp`, at the next of its layers, once `should_stop` has been true for so long."""
     since: float | None = None
 
-    def check(module: "nn.Module", args: Any) -> None:
+    def check(module: nn.Module, args: Any) -> None:
         nonlocal since
         if not should_stop():
             return
@@ -305,7 +296,7 @@ def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def no_trial(trials: "Sequence[FrozenTrial]") -> int:
+def no_trial(trials: Sequence[FrozenTrial]) -> int:
     reasons = [trial.user_attrs["failure"] for trial in trials if "failure" in trial.user_attrs]
     if not reasons:
         raise KeyboardInterrupt
@@ -313,12 +304,9 @@ def no_trial(trials: "Sequence[FrozenTrial]") -> int:
 
 
 def rescore_finalists(
-    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: "Prompts", n_together: int
+    settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator, prompts: Prompts, n_together: int
 ) -> None:
     """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
-    from ..device import empty_cache
-    from ..study.failures import tell_failure
-    from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
 
     if not missing_finalists(checkpoint.study, settings):
         return
@@ -336,16 +324,11 @@ def rescore_finalists(
         checkpoint.note(**{ATTRIBUTE: found})
 
 
-def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator | None") -> "Path | None":
+def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator | None) -> Path | None:
     """Write the report, with responses of the finalists where there is an evaluator to take them; where it lies.
 
     What goes wrong is told, and the run goes on: the study is what counts.
     """
-    from ..device import empty_cache
-    from ..errors import CheckpointError, ReportError
-    from ..reporting.report import facts_of, report_path, write_report
-    from ..study.checkpoint import journal_path
-    from ..study.failures import tell_failure
 
     if not settings.report:
         return None
@@ -375,9 +358,7 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
     return path
 
 
-def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
-    from ..reporting.samples import sample_prompts, take_samples
-    from ..study.front import front_of
+def _take_samples(checkpoint: Checkpoint, evaluator: Evaluator) -> None:
 
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
     front = front_of(checkpoint.study)
@@ -387,7 +368,7 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     checkpoint.note(samples=take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept, kept_edits))
 
 
-def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:
+def is_told(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> bool:
     """Show the outcome where nobody is asked about it; whether that is all that is to be done."""
     if settings.model_action is None and console.can_ask:
         return False
@@ -395,13 +376,8 @@ def is_told(settings: "Settings", console: "Console", checkpoint: "Checkpoint", 
     return settings.model_action in (None, "none")
 
 
-def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> None:
+def show_outcome(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> None:
     """The front, and the command lines that go on from there where no setting answers what to do with it."""
-    from ..reporting.tables import finalists_table, front_table
-    from ..scoring.score_tables import Baseline
-    from ..study.finalists import known_finalists
-    from ..study.front import front_of
-    from .answers import command_lines
 
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
