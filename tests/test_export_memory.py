@@ -22,7 +22,7 @@ def peak():
     return int(fields["VmHWM"].split()[0]) * 1024
 
 def run(stored, target):
-    with rebuild.fetched(stored) as record:
+    with rebuild.open_record(stored) as record:
         rebuild.rebuild(record, target, False, stored.removesuffix("-saved"), False, SilentProgress())
 
 stored, target, small_stored, small_target = sys.argv[1:]

@@ -146,12 +146,12 @@ def test_finalists_and_report_that_fail_do_not_keep_a_run_from_its_end(
     for overwrite in ([], ["--overwrite"]):
         outcome = heretic(*SAVE, *overwrite)
         assert outcome.code == 0, outcome.err
-        assert f"Warning: The finalists are not scored again: {told}" in outcome.out
-        assert f"Warning: The report has no new responses: {told}" in outcome.out
+        assert f"Warning: The finalists were not scored again: {told}" in outcome.out
+        assert f"Warning: The report contains no new responses: {told}" in outcome.out
         assert "Saved trial " in outcome.out and Path("checkpoints/m.report.html").is_file()
     monkeypatch.setattr("heretic.reporting.report.write_report", fail)
     outcome = heretic(*SAVE, "--overwrite")
-    assert outcome.code == 0 and f"Warning: There is no report: {told}" in outcome.out
+    assert outcome.code == 0 and f"Warning: No report was written: {told}" in outcome.out
 
 
 def test_finalists_that_do_not_fit_together_are_scored_one_by_one(

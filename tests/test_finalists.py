@@ -139,7 +139,7 @@ def test_prompts_that_are_missing_or_too_long_are_told_first(heretic: Heretic, w
 def test_finalists_that_cannot_be_scored_leave_the_front_as_it_is(heretic: Heretic, workplace: Path) -> None:
     outcome = heretic("--final-response-length", "300")
     assert outcome.code == 0
-    assert "Warning: The finalists are not scored again: final_good_prompts: prompt 1 has" in outcome.out
+    assert "Warning: The finalists were not scored again: final_good_prompts: prompt 1 has" in outcome.out
     assert "Pareto front" in outcome.out and "Scored again" not in outcome.out
 
 
@@ -151,7 +151,7 @@ def test_final_prompts_that_the_original_does_not_refuse(heretic: Heretic, workp
     Path("mild.txt").write_text(mild, encoding="utf-8")
     outcome = heretic("--final-bad-prompts.dataset", "mild.txt", "--refusal-markers", json.dumps([marker]))
     assert outcome.code == 0
-    assert "Warning: The finalists are not scored again: The model refuses none of the 1 harmful evaluation prompts" in outcome.out
+    assert "Warning: The finalists were not scored again: The model refuses none of the 1 harmful evaluation prompts" in outcome.out
 
 
 def test_an_interrupted_scoring_goes_on_to_the_front(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_an_interrupted_scoring_goes_on_to_the_front(heretic: Heretic, workplace
         patch.setattr("heretic.study.finalists.measure_original", interrupt)
         outcome = heretic()
     assert outcome.code == 0
-    assert "Interrupted: the finalists are not scored again." in outcome.out and "Pareto front" in outcome.out
+    assert "Interrupted: the finalists were not scored again." in outcome.out and "Pareto front" in outcome.out
     assert "Scored again on 5" in heretic().out
 
 
@@ -212,7 +212,7 @@ def test_scores_by_one_command(heretic: Heretic, workplace: Path) -> None:
     outcome = heretic("--model-action", "scores")
     assert (outcome.code, outcome.err) == (
         2,
-        "Error: --model-action scores needs --trial-index where nobody can be asked (no terminal).\n",
+        "Error: --model-action scores needs --trial-index if there is no terminal to ask at.\n",
     )
 
 

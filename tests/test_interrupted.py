@@ -96,7 +96,7 @@ def killed_before(call: int, result: Path, target: Path) -> bool:
 
             os.fsync = counted(os.fsync)
             type(target).rename = counted(type(target).rename)  # type: ignore[method-assign]
-            with rebuild.fetched(str(result)) as record:
+            with rebuild.open_record(str(result)) as record:
                 rebuild.rebuild(record, str(target), True, str(result.parent / "m"), False, SilentProgress())
             os._exit(0)
         finally:
@@ -137,7 +137,7 @@ def test_killed_before_every_step(tmp_path: Path, result: Path, swaps: bool, mon
 
 
 def rebuild_again(result: Path, target: Path, overwrite: bool = False) -> None:
-    with rebuild.fetched(str(result)) as record:
+    with rebuild.open_record(str(result)) as record:
         rebuild.rebuild(record, str(target), overwrite or target.name == "elsewhere", str(result.parent / "m"), False, SilentProgress())
 
 

@@ -303,7 +303,7 @@ def test_another_seed_learns_another_edit(finished: Path, place: Path, heretic: 
 def test_ctrl_c_in_learning_shows_the_front(place: Path) -> None:
     code, said = begin(place, before=killed_at(1, 1, signal.SIGINT))
     assert code == 0, said
-    assert "\nStopping: what is being learned is left to the next run. Ctrl+C again leaves at once.\n" in said
+    assert "\nStopping: the edit being learned is left to the next run. Press Ctrl+C again to leave at once.\n" in said
     assert "Learned edit 1/2" in said and "Learned edit 2/2" not in said
     assert "Search:" not in said and "Pareto front" in said
     assert [is_learned(trial) for trial in study_of(place).trials] == [True]

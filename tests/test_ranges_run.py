@@ -137,12 +137,12 @@ def test_other_ranges_are_another_study(heretic: Heretic, workplace: Path) -> No
         assert outcome.code == 1
         return outcome.err
 
-    rest = "Begin anew with --checkpoint-action restart (the old file is kept), or use another --study-checkpoint-dir.\n"
+    rest = "Start over with --checkpoint-action restart (the old file is kept), or use another --study-checkpoint-dir.\n"
     assert told("--parameters.max-weight", "1.1") == (
-        f'Error: The study {JOURNAL} is another one: parameters was {{"max_weight": 1.0}} and is now {{"max_weight": 1.1}}. {rest}'
+        f'Error: The study {JOURNAL} does not match this run: parameters was {{"max_weight": 1.0}} and is now {{"max_weight": 1.1}}. {rest}'
     )
     assert told("--disabled-components", '["mlp.down_proj"]') == (
-        f"Error: The study {JOURNAL} is another one: disabled_components was [] and is now ['mlp.down_proj']. {rest}"
+        f"Error: The study {JOURNAL} does not match this run: disabled_components was [] and is now ['mlp.down_proj']. {rest}"
     )
     assert heretic().code == heretic("--parameters.max-weight", "1").code == 0
 
@@ -154,8 +154,8 @@ def test_stored_ranges_that_this_version_does_not_take(heretic: Heretic, workpla
     assert (outcome.code, outcome.err) == (
         1,
         f'Error: The study {JOURNAL} is damaged: its search_space.components."mlp.down_proj".max_weight.low: Input should be '
-        "a valid number, unable to parse string as a number. Put a good copy in its place, or begin anew with --checkpoint-action restart "
-        "(the file is kept).\n",
+        "a valid number, unable to parse string as a number. Replace it with an intact copy, or start over with --checkpoint-action "
+        "restart (the file is kept).\n",
     )
 
 

@@ -305,7 +305,7 @@ def test_a_storage_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch)
 def test_a_storage_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     search, _ = moody(itertools.repeat(ConnectionRefusedError("Connection refused")), monkeypatch)
     monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.1)
-    expected = r"The study the storage could not be reached for 0 s: Connection refused\. What was finished is kept: give the same command"
+    expected = r"The study the storage could not be reached for 0 s: Connection refused\. Finished trials are kept; run the same command"
     with pytest.raises(CheckpointError, match=expected):
         search.run(3, slow_score, scaled)
 

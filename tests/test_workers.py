@@ -173,9 +173,8 @@ def test_two_workers_on_postgresql_whose_server_is_restarted(
     expected = f"Error: There is no study 'other' in {shown}. Begin it with heretic MODEL --study-storage, then let workers join.\n"
     assert (outcome.code, outcome.err) == (1, expected)
     outcome = heretic("--demo", "--max-response-length", "3", *FEWER)
-    expected = (
-        f"Error: The study 'heretic' in {shown} is another one: max_response_length was 100 and is now 3. Give another --study-name.\n"
-    )
+    reason = "max_response_length was 100 and is now 3"
+    expected = f"Error: The study 'heretic' in {shown} does not match this run: {reason}. Give another --study-name.\n"
     assert (outcome.code, outcome.err) == (1, expected)
 
 

@@ -1,8 +1,8 @@
-"""A result made again from its record: the model alone (`--export-from`), the model with a comparison (`--reproduce`), or the whole search
+"""Rebuild a result from its record: the model alone (`--export-from`), the model with a comparison (`--reproduce`), or the whole search
 (`--reproduce-search`).
 
-The record is `heretic.json` with the file of directions beside it. With both, a model follows from its original alone: no prompts, no
-search, no accelerator; on the same versions it is the same, bit by bit.
+The record is `heretic.json` and the file of directions in the same folder. With both, a model can be rebuilt from its original without
+prompts, search or accelerator. With the same library versions it is identical bit by bit.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ FLAGS = ("--export-from", "--reproduce", "--reproduce-search")
 RECORD = "heretic.json"
 TIMEOUT = 60
 DIRECTIONS = "heretic.directions"
-DESCRIPTION = ("README.md", "kernel.svg")  # the card and its picture, which are taken over
+DESCRIPTION = ("README.md", "kernel.svg")  # the model card and its plot, which are copied
 
-# What a difference means for the rebuilt files, and for a repeated search.
+# Consequences of a difference for the rebuilt files and for a repeated search.
 ROUNDING = "the last digits may differ"
-SEARCH_ONLY = "nothing for the rebuilt model; a repeated search may take another way"
-NOTHING = "nothing"
+SEARCH_ONLY = "no effect on the rebuilt model; a repeated search may propose other trials"
+NO_EFFECT = "no effect"
 DEPENDS_ON = {
     "torch": ROUNDING,
-    "transformers": "names or layouts of tensors may differ, and a repeated search may take another way",
+    "transformers": "names or layouts of tensors may differ, and a repeated search may propose other trials",
     "accelerate": SEARCH_ONLY,
     "bitsandbytes": SEARCH_ONLY,
     "optuna": SEARCH_ONLY,
 }
 
 
-# Settings besides those that define a study on which the same search depends. Everything else is this command line's to say.
+# Settings, besides those that define a study, that a repeated search depends on. All other settings come from the command line.
 SEARCH = (
     "dtypes",
     "batch_size",
@@ -68,7 +68,7 @@ SEARCH = (
 
 @dataclass(frozen=True)
 class Record:
-    """A stored result: what `heretic.json` says, and the folder that it and its directions are in."""
+    """A stored result: the content of `heretic.json`, and the folder that holds it and the directions."""
 
     content: dict[str, Any]
     folder: Path
@@ -81,7 +81,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that is not as it was, and what that means."""
+    """Something that has changed since the record was written, and the consequence."""
 
     what: str
     then: str
@@ -92,8 +92,8 @@ class Difference:
         return f"{self.what}: {self.then} then, {self.now} now ({self.means})"
 
 
-def is_asked(arguments: Sequence[str]) -> bool:
-    """Whether the command line asks for something of this file."""
+def is_requested(arguments: Sequence[str]) -> bool:
+    """Whether the command line has a flag of this module."""
     return any(argument.partition("=")[0] in FLAGS for argument in arguments)
 
 
@@ -115,13 +115,13 @@ def run_command(arguments: Sequence[str]) -> int:
     from ..console import Console
 
     console = Console()
-    with fetched(given.reproduce_search or given.export_from or given.reproduce) as record:
+    with open_record(given.reproduce_search or given.export_from or given.reproduce) as record:
         if given.reproduce_search is not None:
-            # The flags that belong to the settings go on top of the stored ones.
+            # Settings on the command line override the stored ones.
             own = {"--reproduce-search", given.reproduce_search, f"--reproduce-search={given.reproduce_search}"}
             return reproduce_search(record, [argument for argument in arguments if argument not in own], console)
         if rest:
-            raise UsageError(f"Unknown option {rest[0]} beside --export-from or --reproduce. heretic --help lists all options.")
+            raise UsageError(f"{rest[0]} cannot be used with --export-from or --reproduce. heretic --help lists all options.")
         if given.export_from is not None:
             if given.save_directory is None:
                 raise UsageError("--export-from needs --save-directory.")
@@ -143,10 +143,10 @@ def _directory(given: str | None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def fetched(where: str) -> Iterator[Record]:
-    """The record of a folder, a file or an address that ends in `heretic.json`.
+def open_record(where: str) -> Iterator[Record]:
+    """The record in a folder, in a file, or at a URL that ends in `heretic.json`.
 
-    Raises `ExportError` where there is none, or where what is there is none.
+    Raises `ExportError` if there is none, or if it is not a valid record.
     """
     from ..loading.source import expand
 
@@ -157,15 +157,15 @@ def fetched(where: str) -> Iterator[Record]:
     path = expand(where)
     path = path / RECORD if path.is_dir() else path
     if not path.is_file():
-        raise ExportError(f"There is no {path}. Give a folder that heretic saved, its heretic.json, or the address of one.")
+        raise ExportError(f"{path} does not exist. Give a folder that heretic saved, its heretic.json, or the URL of one.")
     yield Record(_read(path), path.parent)
 
 
 def _fetch_all(address: str, folder: Path) -> Record:
-    address = address.replace("/blob/", "/resolve/", 1)  # the hub's page about a file, and the file
+    address = address.replace("/blob/", "/resolve/", 1)  # from the hub's page about a file to the file
     parts = urlsplit(address)
     if not parts.path.endswith(f"/{RECORD}"):
-        raise ExportError(f"The address {address} does not end in /{RECORD}.")
+        raise ExportError(f"The URL {address} does not end in /{RECORD}.")
     for name in (RECORD, DIRECTIONS, *DESCRIPTION):
         here = parts._replace(path=parts.path.removesuffix(RECORD) + name).geturl()
         try:
@@ -173,7 +173,7 @@ def _fetch_all(address: str, folder: Path) -> Record:
                 (folder / name).write_bytes(response.read())
         except (URLError, OSError, ValueError) as error:
             if name not in DESCRIPTION:
-                raise ExportError(f"{here} cannot be fetched: {error}") from error
+                raise ExportError(f"{here} cannot be downloaded: {error}") from error
     return Record(_read(folder / RECORD), folder)
 
 
@@ -196,7 +196,7 @@ class _Prompts(BaseModel):
 
 
 class _Content(BaseModel):
-    """What of a record is used here, as far as it is not settings, which are checked as all settings are."""
+    """The parts of a record that are used here. The settings among them are checked like all settings."""
 
     model: _Model
     settings: dict[str, Any]
@@ -219,16 +219,16 @@ def _read(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise ExportError(f"{path} is no record that a model can be made from: {where}: {problem['msg']}.") from error
+        raise ExportError(f"{path} is not a record that a model can be rebuilt from: {where}: {problem['msg']}.") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read as a record of heretic: {error}") from error
     if missing:
-        raise ExportError(f"{path} is no record that a model can be made from: it lacks {', '.join(missing)}.")
+        raise ExportError(f"{path} is not a record that a model can be rebuilt from: it lacks {', '.join(missing)}.")
     return content
 
 
 def _export_settings(record: Record) -> "Settings":
-    """The settings that an export depends on."""
+    """The stored settings that an export depends on."""
     from ..config import Settings
 
     names = ("row_normalization", "full_normalization_lora_rank", "max_shard_size")
@@ -243,9 +243,9 @@ def _export_settings(record: Record) -> "Settings":
 
 
 def original_source(record: Record, model: str | None, trust_remote_code: bool) -> Any:
-    """Where the original is: where the record says, at the commit that it says, or `model`.
+    """The source of the original: the one in the record, at the recorded commit, or `model`.
 
-    Raises `ExportError` where it was a folder, of which a record says only the last part, and is not at that name here.
+    Raises `ExportError` if it was a folder, whose path the record does not contain, and no folder of that name exists here.
     """
     from ..config import DEMO_MODEL, Settings
     from ..loading.source import model_source
@@ -264,11 +264,11 @@ def _check_local(record: Record, name: str) -> None:
     stored = record.content["model"]
     is_local = ":" in str(stored.get("fingerprint")) and not record.content["settings"].get("demo")
     if stored.get("gguf_file") and stored["commit"] is not None:
-        is_local = False  # the hub's, whose dequantized weights the record knows
+        is_local = False  # it is on the hub; the record has the fingerprint of its dequantized weights
     if is_local and name == stored["name"] and not Path(name).exists():
         kind = "file" if str(stored["name"]).endswith(".gguf") else "folder"
         raise ExportError(
-            f"The original was a {kind} named {stored['name']}, which is not here; a record does not say where it was. "
+            f"The original was a {kind} named {stored['name']}, which does not exist here (records contain no paths). "
             "Give the original with --model."
         )
 
@@ -276,9 +276,9 @@ def _check_local(record: Record, name: str) -> None:
 def rebuild(
     record: Record, directory: str, overwrite: bool, model: str | None, trust_remote_code: bool, progress: "Progress"
 ) -> tuple[Path, dict[str, str]]:
-    """Write the record's model or adapter again, from the original and the stored edits; the folder, and SHA-256 of its files.
+    """Write the record's model or adapter again, from the original and the stored edits. Returns the folder and SHA-256 of its files.
 
-    Raises `ExportError` where the original's weights are not those that the record names.
+    Raises `ExportError` if the original's weights are not those that the record names.
     """
     from ..saving.card import copy_licence
     from ..saving.edits import check_edits, load_edits
@@ -330,27 +330,30 @@ def _loaded(source: Any, progress: "Progress") -> Any:
 
 
 def _check_weights(record: Record, original: "Original", progress: "Progress") -> None:
-    """Compare the original's files with the record's; a copy of a hub's model in a folder cannot be compared, which is told."""
+    """Compare the original's files with the record's. A local copy of a hub model cannot be compared; then there is a warning."""
     from ..loading.source import fingerprint
 
     then, now = record.content["model"].get("fingerprint"), fingerprint(original.source)
     if then == now:
         return
     if then is None or (":" in then) != (":" in now):
-        progress.warning("Whether this original is the one that was edited cannot be told: the record knows it by another mark.")
+        progress.warning(
+            "It cannot be checked whether this original is the one that was edited: the record identifies it in another way (commit or "
+            "files)."
+        )
         return
     before, after = (dict(part.rpartition(":")[::2] for part in text.split()) if ":" in text else {"commit": text} for text in (then, now))
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     weights = [name for name in differing if not name.endswith(".json")]
     if weights:
         raise ExportError(
-            f"{original.source.name} is not the model that was edited: {', '.join(weights[:3])} differs. Give the original with --model."
+            f"{original.source.name} is not the model that was edited (changed: {', '.join(weights[:3])}). Give the original with --model."
         )
-    progress.warning(f"Files of the original have changed, which the rebuilt folder shows: {', '.join(differing)}")
+    progress.warning(f"Files of the original have changed, so the rebuilt folder differs as well: {', '.join(differing)}")
 
 
 def differences(record: Record) -> list[Difference]:
-    """What is not as it was when the record was written: versions, hardware, and sources without a commit to go back to."""
+    """What has changed since the record was written: versions, hardware, and data sources without a pinned commit."""
     from .. import __version__
     from ..device import hardware
     from ..saving.record import LIBRARIES
@@ -363,7 +366,7 @@ def differences(record: Record) -> list[Difference]:
     now = versions(LIBRARIES)
     for name, then in content["versions"].items():
         if now.get(name) != then:
-            found.append(Difference(name, then, now.get(name, "not installed"), DEPENDS_ON.get(name, NOTHING)))
+            found.append(Difference(name, then, now.get(name, "not installed"), DEPENDS_ON.get(name, NO_EFFECT)))
     here = hardware()
     for name, value in content.get("hardware", {}).items():
         if here.get(name) != value:
@@ -371,34 +374,34 @@ def differences(record: Record) -> list[Difference]:
             found.append(Difference(name, str(value or "none"), str(here.get(name) or "none"), means))
     for name, prompts in content.get("prompts", {}).items():
         if prompts.get("commit") is None and not str(prompts["dataset"]).startswith("heretic-demo:"):
-            found.append(Difference(name, str(prompts["dataset"]), "whatever it holds now, since no commit is known", SEARCH_ONLY))
+            found.append(Difference(name, str(prompts["dataset"]), "its current content, since no commit was recorded", SEARCH_ONLY))
     return found
 
 
 def reproduce(record: Record, directory: str, overwrite: bool, model: str | None, trust_remote_code: bool, progress: "Progress") -> bool:
-    """Rebuild, and compare with what was stored; whether every file is the same."""
+    """Rebuild, and compare with the stored hashes. Returns whether every file is the same."""
     found = differences(record)
     for difference in found:
         progress.message(f"Different: {difference}")
     if not found:
-        progress.message("Versions, hardware and commits are those of the record.")
+        progress.message("Versions, hardware and commits are the same as in the record.")
     _, files = rebuild(record, directory, overwrite, model, trust_remote_code, progress)
     stored = record.content["files"]
     same = [name for name, digest in stored.items() if files.get(name) == digest]
     for name in stored:
         if name not in same:
-            progress.message(f"Not the same: {name} ({'missing' if name not in files else 'another SHA-256'})")
-    progress.message(f"{len(same)} of {len(stored)} files are the same, bit by bit.")
+            progress.message(f"Different: {name} ({'missing' if name not in files else 'another SHA-256'})")
+    progress.message(f"{len(same)} of {len(stored)} files are identical.")
     return len(same) == len(stored)
 
 
 def search_settings(record: Record, arguments: Sequence[str]) -> "Settings":
-    """What of the stored settings the search and its scores depend on, with commits, and what the command line says.
+    """The stored settings that the search and its scores depend on, with commits, overridden by the command line.
 
-    Raises `UsageError` where the record names code that the user does not agree to run, or a file or folder that the command line does
+    Raises `UsageError` if the record names code that the user does not agree to run, or a file or folder that the command line does
     not name as well.
     """
-    from ..session.answers import who_asks
+    from ..session.answers import terminal_ask
     from ..settings_sources import load_settings
     from ..study.checkpoint import DEFINING
 
@@ -407,16 +410,16 @@ def search_settings(record: Record, arguments: Sequence[str]) -> "Settings":
     stored = {name: value for name, value in content["settings"].items() if name in names and value is not None}
     if content["model"].get("commit") is not None:
         stored["model_commit"] = content["model"]["commit"]
-    stored.setdefault("refusal_rule", "markers")  # versions before that setting had but one rule
+    stored.setdefault("refusal_rule", "markers")  # earlier versions had only this rule
     stored |= content.get("prompts", {})
     stored |= {"model_action": "none", "study_checkpoint_dir": str(Path("checkpoints") / "reproduced")}
-    settings = load_settings(arguments, stored, who_asks())
+    settings = load_settings(arguments, stored, terminal_ask())
     _refuse_local_prompts(settings, stored, arguments)
     return settings
 
 
 def _refuse_local_prompts(settings: "Settings", stored: Mapping[str, Any], arguments: Sequence[str]) -> None:
-    """Raise `UsageError` where prompts would be read from a file or folder that the record alone names: it may be any file here."""
+    """Raise `UsageError` if prompts would be read from a file or folder that only the record names: that could be any file here."""
     from ..demo import PREFIX
     from ..loading.source import is_hub_id
 
@@ -430,13 +433,11 @@ def _refuse_local_prompts(settings: "Settings", stored: Mapping[str, Any], argum
         if not is_given and not dataset.startswith(PREFIX) and not is_hub_id(dataset):
             flags.append(shlex.join([flag, dataset]))
     if flags:
-        raise UsageError(
-            f"The record names files or folders of this machine as prompts. If they are those of the study, give them: {' '.join(flags)}"
-        )
+        raise UsageError(f"The record names local files or folders as prompts. If they are those of the study, add: {' '.join(flags)}")
 
 
 def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progress") -> int:
-    """Run the study again with the stored seed and compare the trial; 0 where it is the same, else 1."""
+    """Run the study again with the stored seed and compare the trial. Returns 0 if it is the same, else 1."""
     from ..study.checkpoint import Checkpoint
     from .run import run
 
@@ -460,9 +461,11 @@ def reproduce_search(record: Record, arguments: Sequence[str], progress: "Progre
     now |= {name: attributes.get(name) for name in ("refusals", "kl_divergence")}
     differing = [name for name in then if not _close(then[name], now.get(name))]
     for name in differing:
-        progress.message(f"Not the same in trial {wanted['number']}: {name} was {then[name]}, and is {now.get(name)}")
+        progress.message(f"Different in trial {wanted['number']}: {name} was {then[name]} and is {now.get(name)}")
     if not differing:
-        progress.message(f"Trial {wanted['number']} is the same again: {scores['refusals']} refusals, KL {scores['kl_divergence']:.4f}.")
+        progress.message(
+            f"Trial {wanted['number']} is the same as in the record: {scores['refusals']} refusals, KL {scores['kl_divergence']:.4f}."
+        )
     return 1 if differing else 0
 
 

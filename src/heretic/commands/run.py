@@ -1,4 +1,4 @@
-"""A run, from settings to the front and what is done with it."""
+"""A run, from the settings to the Pareto front and what is done with it."""
 
 from typing import TYPE_CHECKING
 
@@ -7,16 +7,16 @@ from ..loading.libraries import collector_paused, prepare_libraries
 from ..session.stages import (
     check_lengths,
     compute_directions,
-    is_told,
-    learn_shown,
+    finish_without_asking,
+    learn_with_messages,
     load_all_prompts,
     load_model_to_edit,
     make_report,
     measure,
-    no_trial,
+    raise_for_no_trial,
     rescore_finalists,
     scorer_identity,
-    search_shown,
+    search_with_view,
     show_outcome,
     with_found_prefix,
 )
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 
 def run(settings: "Settings", files: "Sequence[str]" = ()) -> int:
-    """The stages of a run, whose settings are from the command line and from `files`. Raises `HereticError`; returns the exit code."""
+    """All stages of a run. Its settings came from the command line and from `files`. Raises `HereticError`; returns the exit code."""
     from ..loading.source import model_source
     from ..session.answers import check_answers
     from ..utils import can_ask
 
     check_answers(settings, can_ask())
     _check_extras(settings)
-    model_source(settings)  # a mistyped path is told before anything heavy is imported or a study is locked
+    model_source(settings)  # reports a mistyped path before anything heavy is imported or a study is locked
     prepare_libraries(settings.debug)
 
     with collector_paused():
@@ -68,7 +68,7 @@ def run(settings: "Settings", files: "Sequence[str]" = ()) -> int:
 
 
 def _check_extras(settings: "Settings") -> None:
-    """Raise `UsageError` where a setting asks for what only an extra brings and that is missing: an hour later would be too late."""
+    """Raise `UsageError` if a setting needs an extra that is not installed. An hour later would be too late."""
     from ..session.answers import require_extra
 
     if settings.report_plots:
@@ -87,7 +87,7 @@ def _check_extras(settings: "Settings") -> None:
 
 
 def _check_upload(settings: "Settings", console: "Console") -> None:
-    """Ask the hub whether the upload at the end of the run can be, as far as the settings say what it will be."""
+    """Ask the hub whether the upload at the end of the run will be possible, as far as the settings describe it."""
     from huggingface_hub import get_token
 
     from ..saving.upload import check_destination
@@ -108,14 +108,14 @@ def _run_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint
 
     from ..loading.source import fingerprint, model_source
 
-    # 2. Prompts and scorers, which cost little and are most often what is wrong
+    # 2. Prompts and scorers, which cost little and are the most frequent source of errors
     prompts = load_all_prompts(settings, console)
     identity = {**prompts.identity, **scorer_identity(settings)}
     if not is_new:
         source = model_source(settings)
-        # A model on the hub may have to be fetched first; it is checked below.
+        # A model on the hub may have to be downloaded first; it is checked below.
         checkpoint.check_identity({**identity, "the model": fingerprint(source)} if source.is_local else identity)
-        if _is_over(settings, console, checkpoint):
+        if _shown_as_finished(settings, console, checkpoint):
             return 0
     if settings.workers or settings.study_storage or checkpoint.is_shared:
         from ..sharing.shared_run import run_shared
@@ -145,22 +145,22 @@ def _run_alone(
     # 4. Response prefix, baseline, directions
     model = with_found_prefix(settings, console, model, prompts)
     evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
-    parting = compute_directions(settings, console, model, prompts)
+    separating_layer = compute_directions(settings, console, model, prompts)
 
     # 5. The study
     from ..reporting.tables import space_text
     from ..study.space import search_space
 
     last_layer = len(model.architecture.layers) - 1
-    space = search_space(settings, list(model.architecture.components), last_layer, parting)
+    space = search_space(settings, list(model.architecture.components), last_layer, separating_layer)
     identity["the model"] = fingerprint(model.loaded.source)
     if is_new:
         checkpoint.create(settings, identity)
     else:
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
-    console.message(space_text(space, parting, last_layer))
-    if warning := checkpoint.counts_otherwise(evaluator.original.baseline.degenerate):
+    console.message(space_text(space, separating_layer, last_layer))
+    if warning := checkpoint.degenerate_count_warning(evaluator.original.baseline.degenerate):
         console.warning(warning)
     checkpoint.note(**evaluator.original.baseline.attributes(), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
@@ -169,7 +169,7 @@ def _run_alone(
 
     def search_up_to(target: int) -> "Path | None":
         checkpoint.note(target=target)
-        return conclude(search_shown(console, evaluator, search, target, batch_size))
+        return conclude(search_with_view(console, evaluator, search, target, batch_size))
 
     def conclude(was_stopped: bool) -> "Path | None":
         if not search.front:
@@ -178,7 +178,7 @@ def _run_alone(
             rescore_finalists(settings, console, checkpoint, evaluator, prompts, batch_size.value)
         return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
 
-    was_stopped = learn_shown(settings, console, search.study, checkpoint.edits, checkpoint.path, evaluator, prompts)
+    was_stopped = learn_with_messages(settings, console, search.study, checkpoint.edits, checkpoint.path, evaluator, prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
     if was_stopped or not target:
         report = conclude(was_stopped)
@@ -186,10 +186,10 @@ def _run_alone(
         console.heading(f"Search: {target} trials, {search.n_done} done")
         report = search_up_to(target)
     if not search.front:
-        return no_trial(search.trials)
+        return raise_for_no_trial(search.trials)
 
     # 6. The Pareto front, and what to do with it
-    if is_told(settings, console, checkpoint, report):
+    if finish_without_asking(settings, console, checkpoint, report):
         return 0
 
     from ..session.interact import Workbench
@@ -200,14 +200,14 @@ def _run_alone(
 
 
 def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> "tuple[Settings, bool] | None":
-    """The settings in force and whether the study is new; None where the user leaves."""
-    from ..session.answers import who_asks
+    """The effective settings and whether the study is new; None if the user leaves."""
+    from ..session.answers import terminal_ask
     from ..study.samplers import check_sampler
 
     if checkpoint.lost_bytes:
         console.warning(
-            f"The last line of {checkpoint.path} was cut off in the middle and is lost ({checkpoint.lost_bytes} bytes); "
-            "everything before it is kept."
+            f"The last line of {checkpoint.path} is incomplete and was removed ({checkpoint.lost_bytes} bytes); "
+            "all lines before it are kept."
         )
     is_new = not checkpoint.exists
     if not is_new:
@@ -220,7 +220,7 @@ def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoin
                 return None
         is_new = action == "restart"
     if not is_new:
-        settings = checkpoint.restored(settings, who_asks())
+        settings = checkpoint.restored(settings, terminal_ask())
         console.message(f"Continuing the study {checkpoint.path} ({checkpoint.n_done} trials done).")
     check_sampler(settings.sampler)
     if settings.seed is None:
@@ -230,8 +230,8 @@ def _open_study(settings: "Settings", console: "Console", checkpoint: "Checkpoin
     return settings, is_new
 
 
-def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> bool:
-    """Show the front of a finished study where nobody asks for more, without loading the model for it."""
+def _shown_as_finished(settings: "Settings", console: "Console", checkpoint: "Checkpoint") -> bool:
+    """Show the front of a finished study without loading the model, if nothing more is requested. Returns whether it was shown."""
     from ..session.answers import trial_at
     from ..study.finalists import missing_finalists
     from ..study.front import front_of
@@ -243,11 +243,11 @@ def _is_over(settings: "Settings", console: "Console", checkpoint: "Checkpoint")
     if missing_finalists(checkpoint.study, settings) or lacks_learned_trials(checkpoint.study, settings):
         return False
     if settings.trial_index is not None:
-        trial_at(front, settings.trial_index)  # told before the model is loaded
+        trial_at(front, settings.trial_index)  # an error is reported before the model is loaded
     if settings.model_action not in (None, "none") or (console.can_ask and settings.model_action is None):
         return False
     if settings.print_residual_geometry or settings.plot_residuals:
-        return False  # the model has to be run for those
+        return False  # these need the model
     show_outcome(settings, console, checkpoint, make_report(settings, console, checkpoint, None))
     return True
 
@@ -271,12 +271,12 @@ def _open_search(settings: "Settings", checkpoint: "Checkpoint", space: "SearchS
 def _batch_size(
     settings: "Settings", console: "Console", checkpoint: "Checkpoint", model: "Model", evaluator: "Evaluator", may_measure: bool
 ) -> "BatchSize":
-    """How many trials are computed together. It is measured only where the run was not asked to be an exact repetition of another."""
+    """How many trials share a forward pass. It is measured only if the run does not have to repeat another one exactly."""
     from ..decoding.decoder import Decoder
     from ..study.batching import BatchSize, automatic_trials_per_batch
 
     if not model.batches_trials:
-        console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
+        console.message("Trials are evaluated one at a time: this model's experts do not know which prompt a token belongs to.")
         return BatchSize(1)
     decoder, n_prompts = model.decoder, len(evaluator.bad_prompts)
     if not isinstance(decoder, Decoder):
@@ -289,6 +289,6 @@ def _batch_size(
     def settle(settled: int) -> None:
         checkpoint.note(trials_per_batch=settled)
         if settled != value:
-            console.message(f"{settled} trials share a pass from here on: that is faster here than {value}.")
+            console.message(f"{settled} trials share a forward pass from here on; that was measured to be faster than {value}.")
 
     return BatchSize(value, lambda: decoder.n_tokens, settings.n_startup_trials, settle)

@@ -10,7 +10,7 @@ from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import fingerprint, model_source
 from ..session.answers import command_lines
-from ..session.stages import is_told, make_report, no_trial, rescore_finalists, search_shown
+from ..session.stages import finish_without_asking, make_report, raise_for_no_trial, rescore_finalists, search_with_view
 from ..study.checkpoint import SHARED, is_counted
 from ..study.finalists import missing_finalists
 from ..study.front import front_of
@@ -56,14 +56,14 @@ def run_shared(
         supervise(settings, console, study, url, prepares=True)
 
     if not front_of(study):
-        return no_trial(study.get_trials(deepcopy=False))
+        return raise_for_no_trial(study.get_trials(deepcopy=False))
     is_finished = checkpoint.n_done >= target
     lacks = missing_finalists(study, settings) or lacks_learned_trials(study, settings)
     if joined is None and is_finished and (settings.report or lacks):
         console.message("The workers are done; the model is loaded here for what is left.")
         joined = join(settings, console, study, store, prepares=True)
     report = _conclude(settings, console, checkpoint, joined if is_finished else None, prompts)
-    if is_told(settings, console, checkpoint, report):
+    if finish_without_asking(settings, console, checkpoint, report):
         return 0
     _act(console, checkpoint, joined or join(settings, console, study, store, prepares=False), prompts)
     return 0
@@ -78,7 +78,7 @@ def _conclude(settings: Settings, console: "Console", checkpoint: "Checkpoint", 
 
 def _search_here(console: "Console", joined: Joined, target: int, checkpoint: "Checkpoint") -> None:
     console.heading(f"Search: {target} trials, {checkpoint.n_done} done")
-    search_shown(console, joined.evaluator, joined.search, target, joined.batch_size)
+    search_with_view(console, joined.evaluator, joined.search, target, joined.batch_size)
 
 
 def _act(console: "Console", checkpoint: "Checkpoint", joined: Joined, prompts: "Prompts") -> None:

@@ -35,7 +35,7 @@ class SharedCheckpoint(Checkpoint):
         self._timeout, self._progress = settings.worker_timeout, progress
 
     def __enter__(self) -> "SharedCheckpoint":
-        if self._begins_anew:
+        if self._is_restarted:
             raise UsageError(
                 "A study in --study-storage is not begun anew in its place, since workers may be using it. Give another --study-name."
             )
@@ -66,14 +66,15 @@ class SharedCheckpoint(Checkpoint):
             self.found = create_study(self._shared_storage, self.name, settings, identity)
         except DuplicatedStudyError as error:
             raise CheckpointError(
-                f"The study {self.path} was begun by another process just now. Give the same command again, or join it: heretic worker."
+                f"The study {self.path} has just been created by another process. Run the same command again, or join it with heretic "
+                "worker."
             ) from error
         return self.found
 
     def _refuse(self, differences: list[str]) -> None:
         if differences:
             raise CheckpointError(
-                f"The study {self.name!r} in {self.path} is another one: {'; '.join(differences)}. Give another --study-name."
+                f"The study {self.name!r} in {self.path} does not match this run: {'; '.join(differences)}. Give another --study-name."
             )
 
 

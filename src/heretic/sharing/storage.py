@@ -277,8 +277,8 @@ class SharedStorage(_Patient, BaseHeartbeat):  # type: ignore[misc]
     def _give_up(self, attempt: RetryCallState) -> NoReturn:
         error, waited = _error_of(attempt), attempt.seconds_since_start or 0.0
         raise CheckpointError(
-            f"The study {self.location} could not be reached for {format_duration(waited)}: {_reason(error)} What was finished "
-            "is kept: give the same command again."
+            f"The study {self.location} could not be reached for {format_duration(waited)}: {_reason(error)} Finished trials "
+            "are kept; run the same command again."
         ) from error
 
     def record_heartbeat(self, trial_id: int) -> None:

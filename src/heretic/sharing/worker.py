@@ -19,10 +19,10 @@ from ..loading.source import ModelSource, model_source
 from ..privacy import shown_location
 from ..prompts import load_all
 from ..reporting.tables import space_text
-from ..session.answers import who_asks
+from ..session.answers import terminal_ask
 from ..session.stages import scorer_identity
 from ..settings_sources import ENV_PREFIX, Parser
-from ..study.checkpoint import NEVER_STORED, OF_ONE_RUN, SHARED, SPACE, kept_space
+from ..study.checkpoint import NEVER_STORED, PER_RUN, SHARED, SPACE, stored_or_new_space
 from ..study.learned_edits import LearnedEdits
 from ..study.space import SearchSpace
 from ..trust import require_consent
@@ -134,10 +134,10 @@ def _learn(
     settings: Settings, console: "Console", study: optuna.Study, store: Any, evaluator: "Evaluator", preparation: Preparation
 ) -> None:
     """Learn the edits that are missing. Raises `KeyboardInterrupt` if the user ends that: what was learned is kept."""
-    from ..session.stages import learn_shown
+    from ..session.stages import learn_with_messages
 
     location = storage_of(study).location
-    if learn_shown(settings, console, study, LearnedEdits(store), location, evaluator, preparation.prompts):
+    if learn_with_messages(settings, console, study, LearnedEdits(store), location, evaluator, preparation.prompts):
         raise KeyboardInterrupt
 
 
@@ -159,7 +159,7 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study) -> "tu
     parting = compute_directions(settings, console, model, prompts)
     assert model.hooks is not None
     last_layer = len(model.architecture.layers) - 1
-    space = kept_space(study, search_space(settings, list(model.architecture.components), last_layer, parting))
+    space = stored_or_new_space(study, search_space(settings, list(model.architecture.components), last_layer, parting))
     console.message(space_text(space, parting, last_layer))
     preparation = Preparation(
         directions=model.hooks.directions,
@@ -211,9 +211,9 @@ def command(arguments: Sequence[str]) -> int:
         return 0
     joined = join(settings, console, study, artifact_store(url, storage_of(study)), prepares=False)
     console.heading(f"Search: {joined.search.target(settings.n_trials)} trials, {joined.search.n_done} done")
-    from ..session.stages import search_shown
+    from ..session.stages import search_with_view
 
-    search_shown(console, joined.evaluator, joined.search, joined.search.target(settings.n_trials), joined.batch_size)
+    search_with_view(console, joined.evaluator, joined.search, joined.search.target(settings.n_trials), joined.batch_size)
     return 0
 
 
@@ -268,7 +268,7 @@ def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: ar
     # Whether to run a model's own code is decided on each machine; whoever can write to the storage must not decide it for others.
     here = {"device_map": "auto", "max_memory": None, "workers": options.workers, "study_storage": url, **own}
     # The number of the trials is what it was made to be there; what is not of this version is left to validation to name.
-    kept_values = {name: value for name, value in stored.items() if name not in (*OF_ONE_RUN, *NEVER_STORED, *here)}
+    kept_values = {name: value for name, value in stored.items() if name not in (*PER_RUN, *NEVER_STORED, *here)}
     if "model" in own:
         kept_values.pop("demo", None)
     if isinstance(own.get("scorers"), dict):
@@ -279,7 +279,7 @@ def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: ar
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise UsageError(f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}.") from error
-    require_consent(f"The study {study.study_name!r}", settings, own, who_asks())
+    require_consent(f"The study {study.study_name!r}", settings, own, terminal_ask())
     identity = study.user_attrs["identity"]
     changed = [name for name, value in scorer_identity(settings).items() if identity.get(name) != value]
     if changed:
@@ -294,7 +294,7 @@ def _run_supervised() -> int:
     """Be a worker of `workers.supervise`: what to do comes in one line on standard input, whose end means that the parent is gone."""
     order = json.loads(_read_line(0))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    from ..session.stages import stop_on_interrupt, tell_failures
+    from ..session.stages import report_failures, stop_on_interrupt
 
     prepare_libraries(order["settings"]["debug"])
     import torch
@@ -310,7 +310,7 @@ def _run_supervised() -> int:
     study = open_study(order["url"], order["name"], settings.worker_timeout, console)
     joined = join(settings, console, study, artifact_store(order["url"], storage_of(study)), order["prepares"])
     evaluator = joined.evaluator
-    tell_failures(joined.search, console, settings)
+    report_failures(joined.search, console, settings)
     with stop_on_interrupt(lambda: None) as should_stop:
         joined.search.run(
             settings.n_trials,

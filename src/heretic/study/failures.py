@@ -26,7 +26,7 @@ def reason(error: BaseException) -> str:
     return f"{text} (this is a bug in heretic; --debug shows where it happened)."
 
 
-def tell_failure(progress: Progress, what: str, error: BaseException, debug: bool) -> None:
+def warn_of_failure(progress: Progress, what: str, error: BaseException, debug: bool) -> None:
     """Warn that something failed without which the run goes on; with `debug`, where a bug happened."""
     progress.warning(f"{what}: {reason(error)}")
     if debug and is_bug(error):

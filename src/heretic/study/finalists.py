@@ -18,7 +18,7 @@ from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..scoring.measured import measure_original
 from ..utils import Progress
-from .failures import ONE_BY_ONE, reason, tell_failure
+from .failures import ONE_BY_ONE, reason, warn_of_failure
 from .front import front_of
 from .learned_edits import LearnedEdits
 from .search import score_batch
@@ -76,13 +76,13 @@ def score_finalists(
     final, description = final_settings(settings), "Baseline of the finalists"
     original = measure_original(final, search.model, good_prompts, bad_prompts, progress, True, description, search.original)
     evaluator = Evaluator(final, search.model, original, progress)
-    tell_crash = partial(tell_failure, progress, ONE_BY_ONE, debug=settings.debug)
+    tell_crash = partial(warn_of_failure, progress, ONE_BY_ONE, debug=settings.debug)
     with progress.task("Scoring the finalists again", len(missing)) as advance:
         for batch in (missing[start : start + trials_per_batch] for start in range(0, len(missing), trials_per_batch)):
             scores = score_batch(evaluator.score_trials, [edits.ablation_of(trial) for trial in batch], lambda kl: math.inf, tell_crash)
             for trial, score in zip(batch, scores, strict=True):
                 if isinstance(score, Exception):
-                    tell_failure(progress, f"Trial {trial.number} is not scored again", score, settings.debug)
+                    warn_of_failure(progress, f"Trial {trial.number} is not scored again", score, settings.debug)
                 trials[str(trial.number)] = {"failure": reason(score)} if isinstance(score, Exception) else score.described()
             advance(len(batch))
     return {

@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ..config import Settings
-from ..errors import GivenUp, LearningError
+from ..errors import Aborted, LearningError
 from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..utils import Progress
@@ -62,7 +62,7 @@ def learn_trials(
                 on_trial(trial, outcome)
                 if should_stop():
                     return
-    except GivenUp:  # Ctrl+C, and a model that takes long: what was not told is learned again by the resume
+    except Aborted:  # Ctrl+C, and a model that takes long: what was not told is learned again by the resume
         return
     except LearningError as error:
         which = "No more" if learned_trials(study) else "No"

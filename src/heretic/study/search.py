@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..config import SamplerName
 from ..editing.ablation import Ablation
-from ..errors import GivenUp, HereticError
+from ..errors import Aborted, HereticError
 from ..evaluator import Score
 from ..parameters import FirstTrial
 from .batching import BatchSize
@@ -158,7 +158,7 @@ class Search:
         """Run until `n_trials` are done in all, `trials_per_batch` of them at a time, dominated ones stopped early if wished.
 
         A batch is asked for when the one before is told. A trial that cannot be scored is recorded as failed, and the search goes on.
-        A batch that is given up (`GivenUp`) is scored first by the next call or process.
+        A batch that is given up (`Aborted`) is scored first by the next call or process.
         Raises `CheckpointError` if the study cannot be written.
         """
         size = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
@@ -179,7 +179,7 @@ class Search:
                 limit = refusal_limit(self.trials if stop_dominated else [])
                 try:
                     seconds = self._work(asked, score_trials, objectives, limit, show_new)
-                except GivenUp:
+                except Aborted:
                     self._cut_off = [*asked, *self._cut_off]
                     break
                 size.note(self.n_done, seconds)
