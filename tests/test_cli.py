@@ -309,8 +309,7 @@ HALVES = {
         "--model-action save needs --export-strategy if there is no terminal to ask at."
     ),
     ("--model-action", "upload", "--trial-index", "0", "--export-strategy", "merge"): (
-        "--model-action upload needs --upload-repo-id, --upload-repo-private or --no-upload-repo-private if there is no terminal "
-        "(no terminal)."
+        "--model-action upload needs --upload-repo-id, --upload-repo-private or --no-upload-repo-private if there is no terminal to ask at."
     ),
     ("--model-action", "upload", "--trial-index", "0", "--export-strategy", "merge", "--upload-repo-id", "a/b", "--upload-repo-private"): (
         "--model-action upload needs an access token: set HF_TOKEN, or log in with `hf auth login`."
@@ -429,7 +428,7 @@ def test_another_model_with_another_vocabulary_cannot_be_compared(heretic: Heret
     outcome = heretic("--evaluate-model", "larger")
     assert (outcome.code, outcome.err) == (
         1,
-        "Error: larger has a vocabulary of 34 tokens and m one of 33: their KL divergence is not defined. Give a model with the same "
+        "Error: larger has a vocabulary of 34 tokens, m one of 33: their KL divergence is not defined. Give a model with the same "
         "tokenizer.\n",
     )
 

@@ -51,7 +51,7 @@ def test_the_best_of_the_front_are_scored_again(heretic: Heretic, workplace: Pat
     assert outcome.code == 0, outcome.err
     front = front_of(study())
     assert list(known()["trials"]) == [str(trial.number) for trial in front[:2]]
-    assert "Scored again on 5 harmful and 5 harmless prompts, 4 tokens at most (in brackets 95 % bootstrap intervals)" in outcome.out
+    assert "Scored again on 5 harmful and 5 harmless prompts, at most 4 tokens (95 % bootstrap intervals in brackets)" in outcome.out
     for trial in front[:2]:
         entry = known()["trials"][str(trial.number)]
         # On the same prompts the figures are the same.

@@ -192,11 +192,11 @@ def test_what_differs_is_listed_with_what_it_means(saved: Path, heretic: Heretic
     differing = [line.removeprefix("Different: ") for line in lines if line.startswith("Different: ")]
     assert f"torch: 1.0 then, {torch_version} now (the last digits may differ)" in differing
     assert any(line.startswith("optuna: 2.0 then, ") and line.endswith("a repeated search may propose other trials)") for line in differing)
-    assert any(line.startswith("peft: 0.1 then, ") and line.endswith(" now (nothing)") for line in differing)
+    assert any(line.startswith("peft: 0.1 then, ") and line.endswith(" now (no effect)") for line in differing)
     assert f"cpu_threads: 1000 then, {threads} now (the last digits may differ)" in differing
     assert any(line.startswith("devices: ['Abacus'] then, ") for line in differing)
     assert not any(line.startswith("good_prompts: ") for line in differing)
-    assert any("no commit is known" in line for line in differing if line.startswith("bad_prompts: "))
+    assert any("no commit was recorded" in line for line in differing if line.startswith("bad_prompts: "))
 
 
 def test_a_search_again(workplace: Path, heretic: Heretic) -> None:

@@ -143,7 +143,7 @@ def measure(settings: "Settings", console: "Console", model: "Model", prompts: "
 
 def compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> int:
     """Give the model its directions. Returns the first layer in which harmless and harmful prompts separate."""
-    from ..editing.directions import mean_residual, parting_layer, refusal_directions
+    from ..editing.directions import mean_residual, refusal_directions, separating_layer
     from ..errors import DirectionError
 
     quantile = settings.winsorization_quantile
@@ -159,7 +159,7 @@ def compute_directions(settings: "Settings", console: "Console", model: "Model",
     if not directions[1:].any():
         raise DirectionError("Harmless and harmful prompts give the same residuals in every layer, so they define no direction.")
     model.use_directions(directions, settings.row_normalization)
-    return parting_layer(good, bad)
+    return separating_layer(good, bad)
 
 
 def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable[Iterable[Tensor]]") -> "list[Iterable[Tensor]]":

@@ -156,11 +156,11 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study) -> "tu
     check_lengths(settings, model, prompts)
     model = with_found_prefix(settings, console, model, prompts)
     original = measure(settings, console, model, prompts)
-    parting = compute_directions(settings, console, model, prompts)
+    separating_layer = compute_directions(settings, console, model, prompts)
     assert model.hooks is not None
     last_layer = len(model.architecture.layers) - 1
-    space = stored_or_new_space(study, search_space(settings, list(model.architecture.components), last_layer, parting))
-    console.message(space_text(space, parting, last_layer))
+    space = stored_or_new_space(study, search_space(settings, list(model.architecture.components), last_layer, separating_layer))
+    console.message(space_text(space, separating_layer, last_layer))
     preparation = Preparation(
         directions=model.hooks.directions,
         prompts=prompts,

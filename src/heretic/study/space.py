@@ -48,10 +48,10 @@ class SearchSpace(BaseModel):
         return index | kernels
 
 
-def search_space(settings: Settings, components: Sequence[str], last_layer: int, parting_layer: int | None = None) -> SearchSpace:
+def search_space(settings: Settings, components: Sequence[str], last_layer: int, separating_layer: int | None = None) -> SearchSpace:
     """The space for a model with these components. Kernels reach over one layer at least, which in models of few layers is much.
 
-    `parting_layer` is the one in which harmless and harmful prompts part (`directions.parting_layer`), which "auto" follows. Raises
+    `separating_layer` is the one in which harmless and harmful prompts part (`directions.separating_layer`), which "auto" follows. Raises
     `UsageError` where a setting names a component that the model does not have, where all are disabled, or where a first trial lies
     outside.
     """
@@ -64,7 +64,7 @@ def search_space(settings: Settings, components: Sequence[str], last_layer: int,
     if not enabled:
         raise UsageError(f"disabled_components leaves nothing to edit: the model's components are {', '.join(components)}.")
     one_layer = 1 / max(last_layer, 1)
-    start = 1.0 if parting_layer is None else parting_layer * one_layer
+    start = 1.0 if separating_layer is None else separating_layer * one_layer
 
     def resolved(name: str, component: str | None = None) -> Choice:
         choice = settings.parameters.choice(name, component)
