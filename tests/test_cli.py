@@ -334,7 +334,7 @@ def test_a_repository_name_that_cannot_be(heretic: Heretic, workplace: Path) -> 
 def test_a_target_that_must_not_be_replaced_is_told_before_anything_is_loaded(heretic: Heretic, workplace: Path) -> None:
     Path("out").mkdir()
     Path("out/mine").touch()
-    full = "Error: The folder out is not empty. Choose another --save-directory, or add --overwrite to replace it.\n"
+    full = "Error: The folder out is not empty. Choose another --save-directory, or add --overwrite.\n"
     assert heretic(*SAVE) == Outcome(1, "", full)
     assert heretic(*SAVE[:-1], "good.txt") == Outcome(1, "", "Error: good.txt is a file. Choose another --save-directory.\n")
 

@@ -206,7 +206,7 @@ def test_an_interrupted_check_leaves_the_saved_model(heretic: Heretic, workplace
     monkeypatch.setattr("heretic.saving.verify.load_model", interrupt)
     outcome = heretic(*SAVE)
     assert outcome.code == 0
-    assert "Interrupted: the saved model is not scored again. --evaluate-model does it." in outcome.out
+    assert "Interrupted: the saved model is not scored again. You can score it with --evaluate-model." in outcome.out
     assert Path("out/model.safetensors").is_file()
 
 

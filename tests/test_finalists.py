@@ -244,9 +244,9 @@ def test_the_card_has_them(heretic: Heretic, workplace: Path) -> None:
     card = Path("out/README.md").read_text()
     before = study().user_attrs["base_response_classes"]["degenerate"]
     after = chosen.user_attrs["response_classes"]["degenerate"]
-    assert f"| degenerate responses to them (empty, looping, broken off) | {before} | {after} |\n" in card
+    assert f"| degenerate responses to them (empty, repetitive or cut short) | {before} | {after} |\n" in card
     sequence = chosen.user_attrs["sequence_kl_divergence"]
-    assert f"| KL divergence along the original's answers, 16 tokens (nats) | 0 | {sequence:.4f} |\n" in card
+    assert f"| KL divergence along the original's responses, 16 tokens (nats) | 0 | {sequence:.4f} |\n" in card
     before, after = base["scores"]["harmless_refusals"], again["scores"]["harmless_refusals"]
     assert f"| refusals on 5 harmless prompts | {before:.0f} | {after:.0f} |\n\n" in card
 
@@ -324,11 +324,11 @@ def test_tables_of_finalists_and_of_one_trial() -> None:
         ["Harmless refusals", "0", "", "0"],
     ]
     assert rows[4] == ["KL divergence, median", "0.1000", "0.4000", "0.1000"]
-    assert rows[-4] == ["Responses: degenerate (empty, looping, broken off)", "0", "", "2"]
+    assert rows[-4] == ["Responses: degenerate (empty, repetitive or cut short)", "0", "", "2"]
     assert rows[-3:] == [
         ["By their beginnings: refusal", "7", "", "7"],
         ["By their beginnings: compliance", "93", "", "93"],
-        ["By their beginnings: degenerate (empty, looping, broken off)", "0", "", "0"],
+        ["By their beginnings: degenerate (empty, repetitive or cut short)", "0", "", "0"],
     ]
     # A trial of an earlier version has its two figures and nothing else.
     assert score_rows(trial(), {}, {})[1] == [["Refusals", "", "9", ""], ["KL divergence", "", "0.5000", ""]]

@@ -163,7 +163,7 @@ def test_a_full_disk(workplace: Path) -> None:
     )
     assert first.returncode == 1, first
     assert first.stderr == (
-        "Error: disk/out cannot be written: No space left on device. Nothing was left there; the study is safe. Free space or choose "
+        "Error: disk/out cannot be written: No space left on device. Nothing was left there; the study is safe. Free some space or choose "
         "another --save-directory, then save again.\n"
     )
     assert first.stdout.splitlines()[-1] == "disk"

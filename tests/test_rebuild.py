@@ -125,7 +125,7 @@ def test_records_that_are_none(saved: Path, heretic: Heretic) -> None:
     assert heretic("--reproduce", "odd.json").err.startswith("Error: odd.json cannot be read as a record of heretic: ")
     (saved / "heretic.directions").unlink()
     outcome = heretic("--export-from", "out", "--save-directory", "again")
-    assert outcome.err == "Error: out/heretic.directions is missing. It holds the directions; it was saved beside heretic.json.\n"
+    assert outcome.err == "Error: out/heretic.directions is missing. It contains the directions and was saved next to heretic.json.\n"
     (saved / "heretic.directions").write_bytes(b"nonsense")
     assert heretic("--export-from", "out", "--save-directory", "again").err.startswith("Error: out/heretic.directions cannot be read: ")
     assert not Path("again").exists()
@@ -141,7 +141,7 @@ def test_wrong_usage(saved: Path, heretic: Heretic) -> None:
     Path("full").mkdir()
     Path("full", "file").touch()
     outcome = heretic("--export-from", "out", "--save-directory", "full")
-    assert outcome.err == "Error: The folder full is not empty. Choose another --save-directory, or add --overwrite to replace it.\n"
+    assert outcome.err == "Error: The folder full is not empty. Choose another --save-directory, or add --overwrite.\n"
     for folder, what in (("m", "is the model"), ("out", "is the folder of the record"), (".", "holds the model")):
         outcome = heretic("--export-from", "out", "--overwrite", "--save-directory", folder)
         shown = Path.cwd() if folder == "." else folder

@@ -167,8 +167,8 @@ def test_links_in_a_model_folder(workplace: Path) -> None:
         with pytest.raises(ExportError) as caught:
             open_original(source, SilentProgress())
         assert str(caught.value) == (
-            f"m holds links to files elsewhere, which would be copied into what is saved: {name}. Put the files themselves in their "
-            "place, or delete the links, then save again: the study is safe."
+            f"m contains links to files elsewhere, which would be copied into the saved model: {name}. Replace them with the "
+            "files, or delete them, then save again. The study is safe."
         )
         link.unlink()
     Path("m/alias.json").symlink_to("config.json")
@@ -265,7 +265,7 @@ def test_links_beside_a_record(workplace: Path, heretic: Heretic) -> None:
     (workplace / "secret").write_text("of somebody else")
     (record / "README.md").symlink_to(workplace / "secret")
     outcome = heretic("--export-from", record, "--save-directory", "out")
-    assert outcome.code == 1 and outcome.err.startswith("Error: record holds links to files elsewhere, which would be copied into")
+    assert outcome.code == 1 and outcome.err.startswith("Error: record contains links to files elsewhere, which would be copied into")
     assert not Path("out").exists()
 
 

@@ -1,1 +1,1 @@
-"""What `export` is made of: stored tensors and edits of them, the record, the card, uploads, and rebuilding from a record."""
+"""Saving and uploading results: stored tensors and their edits, adapters, the record, the model card."""
