@@ -495,7 +495,7 @@ def test_what_the_command_tells_never_holds_the_token(heretic: Any, monkeypatch:
     def fail(*_: Any) -> None:
         raise RuntimeError("Illegal header value b'Bearer hf_SecretSecretSecret'")
 
-    monkeypatch.setattr("heretic.loading.source.model_source", fail)
+    monkeypatch.setattr("heretic.commands.start.model_source", fail)
     outcome = heretic("--debug")
     assert outcome.code == 1
     assert "RuntimeError: Illegal header value b'Bearer [token]'" in outcome.err.splitlines()[-1]

@@ -46,6 +46,24 @@ def test_help_imports_nothing_heavy() -> None:
     assert not {"torch", "transformers", "pydantic", "optuna", "rich", "huggingface_hub"} & set(loaded)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["m", "--n-trails", "1"], "Unknown option --n-trails (did you mean --n-trials?)."),
+        (["./nowhere"], "There is no folder ./nowhere."),
+        (["heretic/m", "--model-action", "save"], "--model-action save needs --trial-index"),
+        (["compare", "m"], "heretic compare needs at least two models or studies"),
+        (["--export-from", "nowhere"], "There is no nowhere."),
+        (["worker"], "heretic worker needs --study-storage"),
+    ],
+)
+def test_mistakes_are_told_before_anything_heavy_is_imported(arguments: list[str], told: str, tmp_path: Path) -> None:
+    code = f"import sys; from heretic.main import run_command; run_command({arguments}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert done.stderr.startswith(f"Error: {told}")
+    assert not {"torch", "transformers", "optuna", "datasets", "numpy"} & set(done.stdout.splitlines()[-1].split())
+
+
 def test_a_reader_that_has_enough_is_no_error() -> None:
     process = subprocess.Popen([script(), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import pytest
 
 from conftest import Outcome
-from heretic.commands import compare, rebuild, run
+from heretic.commands import REBUILD_FLAGS, compare, start
 from heretic.config import PromptSpecification, Settings
 from heretic.main import run_command
 from heretic.session.answers import check_answers
@@ -83,7 +83,7 @@ def test_options_exist(path: Path) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z_]+)?", text_of(path).replace("--no-...", "")))
     benches = "".join(script.read_text(encoding="utf-8") for script in ROOT.glob("bench/*.py"))
     of_benches = re.findall(r'add_argument\("(--[a-z][\w-]*)"', benches)
-    assert named <= {*parser._option_string_actions, *rebuild.FLAGS, *FOREIGN_OPTIONS, *of_benches}
+    assert named <= {*parser._option_string_actions, *REBUILD_FLAGS, *FOREIGN_OPTIONS, *of_benches}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -158,7 +158,7 @@ def test_commands_are_understood(command: str, workplace: Path, monkeypatch: pyt
             check_answers(arguments[0], False)
         raise Reached
 
-    for module, name in ((run, "run"), (compare, "compare"), (rebuild, "open_record"), (worker, "_existing_study")):
+    for module, name in ((start, "run"), (compare, "compare"), (start, "open_record"), (worker, "_existing_study")):
         monkeypatch.setattr(module, name, reached)
     arguments = shlex.split(command.partition("heretic ")[2])
     if arguments[0] == "classify":

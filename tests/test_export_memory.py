@@ -14,7 +14,8 @@ from tiny import save as save_original
 MEASURE = """
 import json, sys
 from pathlib import Path
-from heretic.commands import rebuild
+from heretic.commands.read_record import open_record
+from heretic.commands.rebuild import rebuild
 from heretic.utils import SilentProgress
 
 def peak():
@@ -22,8 +23,8 @@ def peak():
     return int(fields["VmHWM"].split()[0]) * 1024
 
 def run(stored, target):
-    with rebuild.open_record(stored) as record:
-        rebuild.rebuild(record, target, False, stored.removesuffix("-saved"), False, SilentProgress())
+    with open_record(stored) as record:
+        rebuild(record, target, False, stored.removesuffix("-saved"), False, SilentProgress())
 
 stored, target, small_stored, small_target = sys.argv[1:]
 run(small_stored, small_target)  # now everything is imported

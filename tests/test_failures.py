@@ -142,14 +142,14 @@ def test_finalists_and_report_that_fail_do_not_keep_a_run_from_its_end(
         raise error
 
     monkeypatch.setattr("heretic.study.finalists.Evaluator", fail)
-    monkeypatch.setattr("heretic.reporting.samples.take_samples", fail)
+    monkeypatch.setattr("heretic.session.stages.take_samples", fail)
     for overwrite in ([], ["--overwrite"]):
         outcome = heretic(*SAVE, *overwrite)
         assert outcome.code == 0, outcome.err
         assert f"Warning: The finalists were not scored again: {told}" in outcome.out
         assert f"Warning: The report contains no new responses: {told}" in outcome.out
         assert "Saved trial " in outcome.out and Path("checkpoints/m.report.html").is_file()
-    monkeypatch.setattr("heretic.reporting.report.write_report", fail)
+    monkeypatch.setattr("heretic.session.stages.write_report", fail)
     outcome = heretic(*SAVE, "--overwrite")
     assert outcome.code == 0 and f"Warning: No report was written: {told}" in outcome.out
 

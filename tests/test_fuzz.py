@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from conftest import BAD, GOOD, SMALL
-from heretic.commands.rebuild import differences, open_record, rebuild, search_settings
+from heretic.commands.read_record import open_record
+from heretic.commands.rebuild import differences, rebuild
+from heretic.commands.reproduce_search import search_settings
 from heretic.config import PromptSpecification, Settings
 from heretic.console import Console
 from heretic.errors import HereticError

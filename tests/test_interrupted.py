@@ -18,7 +18,8 @@ import torch
 
 import process
 from conftest import Outcome
-from heretic.commands import rebuild
+from heretic.commands.read_record import open_record
+from heretic.commands.rebuild import rebuild
 from heretic.saving.hashed_file import sha256
 from heretic.saving.staging import Target, clean_up, staged
 from heretic.utils import SilentProgress
@@ -96,8 +97,8 @@ def killed_before(call: int, result: Path, target: Path) -> bool:
 
             os.fsync = counted(os.fsync)
             type(target).rename = counted(type(target).rename)  # type: ignore[method-assign]
-            with rebuild.open_record(str(result)) as record:
-                rebuild.rebuild(record, str(target), True, str(result.parent / "m"), False, SilentProgress())
+            with open_record(str(result)) as record:
+                rebuild(record, str(target), True, str(result.parent / "m"), False, SilentProgress())
             os._exit(0)
         finally:
             os._exit(1)
@@ -137,8 +138,8 @@ def test_killed_before_every_step(tmp_path: Path, result: Path, swaps: bool, mon
 
 
 def rebuild_again(result: Path, target: Path, overwrite: bool = False) -> None:
-    with rebuild.open_record(str(result)) as record:
-        rebuild.rebuild(record, str(target), overwrite or target.name == "elsewhere", str(result.parent / "m"), False, SilentProgress())
+    with open_record(str(result)) as record:
+        rebuild(record, str(target), overwrite or target.name == "elsewhere", str(result.parent / "m"), False, SilentProgress())
 
 
 def test_two_at_the_same_time_leave_each_other_alone(tmp_path: Path, result: Path) -> None:

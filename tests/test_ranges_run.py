@@ -29,7 +29,7 @@ def study() -> optuna.Study:
 
 
 def part_in(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.editing.directions.separating_layer", lambda good, bad: layer)
+    monkeypatch.setattr("heretic.session.stages.separating_layer", lambda good, bad: layer)
 
 
 def test_what_is_searched_is_told_with_the_layers_beside(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

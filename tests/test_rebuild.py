@@ -57,7 +57,7 @@ def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("nothing may be loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    monkeypatch.setattr("heretic.loading.load.load_model", fail)
+    monkeypatch.setattr("heretic.loading.load._load_weights", fail)
     monkeypatch.setattr("heretic.prompts.load_prompts", fail)
 
 

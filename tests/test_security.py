@@ -223,7 +223,8 @@ def test_scorers_in_a_record(marker: Path, heretic: Heretic) -> None:
 
 def test_places_in_a_record(workplace: Path) -> None:
     """Only what the scores and the search depend on is taken over."""
-    from heretic.commands.rebuild import open_record, search_settings
+    from heretic.commands.read_record import open_record
+    from heretic.commands.reproduce_search import search_settings
 
     places = {
         "study_checkpoint_dir": "/somewhere",
@@ -401,8 +402,8 @@ def test_the_user_is_asked_at_a_terminal(answer: bool, marker: Path, heretic: He
         questions.append(question)
         return answer
 
-    monkeypatch.setattr("heretic.session.answers.can_ask", lambda: True)
-    monkeypatch.setattr("heretic.session.answers._confirm", confirm)
+    monkeypatch.setattr("heretic.trust.can_ask", lambda: True)
+    monkeypatch.setattr("heretic.trust._confirm", confirm)
     Path("config.toml").write_text(f'scorers.mine.use = "hostile.py:\x1b[2JMine"\n{SMALL}'.replace("\x1b", "\\u001b"))
     outcome = heretic()
     assert questions == ["config.toml names code to run: scorers.mine.use = hostile.py:[2JMine. Run it?"]

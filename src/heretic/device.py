@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
 
 # What allocators, drivers and libraries of all vendors say where memory is lacking, in small letters.
 _OUT_OF_MEMORY = (
@@ -42,11 +44,15 @@ def empty_cache() -> None:
         torch.accelerator.empty_cache()
 
 
-def input_device(model: Any) -> torch.device:
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The weight `(vocabulary, d)` by which a model looks up token ids."""
+    return model.get_input_embeddings().get_parameter("weight")
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes token ids: where the weight of its embedding is, or comes to for a pass where Accelerate keeps it elsewhere."""
-    module = model.get_input_embeddings()
-    hook = getattr(module, "_hf_hook", None)
-    device = module.weight.device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = embedding_weight(model).device
     return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
 
 

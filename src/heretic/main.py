@@ -8,23 +8,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.resources import files
+from pkgutil import resolve_name
 from typing import NoReturn
 
 from . import __version__
+from .commands import COMMANDS, REBUILD_FLAGS
 from .errors import HereticError
 from .loading.libraries import prepare_libraries
-from .utils import first_line
+from .utils import first_line, screen_text
 
 INTERRUPTED = 130
-
-# Subcommands: the module whose function `command` takes the other arguments.
-COMMANDS = {
-    "classify": "heretic.commands.classify",
-    "compare": "heretic.commands.compare",
-    "worker": "heretic.sharing.worker",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,7 +48,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run the command and return its exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
+    """Run the command and return its exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted.
+
+    What is imported here would slow down `--help`, or read the environment before `prepare_libraries` has set it.
+    """
     command = COMMANDS.get(arguments[0]) if arguments else None
     if command is None and {"-h", "--help"} & set(arguments):  # printed from a file, before anything slow is imported
         print(files("heretic").joinpath("help.txt").read_text(encoding="utf-8"), end="")
@@ -66,19 +63,21 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         if command is not None:
             prepare_libraries(debug)
-            code: int = import_module(command).command(arguments[1:])
+            code: int = resolve_name(command)(arguments[1:])
             return code
-        from .commands import rebuild
-
-        if rebuild.is_requested(arguments):
+        if any(argument.partition("=")[0] in REBUILD_FLAGS for argument in arguments):
             prepare_libraries(debug)
-            return rebuild.run_command(arguments)
-        from .commands.run import run
-        from .session.answers import terminal_ask
+            from .commands.start import rebuild
+
+            return rebuild(arguments)
         from .settings_sources import read_settings
+        from .trust import terminal_ask
 
         given = read_settings(arguments, ask=terminal_ask())
         debug = given.settings.debug
+        prepare_libraries(debug)
+        from .commands.start import run
+
         return run(given.settings, given.files)
     except HereticError as error:
         _print_error(str(error), debug)
@@ -95,8 +94,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _print_error(text: str, debug: bool) -> None:
-    from .privacy import without_token
-    from .utils import screen_text
+    from .privacy import without_token  # not needed by `--help`
 
     if debug:
         print(screen_text(without_token(traceback.format_exc())), end="", file=sys.stderr)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
@@ -354,7 +354,7 @@ class Model:
                 raise ModelError(f"The conversation fills the model's context of {self.context_length} tokens. Begin a new one.")
         streamer = _CallbackStreamer(self.tokenizer, write)
         with self._edited([] if ablation is None else [ablation]):
-            self.model.generate(**inputs.to(self.device), max_new_tokens=max_new_tokens, streamer=streamer)
+            cast(Any, self.model).generate(**inputs.to(self.device), max_new_tokens=max_new_tokens, streamer=streamer)
         return "".join(streamer.pieces)
 
 

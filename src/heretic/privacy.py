@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
+
 from .loading.source import ModelSource, expand
 
 # Settings that are texts of the user's own making; every other text may be a path or an address.
@@ -18,10 +20,7 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 def without_token(text: str, token: str | None = None) -> str:
     """A text in which an access token (default: the one that the hub's client would use) is replaced by `[token]`."""
-    if token is None:
-        from huggingface_hub import get_token
-
-        token = get_token()
+    token = get_token() if token is None else token
     return text.replace(token, "[token]") if token else text
 
 
@@ -67,7 +66,7 @@ def shown_location(url: str) -> str:
     scheme, is_url, rest = url.partition("://")
     if not is_url:
         return url
-    from sqlalchemy.engine import make_url
+    from sqlalchemy.engine import make_url  # heavy, and only a study in a database needs it
     from sqlalchemy.exc import ArgumentError
 
     try:

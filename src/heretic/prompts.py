@@ -1,4 +1,7 @@
-"""From prompt specifications to lists of prompts."""
+"""From prompt specifications to lists of prompts.
+
+The datasets library is imported when it is needed: it takes a second, and text files do without it.
+"""
 
 import codecs
 import hashlib

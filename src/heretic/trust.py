@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import Settings, is_true
 from .errors import UsageError
-from .utils import screen_text
+from .utils import can_ask, screen_text
 
 # Asks the user a yes/no question.
 Ask = Callable[[str], bool]
@@ -50,6 +50,17 @@ def code_settings(settings: Settings) -> list[CodeSetting]:
     if settings.benchmark_path is not None:  # its YAML files may name functions
         found.append(CodeSetting(("benchmark_path",), settings.benchmark_path, f"--benchmark-path {settings.benchmark_path}"))
     return found
+
+
+def terminal_ask() -> Ask | None:
+    """A function that asks a yes/no question at the terminal; None if there is no terminal."""
+    return _confirm if can_ask() else None
+
+
+def _confirm(question: str) -> bool:
+    import questionary  # only needed to ask
+
+    return bool(questionary.confirm(question, default=False).ask())
 
 
 def require_consent(origin: str, settings: Settings, own: Mapping[str, Any], ask: Ask | None, otherwise: str = "") -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..config import CHAIN_OF_THOUGHT_SKIPS
 from ..errors import HereticError, UsageError
+from ..scoring.learned_rule import LearnedRule
 
 HELP = """Usage: heretic classify [FILE.jsonl]
 
@@ -52,9 +54,6 @@ def command(arguments: Sequence[str]) -> int:
 
 def classify(lines: Any, name: str, out: TextIO | None = None) -> int:
     """Classify each of the `lines` (bytes) and write it to `out` (default: standard output). Returns 1 if a line was invalid, else 0."""
-    from ..config import CHAIN_OF_THOUGHT_SKIPS
-    from ..scoring.learned_rule import LearnedRule
-
     rule = LearnedRule((), CHAIN_OF_THOUGHT_SKIPS)
     out = sys.stdout if out is None else out
     code = 0

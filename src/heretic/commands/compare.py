@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config import Settings
 from ..device import empty_cache
 from ..editing.ablation import Ablation
+from ..editing.directions import mean_residual, refusal_directions
 from ..errors import ModelError, TrialError, UsageError
-from ..loading.source import expand
+from ..loading.load import load_model
+from ..loading.source import expand, model_source
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt, load_setting
 from ..scoring.divergence import kl_divergence
@@ -28,6 +31,10 @@ from ..scoring.measured import refusal_rule
 from ..scoring.response_prefix import find_response_prefix
 from ..scoring.responses import Kind, RefusalRule, counts_against
 from ..scoring.score_tables import format_interval
+from ..session.answers import trial_at
+from ..study.checkpoint import read_study
+from ..study.front import front_of
+from ..study.learned_edits import LearnedEdits
 from ..utils import Progress, first_line
 
 HEADERS = ("", "Refusals", "Degenerate", "Harmless refusals", "KL divergence", "KL median", "KL maximum")
@@ -110,10 +117,6 @@ def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
 
 
 def _from_study(name: str, path: Path, place: int, trust_remote_code: bool) -> Candidate:
-    from ..session.answers import trial_at
-    from ..study.checkpoint import read_study
-    from ..study.front import front_of
-    from ..study.learned_edits import LearnedEdits
 
     study, settings = read_study(path)
     front = front_of(study)
@@ -189,9 +192,6 @@ def cells(row: Compared, first: Compared) -> list[str]:
 @contextmanager
 def loaded_model(chosen: Candidate, settings: Settings, progress: Progress) -> Iterator[Model]:
     """The model of a candidate, with its adapter merged or its directions computed. It is freed afterwards."""
-    from ..loading.load import load_model
-    from ..loading.source import model_source
-
     own = chosen.settings
     parts = load_model(own, model_source(own), progress)
     if chosen.adapter is not None:
@@ -206,9 +206,9 @@ def loaded_model(chosen: Candidate, settings: Settings, progress: Progress) -> I
         empty_cache()
 
 
-def _with_adapter(model: Any, chosen: Candidate) -> Any:
+def _with_adapter(model: PreTrainedModel, chosen: Candidate) -> Any:
     """The model with an adapter merged into its weights. Raises `ModelError` if the adapter does not fit the model."""
-    from peft import PeftModel
+    from peft import PeftModel  # takes seconds to import
 
     try:
         return PeftModel.from_pretrained(model, chosen.adapter).merge_and_unload()
@@ -218,8 +218,6 @@ def _with_adapter(model: Any, chosen: Candidate) -> Any:
 
 def _use_directions(model: Model, settings: Settings) -> None:
     """Compute the directions of a study as the study did: from its own prompts and with its own response prefix."""
-    from ..editing.directions import mean_residual, refusal_directions
-
     good, bad = (load_setting(settings, name) for name in ("good_prompts", "bad_prompts"))
     with_prefix = model.with_response_prefix(find_response_prefix(model, settings, good, bad))
     quantile = settings.winsorization_quantile
@@ -236,8 +234,6 @@ def compare(names: Sequence[str], settings: Settings, progress: Progress) -> lis
 
     Raises `HereticError` if something cannot be loaded. A model whose logits are not finite is left out with a warning.
     """
-    from ..loading.source import model_source
-
     candidates = [candidate(name, settings) for name in names]
     for chosen in candidates:
         model_source(chosen.settings)  # reports a mistyped path before anything is loaded
@@ -254,22 +250,3 @@ def compare(names: Sequence[str], settings: Settings, progress: Progress) -> lis
                     raise ModelError(f"{chosen.name} cannot be scored: {error}. Try another --dtypes, such as float32.") from error
                 progress.warning(f"{chosen.name} cannot be scored: {error}. Try another --dtypes, such as float32.")
     return rows
-
-
-def command(arguments: Sequence[str]) -> int:
-    """The command line: names, and the options of a run. Returns the exit code; raises `HereticError`."""
-    from ..session.answers import terminal_ask
-    from ..settings_sources import load_settings_of_names
-
-    given = load_settings_of_names(arguments, terminal_ask())
-    settings, names = given.settings, given.names
-    if len(names) < 2:
-        raise UsageError("heretic compare needs at least two models or studies: heretic compare A B [C...]")
-    from ..console import Console
-
-    console = Console()
-    if given.files:
-        console.message(f"Settings from {' and '.join(given.files)}")
-    rows = compare(names, settings, console)
-    console.columns(f"Compared with {rows[0].name}", HEADERS, [cells(row, rows[0]) for row in rows])
-    return 0

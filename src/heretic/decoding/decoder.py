@@ -15,13 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..device import empty_cache, free_memory, input_device, is_out_of_memory
+from ..device import embedding_weight, empty_cache, free_memory, input_device, is_out_of_memory
 from .blocks import Blocks, Prefix
 from .pool import Pool
 from .prefix_cache import PrefixCache, pass_key
@@ -58,7 +59,7 @@ class Savings:
 Done = TypeVar("Done")
 
 
-def supports(model: Any) -> bool:
+def supports(model: PreTrainedModel) -> bool:
     """Whether the model's cache is nothing but keys and values by position, and it takes positions of our choice."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -75,7 +76,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         end_tokens: frozenset[int],
         rows_per_trial: int,
         assign_rows: Callable[[Sequence[int]], None] = lambda trials: None,
@@ -115,7 +116,7 @@ class Decoder:
         """Logits `(row, n, vocabulary)` at the last `n` tokens of each row, for as many rows of similar length at a time as fit."""
         waiting = deque(sorted(rows, key=self._order))
         prefix = self._share_prefix(rows, n)
-        vocabulary, size = self.model.get_input_embeddings().weight.shape[0], self.model.dtype.itemsize
+        vocabulary, size = embedding_weight(self.model).shape[0], self.model.dtype.itemsize
         limit = min(self._row_limit(rows), max(1, LOGITS_BYTES // (n * vocabulary * size)))
         while waiting:
             chunk = self.take(waiting, limit, self.padding_tokens)

@@ -3,11 +3,11 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import PreTrainedModel, StoppingCriteria
 
 from ..device import empty_cache, input_device, is_out_of_memory
 from .rows import Row, left_padded
@@ -23,7 +23,7 @@ class PlainDecoder:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         end_tokens: frozenset[int],
         rows_per_trial: int,
         assign_rows: Callable[[Sequence[int]], None] = lambda trials: None,
@@ -99,7 +99,7 @@ class PlainDecoder:
             row.text, row.finite, row.begun = "", True, True
         criteria = [] if is_finished is None else [_RowCriteria(rows, tokens.shape[1], self.end_tokens, is_finished)]
         self.assign_rows([row.trial for row in rows])
-        return self.model.generate(
+        return cast(Any, self.model).generate(
             input_ids=tokens.to(self.device),
             attention_mask=mask.to(self.device),
             return_dict_in_generate=True,

@@ -5,10 +5,10 @@ that does something else is found here and run the plain way.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..device import input_device
 from ..editing.architecture import Architecture
@@ -26,8 +26,8 @@ LENGTHS = (11, 6)
 
 
 def choose_decoder(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows_per_trial: int,
     progress: Progress,
     savings: Savings,
@@ -64,12 +64,12 @@ def _holds(check: Callable[[], bool]) -> bool:
         return False
 
 
-def _rows(model: Any) -> list[Row]:
+def _rows(model: PreTrainedModel) -> list[Row]:
     tokens = probe_tokens(model).flatten().tolist()
     return [Row(0, tokens[:length]) for length in LENGTHS]
 
 
-def _plain_logits(model: Any, tokens: list[int]) -> Tensor:
+def _plain_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     device = input_device(model)
     ids = torch.tensor([tokens], device=device)
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
@@ -82,7 +82,7 @@ def _agree(logits: Tensor, expected: Tensor) -> bool:
 
 
 @torch.inference_mode()
-def pads_well(model: Any, decoder: Decoder | PlainDecoder) -> bool:
+def pads_well(model: PreTrainedModel, decoder: Decoder | PlainDecoder) -> bool:
     """Whether rows of different lengths in one batch get the logits that they get alone."""
     rows = _rows(model)
     for part, logits in decoder.first_logits(rows):

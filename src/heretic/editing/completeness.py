@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .ablation import Ablation, ComponentParameters
 from .architecture import Architecture, first_tensor
@@ -58,7 +59,7 @@ def everything(architecture: Architecture) -> Ablation:
     return Ablation(None, {component: ComponentParameters(1.0, 0.0, 1.0, 2.0) for component in architecture.components})
 
 
-def remainder(model: Any, architecture: Architecture) -> Remainder:
+def remainder(model: PreTrainedModel, architecture: Architecture) -> Remainder:
     """Measure it in four passes of a few tokens."""
     channels = _usual_channels(model, architecture)
     draw = torch.Generator().manual_seed(0)
@@ -85,11 +86,11 @@ def remainder(model: Any, architecture: Architecture) -> Remainder:
     return Remainder(*shares)
 
 
-def _usual_channels(model: Any, architecture: Architecture) -> Tensor:
+def _usual_channels(model: PreTrainedModel, architecture: Architecture) -> Tensor:
     """Some channels `(channel,)` in which the stream is nowhere larger than usual."""
     largest = torch.zeros(architecture.hidden_size)
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
+    def note(module: nn.Module, args: object, output: object) -> None:
         hidden = first_tensor(output).float().unflatten(-1, (-1, architecture.hidden_size))
         rms = hidden.square().flatten(end_dim=-2).mean(dim=0).sqrt().cpu()
         torch.maximum(largest, rms / rms.median().clamp(min=1e-12), out=largest)
@@ -104,11 +105,11 @@ def _usual_channels(model: Any, architecture: Architecture) -> Tensor:
     return usual[chosen]
 
 
-def _written(model: Any, architecture: Architecture, channels: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _written(model: PreTrainedModel, architecture: Architecture, channels: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """What comes out of each layer in the channels `(..., channel)`, if `inputs (channel,)` go in; zeros for one that does not run."""
     written = [torch.zeros(1, len(channels))] * len(inputs)
 
-    def note(i: int, output: Any) -> None:
+    def note(i: int, output: object) -> None:
         hidden = first_tensor(output).unflatten(-1, (-1, architecture.hidden_size))
         written[i] = hidden[..., channels.to(hidden.device)].float().cpu()
 
@@ -120,7 +121,7 @@ def _written(model: Any, architecture: Architecture, channels: Tensor, inputs: S
     return written
 
 
-def _run(model: Any) -> None:
+def _run(model: PreTrainedModel) -> None:
     tokens = probe_tokens(model)
     with torch.no_grad():
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)

@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..device import embedding_weight
 from ..errors import UnsupportedModelError
 from ..loading.explain import refuse_encoder_decoder
 from .architecture import Architecture, Storage, Writer, first_tensor
@@ -45,7 +47,7 @@ COMPONENT_WORDS = {
 }
 
 
-def discover(model: Any) -> Architecture:
+def discover(model: PreTrainedModel) -> Architecture:
     """The architecture of a loaded transformers model.
 
     Raises `UnsupportedModelError`, which names the model's type and what was found, where it is not a decoder, where something that
@@ -96,17 +98,17 @@ def discover(model: Any) -> Architecture:
     return Architecture(hidden_size, layers_name, tuple(layers), tuple(writers), stream_axis)
 
 
-def _hidden_size(model: Any) -> int:
+def _hidden_size(model: PreTrainedModel) -> int:
     config = model.config.get_text_config(decoder=True)
     size: int | None = getattr(config, "hidden_size", None)
-    return model.get_input_embeddings().embedding_dim if size is None else size
+    return embedding_weight(model).shape[1] if size is None else size
 
 
-def _find_layers(model: Any, tokens: Tensor, hidden_size: int) -> tuple[str, list[nn.Module], dict[int, torch.Size]]:
+def _find_layers(model: PreTrainedModel, tokens: Tensor, hidden_size: int) -> tuple[str, list[nn.Module], dict[int, torch.Size]]:
     """The path of the layers' list, the layers, and the shape of the hidden states of those that text runs through."""
     passes: dict[nn.Module, torch.Size] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         result = first_tensor(output)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not isinstance(result, Tensor) or not result.is_floating_point() or all(t.shape != result.shape for t in tensors):
@@ -131,7 +133,7 @@ def _find_layers(model: Any, tokens: Tensor, hidden_size: int) -> tuple[str, lis
     )
 
 
-def _check_causality(model: Any, layers: list[nn.Module], tokens: Tensor) -> None:
+def _check_causality(model: PreTrainedModel, layers: list[nn.Module], tokens: Tensor) -> None:
     """Raise `UnsupportedModelError` where earlier positions see the last token; models that read pictures may let their prompts."""
     if hasattr(model.config, "vision_config"):
         return
@@ -147,7 +149,7 @@ def _check_causality(model: Any, layers: list[nn.Module], tokens: Tensor) -> Non
     before, after = hidden_states(tokens), hidden_states(changed)
     axis = next((i for i, size in enumerate(before.shape) if size >= PROBE_TOKENS), 1)
     before, after = (h.narrow(axis, 0, h.shape[axis] - 1) for h in (before, after))
-    noise = LOOKS_AHEAD if model.get_input_embeddings().weight.dtype == torch.float32 else LOOKS_AHEAD_HALF
+    noise = LOOKS_AHEAD if embedding_weight(model).dtype == torch.float32 else LOOKS_AHEAD_HALF
     if torch.linalg.vector_norm(after - before) > noise * torch.linalg.vector_norm(before):
         raise UnsupportedModelError(
             f"Models of type {model.config.model_type} are not supported: it is an encoder, in which every token sees those after it; "
@@ -155,7 +157,7 @@ def _check_causality(model: Any, layers: list[nn.Module], tokens: Tensor) -> Non
         )
 
 
-def _find_writers(model: Any, layers: list[nn.Module], tokens: Tensor, hidden_size: int) -> list[Found]:
+def _find_writers(model: PreTrainedModel, layers: list[nn.Module], tokens: Tensor, hidden_size: int) -> list[Found]:
     """In order of execution. Outer modules are looked at only in layers where their inside has no writer."""
     layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules() if module is not layer}
     owners = {module for module in layer_of if _owns_matrix(module, hidden_size)}
@@ -170,10 +172,10 @@ def _find_writers(model: Any, layers: list[nn.Module], tokens: Tensor, hidden_si
     return found
 
 
-def _emitting(model: Any, owners: set[nn.Module], tokens: Tensor, hidden_size: int) -> set[nn.Module]:
+def _emitting(model: PreTrainedModel, owners: set[nn.Module], tokens: Tensor, hidden_size: int) -> set[nn.Module]:
     emitting: set[nn.Module] = set()
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
+    def note(module: nn.Module, args: object, output: object) -> None:
         result = first_tensor(output)
         if isinstance(result, Tensor) and result.shape[-1:] == (hidden_size,) and result.is_floating_point():
             emitting.add(module)
@@ -186,7 +188,12 @@ def _emitting(model: Any, owners: set[nn.Module], tokens: Tensor, hidden_size: i
 
 
 def _probe(
-    model: Any, layers: list[nn.Module], candidates: set[nn.Module], layer_of: dict[nn.Module, int], tokens: Tensor, hidden_size: int
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    candidates: set[nn.Module],
+    layer_of: dict[nn.Module, int],
+    tokens: Tensor,
+    hidden_size: int,
 ) -> list[Found]:
     """Which of `candidates`, none inside another, write to the stream."""
     direction = probe_direction(hidden_size)
@@ -198,14 +205,14 @@ def _probe(
         copy = leaf.clone()  # some models add to an output in place, which a leaf does not allow
         return leaf, (type(output)((copy, *output[1:])) if isinstance(output, (tuple, list)) else copy)
 
-    def cut_candidate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def cut_candidate(module: nn.Module, args: Any, kwargs: object, output: object) -> Any:
         if not isinstance(first_tensor(output), Tensor):
             return output
         leaf, output = leaf_of(output)
         leaves.append((module, leaf, args, kwargs))
         return output
 
-    def cut_layer(module: nn.Module, args: Any, output: Any) -> Any:
+    def cut_layer(module: nn.Module, args: object, output: object) -> Any:
         stream.append(first_tensor(output))
         return leaf_of(output)[1]
 
@@ -249,7 +256,7 @@ def _gain(gradient: Tensor, direction: Tensor, layer: nn.Module) -> tuple[Tensor
 
 
 def _find_biases(
-    model: Any, layers_name: str, layers: list[nn.Module], writers: list[Writer], tokens: Tensor, hidden_size: int
+    model: PreTrainedModel, layers_name: str, layers: list[nn.Module], writers: list[Writer], tokens: Tensor, hidden_size: int
 ) -> list[Writer]:
     """Biases that layers add to the stream outside of any module that has been found, as writers without a weight."""
     known = {getattr(w.module, w.storage.bias) for w in writers if w.storage.bias is not None}
@@ -266,10 +273,10 @@ def _find_biases(
     direction = probe_direction(hidden_size)
     stream: list[Tensor] = []
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
+    def note(module: nn.Module, args: object, output: object) -> None:
         stream.append(first_tensor(output))
 
-    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+    def cut(module: nn.Module, args: object, output: object) -> Any:
         leaf = first_tensor(output).detach()
         return type(output)((leaf, *output[1:])) if isinstance(output, (tuple, list)) else leaf
 

@@ -333,7 +333,7 @@ def dense_weight(module: nn.Module, storage: Storage = LINEAR) -> Tensor:
     weight: Any = getattr(module, storage.weight or "")
     state = getattr(weight, "quant_state", None)
     if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit  # heavy, and only for models in 4 bits
 
         return dequantize_4bit(weight.data, state).float()
     return storage.matrices(weight.detach()).float()

@@ -6,18 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from ..device import input_device
+from ..device import embedding_weight, input_device
 
 PROBE_ROWS, PROBE_TOKENS = 2, 12
 
 
-def probe_tokens(model: Any) -> Tensor:
+def probe_tokens(model: PreTrainedModel) -> Tensor:
     """Token ids `(row, token)` for a look at a model."""
-    embeddings = model.get_input_embeddings()
     device = input_device(model)
     tokens = torch.arange(1, PROBE_ROWS * PROBE_TOKENS + 1, device=device if device.type != "meta" else None)
-    return tokens.view(PROBE_ROWS, PROBE_TOKENS) % min(embeddings.num_embeddings, 100)
+    return tokens.view(PROBE_ROWS, PROBE_TOKENS) % min(len(embedding_weight(model)), 100)
 
 
 def probe_direction(hidden_size: int) -> Tensor:
@@ -25,12 +26,12 @@ def probe_direction(hidden_size: int) -> Tensor:
     return nn.functional.normalize(torch.randn(hidden_size, generator=torch.Generator().manual_seed(0)), dim=0)
 
 
-def run_probe(model: Any, tokens: Tensor) -> None:
+def run_probe(model: PreTrainedModel, tokens: Tensor) -> None:
     model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
 
 
 @contextmanager
-def removed(handle: Any) -> Iterator[None]:
+def removed(handle: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:

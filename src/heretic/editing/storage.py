@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .architecture import Storage, as_pairs, first_tensor
 from .probe import probe_direction, removed, run_probe, share_along
@@ -31,7 +32,7 @@ class Found:
     kwargs: dict[str, Any]
 
 
-def find_storage(model: Any, found: Found, tokens: Tensor, hidden_size: int) -> Storage | None:
+def find_storage(model: PreTrainedModel, found: Found, tokens: Tensor, hidden_size: int) -> Storage | None:
     """Which parameters of the module make its output; None where none was found to."""
     module = found.module
     if isinstance(module, nn.Linear):
@@ -63,7 +64,9 @@ def _stacked_experts(module: nn.Module, weight: Tensor, axis: int) -> int | None
     return count if isinstance(count, int) and count > 1 and weight.shape[1 - axis] % count == 0 else None
 
 
-def _parameter_shares(model: Any, found: Found, own: Mapping[str, Tensor], tokens: Tensor, hidden_size: int) -> list[tuple[str, int]]:
+def _parameter_shares(
+    model: PreTrainedModel, found: Found, own: Mapping[str, Tensor], tokens: Tensor, hidden_size: int
+) -> list[tuple[str, int]]:
     """Parameters, with the axis, whose gradient for `<r, output>` lies along `r`: a backward pass through the module alone.
 
     Where the module is handed its own weights by the one around it, the whole model is run.
@@ -71,7 +74,7 @@ def _parameter_shares(model: Any, found: Found, own: Mapping[str, Tensor], token
     direction = probe_direction(hidden_size)
     outputs: list[Tensor] = []
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
+    def note(module: nn.Module, args: object, output: object) -> None:
         outputs.append(first_tensor(output))
 
     required = {name: p.requires_grad for name, p in own.items()}
@@ -138,5 +141,5 @@ def is_sum(found: Found, storage: Storage) -> bool:
             p.data = data
 
 
-def _shares_memory(value: Any, tensors: list[Tensor]) -> bool:
+def _shares_memory(value: object, tensors: list[Tensor]) -> bool:
     return isinstance(value, Tensor) and any(value.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors)

@@ -1,8 +1,7 @@
 """What cannot be loaded, and why, in plain words."""
 
-from typing import Any
-
 from huggingface_hub import errors as hub_errors
+from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedModelError
 from ..utils import first_line
@@ -45,7 +44,7 @@ def explain(source: ModelSource, error: BaseException) -> str:
     return f"The model {name} cannot be loaded: {first_line(error)}"
 
 
-def refuse_encoder_decoder(config: Any) -> None:
+def refuse_encoder_decoder(config: PreTrainedConfig) -> None:
     """Raise `UnsupportedModelError` for a configuration that has an encoder beside the decoder."""
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(

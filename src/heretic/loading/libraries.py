@@ -1,17 +1,16 @@
 """How libraries are made ready before they are imported."""
 
 import gc
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 def prepare_libraries(debug: bool) -> None:
     """What libraries read when they are imported: how threads wait, and, except with `--debug`, that the screen is this program's."""
-    import logging
-    import warnings
-
     # OpenMP's threads spin for milliseconds while they wait. That is as fast as a short spin on an idle machine (see bench/LOG.md), but
     # on one where other programs run, threads then wait for threads that have no core: many times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import get_max_memory
@@ -18,6 +18,9 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM
 from transformers.utils import logging as transformers_logging
@@ -38,16 +41,16 @@ class LoadedModel:
     """A model ready to run, and what belongs to it. `generation_config` is the original's; the model's own is plain greedy decoding."""
 
     source: ModelSource
-    model: Any
+    model: PreTrainedModel
     tokenizer: Any
-    config: Any
+    config: PreTrainedConfig
     generation_config: GenerationConfig
     dtype: torch.dtype
     stored_dtype: torch.dtype
     quantized: bool
 
 
-def load_config(source: ModelSource) -> Any:
+def load_config(source: ModelSource) -> PreTrainedConfig:
     """The model's configuration; the first thing asked of a source, so its errors are the ones a mistyped name gives."""
     try:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
@@ -55,7 +58,7 @@ def load_config(source: ModelSource) -> Any:
         raise ModelError(explain(source, error)) from error
 
 
-def auto_class(config: Any) -> Any:
+def auto_class(config: PreTrainedConfig) -> Any:
     """The auto class that loads a configuration: image-text-to-text where text is one part of several, causal, or any that gives text."""
     has_parts = config.get_text_config(decoder=True) is not config
     if has_parts and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -65,7 +68,7 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def _refuse_kernels(source: ModelSource, config: Any) -> None:
+def _refuse_kernels(source: ModelSource, config: PreTrainedConfig) -> None:
     """Raise `ModelError` where a configuration names a kernel from the hub, which is code, as its attention or experts."""
     for part in (config, config.get_text_config(decoder=True)):
         for name in ("_attn_implementation", "_experts_implementation"):
@@ -95,6 +98,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
     failures: list[str] = []
     lacks_memory = False
     tried: set[torch.dtype] = set()
+    model: PreTrainedModel | None
     for name in settings.dtypes:
         dtype = _choose_dtype(name, stored, settings, progress)
         if dtype in tried:
@@ -127,7 +131,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
     raise ModelError(f"The model {source.name} could not be loaded in any format. {'; '.join(failures)}.{hint}")
 
 
-def _load_tokenizer(source: ModelSource) -> Any:
+def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     except Exception as error:
@@ -140,7 +144,7 @@ def _load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def stored_dtype(config: Any) -> torch.dtype:
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     """The number format of a model's files, of dequantized ones the one it computes in."""
     for part in (config, config.get_text_config(decoder=True)):
         dtype = getattr(part, "dtype", None)
@@ -182,7 +186,9 @@ def _bfloat16_is_slower() -> bool:
         torch.set_num_threads(n_threads)
 
 
-def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
+def _load_weights(
+    settings: Settings, source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, progress: Progress
+) -> PreTrainedModel:
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": settings.device_map, **source.arguments}
     if settings.max_memory:
         arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
@@ -219,7 +225,7 @@ def _load_weights(settings: Settings, source: ModelSource, config: Any, dtype: t
     return model
 
 
-def _take_generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
+def _take_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Give the model plain greedy decoding, and return the configuration it came with.
 
     Sampling, penalties and other habits of a model's own configuration would make responses depend on more than the weights.
@@ -235,9 +241,9 @@ def _take_generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
     return original
 
 
-def _test_run(model: Any, tokenizer: Any) -> None:
+def _test_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     inputs = tokenizer("Hello", return_tensors="pt").to(input_device(model))
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        output = cast(Any, model).generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
     if not torch.isfinite(output.logits[0]).all():
         raise ModelError("the test run gave logits that are not finite")

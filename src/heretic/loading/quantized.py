@@ -9,13 +9,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
 
 METHODS = ("fp8", "mxfp4")
 
 
-def stored_method(config: Any) -> str | None:
+def stored_method(config: PreTrainedConfig) -> str | None:
     """The method by which a model's files are quantized (`fp8`, `gptq`, ...); None where they are not."""
     found = getattr(config, "quantization_config", None)
     if found is None:
@@ -24,7 +25,7 @@ def stored_method(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def refuse_method(name: str, config: Any) -> None:
+def refuse_method(name: str, config: PreTrainedConfig) -> None:
     """Raise `ModelError` for a model that is stored by a method whose weights cannot be edited."""
     method = stored_method(config)
     if method is not None and method not in METHODS:
@@ -34,7 +35,7 @@ def refuse_method(name: str, config: Any) -> None:
         )
 
 
-def loading_arguments(config: Any) -> dict[str, Any]:
+def loading_arguments(config: PreTrainedConfig) -> dict[str, Any]:
     """What `from_pretrained` is given so that a quantized model is dequantized; nothing for others."""
     if stored_method(config) is None:
         return {}
@@ -44,7 +45,7 @@ def loading_arguments(config: Any) -> dict[str, Any]:
     return {"config": config}
 
 
-def unify(model: Any, dtype: torch.dtype) -> None:
+def unify(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give dequantized weights the number format of the rest of a loaded model: transformers leaves them in bfloat16."""
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16 and not parameter.is_meta:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
+
 from .. import demo
 from ..config import DEMO_MODEL, Settings
 from ..errors import ModelError
@@ -94,8 +97,6 @@ def model_source(settings: Settings, name: str | None = None) -> ModelSource:
 
 def hub_commit(source: ModelSource) -> str | None:
     """The commit of a hub model that was loaded; None for a folder."""
-    from huggingface_hub import try_to_load_from_cache
-
     if source.is_local:
         return None
     file = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
@@ -104,12 +105,9 @@ def hub_commit(source: ModelSource) -> str | None:
 
 def dataset_commit(dataset: str, revision: str | None) -> str | None:
     """The commit of a hub dataset that was loaded, from the cache's note of it; None for files and folders."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
-
     if dataset.startswith(demo.PREFIX) or expand(dataset).exists() or not _HUB_ID.fullmatch(dataset):
         return None
-    repository = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
+    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
     note = repository / "refs" / (revision or "main")
     if note.is_file():
         return note.read_text(encoding="utf-8").strip()

@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import is_color_like
 from matplotlib.figure import Figure
@@ -67,7 +68,7 @@ def _project(residuals: NDArray[np.float32], method: str, seed: int) -> Points:
     plane = np.pad(plane, ((0, 0), (0, 2 - n_components)))
     if method == "pca":
         return plane.astype(np.float64)
-    import pacmap
+    import pacmap  # compiles itself, which takes seconds
 
     logging.getLogger(pacmap.__name__).setLevel(logging.ERROR)  # it warns about the seed and small sets, both intended
     logging.getLogger(pacmap.pacmap.__name__).setLevel(logging.ERROR)
@@ -113,8 +114,6 @@ def write_residual_plots(good: Tensor, bad: Tensor, settings: Settings, folder: 
     The embedding output is left out: all prompts end in the same token. Raises `ReportError` if there are too few prompts or the folder
     cannot be written.
     """
-    import torch
-
     if len(good) + len(bad) < MIN_PROMPTS:
         raise ReportError(f"A plot of the residuals needs at least {MIN_PROMPTS} prompts.")
     seed = settings.seed or 0

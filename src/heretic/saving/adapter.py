@@ -24,7 +24,7 @@ def save_adapter(
 
     Returns its rank, and the mean and maximum relative error of the weight changes (Frobenius norm).
     """
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig, TaskType  # takes seconds to import
 
     source = original.source
     rank = rank if mode == "full" else 1

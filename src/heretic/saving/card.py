@@ -21,9 +21,9 @@ from ..privacy import public_model_name, public_name
 from ..reporting.kernel_picture import kernel_picture
 from ..reporting.learned import Points
 from ..utils import Progress, SilentProgress, first_line, versions
+from . import CARD, PICTURE
 from .record import LIBRARIES, Result, Strategy, prompt_source
 
-CARD, PICTURE = "README.md", "kernel.svg"
 HUB = "https://huggingface.co"
 # The metadata of the original's card that is also true of an edited copy.
 KEPT = ("language", "license", "license_name", "license_link", "pipeline_tag")

@@ -1,8 +1,8 @@
 """The edits of a trial as data: parameter, direction and strength. An export needs nothing else.
 
-They are stored next to `heretic.json` with the directions of all layers (`DIRECTIONS_FILE`, in safetensors format; its suffix differs
-because programs that load all `.safetensors` files of a folder would take it for a part of the model). With them, exactly the same model
-can be rebuilt from its original without prompts, search or accelerator.
+They are stored next to `heretic.json` with the directions of all layers (`DIRECTIONS`, in safetensors format; its suffix differs because
+programs that load all `.safetensors` files of a folder would take it for a part of the model). With them, exactly the same model can be
+rebuilt from its original without prompts, search or accelerator.
 """
 
 import json
@@ -20,8 +20,6 @@ from ..editing.ablation import Ablation
 from ..editing.architecture import Storage
 from ..errors import ExportError
 from ..model import Model
-
-DIRECTIONS_FILE = "heretic.directions"
 
 
 @dataclass(frozen=True)

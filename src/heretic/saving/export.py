@@ -25,14 +25,15 @@ from ..editing.hooks import edit_stored
 from ..errors import ExportError
 from ..model import Model
 from ..utils import Progress
+from . import DIRECTIONS, RECORD
 from .adapter import save_adapter
 from .card import write_card
-from .edits import DIRECTIONS_FILE, Edit, edits_of, save_edits
+from .edits import Edit, edits_of, save_edits
 from .hashed_file import copy_file, sha256
 from .original import Original, open_original
 from .placement import Piece
 from .record import Result, Strategy, record
-from .staging import RECORD, replace_file, staged, target_of
+from .staging import replace_file, staged, target_of
 from .stored import bytes_of, resharded, write_stored
 
 # A file that is read again is reopened after this many bytes, to limit the memory that its mapped pages take.
@@ -74,7 +75,7 @@ def save(
             folder,
             progress,
         )
-        save_edits(edits, model.hooks.directions, folder / DIRECTIONS_FILE)
+        save_edits(edits, model.hooks.directions, folder / DIRECTIONS)
         write_card(model, result, strategy, folder, progress)
         content = {**record(model, result, strategy), **more}
         files = write_record(content, folder, hashes)

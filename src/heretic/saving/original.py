@@ -4,13 +4,13 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 from huggingface_hub.hf_api import RepoFile
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ..errors import ExportError, ModelError
 from ..loading.files import files_of_index, leads_out, plain_names
@@ -18,6 +18,7 @@ from ..loading.load import load_config, stored_dtype
 from ..loading.quantized import stored_method
 from ..loading.source import ModelSource
 from ..utils import Progress, first_line, some_of
+from . import CARD, DIRECTIONS, PICTURE, RECORD
 from .dequantize import dequantized
 from .placement import Piece, Placements, skeleton
 from .stored import WEIGHT_FILES, StoredModel, open_stored
@@ -26,7 +27,7 @@ from .stored import WEIGHT_FILES, StoredModel, open_stored
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite")
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
 # Written by the export itself.
-REPLACED = ("README.md", "kernel.svg", "heretic.json", "heretic.directions")
+REPLACED = (CARD, PICTURE, RECORD, DIRECTIONS)
 # Other tensor files are taken for a second copy of the model if they have at least this share of its size, else for an extra part.
 SECOND_COPY = 0.5
 
@@ -40,7 +41,7 @@ class Original:
 
     source: ModelSource
     folder: Path
-    config: Any
+    config: PreTrainedConfig
     stored: StoredModel
     placements: Placements
     files: tuple[str, ...]

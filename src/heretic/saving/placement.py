@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -55,7 +56,7 @@ class Placement:
     pieces: tuple[Piece, ...]
 
 
-def skeleton(source: ModelSource, config: Any) -> Any:
+def skeleton(source: ModelSource, config: PreTrainedConfig) -> Any:
     """The model on the meta device: its modules, names and shapes."""
     with torch.device("meta"):
         return auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
@@ -64,7 +65,7 @@ def skeleton(source: ModelSource, config: Any) -> Any:
 class Placements:
     """Finds parameters in files with tensors of the given names. `model` is a `skeleton`."""
 
-    def __init__(self, model: Any, tensors: dict[str, StoredTensor]) -> None:
+    def __init__(self, model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> None:
         self.model = model
         self.tensors = tensors
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

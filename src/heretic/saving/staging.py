@@ -23,11 +23,10 @@ from huggingface_hub import constants
 from ..config import Settings
 from ..errors import ExportError
 from ..loading.source import expand
+from . import RECORD
 
 # Contents of a workspace: the lock of the running process, the marker, the new folder, and the replaced folder.
 _LOCK, _MARKER, _NEW, _OLD = "lock", "heretic.txt", "new", "replaced"
-# Files in every saved folder.
-RECORD = "heretic.json"
 # Errors of file systems that cannot flush a folder.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 # From Linux's fcntl.h and stdio.h.

@@ -29,7 +29,7 @@ from ..model import Model
 from ..privacy import without_token
 from ..study.checkpoint import journal_path
 from ..utils import Progress, format_size, some_of
-from .card import CARD
+from . import CARD
 from .export import save
 from .record import Result, Strategy
 from .staging import clean_up, workspace

@@ -6,6 +6,7 @@ than what the two models' own errors would give. Metrics that no single example 
 
 import contextlib
 import copy
+import difflib
 import functools
 import io
 import logging
@@ -76,8 +77,6 @@ def _index(path: str | None, with_defaults: bool) -> TaskManager:
 
 def check_tasks(settings: Settings) -> None:
     """Raise `UsageError` for a folder of tasks that does not exist and for names that no task has. Reads no data."""
-    import difflib
-
     if settings.benchmark_path is not None and not expand(settings.benchmark_path).is_dir():
         raise UsageError(f"benchmark_path: there is no folder {settings.benchmark_path}. Check the path.")
     known = _task_manager(settings).all_tasks

@@ -16,8 +16,7 @@ from ..config import Settings
 from ..errors import UsageError
 from ..privacy import shown_location
 from ..saving.staging import target_of
-from ..trust import Ask, code_settings
-from ..utils import can_ask
+from ..trust import code_settings
 
 Trial = TypeVar("Trial")
 
@@ -37,17 +36,6 @@ _NEEDED = {
     "upload": ("trial_index", "export_strategy", "upload_repo_id", "upload_repo_private"),
     "scores": ("trial_index",),
 }
-
-
-def terminal_ask() -> Ask | None:
-    """A function that asks a yes/no question at the terminal; None if there is no terminal."""
-    return _confirm if can_ask() else None
-
-
-def _confirm(question: str) -> bool:
-    import questionary
-
-    return bool(questionary.confirm(question, default=False).ask())
 
 
 def check_answers(settings: Settings, can_ask: bool) -> None:

@@ -28,7 +28,7 @@ from ..study.finalists import known_finalists
 from ..study.front import is_learned, learned_strengths
 from ..study.search import Search
 from ..utils import screen_text
-from .answers import trial_at
+from .answers import require_extra, trial_at
 
 COMPARED_PROMPTS = 5
 CHAT_TOKENS = 2048
@@ -207,10 +207,8 @@ class Workbench:
 
     def _benchmark(self, trial: FrozenTrial) -> None:
         """Scores of the original and the edited model on the benchmarks of the settings."""
-        from .answers import require_extra
-
         require_extra("benchmark", "A benchmark")
-        from ..scoring.benchmark import HEADERS, cells, run_benchmarks
+        from ..scoring.benchmark import HEADERS, cells, run_benchmarks  # which imports the extra
 
         rows = run_benchmarks(self.model, self._ablation(trial), self.settings, self.console)
         self.console.columns(f"Benchmarks, original and trial {trial.number}", HEADERS, [cells(row) for row in rows])

@@ -1,7 +1,4 @@
-"""The stages of a run, one function each, shared by a run in one process, a worker, and the evaluation of another model.
-
-Heavy modules are imported where they are first needed, so that errors in settings or prompts are reported before that.
-"""
+"""The stages of a run, one function each, shared by a run in one process, a worker, and the evaluation of another model."""
 
 import signal
 import time
@@ -9,35 +6,50 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from ..errors import Aborted, HereticError
+import torch
+from optuna import Study
+from optuna.trial import FrozenTrial
+from torch import Tensor, nn
+
+from ..config import Settings
+from ..console import Console
+from ..device import empty_cache
+from ..editing.completeness import remainder
+from ..editing.directions import mean_residual, refusal_directions, separating_layer, winsorize
+from ..errors import Aborted, CheckpointError, DirectionError, HereticError, ReportError
+from ..evaluator import Evaluator
 from ..loading.libraries import collector_paused
+from ..loading.load import load_model
+from ..loading.source import expand, model_source
+from ..model import Model
+from ..prompts import Prompts, load_all
 from ..reporting.learned import learned_text
+from ..reporting.report import facts_of, report_path, write_report
+from ..reporting.residual_geometry import residual_geometry
+from ..reporting.samples import sample_prompts, take_samples
+from ..reporting.study_view import StudyView
+from ..reporting.tables import finalists_table, front_table, geometry_table
+from ..scoring.measured import MeasuredOriginal, measure_original
+from ..scoring.response_prefix import find_response_prefix
+from ..scoring.score_tables import Baseline
+from ..scoring.scorers import fingerprints
+from ..study.batching import BatchSize
+from ..study.checkpoint import Checkpoint, file_name, journal_path
+from ..study.failures import ONE_BY_ONE, traceback_of, warn_of_failure
+from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
+from ..study.front import front_of
+from ..study.learned_edits import LearnedEdits
+from ..study.learned_search import lacks_learned_trials, learn_trials
+from ..study.search import Search
+from .answers import command_lines
 
 # How long running trials may take to finish after Ctrl+C.
 GRACE_SECONDS = 5
 
-if TYPE_CHECKING:
-    from optuna import Study
-    from optuna.trial import FrozenTrial
-    from torch import Tensor, nn
 
-    from ..config import Settings
-    from ..console import Console
-    from ..evaluator import Evaluator
-    from ..model import Model
-    from ..prompts import Prompts
-    from ..scoring.measured import MeasuredOriginal
-    from ..study.batching import BatchSize
-    from ..study.checkpoint import Checkpoint
-    from ..study.learned_edits import LearnedEdits
-    from ..study.search import Search
-
-
-def load_all_prompts(settings: "Settings", console: "Console") -> "Prompts":
-    from ..errors import DirectionError
-    from ..prompts import load_all
+def load_all_prompts(settings: Settings, console: Console) -> Prompts:
 
     with console.task("Loading prompts"):
         prompts = load_all(settings)
@@ -47,19 +59,15 @@ def load_all_prompts(settings: "Settings", console: "Console") -> "Prompts":
     return prompts
 
 
-def scorer_identity(settings: "Settings") -> dict[str, str]:
+def scorer_identity(settings: Settings) -> dict[str, str]:
     """Fingerprints of the custom scorers. If one cannot be made, that is reported here, before anything heavy is loaded."""
     if not settings.scorers:
         return {}
-    from ..scoring.scorers import fingerprints
 
     return fingerprints(settings)
 
 
-def load_model_to_edit(settings: "Settings", console: "Console", name: str | None = None, response_prefix: str = "") -> "Model":
-    from ..loading.load import load_model
-    from ..loading.source import model_source
-    from ..model import Model
+def load_model_to_edit(settings: Settings, console: Console, name: str | None = None, response_prefix: str = "") -> Model:
 
     with collector_paused():  # transformers imports the model's own file only now
         loaded = load_model(settings, model_source(settings, name), console)
@@ -76,9 +84,8 @@ def load_model_to_edit(settings: "Settings", console: "Console", name: str | Non
     return model
 
 
-def _report_completeness(model: "Model", console: "Console") -> None:
+def _report_completeness(model: Model, console: Console) -> None:
     """Warn if edits of weights cannot reach everything that is written to the residual stream."""
-    from ..editing.completeness import remainder
 
     left = remainder(model.model, model.architecture)
     does = "gates or scales its residual stream in a way that no edit of weights can reproduce"
@@ -99,7 +106,7 @@ def _percent(share: float) -> str:
     return f"{min(share, 1):.0%}" if share >= 0.01 else "less than 1%"
 
 
-def check_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> None:
+def check_lengths(settings: Settings, model: Model, prompts: Prompts) -> None:
     """Raise `PromptError` if prompts, with the tokens generated after them, exceed the model's context length."""
     after = {
         "good_evaluation_prompts": (settings.kl_tokens, "kl_tokens"),
@@ -111,17 +118,15 @@ def check_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> N
         _check_final_lengths(settings, model, prompts)  # others are checked when they are needed
 
 
-def _check_final_lengths(settings: "Settings", model: "Model", prompts: "Prompts") -> None:
-    from ..study.finalists import final_settings
+def _check_final_lengths(settings: Settings, model: Model, prompts: Prompts) -> None:
 
     final = final_settings(settings)
     for name, found in (("final_good_prompts", prompts.final_good), ("final_bad_prompts", prompts.final_bad)):
         model.check_lengths(found, name, max(final.max_response_length, final.kl_tokens), "final_response_length and final_kl_tokens")
 
 
-def with_found_prefix(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> "Model":
+def with_found_prefix(settings: Settings, console: Console, model: Model, prompts: Prompts) -> Model:
     """The model with the common start of all its responses."""
-    from ..scoring.response_prefix import find_response_prefix
 
     prefix = find_response_prefix(model, settings, prompts.good, prompts.bad)
     if prefix:
@@ -129,9 +134,8 @@ def with_found_prefix(settings: "Settings", console: "Console", model: "Model", 
     return model.with_response_prefix(prefix)
 
 
-def measure(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts", all_scorers: bool = False) -> "MeasuredOriginal":
+def measure(settings: Settings, console: Console, model: Model, prompts: Prompts, all_scorers: bool = False) -> MeasuredOriginal:
     """Baseline: the original's scores on the evaluation prompts."""
-    from ..scoring.measured import measure_original
 
     original = measure_original(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
     summary = f"The original refuses {original.refusals} of {len(original.bad_prompts)} harmful evaluation prompts."
@@ -141,10 +145,8 @@ def measure(settings: "Settings", console: "Console", model: "Model", prompts: "
     return original
 
 
-def compute_directions(settings: "Settings", console: "Console", model: "Model", prompts: "Prompts") -> int:
+def compute_directions(settings: Settings, console: Console, model: Model, prompts: Prompts) -> int:
     """Give the model its directions. Returns the first layer in which harmless and harmful prompts separate."""
-    from ..editing.directions import mean_residual, refusal_directions, separating_layer
-    from ..errors import DirectionError
 
     quantile = settings.winsorization_quantile
     sets = ((prompts.good, "Residuals of harmless prompts"), (prompts.bad, "Residuals of harmful prompts"))
@@ -162,21 +164,13 @@ def compute_directions(settings: "Settings", console: "Console", model: "Model",
     return separating_layer(good, bad)
 
 
-def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable[Iterable[Tensor]]") -> "list[Iterable[Tensor]]":
+def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iterable[Tensor]]) -> list[Iterable[Tensor]]:
     """Print the residual geometry and draw residual plots, if settings request it. Returns the residuals, now held in memory."""
-    import torch
-
-    from ..editing.directions import winsorize
-    from ..loading.source import expand
-    from ..study.checkpoint import file_name
 
     good, bad = (torch.cat([batch.cpu() for batch in part]) for part in batches)
     quantile = settings.winsorization_quantile
     good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as used for the directions
     if settings.print_residual_geometry:
-        from ..reporting.residual_geometry import residual_geometry
-        from ..reporting.tables import geometry_table
-
         console.show(geometry_table(residual_geometry(good_seen, bad_seen), wraps=console.is_terminal))
     if settings.plot_residuals:
         from ..reporting.residual_plots import write_residual_plots
@@ -188,14 +182,13 @@ def _show_residuals(settings: "Settings", console: "Console", batches: "Iterable
 
 
 def search_with_view(
-    console: "Console",
-    evaluator: "Evaluator",
-    search: "Search",
+    console: Console,
+    evaluator: Evaluator,
+    search: Search,
     target: int,
-    batch_size: "BatchSize",
+    batch_size: BatchSize,
 ) -> bool:
     """Run trials up to `target`, showing each as it finishes. Returns whether Ctrl+C stopped the search."""
-    from ..reporting.study_view import StudyView
 
     report_failures(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
@@ -222,16 +215,15 @@ def search_with_view(
 
 
 def learn_with_messages(
-    settings: "Settings",
-    console: "Console",
-    study: "Study",
-    edits: "LearnedEdits",
+    settings: Settings,
+    console: Console,
+    study: Study,
+    edits: LearnedEdits,
     location: object,
-    evaluator: "Evaluator",
-    prompts: "Prompts",
+    evaluator: Evaluator,
+    prompts: Prompts,
 ) -> bool:
     """Learn the edits that are still missing before the search, showing each when it is scored. Returns whether Ctrl+C stopped it."""
-    from ..study.learned_search import lacks_learned_trials, learn_trials
 
     if not lacks_learned_trials(study, settings):
         return False
@@ -254,9 +246,8 @@ def learn_with_messages(
         return should_stop()
 
 
-def report_failures(search: "Search", console: "Console", settings: "Settings") -> None:
+def report_failures(search: Search, console: Console, settings: Settings) -> None:
     """Have a search warn of batches that crash and, with `debug`, print the traceback of a bug that failed a trial."""
-    from ..study.failures import ONE_BY_ONE, traceback_of, warn_of_failure
 
     search.on_crash = partial(warn_of_failure, console, ONE_BY_ONE, debug=settings.debug)
     if settings.debug:
@@ -264,11 +255,11 @@ def report_failures(search: "Search", console: "Console", settings: "Settings") 
 
 
 @contextmanager
-def aborted_after(seconds: float, should_stop: Callable[[], bool], layers: "Sequence[nn.Module]") -> Iterator[None]:
+def aborted_after(seconds: float, should_stop: Callable[[], bool], layers: Sequence[nn.Module]) -> Iterator[None]:
     """Context in which a forward pass raises `Aborted` at its next layer once `should_stop` has been true for `seconds`."""
     since: float | None = None
 
-    def check(module: "nn.Module", args: Any) -> None:
+    def check(module: nn.Module, args: Any) -> None:
         nonlocal since
         if not should_stop():
             return
@@ -303,7 +294,7 @@ def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def raise_for_no_trial(trials: "Sequence[FrozenTrial]") -> NoReturn:
+def raise_for_no_trial(trials: Sequence[FrozenTrial]) -> NoReturn:
     reasons = [trial.user_attrs["failure"] for trial in trials if "failure" in trial.user_attrs]
     if not reasons:
         raise KeyboardInterrupt
@@ -311,12 +302,9 @@ def raise_for_no_trial(trials: "Sequence[FrozenTrial]") -> NoReturn:
 
 
 def rescore_finalists(
-    settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator", prompts: "Prompts", n_together: int
+    settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator, prompts: Prompts, n_together: int
 ) -> None:
     """Score the best trials of the front again and store the results. The front is kept even if this fails."""
-    from ..device import empty_cache
-    from ..study.failures import warn_of_failure
-    from ..study.finalists import ATTRIBUTE, missing_finalists, score_finalists
 
     if not missing_finalists(checkpoint.study, settings):
         return
@@ -334,16 +322,11 @@ def rescore_finalists(
         checkpoint.note(**{ATTRIBUTE: found})
 
 
-def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoint", evaluator: "Evaluator | None") -> "Path | None":
+def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator | None) -> Path | None:
     """Write the report, with responses of the finalists if there is an evaluator to generate them. Returns its path.
 
     Failures are reported, and the run goes on: the study matters more.
     """
-    from ..device import empty_cache
-    from ..errors import CheckpointError, ReportError
-    from ..reporting.report import facts_of, report_path, write_report
-    from ..study.checkpoint import journal_path
-    from ..study.failures import warn_of_failure
 
     if not settings.report:
         return None
@@ -373,9 +356,7 @@ def make_report(settings: "Settings", console: "Console", checkpoint: "Checkpoin
     return path
 
 
-def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
-    from ..reporting.samples import sample_prompts, take_samples
-    from ..study.front import front_of
+def _take_samples(checkpoint: Checkpoint, evaluator: Evaluator) -> None:
 
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
     front = front_of(checkpoint.study)
@@ -385,7 +366,7 @@ def _take_samples(checkpoint: "Checkpoint", evaluator: "Evaluator") -> None:
     checkpoint.note(samples=take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept, kept_edits))
 
 
-def finish_without_asking(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> bool:
+def finish_without_asking(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> bool:
     """Show the outcome if nobody will be asked about it. Returns whether nothing is left to do."""
     if settings.model_action is None and console.can_ask:
         return False
@@ -393,13 +374,8 @@ def finish_without_asking(settings: "Settings", console: "Console", checkpoint: 
     return settings.model_action in (None, "none")
 
 
-def show_outcome(settings: "Settings", console: "Console", checkpoint: "Checkpoint", report: "Path | None") -> None:
+def show_outcome(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> None:
     """Print the front and, if no setting says what to do with it, the command lines that continue from there."""
-    from ..reporting.tables import finalists_table, front_table
-    from ..scoring.score_tables import Baseline
-    from ..study.finalists import known_finalists
-    from ..study.front import front_of
-    from .answers import command_lines
 
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)

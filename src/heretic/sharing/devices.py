@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from transformers import PreTrainedConfig
 
 from ..config import Settings
 from ..device import free_memory
@@ -60,7 +61,7 @@ def stored_bytes(source: ModelSource) -> int:
     return sum(of_kind[0] or of_kind[1])
 
 
-def copy_bytes(n_stored: int, config: Any, settings: Settings) -> int:
+def copy_bytes(n_stored: int, config: PreTrainedConfig, settings: Settings) -> int:
     """Memory that a working copy of a model takes whose files have `n_stored` bytes."""
     stored = stored_dtype(config)
     n_parameters = n_stored / stored.itemsize
@@ -93,7 +94,7 @@ def group(need: int, free: list[int], workers: int | str) -> list[tuple[int, ...
     return [groups[i % len(groups)] for i in range(int(workers))]
 
 
-def place(settings: Settings, source: ModelSource, config: Any) -> list[WorkerPlace]:
+def place(settings: Settings, source: ModelSource, config: PreTrainedConfig) -> list[WorkerPlace]:
     """Where the workers of `settings.workers` run. On a CPU they divide its threads, and `auto` is one."""
     workers = settings.workers or 1
     if not torch.accelerator.is_available() or settings.device_map == "cpu":

@@ -1,17 +1,20 @@
 """A run whose study several workers share: this process's own search, or workers that it starts, then the front and the menu."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import optuna
 from optuna.trial import TrialState
 
 from ..config import Settings
+from ..console import Console
 from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import fingerprint, model_source
+from ..prompts import Prompts
 from ..session.answers import command_lines
+from ..session.interact import Workbench
 from ..session.stages import finish_without_asking, make_report, raise_for_no_trial, rescore_finalists, search_with_view
-from ..study.checkpoint import SHARED, is_counted
+from ..study.checkpoint import SHARED, Checkpoint, is_counted
 from ..study.finalists import missing_finalists
 from ..study.front import front_of
 from ..study.learned_search import lacks_learned_trials
@@ -20,16 +23,9 @@ from .storage import WORKER, give_back
 from .worker import Joined, join
 from .workers import supervise
 
-if TYPE_CHECKING:
-    import optuna
-
-    from ..console import Console
-    from ..prompts import Prompts
-    from ..study.checkpoint import Checkpoint
-
 
 def run_shared(
-    settings: Settings, console: "Console", checkpoint: "Checkpoint", is_new: bool, identity: dict[str, str], prompts: "Prompts"
+    settings: Settings, console: Console, checkpoint: Checkpoint, is_new: bool, identity: dict[str, str], prompts: Prompts
 ) -> int:
     """From the prompts on, whose hashes are in `identity`: the study, the search, the front. Returns the exit code."""
     source = dequantized_source(model_source(settings), console)
@@ -69,21 +65,19 @@ def run_shared(
     return 0
 
 
-def _conclude(settings: Settings, console: "Console", checkpoint: "Checkpoint", joined: Joined | None, prompts: "Prompts") -> Path | None:
+def _conclude(settings: Settings, console: Console, checkpoint: Checkpoint, joined: Joined | None, prompts: Prompts) -> Path | None:
     """Score the finalists again, with a model that is ready for it, and write the report; where that lies."""
     if joined is not None:
         rescore_finalists(settings, console, checkpoint, joined.evaluator, prompts, joined.batch_size.value)
     return make_report(settings, console, checkpoint, None if joined is None else joined.evaluator)
 
 
-def _search_here(console: "Console", joined: Joined, target: int, checkpoint: "Checkpoint") -> None:
+def _search_here(console: Console, joined: Joined, target: int, checkpoint: Checkpoint) -> None:
     console.heading(f"Search: {target} trials, {checkpoint.n_done} done")
     search_with_view(console, joined.evaluator, joined.search, target, joined.batch_size)
 
 
-def _act(console: "Console", checkpoint: "Checkpoint", joined: Joined, prompts: "Prompts") -> None:
-    from ..session.interact import Workbench
-
+def _act(console: Console, checkpoint: Checkpoint, joined: Joined, prompts: Prompts) -> None:
     def run_trials(n_more: int) -> None:
         target = checkpoint.n_done + n_more
         checkpoint.note(target=target)
@@ -97,7 +91,7 @@ def _act(console: "Console", checkpoint: "Checkpoint", joined: Joined, prompts: 
     bench.menu() if joined.settings.model_action is None else bench.act(joined.settings.model_action)
 
 
-def _give_back_all(study: "optuna.Study") -> None:
+def _give_back_all(study: optuna.Study) -> None:
     """Queue the trials that a process alone left behind, which nobody else can be at work on."""
     for trial in study.get_trials(deepcopy=True, states=(TrialState.RUNNING,)):
         if WORKER not in trial.system_attrs and not is_counted(trial):

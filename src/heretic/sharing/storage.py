@@ -28,8 +28,8 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBSt
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import exc
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from ..errors import CheckpointError, UsageError
@@ -128,7 +128,7 @@ def _check_database_url(url: str) -> None:
     try:
         parsed = make_url(url)
         is_valid = "@" not in f"{parsed.host or ''}{parsed.database or ''}"
-    except (ArgumentError, ValueError):
+    except (exc.ArgumentError, ValueError):
         is_valid = False
     if not is_valid:
         raise UsageError(
@@ -311,8 +311,6 @@ def _error_of(attempt: RetryCallState) -> BaseException:
 
 def _is_unreachable(error: BaseException) -> bool:
     """Whether an error means that the storage is away for now."""
-    from sqlalchemy import exc
-
     if isinstance(error, OSError) and error.errno in _PERMANENT:
         return False
     lost = (

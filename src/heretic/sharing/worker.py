@@ -1,41 +1,48 @@
-"""A worker: joins a study that is shared, works on its trials until all are done. Also the command `heretic worker`."""
+"""A worker: joins a study that is shared, works on its trials until all are done: by `heretic worker`, or as one of several on a host."""
 
 import argparse
-import json
-import os
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
+import torch
 from pydantic import ValidationError
 
 from ..config import Settings
-from ..errors import CheckpointError, HereticError, UsageError
-from ..loading.libraries import prepare_libraries
+from ..console import Console
+from ..decoding.decoder import Decoder
+from ..errors import CheckpointError, UsageError
+from ..evaluator import Evaluator
 from ..loading.source import ModelSource, model_source
+from ..model import Model
 from ..privacy import shown_location
 from ..prompts import load_all
 from ..reporting.tables import space_text
-from ..session.answers import terminal_ask
-from ..session.stages import scorer_identity
-from ..settings_sources import ENV_PREFIX, Parser
+from ..scoring.measured import measure_original
+from ..session.stages import (
+    check_lengths,
+    compute_directions,
+    learn_with_messages,
+    load_model_to_edit,
+    measure,
+    report_failures,
+    scorer_identity,
+    search_with_view,
+    stop_on_interrupt,
+    with_found_prefix,
+)
+from ..study.batching import BatchSize, automatic_trials_per_batch
 from ..study.checkpoint import NEVER_STORED, PER_RUN, SHARED, SPACE, stored_or_new_space
 from ..study.learned_edits import LearnedEdits
-from ..study.space import SearchSpace
-from ..trust import require_consent
+from ..study.space import SearchSpace, search_space
+from ..trust import require_consent, terminal_ask
 from .preparation import Preparation, differences, facts_of, keep, kept
+from .shared_search import SharedSearch
 from .shared_study import open_study, storage_of
 from .storage import artifact_store
-
-if TYPE_CHECKING:
-    from ..console import Console
-    from ..evaluator import Evaluator
-    from ..model import Model
-    from ..study.batching import BatchSize
-    from .shared_search import SharedSearch
+from .workers import supervise
 
 # How often something that another worker has to do first is looked for.
 POLL_SECONDS = 0.5
@@ -59,25 +66,18 @@ class Joined:
     """A worker that is ready: its model with directions, its evaluator, and the search it takes part in."""
 
     settings: Settings
-    model: "Model"
-    evaluator: "Evaluator"
-    search: "SharedSearch"
-    batch_size: "BatchSize"
+    model: Model
+    evaluator: Evaluator
+    search: SharedSearch
+    batch_size: BatchSize
 
 
-def join(settings: Settings, console: "Console", study: optuna.Study, store: Any, prepares: bool) -> Joined:
+def join(settings: Settings, console: Console, study: optuna.Study, store: Any, prepares: bool) -> Joined:
     """Load the model and get ready to score trials of a shared study.
 
     The worker that `prepares` computes the directions and all that the others must have alike; they wait for it. Raises
     `CheckpointError` naming what is not the same here as there.
     """
-    from ..decoding.decoder import Decoder
-    from ..evaluator import Evaluator
-    from ..scoring.measured import measure_original
-    from ..session.stages import load_model_to_edit
-    from ..study.batching import BatchSize, automatic_trials_per_batch
-    from .shared_search import SharedSearch
-
     source, ready = model_source(settings), kept(study, store)
     if ready is not None and source.is_local:
         _check(study, source)  # before a model that is another one is loaded
@@ -130,23 +130,15 @@ def _in_dtype(settings: Settings, dtype: str) -> Settings:
     return settings.model_copy(update={"dtypes": [dtype]})
 
 
-def _learn(
-    settings: Settings, console: "Console", study: optuna.Study, store: Any, evaluator: "Evaluator", preparation: Preparation
-) -> None:
+def _learn(settings: Settings, console: Console, study: optuna.Study, store: Any, evaluator: Evaluator, preparation: Preparation) -> None:
     """Learn the edits that are missing. Raises `KeyboardInterrupt` if the user ends that: what was learned is kept."""
-    from ..session.stages import learn_with_messages
-
     location = storage_of(study).location
     if learn_with_messages(settings, console, study, LearnedEdits(store), location, evaluator, preparation.prompts):
         raise KeyboardInterrupt
 
 
-def _prepare(settings: Settings, console: "Console", study: optuna.Study) -> "tuple[Model, Evaluator, Preparation]":
+def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple[Model, Evaluator, Preparation]:
     """Do as a run alone does until its search begins; what came of it is for the others as well."""
-    from ..evaluator import Evaluator
-    from ..session.stages import check_lengths, compute_directions, load_model_to_edit, measure, with_found_prefix
-    from ..study.space import search_space
-
     prompts = load_all(settings)
     identity = study.user_attrs["identity"]
     changed = [name for name, here in prompts.identity.items() if here != identity.get(name)]
@@ -175,7 +167,7 @@ def _prepare(settings: Settings, console: "Console", study: optuna.Study) -> "tu
     return model, Evaluator(settings, model, original, console), preparation
 
 
-def _wait_for_preparation(study: optuna.Study, store: Any, console: "Console") -> Preparation:
+def _wait_for_preparation(study: optuna.Study, store: Any, console: Console) -> Preparation:
     with console.task("Waiting for the directions, which the first worker computes"):
         while True:
             ready = kept(study, store)
@@ -190,64 +182,20 @@ def _check(study: optuna.Study, source: ModelSource) -> None:
         raise CheckpointError(f"This worker's trials could not be compared with the study's: {'; '.join(found)}.")
 
 
-def command(arguments: Sequence[str]) -> int:
-    """The command `heretic worker`. Raises `HereticError`; returns the exit code."""
-    options = _parser().parse_args(list(arguments))
-    if options.supervised:
-        return _run_supervised()
-    url = options.study_storage or os.environ.get(f"{ENV_PREFIX}STUDY_STORAGE")
-    if not url:
-        raise UsageError("heretic worker needs --study-storage, the one that the study was begun with.")
-    prepare_libraries(options.debug)
-    from ..console import Console
-
-    console = Console()
+def work(url: str, options: argparse.Namespace, console: Console) -> int:
+    """Join the study that the options of `heretic worker` name and work on its trials. Raises `HereticError`; returns the exit code."""
     study = _existing_study(url, options.study_name, console)
     settings = _settings_of(study, {name: value for name in OWN if (value := getattr(options, name)) is not None}, url, options)
     if settings.workers is not None:
-        from .workers import supervise
-
         supervise(settings, console, study, url, prepares=False)
         return 0
     joined = join(settings, console, study, artifact_store(url, storage_of(study)), prepares=False)
     console.heading(f"Search: {joined.search.target(settings.n_trials)} trials, {joined.search.n_done} done")
-    from ..session.stages import search_with_view
-
     search_with_view(console, joined.evaluator, joined.search, joined.search.target(settings.n_trials), joined.batch_size)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="heretic worker",
-        description="Work on a study that was begun with --study-storage or --workers. Model, prompts and settings come from the study.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--study-storage", metavar="URL", help="where the study lives, as it was begun with (or HERETIC_STUDY_STORAGE)")
-    parser.add_argument("--study-name", metavar="TEXT", default=os.environ.get(f"{ENV_PREFIX}STUDY_NAME", "heretic"))
-    parser.add_argument("--workers", metavar="auto|N", help="processes here, each with its own copy of the model; one if not given")
-    parser.add_argument("--model", metavar="TEXT", help="where the same model lies here, if not where the study says")
-    parser.add_argument("--device-map", type=_json_or_text, metavar="TEXT", help="placement on devices, given to Accelerate")
-    parser.add_argument("--max-memory", type=_json_or_text, metavar="JSON", help="memory limit per device, given to Accelerate")
-    parser.add_argument("--batch-size", metavar="N", help="prompts that a forward pass holds for one trial")
-    parser.add_argument("--max-batch-size", metavar="N", help="largest batch that the automatic choice uses")
-    parser.add_argument("--trials-per-batch", metavar="N", help="trials that share one forward pass")
-    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run Python code that comes with the model")
-    parser.add_argument("--trust-scorers", action="store_true", default=None, help="run scorers that the study names, without asking")
-    parser.add_argument("--scorers", type=_json_or_text, metavar="JSON", help="custom scorers, whose own settings a study does not store")
-    parser.add_argument("--debug", action="store_true", default=None, help="show tracebacks and the libraries' messages")
-    parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
-    return parser
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _existing_study(url: str, name: str, console: "Console") -> optuna.Study:
+def _existing_study(url: str, name: str, console: Console) -> optuna.Study:
     try:
         study = open_study(url, name, Settings.model_fields["worker_timeout"].default, console)
     except KeyError as error:
@@ -290,17 +238,8 @@ def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: ar
     return settings
 
 
-def _run_supervised() -> int:
-    """Be a worker of `workers.supervise`: what to do comes in one line on standard input, whose end means that the parent is gone."""
-    order = json.loads(_read_line(0))
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    from ..session.stages import report_failures, stop_on_interrupt
-
-    prepare_libraries(order["settings"]["debug"])
-    import torch
-
-    from ..console import Console
-
+def run_supervised(order: Mapping[str, Any]) -> int:
+    """Be a worker of `workers.supervise`, which gave this order."""
     if order["devices"]:
         torch.accelerator.set_device_index(order["devices"][0])
     else:
@@ -321,20 +260,3 @@ def _run_supervised() -> int:
             should_stop,
         )
     return 0
-
-
-def _read_line(file: int) -> bytes:
-    """A line, read byte by byte: nothing that follows is taken away from whoever reads next."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = os.read(file, 1)
-        if not byte:
-            raise HereticError("A worker that is started by hand needs no --supervised.")
-        line += byte
-    return line
-
-
-def _leave_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)

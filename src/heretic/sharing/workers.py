@@ -10,27 +10,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config import Settings
+from ..console import Console
 from ..errors import HereticError
 from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import model_source
+from ..reporting.study_view import StudyView
 from ..scoring.score_tables import Baseline
+from ..session.stages import stop_on_interrupt
 from ..study.checkpoint import is_counted
 from ..study.front import is_learned
 from .devices import WorkerPlace, place
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of
 from .storage import WITHDRAWN, WORKER, worker_identity
-
-if TYPE_CHECKING:
-    from ..console import Console
 
 POLL_SECONDS = 0.3
 # A worker that ends again and again without finishing a trial is given up after so many starts.
@@ -45,9 +45,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEX
 class Worker:
     """One place for a worker, and the process that is at work there."""
 
-    def __init__(
-        self, number: int, placement: WorkerPlace, order: dict[str, Any], console: "Console", tells_all: Callable[[], bool]
-    ) -> None:
+    def __init__(self, number: int, placement: WorkerPlace, order: dict[str, Any], console: Console, tells_all: Callable[[], bool]) -> None:
         self.number = number
         self.placement = placement
         self.n_starts = 0
@@ -132,7 +130,7 @@ class Worker:
 class Supervisor:
     """Keeps the workers of a shared study at work until its trials are done."""
 
-    def __init__(self, console: "Console", study: optuna.Study, workers: Sequence[Worker], target: Callable[[], int]) -> None:
+    def __init__(self, console: Console, study: optuna.Study, workers: Sequence[Worker], target: Callable[[], int]) -> None:
         self.console = console
         self.study = study
         self.storage = storage_of(study)
@@ -227,14 +225,11 @@ class Supervisor:
         return len(self.workers) - len(self._given_up)
 
 
-def supervise(settings: Settings, console: "Console", study: optuna.Study, url: str, prepares: bool) -> None:
+def supervise(settings: Settings, console: Console, study: optuna.Study, url: str, prepares: bool) -> None:
     """Run `settings.workers` workers here until the study's trials are done or the user stops them; one view shows all of them.
 
     `prepares`: the first of them computes the directions, if nobody has.
     """
-    from ..reporting.study_view import StudyView
-    from ..session.stages import stop_on_interrupt
-
     source = dequantized_source(model_source(settings), console)
     placements = place(settings, source, load_config(source))
     console.message(f"{len(placements)} workers: {describe(placements)}")

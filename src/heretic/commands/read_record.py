@@ -1,0 +1,117 @@
+"""Reads and checks the record of a result (`heretic.json`, with the directions next to it). Imports nothing heavy."""
+
+import contextlib
+import json
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import URLError
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+
+from ..errors import ExportError
+from ..loading.source import expand
+from ..saving import CARD, DIRECTIONS, PICTURE, RECORD
+
+DESCRIPTION = (CARD, PICTURE)  # which are copied
+TIMEOUT = 60
+
+
+@dataclass(frozen=True)
+class Record:
+    """A stored result: the content of `heretic.json`, and the folder that holds it and the directions."""
+
+    content: dict[str, Any]
+    folder: Path
+
+    @property
+    def strategy(self) -> Any:
+        """`merge` or `adapter`."""
+        return self.content["export_strategy"]
+
+
+@contextlib.contextmanager
+def open_record(where: str) -> Iterator[Record]:
+    """The record in a folder, in a file, or at a URL that ends in `heretic.json`.
+
+    Raises `ExportError` if there is none, or if it is not a valid record.
+    """
+    if urlsplit(where).scheme in ("http", "https"):
+        with tempfile.TemporaryDirectory(prefix="heretic-record-") as temporary:
+            yield _fetch_all(where, Path(temporary))
+        return
+    path = expand(where)
+    path = path / RECORD if path.is_dir() else path
+    if not path.is_file():
+        raise ExportError(f"{path} does not exist. Give a folder that heretic saved, its heretic.json, or the URL of one.")
+    yield Record(_read(path), path.parent)
+
+
+def _fetch_all(address: str, folder: Path) -> Record:
+    address = address.replace("/blob/", "/resolve/", 1)  # from the hub's page about a file to the file
+    parts = urlsplit(address)
+    if not parts.path.endswith(f"/{RECORD}"):
+        raise ExportError(f"The URL {address} does not end in /{RECORD}.")
+    for name in (RECORD, DIRECTIONS, *DESCRIPTION):
+        here = parts._replace(path=parts.path.removesuffix(RECORD) + name).geturl()
+        try:
+            with urllib.request.urlopen(here, timeout=TIMEOUT) as response:
+                (folder / name).write_bytes(response.read())
+        except (URLError, OSError, ValueError) as error:
+            if name not in DESCRIPTION:
+                raise ExportError(f"{here} cannot be downloaded: {error}") from error
+    return Record(_read(folder / RECORD), folder)
+
+
+class _Model(BaseModel):
+    name: str = Field(min_length=1)
+    commit: str | None = Field(None, pattern=r"^\w[\w.-]*$")
+    fingerprint: str | None = None
+    gguf_file: str | None = Field(None, pattern=r"^\w[\w.-]*\.gguf$")
+
+
+class _Trial(BaseModel):
+    number: NonNegativeInt
+    direction_index: float | None
+    parameters: dict[str, dict[str, float]] | None
+
+
+class _Prompts(BaseModel):
+    dataset: str = Field(min_length=1)
+    commit: str | None = None
+
+
+class _Content(BaseModel):
+    """The parts of a record that are used here. The settings among them are checked like all settings."""
+
+    model: _Model
+    settings: dict[str, Any]
+    trial: _Trial
+    versions: dict[str, str]
+    export_strategy: Literal["merge", "adapter"]
+    files: dict[str, str]
+    prompts: dict[Literal["good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts"], _Prompts] = {}
+    scores: dict[str, float] = {}
+    hardware: dict[str, Any] = {}
+    program: dict[str, Any] = {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        missing = [key for key, field in _Content.model_fields.items() if field.is_required() and key not in content]
+        if not missing:
+            _Content.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ExportError(f"{path} is not a record that a model can be rebuilt from: {where}: {problem['msg']}.") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ExportError(f"{path} cannot be read as a record of heretic: {error}") from error
+    if missing:
+        raise ExportError(f"{path} is not a record that a model can be rebuilt from: it lacks {', '.join(missing)}.")
+    return content
