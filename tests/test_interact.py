@@ -24,7 +24,7 @@ from conftest import SMALL
 from heretic.console import Console
 from heretic.errors import ModelError
 from heretic.prompts import Prompt
-from heretic.session.interact import Workbench, align, is_count
+from heretic.session.interact import InteractiveSession, align, is_count
 from heretic.study.learned_edits import LearnedEdits
 
 DOWN = "\x1b[B"
@@ -236,7 +236,7 @@ def test_a_chat_remembers_what_was_said_but_not_what_was_interrupted(monkeypatch
         return f" answer {len(heard)} "
 
     prompts = [Prompt("Be kind.", "hello")]
-    bench = Workbench(*(SimpleNamespace() for _ in range(6)))  # type: ignore[arg-type]
+    bench = InteractiveSession(*(SimpleNamespace() for _ in range(6)))  # type: ignore[arg-type]
     bench.console, bench.evaluator = Console(), SimpleNamespace(bad_prompts=prompts)  # type: ignore[assignment]
     bench.model = SimpleNamespace(stream_response=stream_response)  # type: ignore[assignment]
     bench.search = SimpleNamespace(edits=LearnedEdits(None))  # type: ignore[assignment]
@@ -254,10 +254,10 @@ def test_whatever_an_action_raises_the_menu_stays(monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise problems.pop(0)
 
-    bench = Workbench(*(SimpleNamespace(debug=False) for _ in range(6)))  # type: ignore[arg-type]
+    bench = InteractiveSession(*(SimpleNamespace(debug=False) for _ in range(6)))  # type: ignore[arg-type]
     bench.console = Console()
-    monkeypatch.setattr(Workbench, "_choose_trial", lambda self: next(chosen) and SimpleNamespace(number=0))
-    monkeypatch.setattr(Workbench, "_chat", fail)
+    monkeypatch.setattr(InteractiveSession, "_choose_trial", lambda self: next(chosen) and SimpleNamespace(number=0))
+    monkeypatch.setattr(InteractiveSession, "_chat", fail)
     monkeypatch.setattr("heretic.session.interact.select", lambda *_: next(chosen))
     bench.menu()
     out, err = capsys.readouterr()

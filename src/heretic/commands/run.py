@@ -13,7 +13,7 @@ from ..model import Model
 from ..prompts import Prompts
 from ..reporting.tables import space_text
 from ..session.answers import trial_at
-from ..session.interact import Workbench, ask_checkpoint_action
+from ..session.interact import InteractiveSession, ask_checkpoint_action
 from ..session.stages import (
     check_lengths,
     compute_directions,
@@ -132,7 +132,7 @@ def _run_alone(
     if finish_without_asking(settings, console, checkpoint, report):
         return 0
 
-    bench = Workbench(settings, console, model, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more))
+    bench = InteractiveSession(settings, console, model, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more))
     bench.menu() if settings.model_action is None else bench.act(settings.model_action)
     return 0
 

@@ -50,7 +50,7 @@ def select(question: str, choices: Sequence[tuple[str, Any]], header: str | None
 
 
 @dataclass
-class Workbench:
+class InteractiveSession:
     """What the menus and actions work on: a run whose model is loaded and whose study has trials."""
 
     settings: Settings
