@@ -282,7 +282,10 @@ def test_a_worker_takes_everything_from_the_study_and_checks_what_is_its_own(
 
 def test_what_a_worker_cannot_join(workplace: Path, heretic: Callable[..., Outcome]) -> None:
     outcome = heretic("worker")
-    assert (outcome.code, outcome.err) == (2, "Error: heretic worker needs --study-storage, the one that the study was begun with.\n")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "Error: heretic worker needs --study-storage, with the URL that the study was created with.\n",
+    )
     outcome = heretic("worker", "--study-storag", "x")
     assert (outcome.code, outcome.err) == (
         2,
@@ -312,5 +315,5 @@ def test_a_models_own_code_is_not_run_because_a_study_says_so(workplace: Path, h
     Path("m/own.py").write_text("open('it_ran', 'w')\n")
     outcome = heretic("worker", "--study-storage", "s.jsonl")
     assert outcome.code == 1
-    assert "another one here" in outcome.err
+    assert "different here" in outcome.err
     assert not Path("it_ran").exists()

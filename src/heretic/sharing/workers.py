@@ -27,7 +27,7 @@ from ..scoring.score_tables import Baseline
 from ..session.stages import stop_on_interrupt
 from ..study.checkpoint import is_counted
 from ..study.front import is_learned
-from .devices import WorkerPlace
+from .devices import WorkerPlace, place_workers
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of
 from .storage import WITHDRAWN, WORKER, worker_identity
