@@ -121,9 +121,9 @@ def test_card(tmp_path: Path, strategy: Strategy, library: str, what: str) -> No
     assert table_rows(text, "library")["heretic-llm"] == [__version__]
     assert set(table_rows(text, "library")) >= {"torch", "transformers", "peft", "optuna", "huggingface-hub"}
     responsible = text.partition("## Responsible use")[2]
-    assert "The safeguards that the original's makers trained into it have been weakened on purpose" in responsible
-    assert "Nothing in its weights stops it." in responsible
-    assert "Whoever runs or shares it answers for what is done with it." in responsible
+    assert "The safeguards that the developers of the original trained into it have been weakened on purpose" in responsible
+    assert "Nothing in its weights prevents that." in responsible
+    assert "Whoever runs or shares it is responsible for its use." in responsible
     assert "The original's licence (tiny-research) and its terms of use still apply." in responsible
     assert text.endswith("\n# Original model card\n\n# Tiny\n\nA *tiny* model. | Ask it about bread.\n")
 
@@ -165,7 +165,7 @@ def test_how_it_was_measured(tmp_path: Path) -> None:
         "and normalizing apostrophes and spaces, it contains one of 3 markers\n"
     ) in text
     assert "- `sorry`\n- ``i ca`n't``\n- `no|way`\n" in text
-    assert "- Number format of the search: float32\n" in text
+    assert "- Dtype of the search: float32\n" in text
 
 
 def test_which_rule_judged(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_bug_that_only_several_trials_together_show_is_told(heretic: Heretic, 
     monkeypatch.setattr(Evaluator, "score_trials", crash)
     outcome = heretic("--n-finalists", "0", "--no-report", "--trials-per-batch", "3")
     told = "KeyError: 'mine' (this is a bug in heretic; --debug shows where it happened)."
-    assert f"Warning: Trials are scored one by one, as scoring them together failed: {told}" in outcome.out
+    assert f"Warning: Trials are scored one by one, because scoring them together failed: {told}" in outcome.out
     assert [trial.state.name for trial in study().trials] == ["COMPLETE"] * 3
 
 
@@ -169,7 +169,7 @@ def test_finalists_that_do_not_fit_together_are_scored_one_by_one(
     outcome = heretic("--n-trials", "6", "--n-finalists", "8", "--trials-per-batch", "4")
     told = "memory ran out (OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB)."
     assert outcome.code == 0
-    assert f"Warning: Trials are scored one by one, as scoring them together failed: {told}" in outcome.out
+    assert f"Warning: Trials are scored one by one, because scoring them together failed: {told}" in outcome.out
     found = study().user_attrs["finalists"]["trials"]
     assert len(found) > 1 and all("scores" in entry for entry in found.values())
 

@@ -344,7 +344,7 @@ def test_no_learned_trials(place: Path, heretic: Callable[..., Outcome]) -> None
 def test_a_model_that_refuses_too_little(workplace: Path, heretic: Callable[..., Outcome]) -> None:
     """It is told once, and the search goes on; a resume does not try again."""
     outcome = heretic("--n-learned-trials", "2")
-    told = r"No edits are learned: the original refuses [0-5] of 5 harmful prompts, which is too few\. The search goes on without\."
+    told = r"No edits are learned: the original refuses [0-5] of 5 harmful prompts, which is too few\. The search continues without them\."
     assert outcome.code == 0
     assert re.search(told, " ".join(outcome.out.split()))
     assert len(study_of(workplace).trials) == 3
@@ -359,8 +359,8 @@ def test_a_model_that_refuses_too_little(workplace: Path, heretic: Callable[...,
 def lost(trial: FrozenTrial) -> str:
     edit = trial.user_attrs["learned"]["edit"]
     return (
-        f"Error: The edit of trial {trial.number} was learned. It lies beside the study as artifact {edit}, which is missing or damaged. "
-        "Put the file back, or choose another trial.\n"
+        f"Error: The learned edit of trial {trial.number}, artifact {edit} of the study, is missing or damaged. "
+        "Restore the file, or choose another trial.\n"
     )
 
 

@@ -125,19 +125,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"disabled_components": COMPONENTS},
-        "disabled_components leaves nothing to edit: the model's components are attn.o_proj, mlp.down_proj.",
+        "disabled_components disables all components of the model: attn.o_proj, mlp.down_proj.",
     ),
     (
         {"first_trials": [{"max_weight": {"mlp.down_proj": 2.0}}]},
-        "first_trials.0.max_weight is 2, but the search tries from 0 to 1.5 of mlp.down_proj. Change parameters.max_weight.",
+        "first_trials.0.max_weight is 2, but the search space of mlp.down_proj is from 0 to 1.5. Change parameters.max_weight.",
     ),
     (
         {"parameters": {"direction_index": 0.5}, "first_trials": [{"direction_index": 0.6}]},
-        "first_trials.0.direction_index is 0.6, but the search tries 0.5 only. Change parameters.direction_index.",
+        "first_trials.0.direction_index is 0.6, but the search space is 0.5 only. Change parameters.direction_index.",
     ),
     (
         {"parameters": {"direction_scope": "global"}, "first_trials": [{"direction_scope": "per layer"}]},
-        "first_trials.0.direction_scope is 'per layer', which parameters.direction_scope leaves out.",
+        "first_trials.0.direction_scope is 'per layer', which parameters.direction_scope does not contain.",
     ),
 ]
 

@@ -293,7 +293,8 @@ def test_what_a_worker_cannot_join(workplace: Path, heretic: Callable[..., Outco
     )
     assert heretic().code == 0
     outcome = heretic("worker", "--study-storage", "checkpoints/m.jsonl")
-    expected = "Error: The study 'heretic' in checkpoints/m.jsonl was not created for several workers. Create it with --workers or --study-storage.\n"
+    reason = "was not created for several workers. Create it with --workers or --study-storage."
+    expected = f"Error: The study 'heretic' in checkpoints/m.jsonl {reason}\n"
     assert (outcome.code, outcome.err) == (1, expected)
     assert heretic("--study-storage", "checkpoints/m.jsonl", "--n-trials", 4).code == 0
     outcome = heretic("worker", "--study-storage", "checkpoints/m.jsonl", "--batch-size", "many")

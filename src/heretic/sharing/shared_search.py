@@ -96,7 +96,7 @@ class SharedSearch(Search):
         self.identity = worker_identity()
         self.study.sampler = SamplerByNumber(self._sampler)
 
-    def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
+    def _find_interrupted_trials(self) -> list[tuple[Trial, Ablation]]:
         return []  # a lost worker's trials are requeued by `fail_stale_trials`
 
     def target(self, n_trials: int) -> int:
