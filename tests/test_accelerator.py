@@ -199,8 +199,8 @@ def test_memory_that_hardly_suffices(workplace: Path, heretic: Heretic, n_bytes:
 def test_memory_that_does_not_suffice_for_a_single_prompt(workplace: Path, heretic: Heretic, loaded: list[bool]) -> None:
     with Emulation((GIB,), fails=lambda n_bytes: loaded[0]):
         outcome = heretic()
-    told = "Error: Memory ran out (OutOfMemoryError: CUDA out of memory. Tried to allocate 0.00 MiB."
-    hint = "). Try --quantization bnb_4bit, or --max-memory. What was finished is kept.\n"
+    told = "Error: Out of memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 0.00 MiB."
+    hint = "). Try --quantization bnb_4bit or --max-memory. Finished trials are kept.\n"
     assert outcome.code == 1 and outcome.err.startswith(told) and outcome.err.endswith(hint)
 
 
