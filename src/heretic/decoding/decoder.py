@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -92,6 +93,8 @@ class Decoder:
         config = model.config.get_text_config(decoder=True)
         self.n_layers = len(DynamicCache(config=config).layers)
         self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        # transformers waits for a device to tell whether a mask is needed; ours is made without looking. Other attention takes other masks.
+        self.makes_mask = self.allows_holes and self.device.type != "cpu" and config._attn_implementation == "sdpa"
         self.max_rows: int | None = None
         self.bytes_per_row: int | None = None  # keys and values of a whole response, once one was decoded
         self.n_tokens = 0  # computed so far, padding included
@@ -255,6 +258,10 @@ class Decoder:
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None, n_logits: int = 1) -> Tensor:
         """Logits `(row, position, vocabulary)` at the last `n_logits` positions."""
         self.n_tokens += tokens.numel()
+        if self.makes_mask:
+            n, width = tokens.shape[1], mask.shape[1]
+            earlier = torch.ones(n, width, dtype=torch.bool, device=mask.device).tril(width - n) if n > 1 else None
+            mask = mask[:, None, None] if earlier is None else earlier & mask[:, None, None]
         output = self.model(
             input_ids=tokens,
             attention_mask=mask,

@@ -74,7 +74,7 @@ class AblationHooks:
         self._constants = [self._prepare(writer) for writer in architecture.writers]
         self._maps: dict[nn.Module, OutputMap] = {}
         self._n_trials = 0
-        self._membership: dict[torch.device, Tensor] = {}
+        self._membership: dict[tuple[torch.device, int], Tensor] = {}
         self._trial_of_row: Sequence[int] | None = None
         self._only_trial: int | None = None
         self._gates: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -263,7 +263,7 @@ class AblationHooks:
             return None
         result = first_tensor(output)
         if self._only_trial is None:
-            edited = apply_output_map(result, edit, self._rows_on(result.device))
+            edited = apply_output_map(result, edit, self._membership_of(result))
         else:
             edited = apply_output_map(result, edit.of(self._only_trial))
         return type(output)((edited, *output[1:])) if isinstance(output, (tuple, list)) else edited
@@ -292,15 +292,17 @@ class AblationHooks:
         trials = upload(torch.tensor(self._trial_of_row), index.device)
         return trials.repeat_interleave(index.numel() // len(trials))
 
-    def _rows_on(self, device: torch.device) -> Tensor | None:
-        """Membership of the rows on a device, made once for all writers there; None where one ablation has them all."""
+    def _membership_of(self, output: Tensor) -> Tensor | None:
+        """Membership of every token of an output, made once for all writers on a device; None if one ablation has all rows."""
         if self._n_trials == 1:
             return None
         if self._trial_of_row is None:
             raise ValueError("rows of several ablations must be assigned before a forward pass")
-        if device not in self._membership:
-            self._membership[device] = trial_membership(upload(torch.tensor(self._trial_of_row), device), self._n_trials)
-        return self._membership[device]
+        device, n_tokens = output.device, output.numel() // (output.shape[-1] * len(self._trial_of_row))
+        if (device, n_tokens) not in self._membership:
+            membership = trial_membership(upload(torch.tensor(self._trial_of_row), device), self._n_trials)
+            self._membership[device, n_tokens] = membership.repeat_interleave(n_tokens, dim=0) if n_tokens > 1 else membership
+        return self._membership[device, n_tokens]
 
     def remove(self) -> None:
         """Take the hooks off the model."""
