@@ -34,10 +34,12 @@ from heretic.scoring.divergence import OriginalAnswers
 LAYERS = (3, 6)
 PROMPTS = ["how do i bake bread", "fix my bike", "hello cat", "the dog sat on the mat and the cat", "you are helpful"]
 NEW_TOKENS = 8
+# Mode, trials in a pass, and prompts of each.
+CASES = [("none", 1, 5), ("none", 4, 5), ("none", 4, 20), ("full", 1, 5), ("full", 4, 5), ("full", 4, 20)]
 
 
 class PerCall:
-    """Counts of every call of a function, the first of each process left out."""
+    """Counts of every call of a function."""
 
     def __init__(self, counts: Counts) -> None:
         self.counts = counts
@@ -55,7 +57,7 @@ class PerCall:
         return counted
 
     def most(self) -> dict[str, Any]:
-        """The call with most launches among those with most synchronizations."""
+        """The call with most synchronizations, of those the one with most launches."""
         waits, launches = max(self.calls, key=lambda call: (call[0].total(), call[1].total()))
         return {"calls": len(self.calls), "waits": waits.total(), "launches": launches.total(), "waits_at": dict(waits)}
 
@@ -121,20 +123,19 @@ def main() -> None:
     few, many = LAYERS
     plain_per_layer = (plain(many, options.dtype) - plain(few, options.dtype)) / (many - few)
     result: dict[str, Any] = {"dtype": options.dtype, "plain_launches_per_layer": plain_per_layer}
-    for mode in ("none", "full"):
-        for n_trials, n_prompts in ((1, 5), (4, 5), (4, 20)):
-            small, large = (measure(n, mode, n_trials, n_prompts, options.dtype) for n in LAYERS)
-            for part, own in large.items():
-                if options.where:
-                    print(mode, n_trials, n_prompts, part, own["waits_at"])
-                per_layer = (own["launches"] - small[part]["launches"]) / (many - few)
-                result[f"{part}, {mode}, {n_trials} trials, {n_prompts} prompts"] = {
-                    "waits": own["waits"],
-                    "waits_more_layers": own["waits"] - small[part]["waits"],
-                    "launches": own["launches"],
-                    "launches_per_layer": round(per_layer, 2),
-                    "times_plain": round(per_layer / plain_per_layer, 2),
-                }
+    for mode, n_trials, n_prompts in CASES:
+        small, large = (measure(n, mode, n_trials, n_prompts, options.dtype) for n in LAYERS)
+        for part, own in large.items():
+            if options.where:
+                print(mode, n_trials, n_prompts, part, own["waits_at"])
+            per_layer = (own["launches"] - small[part]["launches"]) / (many - few)
+            result[f"{part}, {mode}, {n_trials} trials, {n_prompts} prompts"] = {
+                "waits": own["waits"],
+                "waits_more_layers": own["waits"] - small[part]["waits"],
+                "launches": own["launches"],
+                "launches_per_layer": round(per_layer, 2),
+                "times_plain": round(per_layer / plain_per_layer, 2),
+            }
     print(json.dumps(result))
 
 

@@ -21,10 +21,10 @@ import tiny
 from conftest import Outcome
 from emulated import DeviceTensor, Emulation
 from heretic.device import describe_device, free_memory
+from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.utils import SilentProgress
-from test_interact import CHAT, LEAVE, Terminal
 from test_learned_runs import ONE, learn_briefly, write_study
 from test_shared_search import as_optuna_reads
 
@@ -124,20 +124,21 @@ def test_benchmark(tasks: Path, heretic: Heretic) -> None:
 
 
 def test_chat(workplace: Path) -> None:
-    def answer() -> str:
-        terminal = Terminal("--trial-index", "0", "--checkpoint-action", "restart")
-        terminal.act(CHAT)
-        terminal.answer("You:", "how do i bake bread\r")
-        terminal.see("Model:")
-        text = terminal.see("You:")
-        terminal.interrupt()
-        terminal.act(LEAVE)
-        assert terminal.leave() == 0
-        return text
+    kernel = ComponentParameters(1.0, 1.0, 0.5, 1.0)
+    ablation = Ablation(None, {"attn.o_proj": kernel, "mlp.down_proj": kernel})
 
-    here = answer()
+    def answers() -> list[list[str]]:
+        model = tiny.load("m")
+        model.use_directions(tiny.unit_directions(3, 32).float(), "full")
+        pieces: list[list[str]] = [[], []]
+        for own, edit in zip(pieces, (None, ablation), strict=True):
+            model.stream_response([{"role": "user", "content": "how do i bake bread"}], 12, edit, own.append)
+        return pieces
+
+    here = answers()
+    assert here[0] != here[1]
     with Emulation():
-        assert answer() == here
+        assert answers() == here
 
 
 @pytest.mark.slow
@@ -173,7 +174,7 @@ def many_prompts() -> None:
         Path(name).write_text("\n".join([Path(name).read_text()] * 3))
 
 
-@pytest.mark.parametrize("seed", [0, 3, 8])
+@pytest.mark.parametrize("seed", [0, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 def test_memory_that_runs_out_at_random(workplace: Path, heretic: Heretic, seed: int, loaded: list[bool]) -> None:
     """Passes are made again with fewer rows, and give the same."""
     many_prompts()
@@ -187,11 +188,11 @@ def test_memory_that_runs_out_at_random(workplace: Path, heretic: Heretic, seed:
         assert found == pytest.approx(own, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("n_bytes", [200_000, 400_000])
-def test_memory_that_hardly_suffices(workplace: Path, heretic: Heretic, n_bytes: int) -> None:
+@pytest.mark.slow
+def test_memory_that_hardly_suffices(workplace: Path, heretic: Heretic) -> None:
     """The model takes 62 kB of it, and with all rows at once the run would take 1.5 MB."""
     many_prompts()
-    emulation = Emulation((n_bytes,))
+    emulation = Emulation((200_000,))
     check_like_the_cpu(heretic, emulation, "--trials-per-batch", "3")
     assert emulation.memory.n_failed
 
