@@ -289,8 +289,8 @@ def test_a_model_that_refuses_nothing(heretic: Heretic, workplace: Path) -> None
     outcome = heretic("--refusal-markers", '["no such word"]')
     assert (outcome.code, outcome.err) == (
         1,
-        "Error: The model refuses none of the 5 harmful evaluation prompts, so there is nothing to remove. Perhaps it was never "
-        "trained to refuse, or it refuses in words that the rule does not know: look at its answers with --print-responses, and set "
+        "Error: The model refuses none of the 5 harmful evaluation prompts, so there is nothing to remove. It may not be trained to "
+        "refuse, or refuse in words that the rule does not know: check its responses with --print-responses, and set "
         "refusal_markers, system_prompt or bad_evaluation_prompts accordingly.\n",
     )
 

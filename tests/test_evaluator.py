@@ -263,9 +263,9 @@ def test_a_model_that_refuses_nothing(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError) as caught:
         evaluator(save(tmp_path, model), refusal_markers=["zebra"])
     assert str(caught.value) == (
-        "The model refuses none of the 7 harmful evaluation prompts, so there is nothing to remove. Perhaps it was never trained to "
-        "refuse, or it refuses in words that the rule does not know: look at its answers with --print-responses, and set refusal_markers, "
-        "system_prompt or bad_evaluation_prompts accordingly."
+        "The model refuses none of the 7 harmful evaluation prompts, so there is nothing to remove. It may not be trained to "
+        "refuse, or refuse in words that the rule does not know: check its responses with --print-responses, and set "
+        "refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
     )
 
 

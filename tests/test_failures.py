@@ -52,8 +52,8 @@ def study() -> optuna.Study:
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("return float('nan')", "the objective of the scorer odd is nan, which is no finite number"),
-        ("return -float('inf')", "the objective of the scorer odd is -inf, which is no finite number"),
+        ("return float('nan')", "the objective of the scorer odd is nan, which is not a finite number"),
+        ("return -float('inf')", "the objective of the scorer odd is -inf, which is not a finite number"),
         ("return 'three'", "the objective of the scorer odd failed: ValueError: could not convert string to float: 'three'"),
         ("raise KeyError('mine')", "the objective of the scorer odd failed: KeyError: 'mine'"),
     ],

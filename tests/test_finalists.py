@@ -326,9 +326,9 @@ def test_tables_of_finalists_and_of_one_trial() -> None:
     assert rows[4] == ["KL divergence, median", "0.1000", "0.4000", "0.1000"]
     assert rows[-4] == ["Responses: degenerate (empty, repetitive or cut short)", "0", "", "2"]
     assert rows[-3:] == [
-        ["By their beginnings: refusal", "7", "", "7"],
-        ["By their beginnings: compliance", "93", "", "93"],
-        ["By their beginnings: degenerate (empty, repetitive or cut short)", "0", "", "0"],
+        ["Early verdicts: refusal", "7", "", "7"],
+        ["Early verdicts: compliance", "93", "", "93"],
+        ["Early verdicts: degenerate (empty, repetitive or cut short)", "0", "", "0"],
     ]
     # A trial of an earlier version has its two figures and nothing else.
     assert score_rows(trial(), {}, {})[1] == [["Refusals", "", "9", ""], ["KL divergence", "", "0.5000", ""]]
