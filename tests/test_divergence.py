@@ -188,8 +188,10 @@ def test_logits_that_do_not_fit_beside_the_model(folder: Path, tmp_path: Path, m
     moved = OriginalAnswers(model, PROMPTS, N_TOKENS, folder=tmp_path / "studies")
     moved.record(model)
     n_bytes = sum(moved.n_positions) * model.model.get_input_embeddings().weight.shape[0] * 4
-    told = f"The original's logits take {format_size(n_bytes)}, too much for memory. "
-    f"They are stored in a temporary file in {tmp_path / 'studies'}."
+    told = (
+        f"The original's logits take {format_size(n_bytes)}, too much for memory. "
+        f"They are stored in a temporary file in {tmp_path / 'studies'}."
+    )
     assert recorder.messages == ([told] if place == "disk" else [])
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert len(mapped) == (place == "disk") and all(line.endswith("(deleted)") for line in mapped)
