@@ -73,7 +73,7 @@ def test_what_needs_the_extra_says_so(workplace: Path, heretic: Callable[..., Ou
     monkeypatch.setattr("heretic.session.answers.find_spec", lambda name: None)
     outcome = heretic("--model-action", "benchmark", "--trial-index", "0")
     assert outcome.code == 2 and outcome.err == (
-        "Error: model_action = benchmark needs the extra 'benchmark', of which lm_eval is not installed. Install it with: "
+        "Error: model_action = benchmark needs the extra 'benchmark', but lm_eval is not installed. Install it with: "
         "pip install 'heretic-llm[benchmark]' (in a clone: uv sync --extra benchmark).\n"
     )
 

@@ -249,7 +249,7 @@ def test_a_trial_that_overflows_has_no_score(tmp_path: Path) -> None:
     expected = made.score(ABLATIONS[0])
     error, score = made.score_trials([broken, ABLATIONS[0]])
     assert isinstance(error, TrialError)
-    assert str(error) == "the model gives logits that are not finite (NaN or infinite)"
+    assert str(error) == "the model returned logits that are not finite (NaN or infinite)"
     assert score.refusals == expected.refusals
     assert score.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-4)
     with pytest.raises(TrialError):
@@ -276,7 +276,7 @@ def test_an_original_that_cannot_be_scored(folder: Path) -> None:
     with pytest.raises(EvaluationError) as caught:
         measure_original(settings(folder), model, GOOD, BAD)
     assert str(caught.value) == (
-        "The original model cannot be scored: the model gives logits that are not finite (NaN or infinite). "
+        "The original model cannot be scored: the model returned logits that are not finite (NaN or infinite). "
         "Try another --dtypes, such as float32."
     )
 

@@ -181,7 +181,7 @@ def test_finalists_that_do_not_fit_together_are_scored_one_by_one(
     ("error", "told"),
     [
         (NO_MEMORY, "memory ran out (OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB)."),
-        (ModelError("The model could not be loaded in any format."), "The model could not be loaded in any format."),
+        (ModelError("The model could not be loaded in any dtype."), "The model could not be loaded in any dtype."),
         (KeyError("mine"), "KeyError: 'mine' (this is a bug in heretic; --debug shows where it happened)."),
     ],
 )

@@ -106,10 +106,10 @@ def test_what_is_missing_is_made_up_for(heretic: Heretic, workplace: Path) -> No
     assert "Search: 3 trials, 3 done" in outcome.out and len(known()["trials"]) >= 1
     before = known()
     outcome = heretic("--n-finalists", "2", "--final-response-length", "9")
-    assert "9 tokens at most" in outcome.out
+    assert "at most 9 tokens" in outcome.out
     assert known()["conditions"]["max_response_length"] == 9 != before["conditions"]["max_response_length"]
     outcome = heretic("--n-finalists", "2", "--final-response-length", "9")
-    assert "Loading m" not in outcome.out and "9 tokens at most" in outcome.out
+    assert "Loading m" not in outcome.out and "at most 9 tokens" in outcome.out
 
 
 def test_other_prompts_and_longer_answers(heretic: Heretic, workplace: Path) -> None:

@@ -131,7 +131,7 @@ def test_plots_need_the_extra(workplace: Path, heretic: Callable[..., Outcome], 
     outcome = heretic("--plot-residuals")
     assert outcome.code == 2
     assert outcome.err == (
-        "Error: plot_residuals needs the extra 'research', of which matplotlib, pacmap, sklearn is not installed. Install it with: "
+        "Error: plot_residuals needs the extra 'research', but matplotlib, pacmap, sklearn is not installed. Install it with: "
         "pip install 'heretic-llm[research]' (in a clone: uv sync --extra research).\n"
     )
 
