@@ -265,9 +265,11 @@ def test_prompts_that_cannot_be_used(heretic: Heretic, workplace: Path) -> None:
 
     same = "good_prompts and bad_prompts are the same, so they define no refusal direction. Give different ones."
     assert told("--bad-prompts.dataset", "good.txt") == f"Error: {same}\n"
-    assert told("--bad-prompts.dataset", "nothing.txt") == ("Error: bad_prompts: there is no file or folder nothing.txt. Check the path.\n")
+    assert told("--bad-prompts.dataset", "nothing.txt") == (
+        "Error: bad_prompts: the file or folder nothing.txt does not exist. Check the path.\n"
+    )
     assert told("--bad-prompts.split", "[9:]") == (
-        "Error: bad_prompts: bad.txt ([9:]) holds no prompts. Check the file, or the slice of the split.\n"
+        "Error: bad_prompts: bad.txt ([9:]) contains no prompts. Check the file, or the slice of the split.\n"
     )
     Path("latin.txt").write_bytes("où\nça\n".encode("latin-1"))
     assert told("--good-evaluation-prompts.dataset", "latin.txt") == (

@@ -202,7 +202,7 @@ def test_encoders_are_refused(model_type: str) -> None:
         discover(zoo.build(model_type))
     name = model_type
     assert str(caught.value) == (
-        f"Models of type {name} are not supported: it is an encoder, in which every token sees those after it; only decoders, which write "
+        f"Models of type {name} are not supported: this is an encoder, in which tokens attend to later ones; only decoders, which generate "
         "text from left to right, can be edited."
     )
 

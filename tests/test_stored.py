@@ -21,7 +21,7 @@ from heretic.errors import ExportError, ModelError
 from heretic.saving.export import save
 from heretic.saving.hashed_file import HashedFile
 from heretic.saving.original import files_to_copy
-from heretic.saving.stored import Shard, StoredModel, made, open_stored, write_stored
+from heretic.saving.stored import Shard, StoredModel, computed_tensor, open_stored, write_stored
 from heretic.utils import SilentProgress
 from test_export import DIRECTIONS, expected_tensors, export, result_for, tensors_of
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions
@@ -424,7 +424,9 @@ def test_many_small_files_do_not_pile_up_in_memory_before_a_slow_disk(tmp_path: 
         return tensor
 
     monkeypatch.setattr(HashedFile, "_write", slowly)
-    shards = tuple(Shard(f"{i}.safetensors", (made(str(i), torch.float32, (1000,), lambda: torch.ones(1000)),)) for i in range(12))
+    shards = tuple(
+        Shard(f"{i}.safetensors", (computed_tensor(str(i), torch.float32, (1000,), lambda: torch.ones(1000)),)) for i in range(12)
+    )
     hashes = write_stored(StoredModel(shards, frozenset(), None), tmp_path, changed)
     assert list(hashes) == [shard.name for shard in shards]
     assert all(hashes[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in hashes)
