@@ -100,11 +100,11 @@ def test_dataset_folders(kind: str, datasets_folder: Path, monkeypatch: pytest.M
     assert told(kind, "train", "gaps") == f"bad_prompts: column 'gaps' of {kind} holds NoneType, not text (row 1)."
     assert told(kind, column="text") == (
         f"bad_prompts: {kind} is a dataset, which needs a split; set bad_prompts.split (a text file needs neither; check the path if "
-        "one was meant)."
+        "you meant one)."
     )
     assert told(kind, "train") == (
         f"bad_prompts: {kind} is a dataset, which needs a column; set bad_prompts.column (a text file needs neither; check the path if "
-        "one was meant)."
+        "you meant one)."
     )
 
 

@@ -241,7 +241,7 @@ def _probe(
 def _gain(gradient: Tensor, direction: Tensor, layer: nn.Module) -> tuple[Tensor | None, float]:
     """The gain of the norm between a writer and the stream (None: there is none), and the gradient's share along it.
 
-    The gradient through a norm with gain `g` is along `g * direction`, so the right one of all norms in the layer is the one that matches it
+    The gradient through a norm with gain `g` is along `g * direction`, so the right norm of the layer is the one that matches it
     best. If the direction itself matches it, there is none.
     """
     gain, share = None, share_along(gradient, direction, -1)
