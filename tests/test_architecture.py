@@ -119,7 +119,7 @@ def test_shapes_that_say_nothing(sizes: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("model_type", VISION)
 def test_nothing_in_the_vision_part_is_a_writer(model_type: str) -> None:
-    """Even where the tower is the bigger stack and as wide."""
+    """Even if the tower is the larger stack and as wide."""
     model = build(model_type)
     inside = {module for name, module in model.named_modules() if "language_model" in name}
     found = discover(model)

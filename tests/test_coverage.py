@@ -216,7 +216,7 @@ def test_encoders_with_decoders_are_refused(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", zoo.NOT_BUILT)
 def test_what_transformers_does_not_build(model_type: str) -> None:
-    reason = zoo.NOT_BUILT[model_type].replace("PIL", "(PIL|timm)")  # where PIL is installed (extra research), timm is missed next
+    reason = zoo.NOT_BUILT[model_type].replace("PIL", "(PIL|timm)")  # if PIL is installed (extra research), timm is missing next
     with pytest.raises(Exception, match=reason):
         zoo.build(model_type)
 

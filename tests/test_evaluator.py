@@ -188,7 +188,7 @@ def by_hand(made: Evaluator, ablation: Ablation | None) -> tuple[int, float]:
 
 
 def failures(responses: Sequence[str], before: Sequence[str]) -> int:
-    """Refusals, and empty responses where the original's are not empty."""
+    """Refusals, and empty responses if the original's are not empty."""
     return sum(
         any(marker in r for marker in MARKERS) or (not r.strip() and bool(b.strip())) for r, b in zip(responses, before, strict=True)
     )

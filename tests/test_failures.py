@@ -211,7 +211,7 @@ def test_an_interrupted_check_leaves_the_saved_model(heretic: Heretic, workplace
 
 
 def test_a_process_that_is_killed_in_the_check_has_saved_the_model(heretic: Heretic, workplace: Path) -> None:
-    """As the system does it where memory is lacking."""
+    """As the system does it if memory runs out."""
     assert heretic(*ALONE).code == 0
     pid = os.fork()
     if pid == 0:

@@ -274,7 +274,7 @@ def test_verdicts_beside_the_originals() -> None:
     classes = {"refusal": 9, "compliance": 86, "degenerate": 5}
     assert verdicts_text(attributes(response_classes=classes), original) == "9 of 100 refused (original 30), 5 degenerate (original 5)"
     classes = {"refusal": 7, "compliance": 90, "degenerate": 3}
-    told = attributes(response_classes=classes)  # 9 count: 7 refused, and 2 degenerate where the original's are not
+    told = attributes(response_classes=classes)  # 9 count: 7 refused, and 2 degenerate while the original's are not
     assert verdicts_text(told, original) == "7 of 100 refused (original 30), 3 degenerate (original 5; 2 new)"
     assert (refused(told), degenerate(told)) == ("7", "3 (2 new)")
     assert verdicts_text(attributes(response_classes=classes, bounded=True), original) == "about 9 of 100 refused (original 30)"

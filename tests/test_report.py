@@ -287,7 +287,7 @@ def test_every_finished_run_leaves_a_report(workplace: Path, heretic: Callable[.
     for trial in front:
         assert samples["trials"][str(trial.number)] == [text.strip() for text in model.responses(prompts, 4, ablation_of(trial))]
 
-    # Once more without loading the model, where nothing was written, and not at all where it is not wanted.
+    # Again without loading the model if nothing was written, and not at all if it is turned off.
     report.unlink()
     again = heretic()
     assert again.code == 0 and "Responses of" not in again.out and report.is_file()

@@ -1,4 +1,4 @@
-"""Pictures of the residuals: alignment, projections, files, and what is said where a setting or a package is wrong."""
+"""Residual plots: alignment, projections, files, and errors for invalid settings and missing packages."""
 
 from collections.abc import Callable
 from pathlib import Path
