@@ -1,4 +1,4 @@
-"""The rows of a running decode: who is let in, who leaves, and where their keys and values lie."""
+"""The rows being decoded: adding and removing rows, and the columns of their keys and values."""
 
 from collections import deque
 from collections.abc import Callable, Sequence, Set
@@ -13,17 +13,17 @@ from .rows import Row
 
 Done = TypeVar("Done")
 
-# New rows are prefilled when at least this share of the pass is free, or all that wait fit in: prefills of single rows are inefficient.
+# New rows are prefilled if this share of the pass is free, or if all waiting rows fit: prefills of single rows are inefficient.
 REFILL_SHARE = 0.25
-# Rows that have left are replaced when they make up this share of the pass.
+# Finished rows are removed when they make up this share of the pass.
 COMPACT_SHARE = 0.1
-# Columns beyond what the rows need at present: blocks begin with so many and grow by as many, up to the longest row and as many more,
-# so that they are not shifted at every step.
+# Spare columns: blocks start with this many and grow by as many, up to the longest row and as many more,
+# so that they do not have to be shifted at every step.
 SLACK_COLUMNS = 48
 
 
 class Passes(Protocol):
-    """What a pool needs of a decoder: forward passes, and what is known of memory. See `Decoder`."""
+    """The interface of a decoder that a pool uses: forward passes and memory limits. See `Decoder`."""
 
     device: torch.device
     n_layers: int
@@ -45,7 +45,7 @@ class Passes(Protocol):
 
 
 class Pool:
-    """The rows of a running decode and their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
+    """The rows being decoded, with their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
 
     def __init__(self, decoder: Passes, n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
         self.decoder = decoder
@@ -59,42 +59,42 @@ class Pool:
         self.length = 0  # columns in use
         self._starts: list[int] = []  # each row's first column
         self._gone: set[int] = set()
-        # Rows whose latest token was not shown to `is_finished` yet. A device computes the next one meanwhile.
-        self._unseen: list[int] = []
+        # Rows whose latest token `is_finished` has not seen: on an accelerator texts are checked during the next step.
+        self._unchecked: list[int] = []
         self._finished: list[Row] = []
         self._entering: list[Row] = []
         self._assigned = False
 
     @property
     def living(self) -> list[Row]:
-        """The rows that are not finished, those included that are just being let in."""
+        """The rows that are not finished, including those that are just being added."""
         return [row for i, row in enumerate(self.rows) if i not in self._gone] + self._entering
 
     def advance(self, waiting: "deque[Row]", prefix: Prefix | None) -> None:
-        """One step: let waiting rows in where there is room, or decode one token of every row."""
+        """One step: add waiting rows if there is room, or decode one token of every row."""
         room = self.limit - len(self.rows) + len(self._gone)
         if waiting and (room >= min(len(waiting), self.limit * REFILL_SHARE) or len(self._gone) == len(self.rows)):
             self._compact()
             self._admit(waiting, self.limit - len(self.rows), prefix)
             return
         if self.length == self.n_columns:
-            self.look()  # making room moves rows
+            self.check_texts()  # rows are moved below
         if len(self._gone) > len(self.rows) * COMPACT_SHARE:
             self._compact()
         if self.rows:
             self._step()
 
     def finished(self) -> list[Row]:
-        """The rows that have finished since this was asked last."""
+        """The rows that finished since the last call."""
         finished, self._finished = self._finished, []
         return finished
 
     def drop(self, trials: Set[int]) -> None:
-        """Let the rows of some trials go."""
+        """Remove the rows of some trials."""
         self._gone.update(i for i, row in enumerate(self.rows) if row.trial in trials)
 
     def _allocate(self, fresh: Blocks) -> Blocks:
-        """Room for as many rows as memory allows, now that it is known what a row takes."""
+        """Allocate as many rows as fit in memory, now that the size of a row is known."""
         decoder = self.decoder
         decoder.bytes_per_row = max(1, fresh.bytes_per_position * self.most_columns)
         self.limit = max(1, fresh.n_rows, min(self.limit, decoder.rows_that_fit() or 0))
@@ -144,40 +144,40 @@ class Pool:
         logits = self.decoder.forward(self.next_tokens[:n, None], self.mask[:n, : self.length], self.positions[:n, None], self.cache)
         self.positions[:n] += 1
         chosen = self._choose(0, logits[:, -1])
-        self.look()  # a device is still computing what was chosen
+        self.check_texts()  # while an accelerator computes the step
         self._note(0, chosen)
 
     def _choose(self, first: int, logits: Tensor) -> Tensor:
-        """The likeliest token (-1 if logits are not finite) of each row from `first` on, which is the next one that it is given."""
+        """The likeliest token of each row from `first` on (-1 if logits are not finite), which is also its next input."""
         chosen = _likeliest(logits)
         torch.clamp(chosen, min=0, out=self.next_tokens[first : first + len(chosen)])
         return chosen
 
     def _note(self, first: int, chosen: Tensor) -> None:
-        """Add the token chosen for it to each row from `first` on. Whether that decides its text is seen while a device goes on."""
+        """Append the chosen token to each row from `first` on. On an accelerator its text is checked during the next step."""
         for i, token in enumerate(chosen.tolist(), first):
             if i in self._gone:
                 continue
             if self._append(self.rows[i], token):
                 self._finish(i)
             else:
-                self._unseen.append(i)
+                self._unchecked.append(i)
         if self.decoder.device.type == "cpu":
-            self.look()
+            self.check_texts()
 
-    def look(self) -> None:
-        """Show the rows' latest tokens to `is_finished`."""
-        for i in self._unseen:
+    def check_texts(self) -> None:
+        """Ask `is_finished` about the rows whose latest token it has not seen."""
+        for i in self._unchecked:
             if i not in self._gone and self.is_finished(self.rows[i]):
                 self._finish(i)
-        self._unseen.clear()
+        self._unchecked.clear()
 
     def _finish(self, i: int) -> None:
         self._gone.add(i)
         self._finished.append(self.rows[i])
 
     def _append(self, row: Row, token: int) -> bool:
-        """Add a token (-1: logits were not finite) to a row; returns whether that alone finishes it."""
+        """Append a token (-1: logits were not finite) to a row. Returns whether it is then finished, whatever its text."""
         row.begun = True
         row.finite = token >= 0
         if not row.finite or token in self.decoder.end_tokens:
@@ -186,8 +186,8 @@ class Pool:
         return len(row.generated) >= self.max_new_tokens
 
     def _compact(self) -> None:
-        """Put the last living rows in the places of those that have left."""
-        self.look()
+        """Move the last active rows to the places of finished ones."""
+        self.check_texts()
         if not self._gone or self.cache is None:
             return
         n_left = len(self.rows) - len(self._gone)
@@ -205,7 +205,7 @@ class Pool:
         self._assigned = False
 
     def _make_room(self) -> None:
-        """Another column, by growing the blocks, or by forgetting what no living row uses once they are large enough for any."""
+        """Make room for another column, by growing the blocks or, once they have their full size, by dropping unused columns."""
         if self.n_columns < self.most_columns:
             self._grow(min(SLACK_COLUMNS, self.most_columns - self.n_columns))
         else:
@@ -228,7 +228,7 @@ class Pool:
         self.length += n_columns
 
     def _shift(self) -> None:
-        """Forget the columns that no living row uses."""
+        """Drop the columns that no active row uses."""
         self._compact()
         assert self.cache is not None
         n_unused = min(self._starts)
@@ -240,6 +240,6 @@ class Pool:
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """The likeliest token of each row, -1 where logits are not finite."""
+    """The most likely token of each row; -1 if logits are not finite."""
     best, tokens = logits.max(dim=-1)
     return torch.where(torch.isfinite(best), tokens, -1)
