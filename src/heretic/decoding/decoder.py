@@ -93,7 +93,7 @@ class Decoder:
         config = model.config.get_text_config(decoder=True)
         self.n_layers = len(DynamicCache(config=config).layers)
         self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-        # transformers synchronizes to find out whether a mask is needed; with this the decoder always makes one, as SDPA attention takes it.
+        # transformers synchronizes to find out whether a mask is needed. With this the decoder always makes one, for SDPA attention.
         self.makes_mask = self.allows_holes and self.device.type != "cpu" and config._attn_implementation == "sdpa"
         self.max_rows: int | None = None
         self.bytes_per_row: int | None = None  # for the keys and values of a full response, once one was decoded
