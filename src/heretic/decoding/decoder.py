@@ -212,7 +212,7 @@ class Decoder:
         if len(tokens) < MIN_PREFIX_TOKENS:
             return None
         trials = sorted({row.trial for row in rows})
-        cache = Blocks(self.n_layers, len(trials), len(tokens))
+        cache: Blocks | None = Blocks(self.n_layers, len(trials), len(tokens))
         try:
             self.prefill([Row(trial, tokens) for trial in trials], cache, None)
         except (RuntimeError, MemoryError) as error:

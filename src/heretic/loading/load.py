@@ -239,7 +239,7 @@ def _optional_warmup() -> Iterator[None]:
         with suppress(RuntimeError):
             warmup(*arguments)
 
-    modeling_utils.caching_allocator_warmup = tried
+    modeling_utils.caching_allocator_warmup = tried  # type: ignore[assignment]
     try:
         yield
     finally:
