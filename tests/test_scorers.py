@@ -538,7 +538,8 @@ def test_a_wrong_scorer_is_told_before_the_model_is_loaded(heretic: Heretic, wor
     outcome = heretic("--scorers", json.dumps({"breads": {"use": "mine.py:Breads"}}))
     assert outcome.code == 2
     assert "Loading m" not in outcome.out
-    assert outcome.err.startswith("Error: Setting scorers.breads.use: mine.py cannot be imported: FileNotFoundError: there is no file")
+    assert outcome.err.startswith("Error: Setting scorers.breads.use: mine.py cannot be imported: FileNotFoundError: ")
+    assert outcome.err.endswith("mine.py does not exist. Check the path and the file.\n")
 
 
 def test_scorers_from_the_configuration_file(heretic: Heretic, workplace: Path) -> None:
