@@ -132,7 +132,7 @@ def test_prompts_that_are_missing_or_too_long_are_told_first(heretic: Heretic, w
     outcome = heretic("--final-bad-prompts.dataset", "long.txt")
     assert outcome.code == 1
     assert "final_bad_prompts: prompt 1 has" in outcome.err
-    assert "or lower final_response_length and final_kl_tokens" in outcome.err
+    assert "or decrease final_response_length and final_kl_tokens" in outcome.err
     assert "Search" not in outcome.out
 
 
