@@ -17,7 +17,8 @@ from conftest import SMALL, Outcome
 from heretic.config import ScorerSpecification, Settings
 from heretic.errors import ExportError, ModelError, UsageError
 from heretic.settings_sources import load_settings
-from heretic.study.checkpoint import DEFINING, NEVER_STORED, OF_ONE_RUN, Checkpoint
+from heretic.study.checkpoint import Checkpoint
+from heretic.study.stored_settings import DEFINING, NEVER_STORED, OF_ONE_RUN
 from heretic.utils import screen_text
 
 Heretic = Callable[..., Outcome]

@@ -25,7 +25,8 @@ from heretic.privacy import shown_location
 from heretic.sharing import storage as storage_module
 from heretic.sharing.shared_search import Pulse, SharedSearch
 from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
-from heretic.study.checkpoint import JournalFile, JournalLock, is_counted
+from heretic.study.front import is_counted
+from heretic.study.journal import JournalFile, JournalLock
 from heretic.study.space import fixed_parameters, search_space
 from test_search import COMPONENTS, LAST_LAYER, SETTINGS, made_up, proposals, run, scaled
 from test_search import score as usual_score

@@ -89,7 +89,7 @@ def refused(chosen: Settings, **arguments: Any) -> ExportError:
 
 
 def upload_folder_of(chosen: Settings) -> Path:
-    return heretic.study.checkpoint.journal_path(chosen).with_suffix(".upload")
+    return heretic.study.journal.journal_path(chosen).with_suffix(".upload")
 
 
 # What arrives

@@ -10,7 +10,8 @@ from ..demo import PREFIX
 from ..errors import UsageError
 from ..loading.source import is_hub_id
 from ..settings_sources import load_settings
-from ..study.checkpoint import DEFINING, Checkpoint
+from ..study.checkpoint import Checkpoint
+from ..study.stored_settings import DEFINING
 from ..trust import who_asks
 from ..utils import Progress
 from .read_record import Record

@@ -27,7 +27,7 @@ from ..config import Settings
 from ..errors import ExportError
 from ..model import Model
 from ..privacy import without_token
-from ..study.checkpoint import journal_path
+from ..study.journal import journal_path
 from ..utils import Progress, format_size, some_of
 from . import CARD
 from .export import save

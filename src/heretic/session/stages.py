@@ -36,10 +36,11 @@ from ..scoring.response_prefix import find_response_prefix
 from ..scoring.score_tables import Baseline
 from ..scoring.scorers import fingerprints
 from ..study.batching import BatchSize
-from ..study.checkpoint import Checkpoint, file_name, journal_path
+from ..study.checkpoint import Checkpoint
 from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
 from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
 from ..study.front import front_of
+from ..study.journal import file_name, journal_path
 from ..study.learned_edits import LearnedEdits
 from ..study.learned_search import lacks_learned_trials, learn_trials
 from ..study.search import Search

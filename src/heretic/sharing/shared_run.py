@@ -14,9 +14,9 @@ from ..prompts import Prompts
 from ..session.answers import command_lines
 from ..session.interact import Workbench
 from ..session.stages import is_told, make_report, no_trial, rescore_finalists, search_shown
-from ..study.checkpoint import SHARED, Checkpoint, is_counted
+from ..study.checkpoint import SHARED, Checkpoint
 from ..study.finalists import missing_finalists
-from ..study.front import front_of
+from ..study.front import front_of, is_counted
 from ..study.learned_search import lacks_learned_trials
 from .shared_study import open_for_workers
 from .storage import WORKER, give_back

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ..editing.ablation import Ablation
 from ..evaluator import Score
 from ..study.batching import MAX_TRIALS_PER_BATCH
-from ..study.checkpoint import is_counted
+from ..study.front import is_counted
 from ..study.search import Limit, ObjectiveValues, Scores, ScoreTrials, Search
 from .storage import WITHDRAWN, WORKER, SharedStorage, give_back, worker_identity
 

@@ -35,7 +35,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_de
 from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
 from ..privacy import shown_location
-from ..study.checkpoint import JournalFile, JournalLock, journal_errors
+from ..study.journal import JournalFile, JournalLock, journal_errors
 from ..utils import Progress, SilentProgress, format_duration
 
 # A storage that is away is waited for so long, and asked again so often.

@@ -34,9 +34,10 @@ from ..session.stages import (
     with_found_prefix,
 )
 from ..study.batching import BatchSize, automatic_trials_per_batch
-from ..study.checkpoint import NEVER_STORED, OF_ONE_RUN, SHARED, SPACE, kept_space
+from ..study.checkpoint import SHARED, SPACE, kept_space
 from ..study.learned_edits import LearnedEdits
 from ..study.space import SearchSpace, search_space
+from ..study.stored_settings import NEVER_STORED, OF_ONE_RUN
 from ..trust import require_consent, who_asks
 from .preparation import Preparation, differences, facts_of, keep, kept
 from .shared_search import SharedSearch

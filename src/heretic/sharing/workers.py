@@ -25,8 +25,7 @@ from ..loading.source import model_source
 from ..reporting.study_view import StudyView
 from ..scoring.score_tables import Baseline
 from ..session.stages import stop_on_interrupt
-from ..study.checkpoint import is_counted
-from ..study.front import is_learned
+from ..study.front import is_counted, is_learned
 from .devices import WorkerPlace, place
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of

@@ -18,6 +18,16 @@ def is_learned(trial: FrozenTrial) -> bool:
     return bool(trial.user_attrs.get("origin") == "learned")
 
 
+def is_counted(trial: FrozenTrial) -> bool:
+    """Whether a trial of the search is done: complete, or failed for a reason that is recorded. One that was cut off is neither.
+
+    Learned trials are counted for themselves.
+    """
+    if trial.user_attrs.get("origin") == "learned":
+        return False
+    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and "failure" in trial.user_attrs)
+
+
 def ablation_of(trial: FrozenTrial) -> Ablation:
     """The ablation that a finished trial stands for, from its user attributes.
 

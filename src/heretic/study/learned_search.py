@@ -12,7 +12,7 @@ from ..errors import GivenUp, LearningError
 from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..utils import Progress
-from .checkpoint import journal_errors
+from .journal import journal_errors
 from .learned_edits import LearnedEdits, State, described, learned_trials
 from .learning import FIRST_ROUNDS, LATER_ROUNDS, ROUND_STEPS, Learner, Outcome, weights
 from .search import score_batch

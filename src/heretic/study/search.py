@@ -15,9 +15,9 @@ from ..errors import GivenUp, HereticError
 from ..evaluator import Score
 from ..parameters import FirstTrial
 from .batching import BatchSize
-from .checkpoint import is_counted, journal_errors
 from .failures import is_bug, reason
-from .front import ablation_of, front_of, refusal_limit
+from .front import ablation_of, front_of, is_counted, refusal_limit
+from .journal import journal_errors
 from .learned_edits import LearnedEdits
 from .samplers import make_sampler
 from .space import SearchSpace, fixed_parameters, suggest

@@ -1,0 +1,108 @@
+"""Settings as a study holds them: which define it, and what a later run takes over of them."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ..config import PromptSpecification, ScorerSpecification, Settings
+from ..settings_sources import as_written
+
+# Settings that define a study: trials scored under different ones cannot be compared.
+DEFINING = (
+    "model",
+    "model_commit",
+    "gguf_file",
+    "demo",
+    "quantization",
+    "max_response_length",
+    "response_prefix",
+    "chain_of_thought_skips",
+    "system_prompt",
+    "kl_divergence_scale",
+    "kl_divergence_target",
+    "kl_tokens",
+    "scorers",
+    "orthogonalize_direction",
+    "row_normalization",
+    "split_experts",
+    "winsorization_quantile",
+    "refusal_rule",
+    "refusal_markers",
+    "good_prompts",
+    "bad_prompts",
+    "good_evaluation_prompts",
+    "bad_evaluation_prompts",
+    # These leave the scores as they are, but the samplers learn only from trials of one search space.
+    "parameters",
+    "disabled_components",
+)
+
+# Settings that say what one run does with a study; a later run does not take them over.
+OF_ONE_RUN = (
+    "evaluate_model",
+    "print_responses",
+    "print_residual_geometry",
+    "plot_residuals",
+    "residual_plot_method",
+    "residual_plot_path",
+    "residual_plot_title",
+    "residual_plot_style",
+    "report",
+    "report_plots",
+    "checkpoint_action",
+    "debug",
+    "trial_index",
+    "n_additional_trials",
+    "model_action",
+    "benchmarks",
+    "benchmark_limit",
+    "benchmark_path",
+    "benchmark_chat_template",
+    "save_directory",
+    "overwrite",
+    "export_strategy",
+    "upload_repo_id",
+    "upload_repo_private",
+    "workers",
+    "study_storage",
+    "study_name",
+)
+
+# Settings that let code run or choose a place to write to. A journal may be somebody else's, so it does not say them.
+NEVER_STORED = ("trust_remote_code", "trust_scorers", "study_checkpoint_dir")
+
+
+def taken_over(attributes: Mapping[str, Any], leave: Collection[str] = ()) -> dict[str, Any]:
+    """The stored settings of a study that a later run takes over, as plain data."""
+    left = {*OF_ONE_RUN, *NEVER_STORED, *leave}
+    kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in left]
+    return {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
+
+
+def differences(before: Settings, now: Settings) -> list[str]:
+    """What must not differ and does: settings that define a study, with their values then and now."""
+    values = {name: (_meaning(getattr(before, name)), _meaning(getattr(now, name))) for name in DEFINING}
+    return [f"{name} was {_shown(then)} and is now {_shown(now)}" for name, (then, now) in values.items() if then != now]
+
+
+def _meaning(value: Any) -> Any:
+    """What of a setting the scores depend on, and may be shown: what custom scorers are told is a part of the study's identity."""
+    if isinstance(value, PromptSpecification):
+        return value.what_is_read
+    if isinstance(value, dict) and any(isinstance(part, ScorerSpecification) and part.is_custom for part in value.values()):
+        return {name: part.model_copy(update={"settings": {}}) if part.is_custom else part for name, part in value.items()}
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value.model_dump(exclude_defaults=True)) if isinstance(value, BaseModel) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def reason(error: ValidationError) -> str:
+    """The first thing that is wrong with settings, and where."""
+    problem = error.errors()[0]
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{as_written(problem['loc'])}: {message}" if problem["loc"] else message
