@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from heretic.config import PromptSpecification, Settings
+from heretic.config import Settings
 from heretic.editing.ablation import Ablation
 from heretic.editing.directions import mean_residual, parting_layer, refusal_directions
 from heretic.evaluator import Evaluator, Score
@@ -29,6 +29,7 @@ from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import Prompt, load_prompts
 from heretic.scoring.measured import measure_original
+from heretic.specifications import PromptSpecification
 from heretic.study.batching import automatic_trials_per_batch
 from heretic.study.learning import Learner, Parts, weights
 from heretic.study.search import Search

@@ -26,7 +26,7 @@ from typing import Any
 import optuna
 import torch
 
-from heretic.config import PromptSpecification, SamplerName, Settings
+from heretic.config import SamplerName, Settings
 from heretic.editing.directions import mean_residual, parting_layer, refusal_directions
 from heretic.evaluator import Evaluator
 from heretic.loading.load import load_model
@@ -34,6 +34,7 @@ from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
 from heretic.scoring.measured import measure_original
+from heretic.specifications import PromptSpecification
 from heretic.study.front import pareto_front
 from heretic.study.search import Search
 from heretic.study.space import search_space

@@ -14,9 +14,10 @@ import pytest
 from optuna.trial import create_trial
 
 from conftest import SMALL, Outcome
-from heretic.config import ScorerSpecification, Settings
+from heretic.config import Settings
 from heretic.errors import ExportError, ModelError, UsageError
 from heretic.settings_sources import load_settings
+from heretic.specifications import ScorerSpecification
 from heretic.study.checkpoint import Checkpoint
 from heretic.study.stored_settings import DEFINING, NEVER_STORED, OF_ONE_RUN
 from heretic.utils import screen_text

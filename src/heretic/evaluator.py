@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import DEFAULT_OBJECTIVES, Settings
+from .config import Settings
 from .editing.ablation import Ablation
 from .errors import TrialError
 from .model import NOT_FINITE, Model
@@ -15,6 +15,7 @@ from .scoring.figures import Figure, intervals
 from .scoring.measured import MeasuredOriginal, figure_of, response_shown
 from .scoring.outputs import Batch
 from .scoring.responses import count_kinds
+from .specifications import DEFAULT_OBJECTIVES
 from .utils import Progress, SilentProgress
 
 # Prompts shown of those that moved most.

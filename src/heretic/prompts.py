@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from . import demo
-from .config import PromptSpecification, Settings
+from .config import Settings
 from .errors import PromptError
 from .loading.source import expand
+from .specifications import PromptSpecification
 from .utils import first_line
 
 # What the datasets library reads; taken as text files, their markup would become prompts.

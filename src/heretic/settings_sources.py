@@ -25,10 +25,11 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from .config import DEMO_MODEL, PromptSpecification, ScorerSpecification, Settings, default_value, is_true
+from .config import DEMO_MODEL, Settings, default_value, is_true
 from .demo import PROMPTS as DEMO_PROMPTS
 from .errors import UsageError, did_you_mean
 from .parameters import TAGS, FirstTrial, Parameters, Range, kind, quoted
+from .specifications import PromptSpecification, ScorerSpecification
 from .trust import Ask, require_consent
 
 ENV_PREFIX = "HERETIC_"

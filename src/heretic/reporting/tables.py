@@ -8,10 +8,10 @@ from optuna.trial import FrozenTrial
 from rich.markup import escape
 from rich.table import Table
 
-from ..config import DEFAULT_OBJECTIVES, Objectives
 from ..editing.ablation import Ablation
 from ..parameters import Choice, Range
 from ..scoring.score_tables import Baseline, finalist_rows, format_figure, title_of, verdict_columns
+from ..specifications import DEFAULT_OBJECTIVES, Objectives
 from ..study.front import ablation_of, components_of, is_learned, score_of
 from ..study.space import SearchSpace
 from .learned import learned_cells

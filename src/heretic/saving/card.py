@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from .. import __version__, demo
-from ..config import PromptSpecification, Settings
+from ..config import Settings
 from ..editing.ablation import Ablation, kernel
 from ..loading.load import auto_class
 from ..loading.source import ModelSource
@@ -20,6 +20,7 @@ from ..model import Model
 from ..privacy import public_model_name, public_name
 from ..reporting.kernel_picture import kernel_picture
 from ..reporting.learned import Points
+from ..specifications import PromptSpecification
 from ..utils import Progress, SilentProgress, first_line, versions
 from . import CARD, PICTURE
 from .record import LIBRARIES, Result, Strategy, prompt_source

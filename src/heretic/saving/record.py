@@ -7,12 +7,13 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial
 
 from .. import __version__
-from ..config import PromptSpecification, Settings
+from ..config import Settings
 from ..device import hardware
 from ..editing.ablation import Ablation
 from ..loading.source import dataset_commit, fingerprint
 from ..model import Model
 from ..privacy import public_name, public_settings
+from ..specifications import PromptSpecification
 from ..utils import versions
 
 Strategy = Literal["merge", "adapter"]

@@ -9,8 +9,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..config import DEFAULT_OBJECTIVES, Objectives
 from ..editing.ablation import Ablation, ComponentParameters, LearnedEdit
+from ..specifications import DEFAULT_OBJECTIVES, Objectives
 
 
 def is_learned(trial: FrozenTrial) -> bool:

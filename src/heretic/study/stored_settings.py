@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..config import PromptSpecification, ScorerSpecification, Settings
+from ..config import Settings
 from ..settings_sources import as_written
+from ..specifications import PromptSpecification, ScorerSpecification
 
 # Settings that define a study: trials scored under different ones cannot be compared.
 DEFINING = (
