@@ -36,6 +36,7 @@ from heretic.prompts import load_prompts
 from heretic.scoring.measured import measure_original
 from heretic.specifications import PromptSpecification
 from heretic.study.front import pareto_front
+from heretic.study.samplers import Sampling
 from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
@@ -115,7 +116,7 @@ def one_run(s: Subject, variant: str, seed: int, sampler: SamplerName = "tpe") -
     settings = Settings.model_validate({"demo": True, **VARIANTS[variant](s)})
     space = search_space(settings, list(s.evaluator.model.architecture.components), s.last_layer, s.parting)
     study = optuna.create_study(directions=["minimize", "minimize"])
-    search = Search(study, Path("memory"), space, seed, N_STARTUP, sampler, settings.first_trials)
+    search = Search(study, Path("memory"), space, Sampling(seed, N_STARTUP, sampler, settings.first_trials))
     start = time.process_time()
     fronts = {}
     for n_trials in N_TRIALS:

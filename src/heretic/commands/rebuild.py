@@ -112,16 +112,7 @@ def rebuild(
     _check_weights(record, original, progress)
     check_edits(edits, {name: value.shape for name, value in original.placements.model.state_dict().items()}, record.folder / DIRECTIONS)
     with file_errors(target.path), staged(target) as folder:
-        hashes, _ = write_export(
-            original,
-            edits,
-            settings.row_normalization,
-            record.strategy,
-            settings.full_normalization_lora_rank,
-            settings.max_shard_size,
-            folder,
-            progress,
-        )
+        hashes, _ = write_export(original, edits, settings, record.strategy, folder, progress)
         for name in (DIRECTIONS, *DESCRIPTION):
             if (record.folder / name).is_file():
                 copy_file(record.folder / name, folder / name)

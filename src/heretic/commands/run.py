@@ -36,10 +36,10 @@ from ..study.batching import BatchSize, automatic_trials_per_batch
 from ..study.checkpoint import Checkpoint
 from ..study.finalists import missing_finalists
 from ..study.front import front_of
-from ..study.learned_search import lacks_learned_trials
-from ..study.samplers import check_sampler
+from ..study.learned_search import LearnedTrials, lacks_learned_trials
+from ..study.samplers import Sampling, check_sampler
 from ..study.search import Search
-from ..study.space import SearchSpace, search_space
+from ..study.space import search_space
 from ..trust import who_asks
 
 
@@ -103,7 +103,7 @@ def _run_alone(
     if warning := checkpoint.counts_otherwise(evaluator.original.baseline.degenerate):
         console.warning(warning)
     checkpoint.note(**evaluator.original.baseline.attributes(), last_layer=last_layer)
-    search = _open_search(settings, checkpoint, space)
+    search = Search(checkpoint.study, checkpoint.path, space, Sampling.of(settings), checkpoint.edits)
 
     batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure)
 
@@ -115,10 +115,10 @@ def _run_alone(
         if not search.front:
             return None
         if not was_stopped:
-            rescore_finalists(settings, console, checkpoint, evaluator, prompts, batch_size.value)
+            rescore_finalists(console, checkpoint, evaluator, prompts, batch_size.value)
         return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
 
-    was_stopped = learn_shown(settings, console, search.study, checkpoint.edits, checkpoint.path, evaluator, prompts)
+    was_stopped = learn_shown(console, LearnedTrials(search.study, checkpoint.path, checkpoint.edits, evaluator), prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
     if was_stopped or not target:
         report = conclude(was_stopped)
@@ -176,20 +176,6 @@ def _is_over(settings: Settings, console: Console, checkpoint: Checkpoint) -> bo
         return False  # the model has to be run for those
     show_outcome(settings, console, checkpoint, make_report(settings, console, checkpoint, None))
     return True
-
-
-def _open_search(settings: Settings, checkpoint: Checkpoint, space: SearchSpace) -> Search:
-    assert settings.seed is not None
-    return Search(
-        checkpoint.study,
-        checkpoint.path,
-        space,
-        settings.seed,
-        settings.n_startup_trials,
-        settings.sampler,
-        settings.first_trials,
-        checkpoint.edits,
-    )
 
 
 def _batch_size(

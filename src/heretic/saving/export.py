@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
 from xxhash import xxh3_128_hexdigest
 
+from ..config import Settings
 from ..editing.ablation import RowNormalization, edit_bias
 from ..editing.hooks import edit_stored
 from ..errors import ExportError
@@ -65,16 +66,7 @@ def save(
     with file_errors(target.path), staged(target) as folder:
         if strategy == "merge":
             compare_with_loaded(original, edits, model)
-        hashes, more = write_export(
-            original,
-            edits,
-            settings.row_normalization,
-            strategy,
-            settings.full_normalization_lora_rank,
-            settings.max_shard_size,
-            folder,
-            progress,
-        )
+        hashes, more = write_export(original, edits, settings, strategy, folder, progress)
         save_edits(edits, model.hooks.directions, folder / DIRECTIONS)
         write_card(model, result, strategy, folder, progress)
         content = {**record(model, result, strategy), **more}
@@ -89,10 +81,8 @@ def save(
 def write_export(
     original: Original,
     edits: Sequence[Edit],
-    mode: RowNormalization,
+    settings: Settings,
     strategy: Strategy,
-    rank: int,
-    max_shard_size: str | int | None,
     folder: Path,
     progress: Progress,
 ) -> tuple[dict[str, str], dict[str, Any]]:
@@ -101,9 +91,9 @@ def write_export(
     Returns the SHA-256 of files that were hashed while they were written, and what the record says of an adapter.
     """
     if strategy == "merge":
-        changes = Changes(original, edits, mode)
-        return write_model(original, changes, folder, max_shard_size, progress), {}
-    adapter = save_adapter(original, edits, mode, rank, folder, progress)
+        changes = Changes(original, edits, settings.row_normalization)
+        return write_model(original, changes, folder, settings.max_shard_size, progress), {}
+    adapter = save_adapter(original, edits, settings.row_normalization, settings.full_normalization_lora_rank, folder, progress)
     # The tokenizer anew: ours pads on the left.
     AutoTokenizer.from_pretrained(original.source.path, **original.source.arguments).save_pretrained(folder)
     return {}, {"adapter": adapter}

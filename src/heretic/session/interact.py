@@ -21,7 +21,7 @@ from ..reporting.tables import finalists_table, trial_rows
 from ..saving.export import save
 from ..saving.record import Result, Strategy, measurements
 from ..saving.staging import target_of
-from ..saving.upload import upload
+from ..saving.upload import HubRepository, upload
 from ..saving.verify import divergence_check
 from ..scoring.score_tables import moved_rows, score_rows
 from ..study.finalists import known_finalists
@@ -171,7 +171,7 @@ class Workbench:
 
     def _upload(self, trial: FrozenTrial) -> None:
         strategy = self._strategy()
-        repo_id = self.settings.upload_repo_id or (strategy and questionary.text("Repository (owner/name):").ask())
+        repo_id = self.settings.upload_repo_id or (strategy and questionary.text("HubRepository (owner/name):").ask())
         if not strategy or not repo_id:
             return
         private = self.settings.upload_repo_private
@@ -181,7 +181,7 @@ class Workbench:
         if private is None or not token:
             return
         check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
-        url = upload(self.model, self.result_of(trial), strategy, repo_id, private, token, self.console, check)
+        url = upload(self.model, self.result_of(trial), strategy, HubRepository(repo_id, private, token), self.console, check)
         self.console.message(f"Uploaded trial {trial.number} to {url}")
 
     def _compare(self, trial: FrozenTrial) -> None:

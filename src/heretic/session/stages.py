@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optuna import Study
 from optuna.trial import FrozenTrial
 from torch import Tensor, nn
 
@@ -41,8 +40,7 @@ from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
 from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
 from ..study.front import front_of
 from ..study.journal import file_name, journal_path
-from ..study.learned_edits import LearnedEdits
-from ..study.learned_search import lacks_learned_trials, learn_trials
+from ..study.learned_search import LearnedTrials, lacks_learned_trials
 from ..study.search import Search
 from .answers import command_lines
 
@@ -217,35 +215,20 @@ def search_shown(
             return should_stop()
 
 
-def learn_shown(
-    settings: Settings,
-    console: Console,
-    study: Study,
-    edits: LearnedEdits,
-    location: object,
-    evaluator: Evaluator,
-    prompts: Prompts,
-) -> bool:
+def learn_shown(console: Console, trials: LearnedTrials, prompts: Prompts) -> bool:
     """Learn the edits that the search begins after and that are missing, each shown when it is scored. Whether Ctrl+C ended it."""
-
-    if not lacks_learned_trials(study, settings):
+    evaluator = trials.evaluator
+    if not lacks_learned_trials(trials.study, evaluator.settings):
         return False
 
     def note_stop() -> None:
         console.message("Stopping: what is being learned is left to the next run. Ctrl+C again leaves at once.")
 
+    def show(trial: FrozenTrial) -> None:
+        console.message(learned_text(trial, evaluator.settings.n_learned_trials, evaluator.original.baseline))
+
     with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
-        learn_trials(
-            study,
-            edits,
-            location,
-            evaluator,
-            (prompts.good, prompts.bad),
-            settings,
-            console,
-            lambda trial, outcome: console.message(learned_text(trial, settings.n_learned_trials, evaluator.original.baseline)),
-            should_stop,
-        )
+        trials.learn((prompts.good, prompts.bad), show, should_stop)
         return should_stop()
 
 
@@ -304,18 +287,14 @@ def no_trial(trials: Sequence[FrozenTrial]) -> int:
     raise HereticError(f"No trial could be scored: all {len(reasons)} failed. The last one: {reasons[-1]}")
 
 
-def rescore_finalists(
-    settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator, prompts: Prompts, n_together: int
-) -> None:
+def rescore_finalists(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, prompts: Prompts, n_together: int) -> None:
     """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
-
+    settings = evaluator.settings
     if not missing_finalists(checkpoint.study, settings):
         return
     try:
         _check_final_lengths(settings, evaluator.model, prompts)
-        found = score_finalists(
-            checkpoint.study, settings, evaluator, prompts.final_good, prompts.final_bad, n_together, console, checkpoint.edits
-        )
+        found = score_finalists(checkpoint.study, checkpoint.edits, evaluator, (prompts.final_good, prompts.final_bad), n_together, console)
     except KeyboardInterrupt:
         console.message("Interrupted: the finalists are not scored again.")
     except Exception as error:

@@ -68,7 +68,7 @@ def run_shared(
 def _conclude(settings: Settings, console: Console, checkpoint: Checkpoint, joined: Joined | None, prompts: Prompts) -> Path | None:
     """Score the finalists again, with a model that is ready for it, and write the report; where that lies."""
     if joined is not None:
-        rescore_finalists(settings, console, checkpoint, joined.evaluator, prompts, joined.batch_size.value)
+        rescore_finalists(console, checkpoint, joined.evaluator, prompts, joined.batch_size.value)
     return make_report(settings, console, checkpoint, None if joined is None else joined.evaluator)
 
 

@@ -18,7 +18,10 @@ from ..editing.ablation import Ablation
 from ..evaluator import Score
 from ..study.batching import MAX_TRIALS_PER_BATCH
 from ..study.front import is_counted
+from ..study.learned_edits import LearnedEdits
+from ..study.samplers import Sampling
 from ..study.search import Limit, ObjectiveValues, Scores, ScoreTrials, Search
+from ..study.space import SearchSpace
 from .storage import WITHDRAWN, WORKER, SharedStorage, give_back, worker_identity
 
 # How often a worker that has nothing to do looks whether there is something.
@@ -89,8 +92,10 @@ class SharedSearch(Search):
     seeded with their numbers.
     """
 
-    def __init__(self, study: optuna.Study, storage: SharedStorage, *arguments: Any) -> None:
-        super().__init__(study, storage.location, *arguments)
+    def __init__(
+        self, study: optuna.Study, storage: SharedStorage, space: SearchSpace, sampling: Sampling, edits: LearnedEdits | None = None
+    ) -> None:
+        super().__init__(study, storage.location, space, sampling, edits)
         self.storage = storage
         self.pulse = Pulse(storage)
         self.identity = worker_identity()

@@ -18,7 +18,7 @@ from ..evaluator import Evaluator
 from ..loading.source import ModelSource, model_source
 from ..model import Model
 from ..privacy import shown_location
-from ..prompts import load_all
+from ..prompts import Prompts, load_all
 from ..reporting.tables import space_text
 from ..scoring.measured import measure_original
 from ..session.stages import (
@@ -36,6 +36,8 @@ from ..session.stages import (
 from ..study.batching import BatchSize, automatic_trials_per_batch
 from ..study.checkpoint import SHARED, SPACE, kept_space
 from ..study.learned_edits import LearnedEdits
+from ..study.learned_search import LearnedTrials
+from ..study.samplers import Sampling
 from ..study.space import SearchSpace, search_space
 from ..study.stored_settings import NEVER_STORED, OF_ONE_RUN
 from ..trust import require_consent, who_asks
@@ -84,7 +86,7 @@ def join(settings: Settings, console: Console, study: optuna.Study, store: Any, 
         _check(study, source)  # before a model that is another one is loaded
     if ready is None and prepares:
         model, evaluator, preparation = _prepare(settings, console, study)
-        _learn(settings, console, study, store, evaluator, preparation)
+        _learn(console, study, store, evaluator, preparation.prompts)
         keep(preparation, study, store)  # which the others wait for
     else:
         wanted = None if ready is None else ready.dtype
@@ -105,20 +107,10 @@ def join(settings: Settings, console: Console, study: optuna.Study, store: Any, 
         evaluator = Evaluator(settings, model, original, console)
         model.use_directions(ready.directions, settings.row_normalization)
         if prepares:
-            _learn(settings, console, study, store, evaluator, ready)
+            _learn(console, study, store, evaluator, ready.prompts)
 
-    assert settings.seed is not None
     space = SearchSpace.model_validate(study.user_attrs[SPACE])
-    search = SharedSearch(
-        study,
-        storage_of(study),
-        space,
-        settings.seed,
-        settings.n_startup_trials,
-        settings.sampler,
-        settings.first_trials,
-        LearnedEdits(store),
-    )
+    search = SharedSearch(study, storage_of(study), space, Sampling.of(settings), LearnedEdits(store))
     if ready is None:
         search.queue_first_trials()
     model.model.register_forward_pre_hook(search.pulse.step)
@@ -131,10 +123,9 @@ def _in_dtype(settings: Settings, dtype: str) -> Settings:
     return settings.model_copy(update={"dtypes": [dtype]})
 
 
-def _learn(settings: Settings, console: Console, study: optuna.Study, store: Any, evaluator: Evaluator, preparation: Preparation) -> None:
+def _learn(console: Console, study: optuna.Study, store: Any, evaluator: Evaluator, prompts: Prompts) -> None:
     """Learn the edits that are missing. Raises `KeyboardInterrupt` if the user ends that: what was learned is kept."""
-    location = storage_of(study).location
-    if learn_shown(settings, console, study, LearnedEdits(store), location, evaluator, preparation.prompts):
+    if learn_shown(console, LearnedTrials(study, storage_of(study).location, LearnedEdits(store), evaluator), prompts):
         raise KeyboardInterrupt
 
 

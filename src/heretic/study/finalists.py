@@ -6,7 +6,6 @@ kept in the study's user attribute `finalists`, since Optuna's finished trials t
 """
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -58,23 +57,23 @@ def missing_finalists(study: optuna.Study, settings: Settings) -> list[FrozenTri
 
 def score_finalists(
     study: optuna.Study,
-    settings: Settings,
+    edits: LearnedEdits,
     search: Evaluator,
-    good_prompts: Sequence[Prompt],
-    bad_prompts: Sequence[Prompt],
+    prompts: tuple[list[Prompt], list[Prompt]],
     trials_per_batch: int,
     progress: Progress,
-    edits: LearnedEdits,
 ) -> dict[str, Any]:
-    """Score what is missing; the new content of the study's attribute, which the caller writes. `search` is what scored the search.
+    """Score what is missing; the new content of the study's attribute, which the caller writes. `search` is what scored the search;
+    `prompts` are harmless and harmful ones.
 
     Raises `EvaluationError` where the original cannot be scored under these conditions. A trial that cannot be has a `failure`.
     """
+    settings, (good_prompts, bad_prompts) = search.settings, prompts
     missing = missing_finalists(study, settings)
     known = known_finalists(study)
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
-    final, description = final_settings(settings), "Baseline of the finalists"
-    original = measure_original(final, search.model, good_prompts, bad_prompts, progress, True, description, search.original)
+    final = final_settings(settings)
+    original = measure_original(final, search.model, good_prompts, bad_prompts, progress, all_scorers=True, like=search.original)
     evaluator = Evaluator(final, search.model, original, progress)
     tell_crash = partial(tell_failure, progress, ONE_BY_ONE, debug=settings.debug)
     with progress.task("Scoring the finalists again", len(missing)) as advance:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -9,11 +10,26 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from ..config import SamplerName
+from ..config import SamplerName, Settings
 from ..errors import UsageError
+from ..parameters import FirstTrial
 from .front import search_view
 
 N_EI_CANDIDATES = 128
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How trials are proposed: by which of Optuna's samplers, from which seed, after how many random trials and which known points."""
+
+    seed: int
+    n_startup_trials: int
+    sampler: SamplerName = "tpe"
+    first_trials: Sequence[FirstTrial] = ()
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Sampling":
+        return cls(settings.seed or 0, settings.n_startup_trials, settings.sampler, settings.first_trials)
 
 
 class SearchSampler(BaseSampler):  # type: ignore[misc]

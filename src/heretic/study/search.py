@@ -9,17 +9,15 @@ import optuna
 from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..config import SamplerName
 from ..editing.ablation import Ablation
 from ..errors import GivenUp, HereticError
 from ..evaluator import Score
-from ..parameters import FirstTrial
 from .batching import BatchSize
 from .failures import is_bug, reason
 from .front import ablation_of, front_of, is_counted, refusal_limit
 from .journal import journal_errors
 from .learned_edits import LearnedEdits
-from .samplers import make_sampler
+from .samplers import Sampling, make_sampler
 from .space import SearchSpace, fixed_parameters, suggest
 
 # For a KL divergence, how many refusals a trial may have to be worth finishing.
@@ -46,7 +44,7 @@ def score_batch(
 class Search:
     """Asks the study for trials and tells it their scores, batch after batch in the order asked.
 
-    The sampler is made anew for each trial, seeded with `seed` and the number of trials before it. So a resumed run goes on exactly as
+    The sampler is made anew for each trial, seeded with the seed and the number of trials before it. So a resumed run goes on exactly as
     it would have: trials that were cut off are scored as they were drawn, and the ones after them are drawn from the same history.
     """
 
@@ -55,20 +53,15 @@ class Search:
         study: optuna.Study,
         path: Path | str,
         space: SearchSpace,
-        seed: int,
-        n_startup_trials: int,
-        sampler: SamplerName = "tpe",
-        first_trials: Sequence[FirstTrial] = (),
+        sampling: Sampling,
         edits: LearnedEdits | None = None,
     ) -> None:
         self.study = study
         self.path = path
         self.space = space
-        self.seed = seed
-        self.n_startup_trials = n_startup_trials
-        self.sampler = sampler
+        self.sampling = sampling
         self.edits = edits or LearnedEdits(None)
-        self.first_trials = [fixed_parameters(point, space) for point in first_trials]
+        self.first_trials = [fixed_parameters(point, space) for point in sampling.first_trials]
         # Given why trials that were to be scored together are scored one by one, and what bug failed a trial.
         self.on_crash: Callable[[Exception], None] = lambda error: None
         self.on_bug: Callable[[int, Exception], None] = lambda number, error: None
@@ -101,8 +94,8 @@ class Search:
         return front_of(self.study)
 
     def _sampler(self, number: int) -> BaseSampler:
-        (seed,) = np.random.SeedSequence([self.seed, number]).generate_state(1)
-        return make_sampler(self.sampler, self.n_startup_trials, int(seed))
+        (seed,) = np.random.SeedSequence([self.sampling.seed, number]).generate_state(1)
+        return make_sampler(self.sampling.sampler, self.sampling.n_startup_trials, int(seed))
 
     def _next_first_trial(self) -> dict[str, float | str] | None:
         """The next of the first trials that no trial of the study has tried."""
