@@ -9,26 +9,22 @@ from ..decoding.decoder import Decoder
 from ..device import describe_device
 from ..evaluator import Evaluator
 from ..loading.source import fingerprint, model_source
-from ..model import Model
 from ..prompts import Prompts
-from ..reporting.tables import space_text
 from ..session.answers import trial_at
 from ..session.interact import Workbench, ask_checkpoint_action
 from ..session.stages import (
-    check_lengths,
-    compute_directions,
+    Ready,
+    conclude,
     is_told,
     learn_shown,
     load_all_prompts,
-    load_model_to_edit,
     make_report,
-    measure,
     no_trial,
-    rescore_finalists,
+    open_space,
+    prepare,
     scorer_identity,
     search_shown,
     show_outcome,
-    with_found_prefix,
 )
 from ..sharing.shared_run import run_shared
 from ..sharing.shared_study import SharedCheckpoint
@@ -36,10 +32,10 @@ from ..study.batching import BatchSize, automatic_trials_per_batch
 from ..study.checkpoint import Checkpoint
 from ..study.finalists import missing_finalists
 from ..study.front import front_of
+from ..study.journal import journal_errors
 from ..study.learned_search import LearnedTrials, lacks_learned_trials
 from ..study.samplers import Sampling, check_sampler
 from ..study.search import Search
-from ..study.space import search_space
 from ..trust import who_asks
 
 
@@ -80,48 +76,31 @@ def _run_alone(
     identity: dict[str, str],
     may_measure: bool,
 ) -> int:
-    # 3. Device, model and what can be edited in it
+    # 3. Device, model and what can be edited in it; response prefix, baseline, directions
     console.message(f"Seed {settings.seed}; {describe_device()}")
-    model = load_model_to_edit(settings, console)
-    check_lengths(settings, model, prompts)
+    evaluator, parting = prepare(settings, console, prompts)
 
-    # 4. Response prefix, baseline, directions
-    model = with_found_prefix(settings, console, model, prompts)
-    evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
-    parting = compute_directions(settings, console, model, prompts)
-
-    # 5. The study
-    last_layer = len(model.architecture.layers) - 1
-    space = search_space(settings, list(model.architecture.components), last_layer, parting)
-    identity["the model"] = fingerprint(model.loaded.source)
+    # 4. The study
+    identity["the model"] = fingerprint(evaluator.model.loaded.source)
     if is_new:
         checkpoint.create(settings, identity)
     else:
         checkpoint.check_identity(identity)
-    space = checkpoint.search_space(space)
-    console.message(space_text(space, parting, last_layer))
-    if warning := checkpoint.counts_otherwise(evaluator.original.baseline.degenerate):
-        console.warning(warning)
-    checkpoint.note(**evaluator.original.baseline.attributes(), last_layer=last_layer)
-    search = Search(checkpoint.study, checkpoint.path, space, Sampling.of(settings), checkpoint.edits)
+    ready = _ready(console, checkpoint, evaluator, parting, may_measure)
+    search = ready.search
 
-    batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure)
-
+    # 5. Learned trials, and the search
     def search_up_to(target: int) -> Path | None:
         checkpoint.note(target=target)
-        return conclude(search_shown(console, evaluator, search, target, batch_size))
+        return finish(search_shown(console, ready, target))
 
-    def conclude(was_stopped: bool) -> Path | None:
-        if not search.front:
-            return None
-        if not was_stopped:
-            rescore_finalists(console, checkpoint, evaluator, prompts, batch_size.value)
-        return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
+    def finish(was_stopped: bool) -> Path | None:
+        return conclude(settings, console, checkpoint, prompts, None if was_stopped else ready) if search.front else None
 
     was_stopped = learn_shown(console, LearnedTrials(search.study, checkpoint.path, checkpoint.edits, evaluator), prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
     if was_stopped or not target:
-        report = conclude(was_stopped)
+        report = finish(was_stopped)
     else:
         console.heading(f"Search: {target} trials, {search.n_done} done")
         report = search_up_to(target)
@@ -129,12 +108,21 @@ def _run_alone(
         return no_trial(search.trials)
 
     # 6. The Pareto front, and what to do with it
-    if is_told(settings, console, checkpoint, report):
-        return 0
-
-    bench = Workbench(settings, console, model, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more))
-    bench.menu() if settings.model_action is None else bench.act(settings.model_action)
+    if not is_told(settings, console, checkpoint, report):
+        Workbench(console, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more)).work()
     return 0
+
+
+def _ready(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, parting: int, may_measure: bool) -> Ready:
+    """What searches an open study."""
+    original, settings = evaluator.original, evaluator.settings
+    with journal_errors(checkpoint.path):
+        space = open_space(console, checkpoint.study, evaluator, parting)
+    if warning := checkpoint.counts_otherwise(original.baseline.degenerate):
+        console.warning(warning)
+    checkpoint.note(**original.baseline.attributes(), last_layer=evaluator.model.architecture.last_layer)
+    search = Search(checkpoint.study, checkpoint.path, space, Sampling.of(settings), checkpoint.edits)
+    return Ready(evaluator, search, _batch_size(console, checkpoint, evaluator, may_measure))
 
 
 def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) -> tuple[Settings, bool] | None:
@@ -178,10 +166,9 @@ def _is_over(settings: Settings, console: Console, checkpoint: Checkpoint) -> bo
     return True
 
 
-def _batch_size(
-    settings: Settings, console: Console, checkpoint: Checkpoint, model: Model, evaluator: Evaluator, may_measure: bool
-) -> BatchSize:
+def _batch_size(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, may_measure: bool) -> BatchSize:
     """How many trials are computed together. It is measured only where the run was not asked to be an exact repetition of another."""
+    settings, model = evaluator.settings, evaluator.model
     if not model.batches_trials:
         console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
         return BatchSize(1)

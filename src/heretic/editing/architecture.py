@@ -68,6 +68,11 @@ class Architecture:
     stream_axis: int | None = None
 
     @property
+    def last_layer(self) -> int:
+        """The number of the last layer; the first is 0."""
+        return len(self.layers) - 1
+
+    @property
     def components(self) -> dict[str, int]:
         """How many weights each component has, in a fixed order; an expert's counts as one."""
         counts = dict.fromkeys((c for c in COMPONENTS if any(w.component == c for w in self.writers)), 0)

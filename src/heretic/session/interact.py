@@ -10,12 +10,11 @@ import questionary
 from huggingface_hub import get_token
 from optuna.trial import FrozenTrial
 
-from ..config import Settings
 from ..console import Console
 from ..editing.ablation import Ablation
 from ..errors import HereticError
 from ..evaluator import MOVED_PROMPTS, Evaluator
-from ..model import Message, Model, prompt_messages
+from ..model import Message, prompt_messages
 from ..privacy import without_token
 from ..reporting.tables import finalists_table, trial_rows
 from ..saving.export import save
@@ -53,16 +52,20 @@ def select(question: str, choices: Sequence[tuple[str, Any]], header: str | None
 class Workbench:
     """A run whose model is loaded and whose study has trials: what the menus work on."""
 
-    settings: Settings
     console: Console
-    model: Model
     evaluator: Evaluator
     search: Search
     run_trials: Callable[[int], object]
 
-    @property
-    def _last_layer(self) -> int:
-        return len(self.model.architecture.layers) - 1
+    def __post_init__(self) -> None:
+        self.settings, self.model = self.evaluator.settings, self.evaluator.model
+
+    def work(self) -> None:
+        """Do what the settings say, or what the user chooses if they do not."""
+        if self.settings.model_action is None:
+            self.menu()
+        else:
+            self.act(self.settings.model_action)
 
     def _ablation(self, trial: FrozenTrial) -> Ablation:
         return self.search.edits.ablation_of(trial)
@@ -116,7 +119,9 @@ class Workbench:
         """A trial of the front, after running more where that is asked for; None: leave."""
         while True:
             front = self.search.front
-            headers, rows = trial_rows(front, self._last_layer, self.evaluator.original.baseline, self.settings.objectives)
+            headers, rows = trial_rows(
+                front, self.model.architecture.last_layer, self.evaluator.original.baseline, self.settings.objectives
+            )
             width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]

@@ -4,11 +4,13 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from optuna import Study
 from optuna.trial import FrozenTrial
 from torch import Tensor, nn
 
@@ -29,23 +31,33 @@ from ..reporting.report import facts_of, report_path, write_report
 from ..reporting.residual_geometry import residual_geometry
 from ..reporting.samples import sample_prompts, take_samples
 from ..reporting.study_view import StudyView
-from ..reporting.tables import finalists_table, front_table, geometry_table
+from ..reporting.tables import finalists_table, front_table, geometry_table, space_text
 from ..scoring.measured import MeasuredOriginal, measure_original
 from ..scoring.response_prefix import find_response_prefix
 from ..scoring.score_tables import Baseline
 from ..scoring.scorers import fingerprints
 from ..study.batching import BatchSize
-from ..study.checkpoint import Checkpoint
+from ..study.checkpoint import Checkpoint, kept_space
 from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
 from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
 from ..study.front import front_of
 from ..study.journal import file_name, journal_path
 from ..study.learned_search import LearnedTrials, lacks_learned_trials
 from ..study.search import Search
+from ..study.space import SearchSpace, search_space
 from .answers import command_lines
 
 # Time that running trials have to finish after Ctrl+C.
 GRACE_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that it takes to search: what scores trials, what asks for them, and how many share a pass."""
+
+    evaluator: Evaluator
+    search: Search
+    batch_size: BatchSize
 
 
 def load_all_prompts(settings: Settings, console: Console) -> Prompts:
@@ -83,6 +95,23 @@ def load_model_to_edit(settings: Settings, console: Console, name: str | None = 
     )
     _report_completeness(model, console)
     return model
+
+
+def prepare(settings: Settings, console: Console, prompts: Prompts) -> tuple[Evaluator, int]:
+    """Load the model and get it ready to score trials: response prefix, baseline, directions. With the layer in which the prompts part."""
+    model = load_model_to_edit(settings, console)
+    check_lengths(settings, model, prompts)
+    model = with_found_prefix(settings, console, model, prompts)
+    evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
+    return evaluator, compute_directions(settings, console, model, prompts)
+
+
+def open_space(console: Console, study: Study, evaluator: Evaluator, parting: int) -> SearchSpace:
+    """The space that a study searches, shown."""
+    architecture = evaluator.model.architecture
+    space = kept_space(study, search_space(evaluator.settings, list(architecture.components), architecture.last_layer, parting))
+    console.message(space_text(space, parting, architecture.last_layer))
+    return space
 
 
 def _report_completeness(model: Model, console: Console) -> None:
@@ -182,18 +211,12 @@ def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iter
     return [[good], [bad]]
 
 
-def search_shown(
-    console: Console,
-    evaluator: Evaluator,
-    search: Search,
-    target: int,
-    batch_size: BatchSize,
-) -> bool:
+def search_shown(console: Console, ready: Ready, target: int) -> bool:
     """Run trials up to `target`, shown as they come; the first Ctrl+C ends it. Whether it was ended so."""
-
+    evaluator, search, architecture = ready.evaluator, ready.search, ready.evaluator.model.architecture
     tell_failures(search, console, evaluator.settings)
-    last_layer = len(evaluator.model.architecture.layers) - 1
-    with StudyView(console, target, search.n_done, evaluator.original.baseline, last_layer, evaluator.settings.objectives) as view:
+    baseline, objectives = evaluator.original.baseline, evaluator.settings.objectives
+    with StudyView(console, target, search.n_done, baseline, architecture.last_layer, objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:
@@ -202,12 +225,12 @@ def search_shown(
                 "at once."
             )
 
-        with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
+        with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, architecture.layers):
             search.run(
                 target,
                 evaluator.score_trials,
                 evaluator.objectives,
-                batch_size,
+                ready.batch_size,
                 evaluator.stops_dominated,
                 should_stop,
                 lambda trial: view.show(trial, search.trials, search.n_done),
@@ -302,6 +325,13 @@ def rescore_finalists(console: Console, checkpoint: Checkpoint, evaluator: Evalu
         empty_cache()
     else:
         checkpoint.note(**{ATTRIBUTE: found})
+
+
+def conclude(settings: Settings, console: Console, checkpoint: Checkpoint, prompts: Prompts, ready: Ready | None) -> Path | None:
+    """Score the finalists again, with what is `ready` for it (None: the search was stopped), and write the report; where that lies."""
+    if ready is not None:
+        rescore_finalists(console, checkpoint, ready.evaluator, prompts, ready.batch_size.value)
+    return make_report(settings, console, checkpoint, None if ready is None else ready.evaluator)
 
 
 def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator | None) -> Path | None:

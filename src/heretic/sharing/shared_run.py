@@ -1,7 +1,5 @@
 """A run whose study several workers share: this process's own search, or workers that it starts, then the front and the menu."""
 
-from pathlib import Path
-
 import optuna
 from optuna.trial import TrialState
 
@@ -13,14 +11,14 @@ from ..loading.source import fingerprint, model_source
 from ..prompts import Prompts
 from ..session.answers import command_lines
 from ..session.interact import Workbench
-from ..session.stages import is_told, make_report, no_trial, rescore_finalists, search_shown
+from ..session.stages import Ready, conclude, is_told, no_trial, search_shown
 from ..study.checkpoint import SHARED, Checkpoint
 from ..study.finalists import missing_finalists
 from ..study.front import front_of, is_counted
 from ..study.learned_search import lacks_learned_trials
 from .shared_study import open_for_workers
 from .storage import WORKER, give_back
-from .worker import Joined, join
+from .worker import join
 from .workers import supervise
 
 
@@ -43,10 +41,10 @@ def run_shared(
     target = checkpoint.target(settings, checkpoint.n_done, is_new)
     checkpoint.note(target=target, **{SHARED: True})
 
-    joined: Joined | None = None
+    ready: Ready | None = None
     if settings.workers is None:
-        joined = join(settings, console, study, store, prepares=True)
-        _search_here(console, joined, target, checkpoint)
+        ready = join(settings, console, study, store, prepares=True)
+        _search_here(console, checkpoint, ready, target)
     elif checkpoint.n_done < target or (is_new and settings.n_learned_trials):
         console.message(f"Seed {settings.seed}; a run of several workers cannot be repeated exactly.")
         supervise(settings, console, study, url, prepares=True)
@@ -55,40 +53,34 @@ def run_shared(
         return no_trial(study.get_trials(deepcopy=False))
     is_finished = checkpoint.n_done >= target
     lacks = missing_finalists(study, settings) or lacks_learned_trials(study, settings)
-    if joined is None and is_finished and (settings.report or lacks):
+    if ready is None and is_finished and (settings.report or lacks):
         console.message("The workers are done; the model is loaded here for what is left.")
-        joined = join(settings, console, study, store, prepares=True)
-    report = _conclude(settings, console, checkpoint, joined if is_finished else None, prompts)
+        ready = join(settings, console, study, store, prepares=True)
+    report = conclude(settings, console, checkpoint, prompts, ready if is_finished else None)
     if is_told(settings, console, checkpoint, report):
         return 0
-    _act(console, checkpoint, joined or join(settings, console, study, store, prepares=False), prompts)
+    _act(console, checkpoint, ready or join(settings, console, study, store, prepares=False), prompts)
     return 0
 
 
-def _conclude(settings: Settings, console: Console, checkpoint: Checkpoint, joined: Joined | None, prompts: Prompts) -> Path | None:
-    """Score the finalists again, with a model that is ready for it, and write the report; where that lies."""
-    if joined is not None:
-        rescore_finalists(console, checkpoint, joined.evaluator, prompts, joined.batch_size.value)
-    return make_report(settings, console, checkpoint, None if joined is None else joined.evaluator)
-
-
-def _search_here(console: Console, joined: Joined, target: int, checkpoint: Checkpoint) -> None:
+def _search_here(console: Console, checkpoint: Checkpoint, ready: Ready, target: int) -> None:
     console.heading(f"Search: {target} trials, {checkpoint.n_done} done")
-    search_shown(console, joined.evaluator, joined.search, target, joined.batch_size)
+    search_shown(console, ready, target)
 
 
-def _act(console: Console, checkpoint: Checkpoint, joined: Joined, prompts: Prompts) -> None:
+def _act(console: Console, checkpoint: Checkpoint, ready: Ready, prompts: Prompts) -> None:
+    settings = ready.evaluator.settings
+
     def run_trials(n_more: int) -> None:
         target = checkpoint.n_done + n_more
         checkpoint.note(target=target)
-        if joined.settings.workers is not None:
-            again = command_lines(joined.settings)[-1]
+        if settings.workers is not None:
+            again = command_lines(settings)[-1]
             console.message(f"They run in this process, which has the model. With several workers: {again} --workers N")
-        _search_here(console, joined, target, checkpoint)
-        _conclude(joined.settings, console, checkpoint, joined if checkpoint.n_done >= target else None, prompts)
+        _search_here(console, checkpoint, ready, target)
+        conclude(settings, console, checkpoint, prompts, ready if checkpoint.n_done >= target else None)
 
-    bench = Workbench(joined.settings, console, joined.model, joined.evaluator, joined.search, run_trials)
-    bench.menu() if joined.settings.model_action is None else bench.act(joined.settings.model_action)
+    Workbench(console, ready.evaluator, ready.search, run_trials).work()
 
 
 def _give_back_all(study: optuna.Study) -> None:

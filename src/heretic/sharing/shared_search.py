@@ -22,6 +22,7 @@ from ..study.learned_edits import LearnedEdits
 from ..study.samplers import Sampling
 from ..study.search import Limit, ObjectiveValues, Scores, ScoreTrials, Search
 from ..study.space import SearchSpace
+from .shared_study import target_of
 from .storage import WITHDRAWN, WORKER, SharedStorage, give_back, worker_identity
 
 # How often a worker that has nothing to do looks whether there is something.
@@ -104,18 +105,13 @@ class SharedSearch(Search):
     def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
         return []  # a lost worker's trials come back through `fail_stale_trials`
 
-    def target(self, n_trials: int) -> int:
-        """How many trials there shall be: what the study says by now, as more may have been asked for."""
-        target: int = self.study.user_attrs.get("target", n_trials)
-        return target
-
     def _next_batch(self, n_trials: int, trials_per_batch: int) -> list[tuple[Trial, Ablation]] | None:
         """As `Search._next_batch`, for `n_trials` or what the study's attribute `target` says, whoever finishes them; may be empty.
 
         Raises `CheckpointError` if the storage stays away or cannot be written.
         """
         fail_stale_trials(self.study)
-        trials, target = self.trials, self.target(n_trials)
+        trials, target = self.trials, target_of(self.study, n_trials)
         if sum(map(is_counted, trials)) >= target:
             return None
         asked = self._ask_some(self._n_to_begin(trials, target, trials_per_batch), target)

@@ -25,6 +25,12 @@ def storage_of(study: optuna.Study) -> SharedStorage:
     return storage
 
 
+def target_of(study: optuna.Study, n_trials: int) -> int:
+    """How many trials there shall be: what the study says by now, as more than `n_trials` may have been asked for."""
+    target: int = study.user_attrs.get("target", n_trials)
+    return target
+
+
 class SharedCheckpoint(Checkpoint):
     """The study in `settings.study_storage`. It is not locked, and never begun anew in its place: others may be at work on it."""
 

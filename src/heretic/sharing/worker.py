@@ -3,11 +3,11 @@
 import argparse
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
 import torch
+from optuna.artifacts._protocol import ArtifactStore
 from pydantic import ValidationError
 
 from ..config import Settings
@@ -16,34 +16,31 @@ from ..decoding.decoder import Decoder
 from ..errors import CheckpointError, UsageError
 from ..evaluator import Evaluator
 from ..loading.source import ModelSource, model_source
-from ..model import Model
 from ..privacy import shown_location
 from ..prompts import Prompts, load_all
-from ..reporting.tables import space_text
 from ..scoring.measured import measure_original
 from ..session.stages import (
-    check_lengths,
-    compute_directions,
+    Ready,
     learn_shown,
     load_model_to_edit,
-    measure,
+    open_space,
+    prepare,
     scorer_identity,
     search_shown,
     stop_on_interrupt,
     tell_failures,
-    with_found_prefix,
 )
 from ..study.batching import BatchSize, automatic_trials_per_batch
-from ..study.checkpoint import SHARED, SPACE, kept_space
+from ..study.checkpoint import SHARED, SPACE
 from ..study.learned_edits import LearnedEdits
 from ..study.learned_search import LearnedTrials
 from ..study.samplers import Sampling
-from ..study.space import SearchSpace, search_space
+from ..study.space import SearchSpace
 from ..study.stored_settings import NEVER_STORED, OF_ONE_RUN
 from ..trust import require_consent, who_asks
 from .preparation import Preparation, differences, facts_of, keep, kept
 from .shared_search import SharedSearch
-from .shared_study import open_study, storage_of
+from .shared_study import open_study, storage_of, target_of
 from .storage import artifact_store
 from .workers import supervise
 
@@ -64,87 +61,78 @@ OWN = (
 )
 
 
-@dataclass(frozen=True)
-class Joined:
-    """A worker that is ready: its model with directions, its evaluator, and the search it takes part in."""
-
-    settings: Settings
-    model: Model
-    evaluator: Evaluator
-    search: SharedSearch
-    batch_size: BatchSize
-
-
-def join(settings: Settings, console: Console, study: optuna.Study, store: Any, prepares: bool) -> Joined:
+def join(settings: Settings, console: Console, study: optuna.Study, store: ArtifactStore, prepares: bool) -> Ready:
     """Load the model and get ready to score trials of a shared study.
 
     The worker that `prepares` computes the directions and all that the others must have alike; they wait for it. Raises
     `CheckpointError` naming what is not the same here as there.
     """
-    source, ready = model_source(settings), kept(study, store)
-    if ready is not None and source.is_local:
+    source, known = model_source(settings), kept(study, store)
+    if known is not None and source.is_local:
         _check(study, source)  # before a model that is another one is loaded
-    if ready is None and prepares:
-        model, evaluator, preparation = _prepare(settings, console, study)
+    if known is None and prepares:
+        evaluator, preparation = _prepare(settings, console, study)
         _learn(console, study, store, evaluator, preparation.prompts)
         keep(preparation, study, store)  # which the others wait for
     else:
-        wanted = None if ready is None else ready.dtype
-        model = load_model_to_edit(settings if wanted is None else _in_dtype(settings, wanted), console)
-        ready = ready or _wait_for_preparation(study, store, console)
-        if str(model.loaded.dtype).removeprefix("torch.") != ready.dtype:
-            del model
-            model = load_model_to_edit(_in_dtype(settings, ready.dtype), console)
-        _check(study, model.loaded.source)
-        model = model.with_response_prefix(ready.response_prefix)
-        original = measure_original(settings, model, ready.prompts.good_evaluation, ready.prompts.bad_evaluation, console)
-        if original.refusals != ready.base_refusals:
-            console.warning(
-                f"The original refuses {original.refusals} prompts here and {ready.base_refusals} where the study began: this device "
-                "rounds differently. Shares of refusals are taken of the latter."
-            )
-            original = original.counting_from(ready.base_refusals)
-        evaluator = Evaluator(settings, model, original, console)
-        model.use_directions(ready.directions, settings.row_normalization)
+        preparation, evaluator = _take_over(settings, console, study, store, known)
         if prepares:
-            _learn(console, study, store, evaluator, ready.prompts)
+            _learn(console, study, store, evaluator, preparation.prompts)
 
+    model = evaluator.model
     space = SearchSpace.model_validate(study.user_attrs[SPACE])
     search = SharedSearch(study, storage_of(study), space, Sampling.of(settings), LearnedEdits(store))
-    if ready is None:
+    if known is None and prepares:
         search.queue_first_trials()
     model.model.register_forward_pre_hook(search.pulse.step)
     fitting = model.decoder.rows_that_fit() if isinstance(model.decoder, Decoder) else None
     n_together = settings.trials_per_batch or automatic_trials_per_batch(len(evaluator.bad_prompts), settings.n_trials, fitting)
-    return Joined(settings, model, evaluator, search, BatchSize(n_together if model.batches_trials else 1))
+    return Ready(evaluator, search, BatchSize(n_together if model.batches_trials else 1))
+
+
+def _take_over(
+    settings: Settings, console: Console, study: optuna.Study, store: ArtifactStore, known: Preparation | None
+) -> tuple[Preparation, Evaluator]:
+    """Load the model as the first worker's preparation says; if it is not `known` yet, it is waited for meanwhile."""
+    model = load_model_to_edit(settings if known is None else _in_dtype(settings, known.dtype), console)
+    known = known or _wait_for_preparation(study, store, console)
+    if str(model.loaded.dtype).removeprefix("torch.") != known.dtype:
+        del model
+        model = load_model_to_edit(_in_dtype(settings, known.dtype), console)
+    _check(study, model.loaded.source)
+    model = model.with_response_prefix(known.response_prefix)
+    original = measure_original(settings, model, known.prompts.good_evaluation, known.prompts.bad_evaluation, console)
+    if original.refusals != known.base_refusals:
+        console.warning(
+            f"The original refuses {original.refusals} prompts here and {known.base_refusals} where the study began: this device "
+            "rounds differently. Shares of refusals are taken of the latter."
+        )
+        original = original.counting_from(known.base_refusals)
+    model.use_directions(known.directions, settings.row_normalization)
+    return known, Evaluator(settings, model, original, console)
 
 
 def _in_dtype(settings: Settings, dtype: str) -> Settings:
     return settings.model_copy(update={"dtypes": [dtype]})
 
 
-def _learn(console: Console, study: optuna.Study, store: Any, evaluator: Evaluator, prompts: Prompts) -> None:
+def _learn(console: Console, study: optuna.Study, store: ArtifactStore, evaluator: Evaluator, prompts: Prompts) -> None:
     """Learn the edits that are missing. Raises `KeyboardInterrupt` if the user ends that: what was learned is kept."""
     if learn_shown(console, LearnedTrials(study, storage_of(study).location, LearnedEdits(store), evaluator), prompts):
         raise KeyboardInterrupt
 
 
-def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple[Model, Evaluator, Preparation]:
+def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple[Evaluator, Preparation]:
     """Do as a run alone does until its search begins; what came of it is for the others as well."""
     prompts = load_all(settings)
     identity = study.user_attrs["identity"]
     changed = [name for name, here in prompts.identity.items() if here != identity.get(name)]
     if changed:
         raise CheckpointError(f"{changed[0]} are not those that the study began with.")
-    model = load_model_to_edit(settings, console)
-    check_lengths(settings, model, prompts)
-    model = with_found_prefix(settings, console, model, prompts)
-    original = measure(settings, console, model, prompts)
-    parting = compute_directions(settings, console, model, prompts)
+    evaluator, parting = prepare(settings, console, prompts)
+    open_space(console, study, evaluator, parting)
+    model, original = evaluator.model, evaluator.original
     assert model.hooks is not None
-    last_layer = len(model.architecture.layers) - 1
-    space = kept_space(study, search_space(settings, list(model.architecture.components), last_layer, parting))
-    console.message(space_text(space, parting, last_layer))
     preparation = Preparation(
         directions=model.hooks.directions,
         prompts=prompts,
@@ -152,14 +140,14 @@ def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple
         dtype=str(model.loaded.dtype).removeprefix("torch."),
         base_refusals=original.refusals,
         n_bad_prompts=len(original.bad_prompts),
-        last_layer=last_layer,
+        last_layer=model.architecture.last_layer,
         base_response_classes=dict(original.response_classes),
     )
     study.set_user_attr("facts", facts_of(model.loaded.source))
-    return model, Evaluator(settings, model, original, console), preparation
+    return evaluator, preparation
 
 
-def _wait_for_preparation(study: optuna.Study, store: Any, console: Console) -> Preparation:
+def _wait_for_preparation(study: optuna.Study, store: ArtifactStore, console: Console) -> Preparation:
     with console.task("Waiting for the directions, which the first worker computes"):
         while True:
             ready = kept(study, store)
@@ -181,9 +169,10 @@ def work(url: str, options: argparse.Namespace, console: Console) -> int:
     if settings.workers is not None:
         supervise(settings, console, study, url, prepares=False)
         return 0
-    joined = join(settings, console, study, artifact_store(url, storage_of(study)), prepares=False)
-    console.heading(f"Search: {joined.search.target(settings.n_trials)} trials, {joined.search.n_done} done")
-    search_shown(console, joined.evaluator, joined.search, joined.search.target(settings.n_trials), joined.batch_size)
+    ready = join(settings, console, study, artifact_store(url, storage_of(study)), prepares=False)
+    target = target_of(study, settings.n_trials)
+    console.heading(f"Search: {target} trials, {ready.search.n_done} done")
+    search_shown(console, ready, target)
     return 0
 
 
@@ -239,15 +228,15 @@ def run_supervised(order: Mapping[str, Any]) -> int:
     console = Console()
     settings = Settings.model_validate({**order["settings"], "study_storage": order["url"]})
     study = open_study(order["url"], order["name"], settings.worker_timeout, console)
-    joined = join(settings, console, study, artifact_store(order["url"], storage_of(study)), order["prepares"])
-    evaluator = joined.evaluator
-    tell_failures(joined.search, console, settings)
+    ready = join(settings, console, study, artifact_store(order["url"], storage_of(study)), order["prepares"])
+    evaluator = ready.evaluator
+    tell_failures(ready.search, console, settings)
     with stop_on_interrupt(lambda: None) as should_stop:
-        joined.search.run(
+        ready.search.run(
             settings.n_trials,
             evaluator.score_trials,
             evaluator.objectives,
-            joined.batch_size,
+            ready.batch_size,
             evaluator.stops_dominated,
             should_stop,
         )

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import optuna
@@ -28,7 +29,7 @@ from ..session.stages import stop_on_interrupt
 from ..study.front import is_counted, is_learned
 from .devices import WorkerPlace, place
 from .preparation import ATTRIBUTE
-from .shared_study import storage_of
+from .shared_study import storage_of, target_of
 from .storage import WITHDRAWN, WORKER, worker_identity
 
 POLL_SECONDS = 0.3
@@ -252,10 +253,7 @@ def supervise(settings: Settings, console: Console, study: optuna.Study, url: st
         tells_all = (lambda: True) if settings.debug else is_preparing if number == 1 else (lambda: False)
         workers.append(Worker(number, placement, order, console, tells_all))
 
-    def target() -> int:
-        result: int = study.user_attrs.get("target", settings.n_trials)
-        return result
-
+    target = partial(target_of, study, settings.n_trials)
     supervisor = Supervisor(console, study, workers, target)
     n_done = sum(map(is_counted, study.get_trials(deepcopy=False)))
     with supervisor.started():

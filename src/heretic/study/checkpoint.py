@@ -248,11 +248,6 @@ class Checkpoint:
         self.note(trials_per_batch=chosen)
         return chosen
 
-    def search_space(self, space: SearchSpace) -> SearchSpace:
-        """See `kept_space`."""
-        with journal_errors(self.path):
-            return kept_space(self.study, space)
-
     def _attributes(self) -> dict[str, Any]:
         attributes = {} if self.found is None else self.found.user_attrs
         if not attributes.keys() >= DESCRIBED:
