@@ -171,7 +171,7 @@ class Evaluator:
     def _objective(self, name: str, score: Score, share: float | None) -> float:
         try:
             value = float(self.original.scorers[name].objective(score.value(name), share))
-        except Exception as error:
+        except Exception as error:  # somebody else's code
             raise TrialError(f"the objective of the scorer {name} failed: {type(error).__name__}: {error}") from error
         if not math.isfinite(value):
             raise TrialError(f"the objective of the scorer {name} is {value}, which is no finite number")

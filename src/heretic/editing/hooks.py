@@ -126,9 +126,8 @@ class AblationHooks:
     def _strength(self, writer: Writer, ablation: Ablation) -> float:
         if ablation.learned is not None:
             return ablation.learned.strengths.get(writer.name, 0.0)
-        last_layer = len(self.architecture.layers) - 1
         parameters = ablation.parameters.get(writer.component)
-        return 0.0 if parameters is None else kernel(writer.layer, parameters, last_layer)
+        return 0.0 if parameters is None else kernel(writer.layer, parameters, self.architecture.last_layer)
 
     def _direction(self, writer: Writer, constants: _Constants, ablation: Ablation) -> tuple[Tensor, Tensor | None]:
         """Unit `r (d,)` and the `c (d,)` that goes with it. Both are mixed and scaled alike, since `c` is linear in `r`."""

@@ -54,7 +54,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     """The model's configuration; the first thing asked of a source, so its errors are the ones a mistyped name gives."""
     try:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
-    except Exception as error:
+    except Exception as error:  # the hub's client, a damaged file and a model's own code raise what they like
         raise ModelError(explain(source, error)) from error
 
 
@@ -110,7 +110,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
                 model = _load_weights(settings, source, config, dtype, progress)
                 generation_config = _take_generation_config(model, tokenizer)
                 _test_run(model, tokenizer)
-        except Exception as error:
+        except Exception as error:  # drivers and kernels raise what they like; the next format may work
             failures.append(f"{label}: {first_line(error).rstrip('.')}")
             lacks_memory |= is_out_of_memory(error)
             progress.warning(f"Loading in {label} failed: {first_line(error)}")
@@ -134,7 +134,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
-    except Exception as error:
+    except Exception as error:  # tokenizers' own error is a plain `Exception`
         raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:

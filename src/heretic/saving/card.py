@@ -43,7 +43,7 @@ def write_card(model: Model, result: Result, strategy: Strategy, folder: Path, p
     """
     copy_licence(model.loaded.source, folder, progress)
     (folder / CARD).write_text(model_card(model, result, strategy, progress), encoding="utf-8")
-    picture = _picture(result, len(model.architecture.layers) - 1)
+    picture = _picture(result, model.architecture.last_layer)
     (folder / PICTURE).write_text(picture, encoding="utf-8")
 
 
@@ -75,7 +75,7 @@ def model_card(model: Model, result: Result, strategy: Strategy, progress: Progr
             _introduction(model, result, strategy),
             _measured(result),
             _how_measured(result, model),
-            _parameters(result, len(model.architecture.layers) - 1),
+            _parameters(result, model.architecture.last_layer),
             _rebuilding(strategy),
             _responsible_use(data, source),
             "" if text is None else f"# Original model card\n\n{text.strip()}",

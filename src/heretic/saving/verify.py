@@ -12,7 +12,7 @@ from ..evaluator import Evaluator
 from ..loading.load import load_model
 from ..loading.source import ModelSource
 from ..model import NOT_FINITE, Model
-from ..study.failures import tell_failure
+from ..study.failures import told
 from ..utils import Progress
 
 # Of the bytes of the weights: what a second model takes at work.
@@ -41,12 +41,9 @@ def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float
             )
             return {}
         divergence = None
-        try:
+        what, debug = "The saved model is kept, but could not be scored again", evaluator.settings.debug
+        with told(progress, what, debug, interrupted="the saved model is not scored again. --evaluate-model does it."):
             divergence = saved_divergence(folder, model, evaluator, progress)
-        except KeyboardInterrupt:
-            progress.message("Interrupted: the saved model is not scored again. --evaluate-model does it.")
-        except Exception as error:  # whatever it is, what was saved stays
-            tell_failure(progress, "The saved model is kept, but could not be scored again", error, evaluator.settings.debug)
         empty_cache()
         if divergence is None:
             return {}

@@ -180,7 +180,7 @@ def figure_of(name: str, scorer: Scorer, batch: Batch, i: int) -> Figure:
     try:
         result = scorer.score(batch.outputs(i))
         figure = result if isinstance(result, Figure) else Figure(float(result))
-    except Exception as error:
+    except Exception as error:  # somebody else's code
         # Trials that are too many for the memory are tried again one by one.
         if isinstance(error, HereticError) or is_out_of_memory(error):
             raise

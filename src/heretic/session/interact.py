@@ -119,9 +119,8 @@ class Workbench:
         """A trial of the front, after running more where that is asked for; None: leave."""
         while True:
             front = self.search.front
-            headers, rows = trial_rows(
-                front, self.model.architecture.last_layer, self.evaluator.original.baseline, self.settings.objectives
-            )
+            baseline, last_layer = self.evaluator.original.baseline, self.model.architecture.last_layer
+            headers, rows = trial_rows(front, last_layer, baseline, self.settings.objectives)
             width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]

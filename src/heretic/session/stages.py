@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..config import Settings
 from ..console import Console
-from ..device import empty_cache
 from ..editing.completeness import remainder
 from ..editing.directions import mean_residual, parting_layer, refusal_directions, winsorize
 from ..errors import CheckpointError, DirectionError, GivenUp, HereticError, ReportError
@@ -38,7 +37,7 @@ from ..scoring.score_tables import Baseline
 from ..scoring.scorers import fingerprints
 from ..study.batching import BatchSize
 from ..study.checkpoint import Checkpoint, kept_space
-from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
+from ..study.failures import ONE_BY_ONE, tell_failure, told, traceback_of
 from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
 from ..study.front import front_of
 from ..study.journal import file_name, journal_path
@@ -203,7 +202,7 @@ def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iter
     if settings.print_residual_geometry:
         console.show(geometry_table(residual_geometry(good_seen, bad_seen), wraps=console.is_terminal))
     if settings.plot_residuals:
-        from ..reporting.residual_plots import write_residual_plots
+        from ..reporting.residual_plots import write_residual_plots  # which imports the extra
 
         folder = expand(settings.residual_plot_path) / file_name(settings.model)
         paths = write_residual_plots(good_seen, bad_seen, settings, folder, console)
@@ -315,15 +314,11 @@ def rescore_finalists(console: Console, checkpoint: Checkpoint, evaluator: Evalu
     settings = evaluator.settings
     if not missing_finalists(checkpoint.study, settings):
         return
-    try:
+    found = None
+    with told(console, "The finalists are not scored again", settings.debug, interrupted="the finalists are not scored again."):
         _check_final_lengths(settings, evaluator.model, prompts)
         found = score_finalists(checkpoint.study, checkpoint.edits, evaluator, (prompts.final_good, prompts.final_bad), n_together, console)
-    except KeyboardInterrupt:
-        console.message("Interrupted: the finalists are not scored again.")
-    except Exception as error:
-        tell_failure(console, "The finalists are not scored again", error, settings.debug)
-        empty_cache()
-    else:
+    if found is not None:
         checkpoint.note(**{ATTRIBUTE: found})
 
 
@@ -344,28 +339,21 @@ def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, ev
         return None
     # A study in a database has no file for the report to lie beside.
     path = report_path(checkpoint.path if isinstance(checkpoint.path, Path) else journal_path(settings))
-    try:
-        if evaluator is not None:
+    if evaluator is not None:
+        with told(console, "The report has no new responses", settings.debug, passes=CheckpointError):
             _take_samples(checkpoint, evaluator)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        tell_failure(console, "The report has no new responses", error, settings.debug)
-        empty_cache()
-    try:
-        facts = facts_of(checkpoint.study)
-        write_report(facts, path)
-        if settings.report_plots:
-            from ..reporting.report_plots import write_plots
+    with told(console, "There is no report", settings.debug):
+        try:
+            facts = facts_of(checkpoint.study)
+            write_report(facts, path)
+            if settings.report_plots:
+                from ..reporting.report_plots import write_plots  # which imports the extra
 
-            write_plots(facts, path)
-    except ReportError as error:
-        console.warning(str(error))
-        return None
-    except Exception as error:
-        tell_failure(console, "There is no report", error, settings.debug)
-        return None
-    return path
+                write_plots(facts, path)
+            return path
+        except ReportError as error:
+            console.warning(str(error))
+    return None
 
 
 def _take_samples(checkpoint: Checkpoint, evaluator: Evaluator) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,12 @@ class Checkpoint:
                 raise CheckpointError(
                     f"Another process is working on the study {self.path}. Wait for it, or use another --study-checkpoint-dir."
                 ) from error
-            try:
+            with ExitStack() as undo:
+                undo.callback(self._run_lock.release)
                 if self.path.exists() and not self._begins_anew:
                     self._cut_torn_line()
                     self.found = self._load()
-            except BaseException:
-                self._run_lock.release()
-                raise
+                undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

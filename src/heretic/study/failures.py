@@ -1,8 +1,10 @@
 """What is told of something that failed without which a run goes on, and whether it is a bug in heretic."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from ..device import is_out_of_memory
+from ..device import empty_cache, is_out_of_memory
 from ..errors import HereticError
 from ..privacy import without_token
 from ..utils import Progress, first_line
@@ -31,6 +33,27 @@ def tell_failure(progress: Progress, what: str, error: BaseException, debug: boo
     progress.warning(f"{what}: {reason(error)}")
     if debug and is_bug(error):
         progress.message(traceback_of(error))
+
+
+@contextmanager
+def told(
+    progress: Progress, what: str, debug: bool, interrupted: str | None = None, passes: type[Exception] | tuple[()] = ()
+) -> Iterator[None]:
+    """Within, an error is told as `what` failed, and the run goes on; so is Ctrl+C if there are words for it, `interrupted`.
+
+    Errors of the type `passes` are raised all the same.
+    """
+    try:
+        yield
+    except passes:
+        raise
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        progress.message(f"Interrupted: {interrupted}")
+    except Exception as error:  # whatever it is, what the run has so far is worth more than what failed here
+        tell_failure(progress, what, error, debug)
+        empty_cache()
 
 
 def traceback_of(error: BaseException) -> str:

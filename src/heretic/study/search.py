@@ -34,7 +34,7 @@ def score_batch(
     """Scores of a batch. If scoring it crashes, each trial is scored alone, so that only those that crash again fail."""
     try:
         return score_trials(ablations, limit)
-    except Exception as error:
+    except Exception as error:  # one trial must not end the search, whatever it does
         if len(ablations) == 1:
             return [error]
         on_crash(error)
