@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, Val
 from .demo import PROMPTS as DEMO_PROMPTS
 from .parameters import FirstTrial, Parameters
 from .specifications import SCORERS, Objectives, PromptSpecification, ScorerSpecification, check_scorers, scorer_in_force
+from .utils import JsonObject
 
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
 SamplerName = Literal["tpe", "gp", "nsgaii", "random"]
@@ -77,12 +78,12 @@ def _behaviors(split: str) -> PromptSpecification:
     return PromptSpecification(dataset="mlabonne/harmful_behaviors", split=split, column="text")
 
 
-def _by_demo(usual: Any, of_demo: Any) -> Callable[[dict[str, Any]], Any]:
+def _by_demo(usual: Any, of_demo: Any) -> Callable[[JsonObject], Any]:
     """The default of a setting, which depends on `demo`; pydantic gives it the settings before this one."""
     return lambda before: of_demo if before.get("demo") else usual
 
 
-def _startup_trials(before: dict[str, Any]) -> int:
+def _startup_trials(before: JsonObject) -> int:
     usual = DEMO_STARTUP_TRIALS if before.get("demo") else DEFAULT_STARTUP_TRIALS
     n_trials: int = before.get("n_trials", DEFAULT_TRIALS)
     return usual if usual <= n_trials else n_trials * 3 // 10
@@ -286,7 +287,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, data: Any) -> Any:
+    def _fill_in(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         data = dict(data)
@@ -306,7 +307,7 @@ class Settings(BaseModel):
 
     @field_validator("max_shard_size", mode="before")
     @classmethod
-    def _check_size(cls, size: Any) -> Any:
+    def _check_size(cls, size: object) -> object:
         if not isinstance(size, str):
             return size
         if size.isdigit():
@@ -344,7 +345,7 @@ class Settings(BaseModel):
         found = ((name, scorer.direction) for name, scorer in self.all_scorers.items())
         return tuple((name, direction) for name, direction in found if direction is not None and direction != "none")
 
-    def stored(self) -> dict[str, Any]:
+    def stored(self) -> JsonObject:
         """The settings as plain data that others may come to see: without custom scorers' own settings, among which a key may be."""
         data = self.model_dump(mode="json")
         for name, scorer in self.scorers.items():
@@ -367,7 +368,7 @@ class Settings(BaseModel):
         return self
 
 
-def is_true(value: Any) -> bool:
+def is_true(value: object) -> bool:
     """Whether pydantic reads a value as true; what it cannot read is left for it to complain about."""
     try:
         return _BOOL.validate_python(value)

@@ -6,13 +6,14 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from .utils import JsonObject
 
 # What allocators, drivers and libraries of all vendors say where memory is lacking, in small letters.
 _OUT_OF_MEMORY = (
@@ -123,7 +124,7 @@ def describe_device() -> str:
     return "; ".join(parts)
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> JsonObject:
     """What results may depend on beyond versions, and nothing that tells whose machine it is."""
     devices: list[str] = []
     if torch.accelerator.is_available():

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from .config import Settings
 from .editing.ablation import Ablation
@@ -16,7 +15,7 @@ from .scoring.measured import MeasuredOriginal, figure_of, response_shown
 from .scoring.outputs import Batch
 from .scoring.responses import count_kinds
 from .specifications import DEFAULT_OBJECTIVES
-from .utils import Progress, SilentProgress
+from .utils import JsonObject, Progress, SilentProgress
 
 # Prompts shown of those that moved most.
 MOVED_PROMPTS = 5
@@ -44,9 +43,9 @@ class Score:
         usual = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
         return self.scores[name] if name in self.scores else usual[name]
 
-    def attributes(self) -> dict[str, Any]:
+    def attributes(self) -> JsonObject:
         """As the journal holds them."""
-        found: dict[str, Any] = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
+        found: JsonObject = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
         if self.bounded:
             found["bounded"] = True
         for name in ("response_classes", "kl_statistics", "scores"):
@@ -58,7 +57,7 @@ class Score:
             found["harmless_refusals"] = int(self.scores["harmless_refusals"])
         return found
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> JsonObject:
         """All that is known of a model, with intervals, as plain data."""
         return {
             "scores": dict(self.scores),

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
-from transformers import TextStreamer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TextStreamer
 
 from .config import Settings
 from .decoding.decoder import Decoder, Savings
@@ -108,7 +108,7 @@ class Model:
             yield
 
     @contextmanager
-    def edited(self, ablation: Ablation | None) -> Iterator[Any]:
+    def edited(self, ablation: Ablation | None) -> Iterator[PreTrainedModel]:
         """Within, the model itself computes as edited (None: as it is), for code that calls it without this class."""
         with self._edited([] if ablation is None else [ablation]):
             yield self.model
@@ -204,7 +204,7 @@ class Model:
                 kept.setdefault(index, kept[index - 1])
             return torch.stack([kept[index].to(kept[0].device) for index in range(n_layers + 1)], dim=1)
 
-        def before_first(module: Any, args: Any, kwargs: Any) -> None:
+        def before_first(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             kept.clear()
             keep(0, args[0] if args else kwargs["hidden_states"])
 

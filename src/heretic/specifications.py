@@ -1,11 +1,12 @@
 """Tables among the settings: where prompts come from, and what the search does with a scorer's figure."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import did_you_mean
+from .utils import JsonObject
 
 
 class PromptSpecification(BaseModel):
@@ -43,7 +44,7 @@ class ScorerSpecification(BaseModel):
         None, description="What the search does with the figure; none (usual) reports it."
     )
     finalists_only: bool | None = Field(None, description="Only for the trials scored again at the end; not for an objective.")
-    settings: dict[str, Any] = Field({}, description="The scorer's own settings.")
+    settings: JsonObject = Field({}, description="The scorer's own settings.")
 
     @property
     def is_custom(self) -> bool:

@@ -7,13 +7,14 @@ answers at once.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from ..config import CHAIN_OF_THOUGHT_SKIPS
 from ..errors import HereticError, UsageError
 from ..scoring.learned_rule import LearnedRule
+from ..utils import JsonObject
 
 HELP = """Usage: heretic classify [FILE.jsonl]
 
@@ -52,7 +53,7 @@ def command(arguments: Sequence[str]) -> int:
         raise HereticError(f"{name} cannot be read: {error.strerror}.") from error
 
 
-def classify(lines: Any, name: str, out: TextIO | None = None) -> int:
+def classify(lines: Iterable[bytes], name: str, out: TextIO | None = None) -> int:
     """Judge each of the `lines` (bytes) and write it to `out` (else the standard output); 1 where any was bad, else 0."""
     rule = LearnedRule((), CHAIN_OF_THOUGHT_SKIPS)
     out = sys.stdout if out is None else out
@@ -69,12 +70,12 @@ def classify(lines: Any, name: str, out: TextIO | None = None) -> int:
     return code
 
 
-def _filled(lines: Any) -> Iterator[tuple[int, bytes]]:
+def _filled(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """The lines that hold anything, with their numbers."""
     return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _entry(line: bytes) -> dict[str, Any]:
+def _entry(line: bytes) -> JsonObject:
     """What a line holds. Raises `ValueError` saying what is wrong with it."""
     try:
         entry = json.loads(line.decode("utf-8-sig"))

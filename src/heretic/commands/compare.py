@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -132,7 +131,7 @@ class Comparison:
         self.settings = settings
         self.good, self.bad = list(good), list(bad)
         self.progress = progress
-        self._first: tuple[Tensor, Any, str] | None = None  # log-probabilities, vocabulary and response prefix
+        self._first: tuple[Tensor, dict[str, int], str] | None = None  # log-probabilities, vocabulary and response prefix
 
     def ask(self, name: str, model: Model, ablation: Ablation | None) -> Compared:
         """The row of a loaded model. Raises `TrialError` where its numbers are not finite."""
@@ -204,7 +203,7 @@ def loaded(chosen: Candidate, settings: Settings, progress: Progress) -> Iterato
         empty_cache()
 
 
-def _with_adapter(model: PreTrainedModel, chosen: Candidate) -> Any:
+def _with_adapter(model: PreTrainedModel, chosen: Candidate) -> PreTrainedModel:
     """The model with an adapter's changes in its weights. Raises `ModelError` where the adapter is not one for it."""
     from peft import PeftModel  # takes seconds to import
 

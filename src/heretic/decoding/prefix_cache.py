@@ -5,15 +5,15 @@ recorded when the baseline is taken, and a trial's prefill begins at its first e
 Valid for passes of the very same rows (same tokens, same padding); other passes are computed whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..device import free_memory
+from .blocks import Blocks
 
 # The share of the memory free at the start that recordings may take.
 BUDGET_SHARE = 0.2
@@ -48,17 +48,17 @@ class PrefixCache:
         recording = self._recordings.get(key)
         return recording is not None and (bool(recording.keys_values) or not with_cache)
 
-    def record(self, key: Key, cache: Any | None) -> AbstractContextManager[None]:
+    def record(self, key: Key, cache: Blocks | None) -> AbstractContextManager[None]:
         """Record the pass that is made within, if it is asked for and the budget allows."""
         n_tokens = len(key) * max(map(len, key))
         fits = n_tokens * self.bytes_per_token * len(self.layers) <= self.budget
         return self._record(key, cache) if self.recording and fits else nullcontext()
 
     @contextmanager
-    def _record(self, key: Key, cache: Any | None) -> Iterator[None]:
+    def _record(self, key: Key, cache: Blocks | None) -> Iterator[None]:
         recording = _Recording()
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:
             recording.inputs.append(args[0] if args else kwargs["hidden_states"])
             self._returns_tuple = isinstance(output, tuple)
 
@@ -75,15 +75,15 @@ class PrefixCache:
             self._recordings[key] = recording
 
     @contextmanager
-    def begin_at(self, key: Key, first_layer: int, cache: Any | None) -> Iterator[None]:
+    def begin_at(self, key: Key, first_layer: int, cache: Blocks | None) -> Iterator[None]:
         """Within, a pass of the recorded rows begins at `first_layer`; what lies below comes from the recording."""
         recording = self._recordings[key]
         first_layer = min(first_layer, len(self.layers) - 1)
 
-        def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def skip(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
             return (hidden_states,) if self._returns_tuple else hidden_states
 
-        def substitute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def substitute(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]]:
             hidden = recording.inputs[first_layer]
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -102,7 +102,7 @@ class PrefixCache:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Within, `module` computes `forward` instead of its own."""
     own = module.__dict__.get("forward")
     module.forward = forward

@@ -98,6 +98,6 @@ def as_pairs(hidden: Tensor, index: Tensor, gates: Tensor) -> tuple[Tensor, Tens
     return hidden.repeat_interleave(index.shape[1], dim=0), index.reshape(-1, 1), torch.ones_like(gates).reshape(-1, 1)
 
 
-def first_tensor(output: Any) -> Any:
+def first_tensor(output: object) -> Any:
     """A module's main result: the output itself, or the first of a tuple."""
     return output[0] if isinstance(output, (tuple, list)) and output else output

@@ -17,7 +17,6 @@ replaced there.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +130,7 @@ def _run(model: PreTrainedModel) -> None:
 def _replaced(channels: Tensor, hidden_size: int, values: Tensor, layer: nn.Module) -> Iterator[None]:
     """Within, what goes into the layer is `values (channel,)` in these channels."""
 
-    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def replace(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         streams = hidden.unflatten(-1, (-1, hidden_size)).clone()
         streams[..., channels.to(hidden.device)] = values.to(streams)

@@ -19,7 +19,6 @@ cannot be edited is an error; what is edited but comes out of a gate or convolut
 """
 
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -197,22 +196,22 @@ def _probe(
 ) -> list[Found]:
     """Which of `candidates`, none inside another, write to the stream."""
     direction = probe_direction(hidden_size)
-    leaves: list[tuple[nn.Module, Tensor, Any, Any]] = []  # with the call's arguments
+    leaves: list[tuple[nn.Module, Tensor, tuple[object, ...], dict[str, object]]] = []  # with the call's arguments
     stream: list[Tensor] = []
 
-    def leaf_of(output: Any) -> tuple[Tensor, Any]:
+    def leaf_of(output: object) -> tuple[Tensor, object]:
         leaf = first_tensor(output).detach().requires_grad_()
         copy = leaf.clone()  # some models add to an output in place, which a leaf does not allow
         return leaf, (type(output)((copy, *output[1:])) if isinstance(output, (tuple, list)) else copy)
 
-    def cut_candidate(module: nn.Module, args: Any, kwargs: object, output: object) -> Any:
+    def cut_candidate(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
         if not isinstance(first_tensor(output), Tensor):
             return output
         leaf, output = leaf_of(output)
         leaves.append((module, leaf, args, kwargs))
         return output
 
-    def cut_layer(module: nn.Module, args: object, output: object) -> Any:
+    def cut_layer(module: nn.Module, args: object, output: object) -> object:
         stream.append(first_tensor(output))
         return leaf_of(output)[1]
 
@@ -276,7 +275,7 @@ def _find_biases(
     def note(module: nn.Module, args: object, output: object) -> None:
         stream.append(first_tensor(output))
 
-    def cut(module: nn.Module, args: object, output: object) -> Any:
+    def cut(module: nn.Module, args: object, output: object) -> object:
         leaf = first_tensor(output).detach()
         return type(output)((leaf, *output[1:])) if isinstance(output, (tuple, list)) else leaf
 
@@ -329,7 +328,7 @@ def _same_shape(module: nn.Module, other: nn.Module) -> bool:
 def _component(path: str, layer: nn.Module) -> str:
     """The component of a writer by its path inside the layer."""
     classes = []
-    module: Any = layer
+    module = layer
     for part in path.split(".")[:-1]:
         module = getattr(module, part)
         name = type(module).__name__

@@ -255,7 +255,7 @@ class AblationHooks:
             self._maps = {}
             self.assign_rows(None)
 
-    def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _hook(self, module: nn.Module, args: object, output: object) -> object:
         edit = self._maps.get(module)
         if edit is None:
             return None
@@ -266,14 +266,14 @@ class AblationHooks:
             edited = apply_output_map(result, edit.of(self._only_trial))
         return type(output)((edited, *output[1:])) if isinstance(output, (tuple, list)) else edited
 
-    def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _split(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]] | None:
         if module not in self._maps:
             return None
         hidden, index, gates = (*args, *kwargs.values())
         self._gates[module] = index, gates
         return as_pairs(hidden, index, gates), {}
 
-    def _join(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _join(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         edit = self._maps.get(module)
         if edit is None:
             return None

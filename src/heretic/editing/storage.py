@@ -28,8 +28,8 @@ class Found:
     gain: Tensor | None
     alignment: float
     keeps_rows: bool
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
 
 def find_storage(model: PreTrainedModel, found: Found, tokens: Tensor, hidden_size: int) -> Storage | None:
@@ -109,8 +109,9 @@ def _detached(values: Any) -> Any:
 
 def takes_gates(found: Found) -> bool:
     """Whether a call with every pair of token and expert as a token of its own gives what the weighted sum is made of."""
-    values = [*found.args, *found.kwargs.values()]
-    if len(values) != 3 or not all(isinstance(v, Tensor) for v in values) or values[1].is_floating_point() or values[1].dim() != 2:
+    given = [*found.args, *found.kwargs.values()]
+    values = [value for value in given if isinstance(value, Tensor)]
+    if len(given) != 3 or len(values) != 3 or values[1].is_floating_point() or values[1].dim() != 2:
         return False
     hidden, index, gates = values
     if gates.shape != index.shape or hidden.shape[:-1] != index.shape[:1]:

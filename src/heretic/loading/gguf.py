@@ -23,7 +23,7 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils import logging
 
 from ..errors import ModelError
-from ..utils import Progress, first_line
+from ..utils import JsonObject, Progress, first_line
 from .explain import explain, refuse_encoder_decoder
 from .source import ModelSource, sampled_hash
 
@@ -106,7 +106,7 @@ def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None
         unfinished.rename(folder)
 
 
-def _refuse_part(name: str, metadata: dict[str, Any]) -> None:
+def _refuse_part(name: str, metadata: JsonObject) -> None:
     n_parts = metadata.get("split.count", 0)
     if n_parts > 1:
         raise ModelError(

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # what the hub's client reads metadata with
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_download
@@ -21,7 +20,7 @@ from ..privacy import public_model_name, public_name
 from ..reporting.kernel_picture import kernel_picture
 from ..reporting.learned import Points
 from ..specifications import PromptSpecification
-from ..utils import Progress, SilentProgress, first_line, versions
+from ..utils import JsonObject, Progress, SilentProgress, first_line, versions
 from . import CARD, PICTURE
 from .record import LIBRARIES, Result, Strategy, prompt_source
 
@@ -85,7 +84,7 @@ def model_card(model: Model, result: Result, strategy: Strategy, progress: Progr
     return f"---\n{_metadata(model, strategy, data).to_yaml()}\n---\n\n{body}\n"
 
 
-def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, Any], str | None]:
+def original_card(source: ModelSource, progress: Progress) -> tuple[JsonObject, str | None]:
     """Metadata and text of the original's card; nothing and None where it has none, or where it cannot be read, which is told."""
     unread = f"The card of {source.name} cannot be read, so its licence, language and text are missing in the new one: "
     try:
@@ -108,9 +107,9 @@ def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, An
     return card.data.to_dict(), card.text
 
 
-def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> ModelCardData:
+def _metadata(model: Model, strategy: Strategy, original: JsonObject) -> ModelCardData:
     source = model.loaded.source
-    kept: dict[str, Any] = {name: original[name] for name in KEPT if original.get(name)}
+    kept: JsonObject = {name: original[name] for name in KEPT if original.get(name)}
     link = kept.get("license_link")
     if isinstance(link, str) and not _URL.match(link) and source.repository is not None:
         kept["license_link"] = f"{HUB}/{source.repository}/blob/{source.revision or 'main'}/{link.removeprefix('./')}"
@@ -118,7 +117,7 @@ def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> 
     kept.setdefault("pipeline_tag", "text-generation" if text_only else "image-text-to-text")
     # The hub refuses a card whose base_model is no repository.
     repository = source.repository
-    base: dict[str, Any] = {} if repository is None else {"base_model": repository, "base_model_relation": RELATIONS[strategy]}
+    base: JsonObject = {} if repository is None else {"base_model": repository, "base_model_relation": RELATIONS[strategy]}
     return ModelCardData(**kept, library_name=LIBRARY[strategy], tags=list(TAGS), **base)
 
 
@@ -203,7 +202,7 @@ def _more_measured(result: Result) -> list[Sequence[str]]:
     return rows
 
 
-def _figures(value: Any) -> str:
+def _figures(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_figures(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -340,7 +339,7 @@ heretic --reproduce heretic.json
 {_table(("library", "version"), rows)}"""
 
 
-def _responsible_use(original: Mapping[str, Any], source: ModelSource) -> str:
+def _responsible_use(original: JsonObject, source: ModelSource) -> str:
     licence = original.get("license_name") or original.get("license")
     named = f"The original's licence ({_flat(licence)}) and its terms of use" if licence else "The original's licence and terms of use"
     where = "" if licence else f" Its card names none: look at {_model_link(source)}."
@@ -359,7 +358,7 @@ Whoever runs or shares it answers for what is done with it. Before you put it in
 {named} still apply.{where}"""
 
 
-def _flat(value: Any) -> str:
+def _flat(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

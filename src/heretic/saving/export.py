@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -25,7 +24,7 @@ from ..editing.ablation import RowNormalization, edit_bias
 from ..editing.hooks import edit_stored
 from ..errors import ExportError
 from ..model import Model
-from ..utils import Progress
+from ..utils import JsonObject, Progress
 from . import DIRECTIONS, RECORD
 from .adapter import save_adapter
 from .card import write_card
@@ -50,7 +49,7 @@ def save(
     directory: str,
     overwrite: bool,
     progress: Progress,
-    check: Callable[[Path], dict[str, Any]] = lambda folder: {},
+    check: Callable[[Path], JsonObject] = lambda folder: {},
 ) -> Path:
     """Write the model or adapter to a folder beside the target, and rename it when it is complete and has been read again.
 
@@ -85,7 +84,7 @@ def write_export(
     strategy: Strategy,
     folder: Path,
     progress: Progress,
-) -> tuple[dict[str, str], dict[str, Any]]:
+) -> tuple[dict[str, str], JsonObject]:
     """Write the edited model, or its adapter, with all files of the original's that belong to it.
 
     Returns the SHA-256 of files that were hashed while they were written, and what the record says of an adapter.
@@ -99,7 +98,7 @@ def write_export(
     return {}, {"adapter": adapter}
 
 
-def write_record(content: dict[str, Any], folder: Path, hashes: dict[str, str]) -> dict[str, str]:
+def write_record(content: JsonObject, folder: Path, hashes: dict[str, str]) -> dict[str, str]:
     """Write `heretic.json` with the SHA-256 of every other file, which are returned; `hashes` are those that are known."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     files = {name: hashes.get(name) or sha256(path) for path in paths for name in [path.relative_to(folder).as_posix()]}
@@ -107,7 +106,7 @@ def write_record(content: dict[str, Any], folder: Path, hashes: dict[str, str]) 
     return files
 
 
-def record_text(content: dict[str, Any]) -> bytes:
+def record_text(content: JsonObject) -> bytes:
     """The content of `heretic.json`."""
     return (json.dumps(content, indent=2) + "\n").encode()
 

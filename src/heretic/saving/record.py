@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from optuna.trial import FrozenTrial
 
@@ -14,7 +14,7 @@ from ..loading.source import dataset_commit, fingerprint
 from ..model import Model
 from ..privacy import public_name, public_settings
 from ..specifications import PromptSpecification
-from ..utils import versions
+from ..utils import JsonObject, versions
 
 Strategy = Literal["merge", "adapter"]
 
@@ -33,7 +33,7 @@ class Result:
     base_refusals: int
     n_bad_prompts: int
     response_prefix: str
-    measurements: Mapping[str, Any] = field(default_factory=dict)
+    measurements: JsonObject = field(default_factory=dict)
     # Of a learned trial, by component: layer, strength, and cosine to the difference of means of each writer.
     learned: Mapping[str, Sequence[tuple[int, float, float]]] = field(default_factory=dict)
 
@@ -43,7 +43,7 @@ class Result:
         return list(self.learned or self.ablation.parameters)
 
     @property
-    def scores(self) -> dict[str, Any]:
+    def scores(self) -> JsonObject:
         """As `heretic.json` holds them."""
         return {
             "refusals": self.refusals,
@@ -53,7 +53,7 @@ class Result:
         }
 
 
-def measurements(trial: FrozenTrial, finalists: Mapping[str, Any], base_classes: Mapping[str, int]) -> dict[str, Any]:
+def measurements(trial: FrozenTrial, finalists: JsonObject, base_classes: Mapping[str, int]) -> JsonObject:
     """What is known of a trial beyond its scores, as `heretic.json` holds it: classes of responses, more figures, and, under `again`,
     those of scoring it again with their intervals. `finalists`: the study's attribute; `base_classes`: of the original's responses."""
     names = ("response_classes", "kl_statistics", "sequence_kl_divergence", "scores")
@@ -66,13 +66,13 @@ def measurements(trial: FrozenTrial, finalists: Mapping[str, Any], base_classes:
     return found
 
 
-def prompt_source(specification: PromptSpecification) -> dict[str, Any]:
+def prompt_source(specification: PromptSpecification) -> JsonObject:
     """A source of prompts with the commit that was read, where it came from the hub."""
     commit = dataset_commit(specification.dataset, specification.commit)
     return public_settings(specification.model_dump(exclude_none=True)) | ({} if commit is None else {"commit": commit})
 
 
-def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
+def record(model: Model, result: Result, strategy: Strategy) -> JsonObject:
     """`heretic.json`: what was done to what, with which versions, and what came of it. Names no path of this machine."""
     settings, loaded = result.settings, model.loaded
     sources = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")

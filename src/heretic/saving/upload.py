@@ -28,7 +28,7 @@ from ..errors import ExportError
 from ..model import Model
 from ..privacy import without_token
 from ..study.journal import journal_path
-from ..utils import Progress, format_size, some_of
+from ..utils import JsonObject, Progress, format_size, some_of
 from . import CARD
 from .export import save
 from .record import Result, Strategy
@@ -82,7 +82,7 @@ def upload(
     strategy: Strategy,
     repository: HubRepository,
     progress: Progress,
-    check: Callable[[Path], dict[str, Any]] = lambda folder: {},
+    check: Callable[[Path], JsonObject] = lambda folder: {},
 ) -> str:
     """Save to a folder beside the study's journal, and upload it in one commit to the repository, made if missing. Returns its address.
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..device import empty_cache, free_memory
 from ..errors import TrialError
@@ -13,7 +12,7 @@ from ..loading.load import load_model
 from ..loading.source import ModelSource
 from ..model import NOT_FINITE, Model
 from ..study.failures import told
-from ..utils import Progress
+from ..utils import JsonObject, Progress
 
 # Of the bytes of the weights: what a second model takes at work.
 ROOM = 1.3
@@ -21,14 +20,14 @@ ROOM = 1.3
 TOLERANCE, RELATIVE_TOLERANCE = 0.01, 0.1
 
 
-def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float, progress: Progress) -> Callable[[Path], dict[str, Any]]:
+def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float, progress: Progress) -> Callable[[Path], JsonObject]:
     """A check for `export.save`: given a saved model's folder, its own first-token KL divergence, for the record.
 
     Nothing where a second model has no room, where the check fails, which is told, and where the search was in 4 bits, whose divergence is
     another model's.
     """
 
-    def check(folder: Path) -> dict[str, Any]:
+    def check(folder: Path) -> JsonObject:
         if model.loaded.quantized:
             progress.message("The saved model is not scored again: the search computed in 4 bits, and its scores are those of that model.")
             return {}

@@ -15,7 +15,7 @@ from ..errors import EvaluationError, HereticError, TrialError
 from ..loading.source import expand
 from ..model import NOT_FINITE, Model, prompt_messages
 from ..prompts import Prompt
-from ..utils import Progress, SilentProgress
+from ..utils import JsonObject, Progress, SilentProgress
 from .divergence import OriginalAnswers
 from .figures import Figure, intervals
 from .learned_rule import LearnedRule
@@ -56,7 +56,7 @@ class MeasuredOriginal:
         """The figures' values by scorer."""
         return {name: figure.value for name, figure in self.figures.items()}
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> JsonObject:
         """All figures, with intervals, as plain data."""
         return {
             "scores": self.scores,

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from optuna import Study
@@ -267,7 +266,7 @@ def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: Sequ
     """Within, a pass of the model raises `GivenUp`, at the next of its layers, once `should_stop` has been true for so long."""
     since: float | None = None
 
-    def check(module: nn.Module, args: Any) -> None:
+    def check(module: nn.Module, args: object) -> None:
         nonlocal since
         if not should_stop():
             return

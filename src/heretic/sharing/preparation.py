@@ -8,11 +8,11 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import optuna
 from huggingface_hub import try_to_load_from_cache
 from optuna.artifacts import download_artifact, upload_artifact
+from optuna.artifacts._protocol import ArtifactStore
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import CheckpointError
 from ..loading.source import ModelSource, fingerprint
 from ..prompts import Prompt, Prompts
-from ..utils import versions
+from ..utils import JsonObject, versions
 
 # Libraries that decide what a model computes and what is proposed next.
 LIBRARIES = ("torch", "transformers", "optuna")
@@ -45,7 +45,7 @@ class Preparation:
     base_response_classes: dict[str, int] = field(default_factory=dict)
 
 
-def keep(preparation: Preparation, study: optuna.Study, store: Any) -> None:
+def keep(preparation: Preparation, study: optuna.Study, store: ArtifactStore) -> None:
     """Store a preparation with a study. Where others were faster, theirs counts for those who have read it; all are the same."""
     facts = {name: value for name, value in asdict(preparation).items() if name != "directions"}
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def keep(preparation: Preparation, study: optuna.Study, store: Any) -> None:
     study.set_user_attr(ATTRIBUTE, artifact_id)
 
 
-def kept(study: optuna.Study, store: Any) -> Preparation | None:
+def kept(study: optuna.Study, store: ArtifactStore) -> Preparation | None:
     """The preparation of a study; None where nobody has made it yet. Raises `CheckpointError` where its file is gone."""
     artifact_id = study.user_attrs.get(ATTRIBUTE)
     if artifact_id is None:
@@ -100,7 +100,7 @@ def file_hashes(source: ModelSource) -> dict[str, str]:
     return dict(pair.rsplit(":", 1) for pair in pairs)
 
 
-def differences(facts: dict[str, Any], source: ModelSource) -> list[str]:
+def differences(facts: JsonObject, source: ModelSource) -> list[str]:
     """What is not the same here as where the study began, in plain words.
 
     The model is the same where its commit is; else where the files that hold its weights and configuration have the same hashes.
@@ -119,6 +119,6 @@ def differences(facts: dict[str, Any], source: ModelSource) -> list[str]:
     return found
 
 
-def facts_of(source: ModelSource) -> dict[str, Any]:
+def facts_of(source: ModelSource) -> JsonObject:
     """What `differences` compares; `source` is pinned."""
     return {"versions": own_versions(), "commit": None if source.is_local else source.revision, "files": file_hashes(source)}

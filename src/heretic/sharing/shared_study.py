@@ -1,8 +1,7 @@
 """A study in a storage that others may be using at the same time, in the place of `Checkpoint`, which has its journal for itself."""
 
-from typing import Any
-
 import optuna
+from optuna.artifacts._protocol import ArtifactStore
 from optuna.exceptions import DuplicatedStudyError
 
 from ..config import Settings
@@ -83,7 +82,7 @@ class SharedCheckpoint(Checkpoint):
             )
 
 
-def open_for_workers(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, Any]:
+def open_for_workers(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, ArtifactStore]:
     """A checkpoint's study opened for several workers, its storage's URL, and where its artifacts are kept."""
     if isinstance(checkpoint, SharedCheckpoint):
         url = checkpoint.url

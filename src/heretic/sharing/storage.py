@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import optuna
 import psutil
 from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts._protocol import ArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, _CachedStorage
 from optuna.storages._heartbeat import BaseHeartbeat
@@ -137,7 +138,7 @@ def _check_database_url(url: str) -> None:
         )
 
 
-def artifact_store(url: str, storage: "SharedStorage") -> Any:
+def artifact_store(url: str, storage: "SharedStorage") -> ArtifactStore:
     """Where a study's artifacts are kept: a folder beside a journal file, else in the storage itself."""
     if not is_file(url):
         return StorageArtifactStore(storage)

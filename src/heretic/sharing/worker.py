@@ -2,8 +2,6 @@
 
 import argparse
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import optuna
 import torch
@@ -38,6 +36,7 @@ from ..study.samplers import Sampling
 from ..study.space import SearchSpace
 from ..study.stored_settings import NEVER_STORED, OF_ONE_RUN
 from ..trust import require_consent, who_asks
+from ..utils import JsonObject
 from .preparation import Preparation, differences, facts_of, keep, kept
 from .shared_search import SharedSearch
 from .shared_study import open_study, storage_of, target_of
@@ -191,7 +190,7 @@ def _existing_study(url: str, name: str, console: Console) -> optuna.Study:
     return study
 
 
-def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: argparse.Namespace) -> Settings:
+def _settings_of(study: optuna.Study, own: JsonObject, url: str, options: argparse.Namespace) -> Settings:
     """The study's settings, with what this worker says for itself."""
     stored = study.user_attrs["settings"]
     # Whether to run a model's own code is decided on each machine; whoever can write to the storage must not decide it for others.
@@ -219,7 +218,7 @@ def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: ar
     return settings
 
 
-def run_supervised(order: Mapping[str, Any]) -> int:
+def run_supervised(order: JsonObject) -> int:
     """Be a worker of `workers.supervise`, which gave this order."""
     if order["devices"]:
         torch.accelerator.set_device_index(order["devices"][0])

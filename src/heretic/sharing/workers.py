@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import optuna
 from optuna.storages import fail_stale_trials
@@ -27,6 +26,7 @@ from ..reporting.study_view import StudyView
 from ..scoring.score_tables import Baseline
 from ..session.stages import stop_on_interrupt
 from ..study.front import is_counted, is_learned
+from ..utils import JsonObject
 from .devices import WorkerPlace, place
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of, target_of
@@ -45,7 +45,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEX
 class Worker:
     """One place for a worker, and the process that is at work there."""
 
-    def __init__(self, number: int, placement: WorkerPlace, order: dict[str, Any], console: Console, tells_all: Callable[[], bool]) -> None:
+    def __init__(self, number: int, placement: WorkerPlace, order: JsonObject, console: Console, tells_all: Callable[[], bool]) -> None:
         self.number = number
         self.placement = placement
         self.n_starts = 0

@@ -1,13 +1,14 @@
 """What a journal must hold to be one of ours: types and bounds of what is read from it, since anybody may have written it."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from ..settings_sources import as_written
+from ..utils import JsonObject
 from .space import SearchSpace
 
 # Bounds beyond any study: without them a table of any size could be asked for.
@@ -121,7 +122,7 @@ class _Samples(_Stored):
 
 
 class _Study(_Stored):
-    settings: dict[str, Any]
+    settings: JsonObject
     given: list[str]
     identity: dict[str, str]
     objectives: list[tuple[str, Literal["minimize", "maximize"]]] = []
@@ -157,7 +158,7 @@ def _failure(trial: FrozenTrial) -> str | None:
     return None if isinstance(trial.user_attrs.get("failure", ""), str) else "failure: Input should be a valid string"
 
 
-def _problem(model: type[_Stored], attributes: dict[str, Any]) -> str | None:
+def _problem(model: type[_Stored], attributes: JsonObject) -> str | None:
     try:
         model.model_validate_json(json.dumps(attributes))  # as JSON: there a list may be a pair, and nothing else is converted
     except ValidationError as error:

@@ -4,7 +4,6 @@ import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from ..config import Settings
 from ..errors import CheckpointError, UsageError
 from ..trust import Ask, require_consent
+from ..utils import JsonObject
 from .attributes import damage_of
 from .front import is_counted
 from .journal import UNREADABLE, JournalFile, JournalLock, damaged_line, free_name, journal_errors, journal_path
@@ -218,7 +218,7 @@ class Checkpoint:
         """How many trials of the study's search are done."""
         return 0 if self.found is None else sum(map(is_counted, self.found.get_trials(deepcopy=False)))
 
-    def note(self, **attributes: Any) -> None:
+    def note(self, **attributes: object) -> None:
         """Store facts about the study that a later run shows without loading the model."""
         with journal_errors(self.path):
             for name, value in attributes.items():
@@ -248,7 +248,7 @@ class Checkpoint:
         self.note(trials_per_batch=chosen)
         return chosen
 
-    def _attributes(self) -> dict[str, Any]:
+    def _attributes(self) -> JsonObject:
         attributes = {} if self.found is None else self.found.user_attrs
         if not attributes.keys() >= DESCRIBED:
             raise CheckpointError(

@@ -7,7 +7,6 @@ kept in the study's user attribute `finalists`, since Optuna's finished trials t
 
 import math
 from functools import partial
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -16,7 +15,7 @@ from ..config import Settings
 from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..scoring.measured import measure_original
-from ..utils import Progress
+from ..utils import JsonObject, Progress
 from .failures import ONE_BY_ONE, reason, tell_failure
 from .front import front_of
 from .learned_edits import LearnedEdits
@@ -37,13 +36,13 @@ def final_settings(settings: Settings) -> Settings:
     return settings.model_copy(update=changes)
 
 
-def conditions(settings: Settings) -> dict[str, Any]:
+def conditions(settings: Settings) -> JsonObject:
     """What figures of finalists depend on; those taken under other conditions are taken again."""
     names = ("max_response_length", "kl_tokens", "good_evaluation_prompts", "bad_evaluation_prompts")
     return final_settings(settings).model_dump(mode="json", include=set(names))
 
 
-def known_finalists(study: optuna.Study) -> dict[str, Any]:
+def known_finalists(study: optuna.Study) -> JsonObject:
     """What is known of finalists: `trials` by number (as text), `base` of the original, `conditions`, numbers of prompts; or nothing."""
     return dict(study.user_attrs.get(ATTRIBUTE, {}))
 
@@ -62,7 +61,7 @@ def score_finalists(
     prompts: tuple[list[Prompt], list[Prompt]],
     trials_per_batch: int,
     progress: Progress,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Score what is missing; the new content of the study's attribute, which the caller writes. `search` is what scored the search;
     `prompts` are harmless and harmful ones.
 

@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -48,7 +47,7 @@ def search_view(study: optuna.Study) -> optuna.Study:
     return view
 
 
-def _searched(get_trials: Callable[..., list[FrozenTrial]], *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+def _searched(get_trials: Callable[..., list[FrozenTrial]], *args: object, **kwargs: object) -> list[FrozenTrial]:
     return [trial for trial in get_trials(*args, **kwargs) if not is_learned(trial)]
 
 

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from optuna.storages.journal import JournalFileBackend
@@ -16,6 +15,7 @@ from optuna.storages.journal._file import get_lock_file
 from ..config import Settings
 from ..errors import CheckpointError
 from ..loading.source import expand
+from ..utils import JsonObject
 
 # What Optuna raises where a journal holds something else than what it writes; it has no error of its own for this.
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError)
@@ -49,7 +49,7 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
     """Optuna's journal file, which a write that ends halfway leaves as it was: at once where the disk is full, and before the next
     write where the writer was killed."""
 
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    def append_logs(self, logs: list[JsonObject]) -> None:
         with get_lock_file(self._lock):  # which may be taken twice
             self._cut_torn_line()
             size = Path(self._file_path).stat().st_size

@@ -1,14 +1,14 @@
 """Settings as a study holds them: which define it, and what a later run takes over of them."""
 
 import json
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 from pydantic import BaseModel, ValidationError
 
 from ..config import Settings
 from ..settings_sources import as_written
 from ..specifications import PromptSpecification, ScorerSpecification
+from ..utils import JsonObject
 
 # Settings that define a study: trials scored under different ones cannot be compared.
 DEFINING = (
@@ -75,7 +75,7 @@ OF_ONE_RUN = (
 NEVER_STORED = ("trust_remote_code", "trust_scorers", "study_checkpoint_dir")
 
 
-def taken_over(attributes: Mapping[str, Any], leave: Collection[str] = ()) -> dict[str, Any]:
+def taken_over(attributes: JsonObject, leave: Collection[str] = ()) -> JsonObject:
     """The stored settings of a study that a later run takes over, as plain data."""
     left = {*OF_ONE_RUN, *NEVER_STORED, *leave}
     kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in left]
@@ -88,7 +88,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
     return [f"{name} was {_shown(then)} and is now {_shown(now)}" for name, (then, now) in values.items() if then != now]
 
 
-def _meaning(value: Any) -> Any:
+def _meaning(value: object) -> object:
     """What of a setting the scores depend on, and may be shown: what custom scorers are told is a part of the study's identity."""
     if isinstance(value, PromptSpecification):
         return value.what_is_read
@@ -97,7 +97,7 @@ def _meaning(value: Any) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = json.dumps(value.model_dump(exclude_defaults=True)) if isinstance(value, BaseModel) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
