@@ -26,6 +26,9 @@ DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
 
 _SLICE = re.compile(r"\[[^\]]*\]")
 
+# Of a conversation: its role (system, user, assistant) and its content.
+Message = dict[str, str]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -33,6 +36,12 @@ class Prompt:
 
     system: str
     user: str
+
+
+def prompt_messages(prompt: Prompt) -> list[Message]:
+    """The conversation that a prompt begins; without a system message where the system prompt is empty."""
+    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    return [*system, {"role": "user", "content": prompt.user}]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class PrefixCache:
 
         with ExitStack() as stack:
             for layer in self.layers:
-                stack.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
+                stack.enter_context(layer.register_forward_hook(note, with_kwargs=True))
             yield
         if cache is not None:
             recording.keys_values = [(block.keys.clone(), block.values.clone()) if block.is_initialized else None for block in cache.blocks]
@@ -91,8 +91,7 @@ class PrefixCache:
             for layer in self.layers[:first_layer]:
                 stack.enter_context(_forward_replaced(layer, skip))
             if first_layer:
-                hook = self.layers[first_layer].register_forward_pre_hook(substitute, with_kwargs=True)
-                stack.callback(hook.remove)
+                stack.enter_context(self.layers[first_layer].register_forward_pre_hook(substitute, with_kwargs=True))
             yield
         # Only now: the mask is made for what the cache holds in its first layer when the pass begins.
         if cache is not None:

@@ -28,7 +28,7 @@ from ..device import embedding_weight
 from ..errors import UnsupportedModelError
 from ..loading.explain import refuse_encoder_decoder
 from .architecture import Architecture, Storage, Writer, first_tensor
-from .probe import PROBE_TOKENS, is_norm, measure_gain, probe_direction, probe_tokens, removed, run_probe, share_along
+from .probe import PROBE_TOKENS, is_norm, measure_gain, probe_direction, probe_tokens, run_probe, share_along
 from .storage import Found, find_storage, is_sum, takes_gates
 
 # Writers measured 0.68 and more, mostly 1; everything else 0, with one exception at 0.31 (219 decoder types).
@@ -118,7 +118,7 @@ def _find_layers(model: PreTrainedModel, tokens: Tensor, hidden_size: int) -> tu
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
     with ExitStack() as stack, torch.no_grad():
         for child in {child for children in lists.values() for child in children}:
-            stack.enter_context(removed(child.register_forward_hook(note, with_kwargs=True)))
+            stack.enter_context(child.register_forward_hook(note, with_kwargs=True))
         run_probe(model, tokens)
     found = {name: m for name, m in lists.items() if sum(child in passes for child in m) * 2 >= len(m)}
     outer = {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
@@ -139,7 +139,7 @@ def _check_causality(model: PreTrainedModel, layers: list[nn.Module], tokens: Te
 
     def hidden_states(tokens: Tensor) -> Tensor:
         kept: list[Tensor] = []
-        with torch.no_grad(), removed(layers[-1].register_forward_hook(lambda m, a, output: kept.append(first_tensor(output)))):
+        with torch.no_grad(), layers[-1].register_forward_hook(lambda m, a, output: kept.append(first_tensor(output))):
             run_probe(model, tokens)
         return kept[0].float()
 
@@ -181,7 +181,7 @@ def _emitting(model: PreTrainedModel, owners: set[nn.Module], tokens: Tensor, hi
 
     with ExitStack() as stack, torch.no_grad():
         for module in owners:
-            stack.enter_context(removed(module.register_forward_hook(note)))
+            stack.enter_context(module.register_forward_hook(note))
         run_probe(model, tokens)
     return emitting
 
@@ -217,9 +217,9 @@ def _probe(
 
     with ExitStack() as stack, torch.enable_grad():
         for module in candidates:
-            stack.enter_context(removed(module.register_forward_hook(cut_candidate, with_kwargs=True)))
+            stack.enter_context(module.register_forward_hook(cut_candidate, with_kwargs=True))
         for layer in layers:
-            stack.enter_context(removed(layer.register_forward_hook(cut_layer)))
+            stack.enter_context(layer.register_forward_hook(cut_layer))
         run_probe(model, tokens)
         loss = torch.stack([(h.float().cpu().unflatten(-1, (-1, hidden_size)) @ direction).sum() for h in stream]).sum()
         if not leaves or not loss.requires_grad:
@@ -286,9 +286,9 @@ def _find_biases(
             p.requires_grad_(True)
         with ExitStack() as stack, torch.enable_grad():
             for layer in layers:
-                stack.enter_context(removed(layer.register_forward_hook(note)))
+                stack.enter_context(layer.register_forward_hook(note))
             for module in [*layers, *(w.module for w in writers)]:
-                stack.enter_context(removed(module.register_forward_hook(cut)))
+                stack.enter_context(module.register_forward_hook(cut))
             run_probe(model, tokens)
             loss = torch.stack([(h.float().cpu().unflatten(-1, (-1, hidden_size)) @ direction).sum() for h in stream]).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architecture import Storage, as_pairs, first_tensor
-from .probe import probe_direction, removed, run_probe, share_along
+from .probe import probe_direction, run_probe, share_along
 
 # A parameter whose module's output is its own product with something has 1; what follows it inside the module makes it less.
 OWN_ALIGNMENT = 0.9
@@ -81,7 +81,7 @@ def _parameter_shares(
     try:
         for p in own.values():
             p.requires_grad_(True)
-        with torch.enable_grad(), removed(found.module.register_forward_hook(note)):
+        with torch.enable_grad(), found.module.register_forward_hook(note):
             found.module(*_detached(found.args), **_detached(found.kwargs))
             if not outputs[0].requires_grad:
                 outputs.clear()

@@ -49,6 +49,11 @@ class LoadedModel:
     stored_dtype: torch.dtype
     quantized: bool
 
+    @property
+    def dtype_name(self) -> str:
+        """`float32` and the like."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """The model's configuration; the first thing asked of a source, so its errors are the ones a mistyped name gives."""

@@ -228,7 +228,7 @@ def _how_measured(result: Result, model: Model) -> str:
     heads = ("prompts", "dataset", "split", "column", "commit", "with")
     kept = [i for i, head in enumerate(heads) if i < 2 or any(row[i] for row in rows)]
     table = _table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
-    searched = ("4-bit weights, computed in " if loaded.quantized else "") + str(loaded.dtype).removeprefix("torch.")
+    searched = ("4-bit weights, computed in " if loaded.quantized else "") + loaded.dtype_name
     return f"""### How it was measured
 
 {table}

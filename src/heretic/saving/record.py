@@ -85,7 +85,7 @@ def record(model: Model, result: Result, strategy: Strategy) -> JsonObject:
             "gguf_file": loaded.source.gguf,
             "type": loaded.config.model_type,
             "fingerprint": fingerprint(loaded.source),
-            "search_dtype": str(loaded.dtype).removeprefix("torch."),
+            "search_dtype": loaded.dtype_name,
         },
         "hardware": hardware(),
         "prompts": {name: prompt_source(getattr(settings, name)) for name in sources},

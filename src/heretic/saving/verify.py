@@ -62,7 +62,7 @@ def saved_divergence(folder: Path, model: Model, evaluator: Evaluator, progress:
     Raises `ModelError` where it cannot be loaded again, and `TrialError` where its logits are not finite.
     """
     loaded = model.loaded
-    settings = evaluator.settings.model_copy(update={"dtypes": [str(loaded.dtype).removeprefix("torch.")], "quantization": "none"})
+    settings = evaluator.settings.model_copy(update={"dtypes": [loaded.dtype_name], "quantization": "none"})
     source = ModelSource(str(folder), "the saved model", None, loaded.source.trust_remote_code)
     parts = replace(load_model(settings, source, progress), tokenizer=loaded.tokenizer)
     saved = Model(parts, settings, response_prefix=model.response_prefix)

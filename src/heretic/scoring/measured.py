@@ -13,8 +13,8 @@ from ..decoding.prefix_cache import PrefixCache
 from ..device import is_out_of_memory
 from ..errors import EvaluationError, HereticError, TrialError
 from ..loading.source import expand
-from ..model import NOT_FINITE, Model, prompt_messages
-from ..prompts import Prompt
+from ..model import NOT_FINITE, Model
+from ..prompts import Prompt, prompt_messages
 from ..utils import JsonObject, Progress, SilentProgress
 from .divergence import OriginalAnswers
 from .figures import Figure, intervals

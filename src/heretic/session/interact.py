@@ -14,8 +14,8 @@ from ..console import Console
 from ..editing.ablation import Ablation
 from ..errors import HereticError
 from ..evaluator import MOVED_PROMPTS, Evaluator
-from ..model import Message, prompt_messages
 from ..privacy import without_token
+from ..prompts import Message, prompt_messages
 from ..reporting.tables import finalists_table, trial_rows
 from ..saving.export import save
 from ..saving.record import Result, Strategy, measurements

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,11 +84,10 @@ def load_model_to_edit(settings: Settings, console: Console, name: str | None = 
         loaded = load_model(settings, model_source(settings, name), console)
     model = Model(loaded, settings, console, response_prefix=response_prefix)
     found = ", ".join(f"{count} {component}" for component, count in model.architecture.components.items())
-    dtype = str(loaded.dtype).removeprefix("torch.")
     left = ", ".join(name for name in settings.disabled_components if name in model.architecture.components)
     console.message(
         f"{loaded.source.name}: {loaded.config.model_type}, {len(model.architecture.layers)} layers, "
-        f"{'4-bit, computed in ' if loaded.quantized else ''}{dtype}; writing to the residual stream: {found}, "
+        f"{'4-bit, computed in ' if loaded.quantized else ''}{loaded.dtype_name}; writing to the residual stream: {found}, "
         + (f"all edited but {left}" if left else "all edited")
     )
     _report_completeness(model, console)
@@ -274,12 +273,10 @@ def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: Sequ
         if time.monotonic() - since >= seconds:
             raise GivenUp
 
-    handles = [layer.register_forward_pre_hook(check) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(check))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

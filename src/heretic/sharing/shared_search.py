@@ -3,13 +3,11 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler
 from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -18,7 +16,7 @@ from ..evaluator import Score
 from ..study.batching import MAX_TRIALS_PER_BATCH
 from ..study.front import is_counted
 from ..study.learned_edits import LearnedEdits
-from ..study.samplers import Sampling
+from ..study.samplers import Sampling, SearchSampler
 from ..study.search import Limit, ObjectiveValues, Scores, ScoreTrials, Search
 from ..study.space import SearchSpace
 from .shared_study import target_of
@@ -26,27 +24,6 @@ from .storage import WITHDRAWN, WORKER, SharedStorage, give_back, worker_identit
 
 # How often a worker that has nothing to do looks whether there is something.
 IDLE_SECONDS = 0.5
-
-
-class SamplerByNumber(BaseSampler):  # type: ignore[misc]
-    """Gives every trial a sampler of its own, made from the trial's number, which no two workers share."""
-
-    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
-        self._make = make
-        self._sampler = make(0)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._sampler = self._make(trial.number)
-        self._sampler.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._sampler.infer_relative_search_space(study, trial)
-
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, object]:
-        return self._sampler.sample_relative(study, trial, search_space)
-
-    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> object:
-        return self._sampler.sample_independent(study, trial, name, distribution)
 
 
 class Pulse:
@@ -99,7 +76,7 @@ class SharedSearch(Search):
         self.storage = storage
         self.pulse = Pulse(storage)
         self.identity = worker_identity()
-        self.study.sampler = SamplerByNumber(self._sampler)
+        self.study.sampler = SearchSampler(self._sampler)
 
     def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
         return []  # a lost worker's trials come back through `fail_stale_trials`

@@ -95,7 +95,7 @@ def _take_over(
     """Load the model as the first worker's preparation says; if it is not `known` yet, it is waited for meanwhile."""
     model = load_model_to_edit(settings if known is None else _in_dtype(settings, known.dtype), console)
     known = known or _wait_for_preparation(study, store, console)
-    if str(model.loaded.dtype).removeprefix("torch.") != known.dtype:
+    if model.loaded.dtype_name != known.dtype:
         del model
         model = load_model_to_edit(_in_dtype(settings, known.dtype), console)
     _check(study, model.loaded.source)
@@ -136,7 +136,7 @@ def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple
         directions=model.hooks.directions,
         prompts=prompts,
         response_prefix=model.response_prefix,
-        dtype=str(model.loaded.dtype).removeprefix("torch."),
+        dtype=model.loaded.dtype_name,
         base_refusals=original.refusals,
         n_bad_prompts=len(original.bad_prompts),
         last_layer=model.architecture.last_layer,

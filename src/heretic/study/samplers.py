@@ -1,7 +1,7 @@
 """Optuna's samplers as this program uses them: made anew for every trial, from a seed that is the trial's own."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -32,12 +32,14 @@ class Sampling:
 
 
 class SearchSampler(BaseSampler):  # type: ignore[misc]
-    """A sampler that sees the trials of the search alone."""
+    """A sampler that sees the trials of the search alone. Every trial gets its own, made from the trial's number."""
 
-    def __init__(self, sampler: BaseSampler) -> None:
-        self._sampler = sampler
+    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
+        self._make = make
+        self._sampler = make(0)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._sampler = self._make(trial.number)
         self._sampler.before_trial(search_view(study), trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -64,7 +66,8 @@ def make_sampler(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSam
 
     All of them begin with `n_startup_trials` random trials; for `nsgaii` those are the first generation, and the size of the others.
     """
-    return SearchSampler(_optunas(name, n_startup_trials, seed))
+    sampler = _optunas(name, n_startup_trials, seed)
+    return SearchSampler(lambda number: sampler)
 
 
 def _optunas(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSampler:
