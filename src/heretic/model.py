@@ -85,11 +85,20 @@ class Model:
         self.hooks = AblationHooks(self.architecture, directions, mode)
         self.decoder.assign_rows = self.hooks.assign_rows
 
-    def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
-        """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
+    @property
+    def _used_hooks(self) -> AblationHooks:
         if self.hooks is None:
             raise ValueError("call use_directions first")
-        return self.hooks.edits(ablation)
+        return self.hooks
+
+    @property
+    def directions(self) -> Tensor:
+        """The directions `(layer + 1, d)` that were given by `use_directions`."""
+        return self._used_hooks.directions
+
+    def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
+        """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
+        return self._used_hooks.edits(ablation)
 
     @property
     def batches_trials(self) -> bool:
@@ -98,9 +107,7 @@ class Model:
 
     @contextmanager
     def _edited(self, ablations: Sequence[Ablation]) -> Iterator[None]:
-        if ablations and self.hooks is None:
-            raise ValueError("call use_directions first")
-        context = self.hooks.active(ablations) if ablations and self.hooks is not None else nullcontext()
+        context = self._used_hooks.active(ablations) if ablations else nullcontext()
         self.decoder.first_layers = [self.hooks.first_layer(a) for a in ablations] if self.hooks is not None else []
         with torch.inference_mode(), context:
             yield

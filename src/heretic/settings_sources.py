@@ -290,6 +290,12 @@ def _known_beside(location: Sequence[int | str]) -> list[str]:
     return list(table.model_fields)
 
 
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where the first problem is, as the user would write it, and what is wrong."""
+    problem = error.errors()[0]
+    return as_written(problem["loc"]), problem["msg"].removeprefix("Value error, ")
+
+
 def as_written(location: Sequence[int | str]) -> str:
     """The location of an error as the user would write it: `parameters.max_weight."mlp.down_proj".low`."""
     return ".".join(quoted(part) if isinstance(part, str) else str(part) for part in location if not _is_type_tag(part))

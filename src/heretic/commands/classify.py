@@ -7,7 +7,7 @@ answers at once.
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -58,7 +58,9 @@ def classify(lines: Iterable[bytes], name: str, out: TextIO | None = None) -> in
     rule = LearnedRule((), CHAIN_OF_THOUGHT_SKIPS)
     out = sys.stdout if out is None else out
     code = 0
-    for number, line in _filled(lines):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             entry = _entry(line)
         except ValueError as error:
@@ -68,11 +70,6 @@ def classify(lines: Iterable[bytes], name: str, out: TextIO | None = None) -> in
         verdict = rule.judge(entry["response"], entry.get("cut_off", False))
         out.write(json.dumps(entry | {"kind": verdict.kind, "decided_at": verdict.decided_at}) + "\n")
     return code
-
-
-def _filled(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold anything, with their numbers."""
-    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _entry(line: bytes) -> JsonObject:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from ..errors import ExportError
 from ..loading.source import expand
 from ..saving import CARD, DIRECTIONS, PICTURE, RECORD
+from ..settings_sources import first_problem
 from ..utils import JsonObject
 
 DESCRIPTION = (CARD, PICTURE)  # which are taken over
@@ -109,9 +110,8 @@ def _read(path: Path) -> JsonObject:
         if not missing:
             _Content.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ExportError(f"{path} is no record that a model can be made from: {where}: {problem['msg']}.") from error
+        where, what = first_problem(error)
+        raise ExportError(f"{path} is no record that a model can be made from: {where}: {what}.") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read as a record of heretic: {error}") from error
     if missing:

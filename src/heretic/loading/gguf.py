@@ -23,7 +23,7 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils import logging
 
 from ..errors import ModelError
-from ..utils import JsonObject, Progress, first_line
+from ..utils import JsonObject, Progress, first_line, some_of
 from .explain import explain, refuse_encoder_decoder
 from .source import ModelSource, sampled_hash
 
@@ -97,8 +97,8 @@ def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"{name} lacks weights that a model of its architecture ({architecture}) has: {missing[0]}"
-            f"{f' and {len(missing) - 1} more' * (len(missing) > 1)}. Give the model that it was made from."
+            f"{name} lacks weights that a model of its architecture ({architecture}) has: {some_of(missing, 1)}. Give the model that it "
+            "was made from."
         )
     with _errors(f"The folder {folder} cannot be written"), _without_bars():
         model.save_pretrained(unfinished)

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from ..config import Settings
 from ..device import empty_cache, free_memory, input_device, is_out_of_memory, memory_limits
 from ..errors import ModelError
-from ..utils import Progress, first_line
+from ..utils import Progress, first_line, some_of
 from .explain import explain, refuse_encoder_decoder
 from .files import check_indexes
 from .gguf import dequantized_source
@@ -216,7 +216,7 @@ def _load_weights(
     model, report = auto_class(config).from_pretrained(source.path, output_loading_info=True, **arguments)
     if missing := sorted(report["missing_keys"]):
         progress.warning(
-            f"Missing in the model's files and set at random: {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}. "
+            f"Missing in the model's files and set at random: {some_of(missing, 1)}. "
             "Are the files complete, and is it the right model type?"
         )
     if stored_method(config) is not None:

@@ -61,12 +61,11 @@ def save(
     target = target_of(settings, directory, overwrite)
     original = open_original(model.loaded.source, progress)
     edits = edits_of(model, result.ablation)
-    assert model.hooks is not None
     with file_errors(target.path), staged(target) as folder:
         if strategy == "merge":
             compare_with_loaded(original, edits, model)
         hashes, more = write_export(original, edits, settings, strategy, folder, progress)
-        save_edits(edits, model.hooks.directions, folder / DIRECTIONS)
+        save_edits(edits, model.directions, folder / DIRECTIONS)
         write_card(model, result, strategy, folder, progress)
         content = {**record(model, result, strategy), **more}
         files = write_record(content, folder, hashes)

@@ -28,6 +28,7 @@ from ..session.stages import (
     stop_on_interrupt,
     tell_failures,
 )
+from ..settings_sources import first_problem
 from ..study.batching import BatchSize, automatic_trials_per_batch
 from ..study.checkpoint import SHARED, SPACE
 from ..study.learned_edits import LearnedEdits
@@ -131,9 +132,8 @@ def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple
     evaluator, parting = prepare(settings, console, prompts)
     open_space(console, study, evaluator, parting)
     model, original = evaluator.model, evaluator.original
-    assert model.hooks is not None
     preparation = Preparation(
-        directions=model.hooks.directions,
+        directions=model.directions,
         prompts=prompts,
         response_prefix=model.response_prefix,
         dtype=model.loaded.dtype_name,
@@ -204,9 +204,8 @@ def _settings_of(study: optuna.Study, own: JsonObject, url: str, options: argpar
     try:
         settings = Settings.model_validate({**kept_values, **here})
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UsageError(f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}.") from error
+        where, what = first_problem(error)
+        raise UsageError(f"{where}: {what}, got {error.errors()[0]['input']!r}.") from error
     require_consent(f"The study {study.study_name!r}", settings, own, who_asks())
     identity = study.user_attrs["identity"]
     changed = [name for name, value in scorer_identity(settings).items() if identity.get(name) != value]

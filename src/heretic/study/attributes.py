@@ -7,7 +7,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from ..settings_sources import as_written
+from ..settings_sources import first_problem
 from ..utils import JsonObject
 from .space import SearchSpace
 
@@ -162,7 +162,6 @@ def _problem(model: type[_Stored], attributes: JsonObject) -> str | None:
     try:
         model.model_validate_json(json.dumps(attributes))  # as JSON: there a list may be a pair, and nothing else is converted
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = as_written(problem["loc"])
-        return f"no {where}" if problem["type"] == "missing" else f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+        where, what = first_problem(error)
+        return f"no {where}" if error.errors()[0]["type"] == "missing" else f"{where}: {what}"
     return None

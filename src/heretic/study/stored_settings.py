@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pydantic import BaseModel, ValidationError
 
 from ..config import Settings
-from ..settings_sources import as_written
+from ..settings_sources import first_problem
 from ..specifications import PromptSpecification, ScorerSpecification
 from ..utils import JsonObject
 
@@ -104,6 +104,5 @@ def _shown(value: object) -> str:
 
 def reason(error: ValidationError) -> str:
     """The first thing that is wrong with settings, and where."""
-    problem = error.errors()[0]
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{as_written(problem['loc'])}: {message}" if problem["loc"] else message
+    where, what = first_problem(error)
+    return f"{where}: {what}" if where else what
