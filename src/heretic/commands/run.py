@@ -1,4 +1,4 @@
-"""A run, from settings that were checked (`start.py`) to the front and what is done with it."""
+"""A run, from settings that `start.py` has checked to the Pareto front and what is done with it."""
 
 import secrets
 from pathlib import Path
@@ -11,19 +11,19 @@ from ..evaluator import Evaluator
 from ..loading.source import fingerprint, model_source
 from ..prompts import Prompts
 from ..session.answers import trial_at
-from ..session.interact import Workbench, ask_checkpoint_action
+from ..session.interact import InteractiveSession, ask_checkpoint_action
 from ..session.stages import (
     Ready,
     conclude,
-    is_told,
-    learn_shown,
+    finish_without_asking,
+    learn_with_messages,
     load_all_prompts,
     make_report,
-    no_trial,
     open_space,
     prepare,
+    raise_for_no_trial,
     scorer_identity,
-    search_shown,
+    search_with_view,
     show_outcome,
 )
 from ..sharing.shared_run import run_shared
@@ -36,11 +36,11 @@ from ..study.journal import journal_errors
 from ..study.learned_search import LearnedTrials, lacks_learned_trials
 from ..study.samplers import Sampling, check_sampler
 from ..study.search import Search
-from ..trust import who_asks
+from ..trust import terminal_ask
 
 
 def run_study(settings: Settings, console: Console) -> int:
-    """The stages of a run. Raises `HereticError`; returns the exit code."""
+    """All stages of a run. Raises `HereticError`; returns the exit code."""
     with SharedCheckpoint(settings, console) if settings.study_storage else Checkpoint(settings) as checkpoint:
         return _run_study(settings, console, checkpoint)
 
@@ -53,14 +53,14 @@ def _run_study(settings: Settings, console: Console, checkpoint: Checkpoint) -> 
         return 0
     settings, is_new = opened
 
-    # 2. Prompts and scorers, which cost little and are most often what is wrong
+    # 2. Prompts and scorers, which cost little and are the most frequent source of errors
     prompts = load_all_prompts(settings, console)
     identity = {**prompts.identity, **scorer_identity(settings)}
     if not is_new:
         source = model_source(settings)
-        # A model on the hub may have to be fetched first; it is checked below.
+        # A model on the hub may have to be downloaded first; it is checked below.
         checkpoint.check_identity({**identity, "the model": fingerprint(source)} if source.is_local else identity)
-        if _is_over(settings, console, checkpoint):
+        if _shown_as_finished(settings, console, checkpoint):
             return 0
     if settings.workers or settings.study_storage or checkpoint.is_shared:
         return run_shared(settings, console, checkpoint, is_new, identity, prompts)
@@ -78,7 +78,7 @@ def _run_alone(
 ) -> int:
     # 3. Device, model and what can be edited in it; response prefix, baseline, directions
     console.message(f"Seed {settings.seed}; {describe_device()}")
-    evaluator, parting = prepare(settings, console, prompts)
+    evaluator, separating_layer = prepare(settings, console, prompts)
 
     # 4. The study
     identity["the model"] = fingerprint(evaluator.model.loaded.source)
@@ -86,18 +86,18 @@ def _run_alone(
         checkpoint.create(settings, identity)
     else:
         checkpoint.check_identity(identity)
-    ready = _ready(console, checkpoint, evaluator, parting, may_measure)
+    ready = _ready(console, checkpoint, evaluator, separating_layer, may_measure)
     search = ready.search
 
     # 5. Learned trials, and the search
     def search_up_to(target: int) -> Path | None:
         checkpoint.note(target=target)
-        return finish(search_shown(console, ready, target))
+        return finish(search_with_view(console, ready, target))
 
     def finish(was_stopped: bool) -> Path | None:
         return conclude(settings, console, checkpoint, prompts, None if was_stopped else ready) if search.front else None
 
-    was_stopped = learn_shown(console, LearnedTrials(search.study, checkpoint.path, checkpoint.edits, evaluator), prompts)
+    was_stopped = learn_with_messages(console, LearnedTrials(search.study, checkpoint.path, checkpoint.edits, evaluator), prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
     if was_stopped or not target:
         report = finish(was_stopped)
@@ -105,20 +105,20 @@ def _run_alone(
         console.heading(f"Search: {target} trials, {search.n_done} done")
         report = search_up_to(target)
     if not search.front:
-        return no_trial(search.trials)
+        raise_for_no_trial(search.trials)
 
     # 6. The Pareto front, and what to do with it
-    if not is_told(settings, console, checkpoint, report):
-        Workbench(console, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more)).work()
+    if not finish_without_asking(settings, console, checkpoint, report):
+        InteractiveSession(console, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more)).work()
     return 0
 
 
-def _ready(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, parting: int, may_measure: bool) -> Ready:
+def _ready(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, separating_layer: int, may_measure: bool) -> Ready:
     """What searches an open study."""
     original, settings = evaluator.original, evaluator.settings
     with journal_errors(checkpoint.path):
-        space = open_space(console, checkpoint.study, evaluator, parting)
-    if warning := checkpoint.counts_otherwise(original.baseline.degenerate):
+        space = open_space(console, checkpoint.study, evaluator, separating_layer)
+    if warning := checkpoint.degenerate_count_warning(original.baseline.degenerate):
         console.warning(warning)
     checkpoint.note(**original.baseline.attributes(), last_layer=evaluator.model.architecture.last_layer)
     search = Search(checkpoint.study, checkpoint.path, space, Sampling.of(settings), checkpoint.edits)
@@ -126,11 +126,11 @@ def _ready(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, parti
 
 
 def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) -> tuple[Settings, bool] | None:
-    """The settings in force and whether the study is new; None where the user leaves."""
+    """The effective settings and whether the study is new; None if the user leaves."""
     if checkpoint.lost_bytes:
         console.warning(
-            f"The last line of {checkpoint.path} was cut off in the middle and is lost ({checkpoint.lost_bytes} bytes); "
-            "everything before it is kept."
+            f"The last line of {checkpoint.path} is incomplete and was removed ({checkpoint.lost_bytes} bytes); "
+            "all lines before it are kept."
         )
     is_new = not checkpoint.exists
     if not is_new:
@@ -141,7 +141,7 @@ def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) ->
                 return None
         is_new = action == "restart"
     if not is_new:
-        settings = checkpoint.restored(settings, who_asks())
+        settings = checkpoint.restored(settings, terminal_ask())
         console.message(f"Continuing the study {checkpoint.path} ({checkpoint.n_done} trials done).")
     check_sampler(settings.sampler)
     if settings.seed is None:
@@ -149,28 +149,28 @@ def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) ->
     return settings, is_new
 
 
-def _is_over(settings: Settings, console: Console, checkpoint: Checkpoint) -> bool:
-    """Show the front of a finished study where nobody asks for more, without loading the model for it."""
+def _shown_as_finished(settings: Settings, console: Console, checkpoint: Checkpoint) -> bool:
+    """Show the front of a finished study without loading the model, if nothing more is requested. Returns whether it was shown."""
     front = front_of(checkpoint.study)
     if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
         return False
     if missing_finalists(checkpoint.study, settings) or lacks_learned_trials(checkpoint.study, settings):
         return False
     if settings.trial_index is not None:
-        trial_at(front, settings.trial_index)  # told before the model is loaded
+        trial_at(front, settings.trial_index)  # raises its error before the model is loaded
     if settings.model_action not in (None, "none") or (console.can_ask and settings.model_action is None):
         return False
     if settings.print_residual_geometry or settings.plot_residuals:
-        return False  # the model has to be run for those
+        return False  # these need the model
     show_outcome(settings, console, checkpoint, make_report(settings, console, checkpoint, None))
     return True
 
 
 def _batch_size(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, may_measure: bool) -> BatchSize:
-    """How many trials are computed together. It is measured only where the run was not asked to be an exact repetition of another."""
+    """How many trials share a forward pass. It is measured only if the run does not have to repeat another one exactly."""
     settings, model = evaluator.settings, evaluator.model
     if not model.batches_trials:
-        console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
+        console.message("Trials are evaluated one at a time: this model's experts do not know which prompt a token belongs to.")
         return BatchSize(1)
     decoder, n_prompts = model.decoder, len(evaluator.bad_prompts)
     if not isinstance(decoder, Decoder):
@@ -183,6 +183,6 @@ def _batch_size(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, 
     def settle(settled: int) -> None:
         checkpoint.note(trials_per_batch=settled)
         if settled != value:
-            console.message(f"{settled} trials share a pass from here on: that is faster here than {value}.")
+            console.message(f"{settled} trials share a forward pass from here on; that was measured to be faster than {value}.")
 
     return BatchSize(value, lambda: decoder.n_tokens, settings.n_startup_trials, settle)

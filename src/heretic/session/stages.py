@@ -1,4 +1,4 @@
-"""The stages of a run, one function each: what a run alone, a worker, and the scoring of another model have in common."""
+"""The stages of a run, one function each, shared by a run in one process, a worker, and the evaluation of another model."""
 
 import signal
 import time
@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from optuna import Study
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from ..config import Settings
 from ..console import Console
 from ..editing.completeness import remainder
-from ..editing.directions import mean_residual, parting_layer, refusal_directions, winsorize
-from ..errors import CheckpointError, DirectionError, GivenUp, HereticError, ReportError
+from ..editing.directions import mean_residual, refusal_directions, separating_layer, winsorize
+from ..errors import Aborted, CheckpointError, DirectionError, HereticError, ReportError
 from ..evaluator import Evaluator
 from ..loading.libraries import collector_paused
 from ..loading.load import load_model
@@ -35,8 +36,8 @@ from ..scoring.response_prefix import find_response_prefix
 from ..scoring.score_tables import Baseline
 from ..scoring.scorers import fingerprints
 from ..study.batching import BatchSize
-from ..study.checkpoint import Checkpoint, kept_space
-from ..study.failures import ONE_BY_ONE, tell_failure, told, traceback_of
+from ..study.checkpoint import Checkpoint, stored_or_new_space
+from ..study.failures import ONE_BY_ONE, failure_as_warning, traceback_of, warn_of_failure
 from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
 from ..study.front import front_of
 from ..study.journal import file_name, journal_path
@@ -45,7 +46,7 @@ from ..study.search import Search
 from ..study.space import SearchSpace, search_space
 from .answers import command_lines
 
-# Time that running trials have to finish after Ctrl+C.
+# How long running trials may take to finish after Ctrl+C.
 GRACE_SECONDS = 5
 
 
@@ -63,15 +64,13 @@ def load_all_prompts(settings: Settings, console: Console) -> Prompts:
     with console.task("Loading prompts"):
         prompts = load_all(settings)
     if set(prompts.good) == set(prompts.bad):
-        raise DirectionError(
-            "good_prompts and bad_prompts are the same, so nothing tells refused from answered prompts. Give different ones."
-        )
+        raise DirectionError("good_prompts and bad_prompts are the same, so they define no refusal direction. Give different ones.")
     console.message("Prompts: " + ", ".join(f"{len(found)} {name}" for name, found in prompts.of_study.items()))
     return prompts
 
 
 def scorer_identity(settings: Settings) -> dict[str, str]:
-    """Fingerprints of the scorers that are not built in; told here if one cannot be made, before anything heavy is loaded."""
+    """Fingerprints of the custom scorers. If one cannot be made, that is reported here, before anything heavy is loaded."""
     if not settings.scorers:
         return {}
 
@@ -103,29 +102,29 @@ def prepare(settings: Settings, console: Console, prompts: Prompts) -> tuple[Eva
     return evaluator, compute_directions(settings, console, model, prompts)
 
 
-def open_space(console: Console, study: Study, evaluator: Evaluator, parting: int) -> SearchSpace:
+def open_space(console: Console, study: Study, evaluator: Evaluator, separating_layer: int) -> SearchSpace:
     """The space that a study searches, shown."""
     architecture = evaluator.model.architecture
-    space = kept_space(study, search_space(evaluator.settings, list(architecture.components), architecture.last_layer, parting))
-    console.message(space_text(space, parting, architecture.last_layer))
+    new = search_space(evaluator.settings, list(architecture.components), architecture.last_layer, separating_layer)
+    space = stored_or_new_space(study, new)
+    console.message(space_text(space, separating_layer, architecture.last_layer))
     return space
 
 
 def _report_completeness(model: Model, console: Console) -> None:
-    """Tell where edits of weights cannot reach all of the residual stream."""
-
+    """Warn if edits of weights cannot reach everything that is written to the residual stream."""
     left = remainder(model.model, model.architecture)
-    does = "gates or weighs its stream in a way that no edit of weights can follow"
+    does = "gates or scales its residual stream in a way that no edit of weights can reproduce"
     if left.is_missed():
         share = max(left.channel, left.direction)
-        why = f"this model normalizes, {does}, or something that writes to it was not found"
+        why = f"this model normalizes or {does}, or a module that writes to it was not found"
     elif left.is_inexact(model.loaded.dtype):
         share, why = left.direction, f"this model {does}"
     else:
         return
     console.warning(
-        f"After an ablation of full strength {_percent(share)} of what a layer writes along a direction stays in the residual stream: "
-        f"{why}. Ablation works on it, but only approximately."
+        f"After an ablation at full strength, {_percent(share)} of what a layer writes along the direction remains in the residual stream: "
+        f"{why}. Ablation works on this model, but only approximately."
     )
 
 
@@ -134,7 +133,7 @@ def _percent(share: float) -> str:
 
 
 def check_lengths(settings: Settings, model: Model, prompts: Prompts) -> None:
-    """Raise `PromptError` where prompts with what follows them are too long for the model."""
+    """Raise `PromptError` if prompts, with the tokens generated after them, exceed the model's context length."""
     after = {
         "good_evaluation_prompts": (settings.kl_tokens, "kl_tokens"),
         "bad_evaluation_prompts": (settings.max_response_length, "max_response_length"),
@@ -154,7 +153,6 @@ def _check_final_lengths(settings: Settings, model: Model, prompts: Prompts) -> 
 
 def with_found_prefix(settings: Settings, console: Console, model: Model, prompts: Prompts) -> Model:
     """The model with the common start of all its responses."""
-
     prefix = find_response_prefix(model, settings, prompts.good, prompts.bad)
     if prefix:
         console.message(f"Response prefix: {prefix!r}; evaluation begins after it.")
@@ -162,22 +160,20 @@ def with_found_prefix(settings: Settings, console: Console, model: Model, prompt
 
 
 def measure(settings: Settings, console: Console, model: Model, prompts: Prompts, all_scorers: bool = False) -> MeasuredOriginal:
-    """What the original says to the evaluation prompts."""
-
+    """Baseline: the original's scores on the evaluation prompts."""
     original = measure_original(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
-    told = f"The original refuses {original.refusals} of {len(original.bad_prompts)} harmful evaluation prompts."
+    summary = f"The original refuses {original.refusals} of {len(original.bad_prompts)} harmful evaluation prompts."
     if n := original.baseline.degenerate:
-        told += f" {n} of its responses {'is' if n == 1 else 'are'} degenerate (empty, looping, broken off)."
-    console.message(told)
+        summary += f" {n} of its responses {'is' if n == 1 else 'are'} degenerate (empty, repetitive or cut short)."
+    console.message(summary)
     return original
 
 
 def compute_directions(settings: Settings, console: Console, model: Model, prompts: Prompts) -> int:
-    """Give the model its directions; the layer in which the two sets of prompts part."""
-
+    """Give the model its directions. Returns the first layer in which harmless and harmful prompts separate."""
     quantile = settings.winsorization_quantile
     sets = ((prompts.good, "Residuals of harmless prompts"), (prompts.bad, "Residuals of harmful prompts"))
-    # One set after the other: the model computes the residuals as they are taken.
+    # One set after the other: residuals are computed lazily, as they are consumed.
     batches: Iterable[Iterable[Tensor]] = (model.residuals(found, description) for found, description in sets)
     if settings.print_residual_geometry or settings.plot_residuals:
         batches = _show_residuals(settings, console, batches)
@@ -186,17 +182,16 @@ def compute_directions(settings: Settings, console: Console, model: Model, promp
         raise DirectionError("The residuals are not finite. Try another --dtypes, such as bfloat16 or float32.")
     directions = refusal_directions(good, bad, settings.orthogonalize_direction)
     if not directions[1:].any():
-        raise DirectionError("Harmless and harmful prompts give the same residuals in every layer, so there is no direction.")
+        raise DirectionError("Harmless and harmful prompts give the same residuals in every layer, so they define no direction.")
     model.use_directions(directions, settings.row_normalization)
-    return parting_layer(good, bad)
+    return separating_layer(good, bad)
 
 
 def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iterable[Tensor]]) -> list[Iterable[Tensor]]:
-    """Tell and draw how all residuals lie, as far as settings ask for it; the residuals, which are then held in memory."""
-
+    """Print the residual geometry and draw residual plots, if settings request it. Returns the residuals, now held in memory."""
     good, bad = (torch.cat([batch.cpu() for batch in part]) for part in batches)
     quantile = settings.winsorization_quantile
-    good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as the directions see them
+    good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as used for the directions
     if settings.print_residual_geometry:
         console.show(geometry_table(residual_geometry(good_seen, bad_seen), wraps=console.is_terminal))
     if settings.plot_residuals:
@@ -208,21 +203,21 @@ def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iter
     return [[good], [bad]]
 
 
-def search_shown(console: Console, ready: Ready, target: int) -> bool:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it. Whether it was ended so."""
+def search_with_view(console: Console, ready: Ready, target: int) -> bool:
+    """Run trials up to `target`, showing each as it finishes. Returns whether Ctrl+C stopped the search."""
     evaluator, search, architecture = ready.evaluator, ready.search, ready.evaluator.model.architecture
-    tell_failures(search, console, evaluator.settings)
+    report_failures(search, console, evaluator.settings)
     baseline, objectives = evaluator.original.baseline, evaluator.settings.objectives
     with StudyView(console, target, search.n_done, baseline, architecture.last_layer, objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:
             view.say(
-                f"Stopping: running trials that are not finished in {GRACE_SECONDS} seconds are left to the next run. Ctrl+C again leaves "
+                f"Stopping: trials that do not finish within {GRACE_SECONDS} seconds are left to the next run. Press Ctrl+C again to leave "
                 "at once."
             )
 
-        with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, architecture.layers):
+        with stop_on_interrupt(note_stop) as should_stop, aborted_after(GRACE_SECONDS, should_stop, architecture.layers):
             search.run(
                 target,
                 evaluator.score_trials,
@@ -235,34 +230,33 @@ def search_shown(console: Console, ready: Ready, target: int) -> bool:
             return should_stop()
 
 
-def learn_shown(console: Console, trials: LearnedTrials, prompts: Prompts) -> bool:
-    """Learn the edits that the search begins after and that are missing, each shown when it is scored. Whether Ctrl+C ended it."""
+def learn_with_messages(console: Console, trials: LearnedTrials, prompts: Prompts) -> bool:
+    """Learn the edits that are still missing before the search, showing each when it is scored. Returns whether Ctrl+C stopped it."""
     evaluator = trials.evaluator
     if not lacks_learned_trials(trials.study, evaluator.settings):
         return False
 
     def note_stop() -> None:
-        console.message("Stopping: what is being learned is left to the next run. Ctrl+C again leaves at once.")
+        console.message("Stopping: the edit being learned is left to the next run. Press Ctrl+C again to leave at once.")
 
     def show(trial: FrozenTrial) -> None:
         console.message(learned_text(trial, evaluator.settings.n_learned_trials, evaluator.original.baseline))
 
-    with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
+    with stop_on_interrupt(note_stop) as should_stop, aborted_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
         trials.learn((prompts.good, prompts.bad), show, should_stop)
         return should_stop()
 
 
-def tell_failures(search: Search, console: Console, settings: Settings) -> None:
-    """Have a search tell of batches that crash and, if that is wanted, where a bug happened that failed a trial."""
-
-    search.on_crash = partial(tell_failure, console, ONE_BY_ONE, debug=settings.debug)
+def report_failures(search: Search, console: Console, settings: Settings) -> None:
+    """Have a search warn of batches that crash and, with `debug`, print the traceback of a bug that failed a trial."""
+    search.on_crash = partial(warn_of_failure, console, ONE_BY_ONE, debug=settings.debug)
     if settings.debug:
         search.on_bug = lambda number, error: console.message(f"Trial {number}:\n{traceback_of(error)}")
 
 
 @contextmanager
-def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Within, a pass of the model raises `GivenUp`, at the next of its layers, once `should_stop` has been true for so long."""
+def aborted_after(seconds: float, should_stop: Callable[[], bool], layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Context in which a forward pass raises `Aborted` at its next layer once `should_stop` has been true for `seconds`."""
     since: float | None = None
 
     def check(module: nn.Module, args: object) -> None:
@@ -271,7 +265,7 @@ def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: Sequ
             return
         since = time.monotonic() if since is None else since
         if time.monotonic() - since >= seconds:
-            raise GivenUp
+            raise Aborted
 
     with ExitStack() as stack:
         for layer in layers:
@@ -281,7 +275,7 @@ def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: Sequ
 
 @contextmanager
 def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl+C makes the value entered return True, and the second raises `KeyboardInterrupt`."""
+    """Context in which the first Ctrl+C makes the yielded function return True, and the second raises `KeyboardInterrupt`."""
     pressed = False
 
     def handle(number: int, frame: object) -> None:
@@ -298,7 +292,7 @@ def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def no_trial(trials: Sequence[FrozenTrial]) -> int:
+def raise_for_no_trial(trials: Sequence[FrozenTrial]) -> NoReturn:
     reasons = [trial.user_attrs["failure"] for trial in trials if "failure" in trial.user_attrs]
     if not reasons:
         raise KeyboardInterrupt
@@ -306,12 +300,14 @@ def no_trial(trials: Sequence[FrozenTrial]) -> int:
 
 
 def rescore_finalists(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, prompts: Prompts, n_together: int) -> None:
-    """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
+    """Score the best trials of the front again and store the results. The front is kept even if this fails."""
     settings = evaluator.settings
     if not missing_finalists(checkpoint.study, settings):
         return
     found = None
-    with told(console, "The finalists are not scored again", settings.debug, interrupted="the finalists are not scored again."):
+    with failure_as_warning(
+        console, "The finalists were not scored again", settings.debug, interrupted="the finalists were not scored again."
+    ):
         _check_final_lengths(settings, evaluator.model, prompts)
         found = score_finalists(checkpoint.study, checkpoint.edits, evaluator, (prompts.final_good, prompts.final_bad), n_together, console)
     if found is not None:
@@ -326,19 +322,18 @@ def conclude(settings: Settings, console: Console, checkpoint: Checkpoint, promp
 
 
 def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator | None) -> Path | None:
-    """Write the report, with responses of the finalists where there is an evaluator to take them; where it lies.
+    """Write the report, with responses of the finalists if there is an evaluator to generate them. Returns its path.
 
-    What goes wrong is told, and the run goes on: the study is what counts.
+    Failures are reported, and the run goes on: the study matters more.
     """
-
     if not settings.report:
         return None
-    # A study in a database has no file for the report to lie beside.
+    # A study in a database has no file that the report could be written next to.
     path = report_path(checkpoint.path if isinstance(checkpoint.path, Path) else journal_path(settings))
     if evaluator is not None:
-        with told(console, "The report has no new responses", settings.debug, passes=CheckpointError):
+        with failure_as_warning(console, "The report contains no new responses", settings.debug, passes=CheckpointError):
             _take_samples(checkpoint, evaluator)
-    with told(console, "There is no report", settings.debug):
+    with failure_as_warning(console, "No report was written", settings.debug):
         try:
             facts = facts_of(checkpoint.study)
             write_report(facts, path)
@@ -353,7 +348,6 @@ def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, ev
 
 
 def _take_samples(checkpoint: Checkpoint, evaluator: Evaluator) -> None:
-
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
@@ -362,8 +356,8 @@ def _take_samples(checkpoint: Checkpoint, evaluator: Evaluator) -> None:
     checkpoint.note(samples=take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept, kept_edits))
 
 
-def is_told(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> bool:
-    """Show the outcome where nobody is asked about it; whether that is all that is to be done."""
+def finish_without_asking(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> bool:
+    """Show the outcome if nobody will be asked about it. Returns whether nothing is left to do."""
     if settings.model_action is None and console.can_ask:
         return False
     show_outcome(settings, console, checkpoint, report)
@@ -371,8 +365,7 @@ def is_told(settings: Settings, console: Console, checkpoint: Checkpoint, report
 
 
 def show_outcome(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> None:
-    """The front, and the command lines that go on from there where no setting answers what to do with it."""
-
+    """Print the front and, if no setting says what to do with it, the command lines that continue from there."""
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")
@@ -382,6 +375,6 @@ def show_outcome(settings: Settings, console: Console, checkpoint: Checkpoint, r
     if report is not None:
         console.message(f"Report: {report}")
     if settings.model_action is None:
-        console.message("To go on from here (the trial index is the number in the first column):")
+        console.message("To continue from here (the trial index is the number in the first column):")
         for line in command_lines(settings):
             console.message(f"  {line}")

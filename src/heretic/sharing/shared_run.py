@@ -1,4 +1,4 @@
-"""A run whose study several workers share: this process's own search, or workers that it starts, then the front and the menu."""
+"""A run of a shared study: a search in this process or in workers that it starts, then the front and the menu."""
 
 import optuna
 from optuna.trial import TrialState
@@ -10,14 +10,14 @@ from ..loading.load import load_config
 from ..loading.source import fingerprint, model_source
 from ..prompts import Prompts
 from ..session.answers import command_lines
-from ..session.interact import Workbench
-from ..session.stages import Ready, conclude, is_told, no_trial, search_shown
+from ..session.interact import InteractiveSession
+from ..session.stages import Ready, conclude, finish_without_asking, raise_for_no_trial, search_with_view
 from ..study.checkpoint import SHARED, Checkpoint
 from ..study.finalists import missing_finalists
 from ..study.front import front_of, is_counted
 from ..study.learned_search import lacks_learned_trials
 from .shared_study import open_for_workers
-from .storage import WORKER, give_back
+from .storage import WORKER, requeue
 from .worker import join
 from .workers import supervise
 
@@ -25,7 +25,7 @@ from .workers import supervise
 def run_shared(
     settings: Settings, console: Console, checkpoint: Checkpoint, is_new: bool, identity: dict[str, str], prompts: Prompts
 ) -> int:
-    """From the prompts on, whose hashes are in `identity`: the study, the search, the front. Returns the exit code."""
+    """The run after loading the prompts, whose hashes are in `identity`: study, search, front. Returns the exit code."""
     source = dequantized_source(model_source(settings), console)
     if not source.is_local:
         load_config(source)  # so that the commit is known
@@ -37,7 +37,7 @@ def run_shared(
     was_shared = checkpoint.is_shared
     study, url, store = open_for_workers(checkpoint, settings, console)
     if not was_shared:
-        _give_back_all(study)
+        _requeue_all(study)
     target = checkpoint.target(settings, checkpoint.n_done, is_new)
     checkpoint.note(target=target, **{SHARED: True})
 
@@ -50,14 +50,14 @@ def run_shared(
         supervise(settings, console, study, url, prepares=True)
 
     if not front_of(study):
-        return no_trial(study.get_trials(deepcopy=False))
+        raise_for_no_trial(study.get_trials(deepcopy=False))
     is_finished = checkpoint.n_done >= target
     lacks = missing_finalists(study, settings) or lacks_learned_trials(study, settings)
     if ready is None and is_finished and (settings.report or lacks):
-        console.message("The workers are done; the model is loaded here for what is left.")
+        console.message("The workers are done; loading the model in this process for the remaining steps.")
         ready = join(settings, console, study, store, prepares=True)
     report = conclude(settings, console, checkpoint, prompts, ready if is_finished else None)
-    if is_told(settings, console, checkpoint, report):
+    if finish_without_asking(settings, console, checkpoint, report):
         return 0
     _act(console, checkpoint, ready or join(settings, console, study, store, prepares=False), prompts)
     return 0
@@ -65,7 +65,7 @@ def run_shared(
 
 def _search_here(console: Console, checkpoint: Checkpoint, ready: Ready, target: int) -> None:
     console.heading(f"Search: {target} trials, {checkpoint.n_done} done")
-    search_shown(console, ready, target)
+    search_with_view(console, ready, target)
 
 
 def _act(console: Console, checkpoint: Checkpoint, ready: Ready, prompts: Prompts) -> None:
@@ -76,16 +76,16 @@ def _act(console: Console, checkpoint: Checkpoint, ready: Ready, prompts: Prompt
         checkpoint.note(target=target)
         if settings.workers is not None:
             again = command_lines(settings)[-1]
-            console.message(f"They run in this process, which has the model. With several workers: {again} --workers N")
+            console.message(f"They run in this process. To use several workers: {again} --workers N")
         _search_here(console, checkpoint, ready, target)
         conclude(settings, console, checkpoint, prompts, ready if checkpoint.n_done >= target else None)
 
-    Workbench(console, ready.evaluator, ready.search, run_trials).work()
+    InteractiveSession(console, ready.evaluator, ready.search, run_trials).work()
 
 
-def _give_back_all(study: optuna.Study) -> None:
-    """Queue the trials that a process alone left behind, which nobody else can be at work on."""
+def _requeue_all(study: optuna.Study) -> None:
+    """Requeue unfinished trials of a single-process run, which nobody else can be working on."""
     for trial in study.get_trials(deepcopy=True, states=(TrialState.RUNNING,)):
         if WORKER not in trial.system_attrs and not is_counted(trial):
             study.tell(trial.number, state=TrialState.FAIL)
-            give_back(study, trial, counts=False)
+            requeue(study, trial, counts=False)

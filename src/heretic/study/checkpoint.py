@@ -21,16 +21,16 @@ from .front import is_counted
 from .journal import UNREADABLE, JournalFile, JournalLock, damaged_line, free_name, journal_errors, journal_path
 from .learned_edits import LearnedEdits, artifact_folder
 from .space import SearchSpace
-from .stored_settings import differences, reason, taken_over
+from .stored_settings import differences, inherited_settings, reason
 
 STUDY_NAME = "heretic"
-# The study's attribute that says that several workers may work on it.
+# The study's attribute that says that several workers may share it.
 SHARED = "shared"
 # The study's attribute that holds its search space.
 SPACE = "search_space"
-# The study's attributes that say what it is.
+# The study's attributes that identify it.
 DESCRIBED = {"settings", "given", "identity"}
-# How the names of scorers begin in a study's identity.
+# Prefix of the names of scorers in a study's identity.
 SCORER = "the scorer "
 
 
@@ -45,10 +45,10 @@ def create_study(storage: BaseStorage, name: str, settings: Settings, identity: 
     return study
 
 
-def kept_space(study: optuna.Study, space: SearchSpace) -> SearchSpace:
-    """The space that the study began with; where it has none yet, `space`, which is then stored.
+def stored_or_new_space(study: optuna.Study, space: SearchSpace) -> SearchSpace:
+    """The search space that the study was created with; if it has none yet, `space`, which is then stored.
 
-    Kept, because the samplers learn only from trials of one space, and ranges that follow the model's residuals are computed anew.
+    Stored, because samplers learn only from trials of one space, and ranges that depend on the model's residuals would be computed again.
     """
     stored = study.user_attrs.get(SPACE)
     if stored is not None:
@@ -60,15 +60,15 @@ def kept_space(study: optuna.Study, space: SearchSpace) -> SearchSpace:
 class Checkpoint:
     """An open journal and the study in it. Use as a context manager: while it is open, no other process can work on it.
 
-    Raises `CheckpointError` where the folder cannot be written, another process holds the study, or the file is damaged.
+    Raises `CheckpointError` if the folder cannot be written, another process has locked the study, or the file is damaged.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.path = journal_path(settings)
         self.lost_bytes = 0
-        self._begins_anew = settings.checkpoint_action == "restart"
+        self._is_restarted = settings.checkpoint_action == "restart"
         self._run_lock = FileLock(f"{self.path}.run.lock")
-        # What the journal holds; None before a study is begun.
+        # The study in the journal; None until there is one.
         self.found: optuna.Study | None = None
 
     def __enter__(self) -> "Checkpoint":
@@ -82,8 +82,8 @@ class Checkpoint:
                 ) from error
             with ExitStack() as undo:
                 undo.callback(self._run_lock.release)
-                if self.path.exists() and not self._begins_anew:
-                    self._cut_torn_line()
+                if self.path.exists() and not self._is_restarted:
+                    self._cut_incomplete_line()
                     self.found = self._load()
                 undo.pop_all()
         return self
@@ -93,7 +93,7 @@ class Checkpoint:
 
     @property
     def study(self) -> optuna.Study:
-        """The study at work. Raises `CheckpointError` if none was found or begun."""
+        """The open study. Raises `CheckpointError` if none was found or created."""
         if self.found is None:
             raise CheckpointError(f"There is no study in {self.path}.")
         return self.found
@@ -105,11 +105,11 @@ class Checkpoint:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the study was begun for several workers, which may come and go."""
+        """Whether the study was created for several workers, which may join and leave."""
         return self.found is not None and bool(self.found.user_attrs.get(SHARED))
 
-    def _cut_torn_line(self) -> None:
-        """Cut off what a killed writer left of a line. Under the lock of writers: who is just writing is waited for."""
+    def _cut_incomplete_line(self) -> None:
+        """Remove an incomplete last line that a killed writer left. Takes the writers' lock, so that a running write is waited for."""
         with get_lock_file(JournalLock(self.path)):
             content = self.path.read_bytes()
             kept = content[: content.rfind(b"\n") + 1]
@@ -124,7 +124,7 @@ class Checkpoint:
                 os.truncate(self.path, len(kept))
 
     def _load(self) -> optuna.Study | None:
-        """The study in the journal, where there is one; reading leaves the file as it is."""
+        """The study in the journal, or None. Reading does not change the file."""
         try:
             return optuna.load_study(study_name=STUDY_NAME, storage=self._storage())
         except KeyError:
@@ -140,15 +140,15 @@ class Checkpoint:
 
     def _damaged(self, damage: str) -> CheckpointError:
         return CheckpointError(
-            f"The study {self.path} is damaged: {damage}. Put a good copy in its place, or begin anew with --checkpoint-action restart "
+            f"The study {self.path} is damaged: {damage}. Replace it with an intact copy, or start over with --checkpoint-action restart "
             "(the file is kept)."
         )
 
     def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
-        """Begin a study, described by its settings. A journal that is there is kept beside it, unless no trial of ours was finished."""
+        """Create a study, described by its settings. An existing journal is renamed, unless it is ours and has no finished trial."""
         with journal_errors(self.path):
             if self.path.exists():
-                # Without a trial it is one whose making was cut off, whoever's it is.
+                # Without a trial, its creation was interrupted, whoever created it.
                 is_ours = self.found is not None and ("identity" in self.found.user_attrs or not self.found.get_trials(deepcopy=False))
                 if self.path.stat().st_size == 0 or (is_ours and not self.exists):
                     self.path.unlink()
@@ -161,48 +161,48 @@ class Checkpoint:
         return self.found
 
     def restored(self, settings: Settings, ask: Ask | None = None) -> Settings:
-        """The stored settings, with those that are given now on top.
+        """The stored settings, overridden by those that are given now.
 
-        Raises `CheckpointError` naming what must not differ, and `UsageError` where the two do not go together or the study names code
-        that the user does not agree to run.
+        Raises `CheckpointError` naming the settings that must not differ, and `UsageError` if the two do not fit together or the study
+        names code that the user does not agree to run.
         """
         attributes = self._attributes()
         if damage := damage_of(self.study):
             raise self._damaged(damage)
-        stored = taken_over(attributes)
+        stored = inherited_settings(attributes)
         given = settings.model_dump(mode="json", include=settings.model_fields_set) | {"study_storage": settings.study_storage}
         try:
             before = Settings.model_validate(stored)
         except ValidationError as error:
             raise CheckpointError(
-                f"The settings stored in {self.path} are not ones of this version: {reason(error)}. Begin anew with "
+                f"The settings stored in {self.path} are not valid in this version: {reason(error)}. Start over with "
                 "--checkpoint-action restart (the file is kept)."
             ) from error
-        if "refusal_rule" not in attributes["settings"]:  # versions before that setting had but one rule
+        if "refusal_rule" not in attributes["settings"]:  # earlier versions had only this rule
             before = before.model_copy(update={"refusal_rule": "markers"})
         try:
             result = Settings.model_validate({**stored, **given})
         except ValidationError as error:
-            raise UsageError(f"The settings given do not go with those stored in {self.path}: {reason(error)}.") from error
+            raise UsageError(f"The given settings do not fit those stored in {self.path}: {reason(error)}.") from error
         changed = differences(before, result)
         if before.refusal_rule != result.refusal_rule and "refusal_rule" not in attributes["settings"]:
-            changed = ["it was begun by an earlier version, which judged responses by markers (--refusal-rule markers goes on so)"]
+            changed = ["it was created by an earlier version, which judged responses by markers (continue it with --refusal-rule markers)"]
         self._refuse(changed)
         require_consent(f"The study {self.path}", result, given, ask)
         return result
 
-    def counts_otherwise(self, n_degenerate: int) -> str | None:
-        """A warning where trials of an earlier version are there, which counted degenerate responses as the original's forbid now."""
+    def degenerate_count_warning(self, n_degenerate: int) -> str | None:
+        """A warning if the study has trials of an earlier version, which counted all degenerate responses as refusals."""
         if not n_degenerate or not self.exists or "base_response_classes" in self._attributes():
             return None
         return (
-            "The trials of this study so far are of an earlier version, which counted every degenerate response as a refusal. "
-            f"{n_degenerate} of the original's are degenerate, which no longer counts against a trial: new trials look better than old "
-            "ones by up to that."
+            "The trials of this study so far are from an earlier version, which counted every degenerate response as a refusal. "
+            f"{n_degenerate} of the original's responses are degenerate; these prompts no longer count against a trial, so new trials "
+            "may have up to that many refusals fewer than old ones."
         )
 
     def check_identity(self, identity: dict[str, str]) -> None:
-        """Raise `CheckpointError` where the model's files or the prompts are no longer those of the study."""
+        """Raise `CheckpointError` if the model's files or the prompts are no longer those of the study."""
         stored = self._attributes()["identity"]
         changed = [name for name in identity if stored.get(name) != identity[name]]
         hint = " (or its settings, which are not stored: give them again)"
@@ -210,7 +210,7 @@ class Checkpoint:
 
     @property
     def edits(self) -> LearnedEdits:
-        """Where the study's learned edits lie."""
+        """The files of the study's learned edits."""
         return LearnedEdits.beside(self.path)
 
     @property
@@ -219,17 +219,17 @@ class Checkpoint:
         return 0 if self.found is None else sum(map(is_counted, self.found.get_trials(deepcopy=False)))
 
     def note(self, **attributes: object) -> None:
-        """Store facts about the study that a later run shows without loading the model."""
+        """Store attributes of the study, so that a later run can show them without loading the model."""
         with journal_errors(self.path):
             for name, value in attributes.items():
                 if self.study.user_attrs.get(name) != value:
                     self.study.set_user_attr(name, value)
 
     def target(self, settings: Settings, n_done: int, is_new: bool) -> int:
-        """How many trials there shall be in all.
+        """How many trials the search is to have in total.
 
-        `n_trials`, or what an earlier run was told beyond that unless it is changed now; where those are done,
-        `n_additional_trials` more.
+        This is `n_trials`, or the larger number that an earlier run requested, unless `n_trials` is changed now. If those are done,
+        `n_additional_trials` are added.
         """
         target = settings.n_trials
         if not is_new and target == self._attributes()["settings"]["n_trials"]:
@@ -239,9 +239,9 @@ class Checkpoint:
         return target
 
     def trials_per_batch(self, settings: Settings, automatic: int) -> int:
-        """How many trials share a pass: what is set, else what the study began with, else the automatic choice, which is then stored.
+        """How many trials share a pass: as set, else as the study began, else the automatic choice, which is then stored.
 
-        Kept, because the sampler's proposals depend on it: without that a run could not be repeated.
+        Stored, because the sampler's proposals depend on it: otherwise a run could not be repeated.
         """
         stored = {} if self.found is None else self.found.user_attrs
         chosen: int = settings.trials_per_batch or stored.get("trials_per_batch") or automatic
@@ -252,23 +252,23 @@ class Checkpoint:
         attributes = {} if self.found is None else self.found.user_attrs
         if not attributes.keys() >= DESCRIBED:
             raise CheckpointError(
-                f"The study {self.path} was not made by this program. Begin anew with --checkpoint-action restart (the file is kept)."
+                f"The study {self.path} was not created by heretic. Start over with --checkpoint-action restart (the file is kept)."
             )
         return attributes
 
     def _refuse(self, differences: list[str]) -> None:
         if differences:
             raise CheckpointError(
-                f"The study {self.path} is another one: {'; '.join(differences)}. Begin anew with --checkpoint-action restart "
+                f"The study {self.path} does not match this run: {'; '.join(differences)}. Start over with --checkpoint-action restart "
                 "(the old file is kept), or use another --study-checkpoint-dir."
             )
 
 
 def read_study(path: Path) -> tuple[optuna.Study, Settings]:
-    """The study in a journal and the settings it was made with, but its scorers. Raises `CheckpointError` where it is not one of ours."""
+    """The study in a journal and its settings, except its scorers. Raises `CheckpointError` if heretic did not create it."""
     try:
         content = path.read_bytes()
-        damage = damaged_line(content[: content.rfind(b"\n") + 1])  # a line that is just being written, or was cut off, is left out
+        damage = damaged_line(content[: content.rfind(b"\n") + 1])  # without an incomplete last line, which may be just being written
     except OSError as error:
         raise CheckpointError(f"The study {path} cannot be read: {error.strerror}.") from error
     if damage is not None:
@@ -277,13 +277,13 @@ def read_study(path: Path) -> tuple[optuna.Study, Settings]:
         storage = JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path)))
         study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
         if not study.user_attrs.keys() >= DESCRIBED:
-            raise CheckpointError(f"The study {path} was not made by this program.")
+            raise CheckpointError(f"The study {path} was not created by heretic.")
         if damage := damage_of(study):
             raise CheckpointError(f"The study {path} is damaged: {damage}.")
-        return study, Settings.model_validate(taken_over(study.user_attrs, leave=["scorers"]))
+        return study, Settings.model_validate(inherited_settings(study.user_attrs, leave=["scorers"]))
     except KeyError as error:
-        raise CheckpointError(f"The study {path} was not made by this program.") from error
+        raise CheckpointError(f"The study {path} was not created by heretic.") from error
     except ValidationError as error:
-        raise CheckpointError(f"The settings stored in {path} are not ones of this version: {reason(error)}.") from error
+        raise CheckpointError(f"The settings stored in {path} are not valid in this version: {reason(error)}.") from error
     except UNREADABLE as error:
         raise CheckpointError(f"The study {path} is damaged: {error}.") from error

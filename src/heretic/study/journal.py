@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..loading.source import expand
 from ..utils import JsonObject
 
-# What Optuna raises where a journal holds something else than what it writes; it has no error of its own for this.
+# What Optuna raises if a journal contains something that it did not write; it has no exception class for this.
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 
 
@@ -27,7 +27,7 @@ def journal_path(settings: Settings) -> Path:
 
 
 def file_name(model: str) -> str:
-    """A model's name as one of a file: every character but letters, digits, `_` and `-` becomes `--`."""
+    """A model's name as a file name: every character but letters, digits, `_` and `-` becomes `--`."""
     return "".join(c if c.isalnum() or c in "_-" else "--" for c in model)
 
 
@@ -46,12 +46,12 @@ class JournalLock:
 
 
 class JournalFile(JournalFileBackend):  # type: ignore[misc]
-    """Optuna's journal file, which a write that ends halfway leaves as it was: at once where the disk is full, and before the next
-    write where the writer was killed."""
+    """Optuna's journal file, in which incomplete writes are undone: at once if the disk is full, and before the next write if the writer
+    was killed."""
 
     def append_logs(self, logs: list[JsonObject]) -> None:
-        with get_lock_file(self._lock):  # which may be taken twice
-            self._cut_torn_line()
+        with get_lock_file(self._lock):  # this lock is reentrant
+            self._cut_incomplete_line()
             size = Path(self._file_path).stat().st_size
             try:
                 super().append_logs(logs)
@@ -60,7 +60,7 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
                     os.truncate(self._file_path, size)
                 raise
 
-    def _cut_torn_line(self) -> None:
+    def _cut_incomplete_line(self) -> None:
         with Path(self._file_path).open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
             if size == 0 or (file.seek(-1, os.SEEK_END), file.read())[1] == b"\n":
@@ -70,14 +70,14 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
 
 
 def damaged_line(content: bytes) -> str | None:
-    """Which line of a journal is the first that is no record."""
+    """A description of the first line of a journal that is not a record; None if all are."""
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             is_record = "op_code" in json.loads(line)
         except (ValueError, TypeError, RecursionError):
             is_record = False
         if not is_record:
-            return f"line {number} is no record"
+            return f"line {number} is not a record"
     return None
 
 
@@ -89,7 +89,7 @@ def free_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def journal_errors(path: Path | str, only: Collection[int] | None = None) -> Iterator[None]:
-    """Turn the file system's errors (all, or those with the numbers in `only`) into a `CheckpointError` that says what is kept."""
+    """Turn file system errors (all, or those with the numbers in `only`) into a `CheckpointError` that says what to do."""
     try:
         yield
     except OSError as error:
@@ -98,6 +98,6 @@ def journal_errors(path: Path | str, only: Collection[int] | None = None) -> Ite
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "Free some space" if full else "Make it writable or set another --study-checkpoint-dir"
         raise CheckpointError(
-            f"The study {path} cannot be written: {error.strerror}. {remedy}, then give the same command again: it goes on from the "
+            f"The study {path} cannot be written: {error.strerror}. {remedy}, then run the same command again: it continues from the "
             "last finished trial."
         ) from error

@@ -1,4 +1,4 @@
-"""The learned trials of a study: each learned from where the one before it ended, scored as any other, and told to the study at once."""
+"""The learned trials of a study: each continues from the one before, is scored like any other trial, and stored at once."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ..config import Settings
-from ..errors import GivenUp, LearningError
+from ..errors import Aborted, LearningError
 from ..evaluator import Evaluator
 from ..prompts import Prompt
 from .journal import journal_errors
@@ -16,12 +16,12 @@ from .learned_edits import LearnedEdits, State, described, learned_trials
 from .learning import FIRST_ROUNDS, LATER_ROUNDS, ROUND_STEPS, Learner, weights
 from .search import score_batch
 
-# The study's attribute that says why no edit could be learned.
+# The study's attribute with the reason why no edit could be learned.
 LEARNING_FAILED = "learning_failed"
 
 
 def lacks_learned_trials(study: optuna.Study, settings: Settings) -> bool:
-    """Whether learned trials are still to be made: not if that failed, nor in a study that knew of none, unless it is said now."""
+    """Whether learned trials are missing: not if learning failed, nor in a study of an earlier version, unless requested now."""
     is_known = "n_learned_trials" in {*study.user_attrs["settings"], *settings.model_fields_set}
     return is_known and LEARNING_FAILED not in study.user_attrs and len(learned_trials(study)) < settings.n_learned_trials
 
@@ -41,10 +41,11 @@ class LearnedTrials:
         on_trial: Callable[[FrozenTrial], None] = lambda trial: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Learn what is missing of them from `prompts` (harmless, harmful).
+        """Learn the missing ones from `prompts` (harmless, harmful).
 
-        A trial that is cut off leaves nothing, and is learned again by the resume, the same way. If the model cannot be learned from,
-        that is told and noted in the study, and there are fewer trials. Raises `CheckpointError` if the study cannot be written.
+        An interrupted trial leaves nothing, and is learned again in the same way when the run is resumed. If edits cannot be learned for
+        the model, a warning is shown, the reason is stored in the study, and there are fewer trials. Raises `CheckpointError` if the study
+        cannot be written.
         """
         settings, progress = self.evaluator.settings, self.evaluator.progress
         done, n_trials = learned_trials(self.study), settings.n_learned_trials
@@ -58,15 +59,15 @@ class LearnedTrials:
                     outcome = learner.learn(number, weight, advance, should_stop)
                     if outcome is None:
                         return
-                    told = {"number": number, "weight": weight, "steps": outcome.n_steps}
-                    on_trial(self._tell(learner, told, start))
+                    facts = {"number": number, "weight": weight, "steps": outcome.n_steps}
+                    on_trial(self._record_trial(learner, facts, start))
                     if should_stop():
                         return
-        except GivenUp:  # Ctrl+C, and a model that takes long: what was not told is learned again by the resume
+        except Aborted:  # Ctrl+C and a slow model: a trial that was not stored is learned again when the run is resumed
             return
         except LearningError as error:
             which = "No more" if learned_trials(self.study) else "No"
-            progress.warning(f"{which} edits are learned: {error}. The search goes on without.")
+            progress.warning(f"{which} edits are learned: {error}. The search continues without them.")
             with journal_errors(str(self.location)):
                 self.study.set_user_attr(LEARNING_FAILED, str(error))
 
@@ -80,8 +81,8 @@ class LearnedTrials:
             learner.restore(state.tensors, state.facts)
         return learner
 
-    def _tell(self, learner: Learner, told: Mapping[str, float], start: float) -> FrozenTrial:
-        """Score the learner's edit, keep it, and add the trial with what is `told` of it to the study: whole or not at all."""
+    def _record_trial(self, learner: Learner, facts: Mapping[str, float], start: float) -> FrozenTrial:
+        """Score the learner's edit, store it, and add the trial with `facts` about it to the study atomically."""
         ablation = learner.ablation()
         assert ablation.learned is not None
         (score,) = score_batch(self.evaluator.score_trials, [ablation], lambda kl: float("inf"))
@@ -90,7 +91,7 @@ class LearnedTrials:
         with journal_errors(str(self.location)):
             learned = {
                 "edit": self.edits.keep(self.study, ablation.learned, State(*learner.state())),
-                **told,
+                **facts,
                 "writers": described(writers, list(ablation.learned.strengths.values()), edit.turned()),
             }
             seconds = round(time.perf_counter() - start, 3)

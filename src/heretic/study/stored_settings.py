@@ -35,13 +35,13 @@ DEFINING = (
     "bad_prompts",
     "good_evaluation_prompts",
     "bad_evaluation_prompts",
-    # These leave the scores as they are, but the samplers learn only from trials of one search space.
+    # These do not affect scores, but samplers learn only from trials of one search space.
     "parameters",
     "disabled_components",
 )
 
-# Settings that say what one run does with a study; a later run does not take them over.
-OF_ONE_RUN = (
+# Settings of one run with a study; a later run does not inherit them.
+PER_RUN = (
     "evaluate_model",
     "print_responses",
     "print_residual_geometry",
@@ -71,13 +71,13 @@ OF_ONE_RUN = (
     "study_name",
 )
 
-# Settings that let code run or choose a place to write to. A journal may be somebody else's, so it does not say them.
+# Settings that let code run or choose a place to write to. They are never taken from a journal, which may be from somebody else.
 NEVER_STORED = ("trust_remote_code", "trust_scorers", "study_checkpoint_dir")
 
 
-def taken_over(attributes: JsonObject, leave: Collection[str] = ()) -> JsonObject:
-    """The stored settings of a study that a later run takes over, as plain data."""
-    left = {*OF_ONE_RUN, *NEVER_STORED, *leave}
+def inherited_settings(attributes: JsonObject, leave: Collection[str] = ()) -> JsonObject:
+    """The stored settings of a study that a later run inherits, as plain data."""
+    left = {*PER_RUN, *NEVER_STORED, *leave}
     kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in left]
     return {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
 
@@ -89,9 +89,9 @@ def differences(before: Settings, now: Settings) -> list[str]:
 
 
 def _meaning(value: object) -> object:
-    """What of a setting the scores depend on, and may be shown: what custom scorers are told is a part of the study's identity."""
+    """The part of a setting that scores depend on. The settings of custom scorers are left out: they are in the study's identity."""
     if isinstance(value, PromptSpecification):
-        return value.what_is_read
+        return value.without_plot_options
     if isinstance(value, dict) and any(isinstance(part, ScorerSpecification) and part.is_custom for part in value.values()):
         return {name: part.model_copy(update={"settings": {}}) if part.is_custom else part for name, part in value.items()}
     return value
