@@ -43,9 +43,8 @@ def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float
             return {}
         divergence = None
         what, debug = "The saved model is kept, but could not be scored again", evaluator.settings.debug
-        with failure_as_warning(
-            progress, what, debug, interrupted="the saved model is not scored again. You can score it with --evaluate-model."
-        ):
+        interrupted = "Interrupted: the saved model is not scored again. You can score it with --evaluate-model."
+        with failure_as_warning(progress, what, debug, interrupted):
             divergence = saved_divergence(folder, model, evaluator, progress)
         empty_cache()
         if divergence is None:
