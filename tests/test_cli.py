@@ -53,7 +53,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["./nowhere"], "There is no folder ./nowhere."),
         (["heretic/m", "--model-action", "save"], "--model-action save needs --trial-index"),
         (["compare", "m"], "heretic compare needs at least two models or studies"),
-        (["--export-from", "nowhere"], "There is no nowhere."),
+        (["--export-from", "nowhere"], "nowhere does not exist."),
         (["worker"], "heretic worker needs --study-storage"),
     ],
 )

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, Val
 
 from .demo import PROMPTS as DEMO_PROMPTS
 from .parameters import FirstTrial, Parameters
-from .specifications import SCORERS, Objectives, PromptSpecification, ScorerSpecification, check_scorers, scorer_in_force
+from .specifications import SCORERS, Objectives, PromptSpecification, Scorers, ScorerSpecification, scorer_in_force
 from .utils import JsonObject
 
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
@@ -58,10 +58,7 @@ BENCHMARKS, DEMO_BENCHMARKS = ["arc_challenge", "hellaswag", "truthfulqa_mc2", "
 
 CHAIN_OF_THOUGHT_SKIPS = [
     ("<think>", "<think></think>"),
-    (
-        "<|channel|>analysis<|message|>",
-        "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>",
-    ),
+    ("<|channel|>analysis<|message|>", "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"),
     ("<thought>", "<thought></thought>"),
     ("[THINK]", "[THINK][/THINK]"),
 ]
@@ -151,7 +148,7 @@ class Settings(BaseModel):
         ge=1,
         description="Tokens of the original's own responses to harmless prompts over which the sequence KL divergence is computed.",
     )
-    scorers: dict[str, ScorerSpecification] = Field(
+    scorers: Scorers = Field(
         {},
         description="Changes to the built-in scorers refusals, kl_divergence (both minimized), sequence_kl_divergence and "
         "harmless_refusals (both reported, the latter for finalists), and further scorers by name: tables with use, direction "
@@ -333,12 +330,6 @@ class Settings(BaseModel):
         if not all(marker.strip() for marker in markers):
             raise ValueError("an empty marker would match every response")
         return markers
-
-    @field_validator("scorers")
-    @classmethod
-    def _check_scorers(cls, scorers: dict[str, ScorerSpecification]) -> dict[str, ScorerSpecification]:
-        check_scorers(scorers)
-        return scorers
 
     @property
     def all_scorers(self) -> dict[str, ScorerSpecification]:

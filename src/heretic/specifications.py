@@ -1,9 +1,9 @@
 """Tables among the settings: where prompts come from, and what the search does with a scorer's figure."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .errors import did_you_mean
 from .utils import JsonObject
@@ -66,7 +66,7 @@ Objectives = tuple[tuple[str, Literal["minimize", "maximize"]], ...]
 DEFAULT_OBJECTIVES: Objectives = (("refusals", "minimize"), ("kl_divergence", "minimize"))
 
 
-def check_scorers(scorers: Mapping[str, ScorerSpecification]) -> None:
+def _check_scorers(scorers: dict[str, ScorerSpecification]) -> dict[str, ScorerSpecification]:
     """Raise `ValueError` for a scorer with options that exclude each other."""
     for name, scorer in scorers.items():
         if scorer.use is None and name not in SCORERS:
@@ -77,6 +77,11 @@ def check_scorers(scorers: Mapping[str, ScorerSpecification]) -> None:
             raise ValueError(f"{name} cannot be both an objective (direction) and computed for finalists only")
         if scorer.finalists_only and name in ("refusals", "kl_divergence", "sequence_kl_divergence"):
             raise ValueError(f"{name} is computed for every trial; finalists_only cannot be set for it")
+    return scorers
+
+
+# The setting `scorers`: changes to the built-in scorers, and others by name.
+Scorers = Annotated[dict[str, ScorerSpecification], AfterValidator(_check_scorers)]
 
 
 def scorer_in_force(name: str, given: Mapping[str, ScorerSpecification]) -> ScorerSpecification:

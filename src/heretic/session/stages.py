@@ -304,10 +304,8 @@ def rescore_finalists(console: Console, checkpoint: Checkpoint, evaluator: Evalu
     settings = evaluator.settings
     if not missing_finalists(checkpoint.study, settings):
         return
-    found = None
-    with failure_as_warning(
-        console, "The finalists were not scored again", settings.debug, interrupted="the finalists were not scored again."
-    ):
+    found, what = None, "The finalists were not scored again"
+    with failure_as_warning(console, what, settings.debug, interrupted="Interrupted: the finalists were not scored again."):
         _check_final_lengths(settings, evaluator.model, prompts)
         found = score_finalists(checkpoint.study, checkpoint.edits, evaluator, (prompts.final_good, prompts.final_bad), n_together, console)
     if found is not None:

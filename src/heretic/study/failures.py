@@ -49,7 +49,7 @@ def failure_as_warning(
     except KeyboardInterrupt:
         if interrupted is None:
             raise
-        progress.message(f"Interrupted: {interrupted}")
+        progress.message(interrupted)
     except Exception as error:  # whatever it is, what the run has so far is worth more than what failed here
         warn_of_failure(progress, what, error, debug)
         empty_cache()
