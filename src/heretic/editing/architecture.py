@@ -101,3 +101,8 @@ def as_pairs(hidden: Tensor, index: Tensor, gates: Tensor) -> tuple[Tensor, Tens
 def first_tensor(output: object) -> Any:
     """A module's main result: the output itself, or the first of a tuple."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def with_first_tensor(output: object, tensor: Tensor) -> object:
+    """A module's output with another main result."""
+    return type(output)((tensor, *output[1:])) if isinstance(output, (tuple, list)) else tensor

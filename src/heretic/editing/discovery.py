@@ -18,6 +18,7 @@ Where it breaks: a layer that mixes its writers' outputs by something else than 
 cannot be edited is an error; what is edited but comes out of a gate or convolution is told in `Writer.alignment`.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel
 from ..device import embedding_weight
 from ..errors import UnsupportedModelError
 from ..loading.explain import refuse_encoder_decoder
-from .architecture import Architecture, Storage, Writer, first_tensor
+from .architecture import Architecture, Storage, Writer, first_tensor, with_first_tensor
 from .probe import PROBE_TOKENS, is_norm, measure_gain, probe_direction, probe_tokens, run_probe, share_along
 from .storage import Found, find_storage, is_sum, takes_gates
 
@@ -202,7 +203,7 @@ def _probe(
     def leaf_of(output: object) -> tuple[Tensor, object]:
         leaf = first_tensor(output).detach().requires_grad_()
         copy = leaf.clone()  # some models add to an output in place, which a leaf does not allow
-        return leaf, (type(output)((copy, *output[1:])) if isinstance(output, (tuple, list)) else copy)
+        return leaf, with_first_tensor(output, copy)
 
     def cut_candidate(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
         if not isinstance(first_tensor(output), Tensor):
@@ -221,7 +222,7 @@ def _probe(
         for layer in layers:
             stack.enter_context(layer.register_forward_hook(cut_layer))
         run_probe(model, tokens)
-        loss = torch.stack([(h.float().cpu().unflatten(-1, (-1, hidden_size)) @ direction).sum() for h in stream]).sum()
+        loss = _sum_along(direction, stream)
         if not leaves or not loss.requires_grad:
             return []
         gradients = torch.autograd.grad(loss, [leaf for _, leaf, *_ in leaves], allow_unused=True)
@@ -235,6 +236,11 @@ def _probe(
             keeps_rows = leaf.shape[:2] == tokens.shape or leaf.shape[:-1] == (tokens.numel(),)
             found.setdefault(module, Found(layer_of[module], module, gain, alignment, keeps_rows, args, kwargs))
     return list(found.values())
+
+
+def _sum_along(direction: Tensor, stream: Sequence[Tensor]) -> Tensor:
+    """The sum of what hidden states of any shape `(..., d)`, or `(..., streams * d)`, hold along `direction (d,)`."""
+    return torch.stack([(h.float().cpu().unflatten(-1, (-1, len(direction))) @ direction).sum() for h in stream]).sum()
 
 
 def _gain(gradient: Tensor, direction: Tensor, layer: nn.Module) -> tuple[Tensor | None, float]:
@@ -276,8 +282,7 @@ def _find_biases(
         stream.append(first_tensor(output))
 
     def cut(module: nn.Module, args: object, output: object) -> object:
-        leaf = first_tensor(output).detach()
-        return type(output)((leaf, *output[1:])) if isinstance(output, (tuple, list)) else leaf
+        return with_first_tensor(output, first_tensor(output).detach())
 
     parameters = [p for *_, p in places]
     required = [p.requires_grad for p in parameters]
@@ -290,7 +295,7 @@ def _find_biases(
             for module in [*layers, *(w.module for w in writers)]:
                 stack.enter_context(module.register_forward_hook(cut))
             run_probe(model, tokens)
-            loss = torch.stack([(h.float().cpu().unflatten(-1, (-1, hidden_size)) @ direction).sum() for h in stream]).sum()
+            loss = _sum_along(direction, stream)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
     finally:
         for p, value in zip(parameters, required, strict=True):

@@ -32,7 +32,7 @@ from .ablation import (
     row_gram,
     trial_membership,
 )
-from .architecture import Architecture, Storage, Writer, as_pairs, first_tensor
+from .architecture import Architecture, Storage, Writer, as_pairs, first_tensor, with_first_tensor
 from .directions import mix, mix_at
 
 LINEAR = Storage()
@@ -264,7 +264,7 @@ class AblationHooks:
             edited = apply_output_map(result, edit, self._rows_on(result.device))
         else:
             edited = apply_output_map(result, edit.of(self._only_trial))
-        return type(output)((edited, *output[1:])) if isinstance(output, (tuple, list)) else edited
+        return with_first_tensor(output, edited)
 
     def _split(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]] | None:
         if module not in self._maps:
