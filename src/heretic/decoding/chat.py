@@ -11,7 +11,7 @@ from ..utils import Progress
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, and what to do where it refuses a system message or does not exist."""
+    """A tokenizer's chat template, and a fallback if it rejects system messages or does not exist."""
 
     def __init__(self, tokenizer: Any, progress: Progress) -> None:
         self.tokenizer = tokenizer
@@ -19,8 +19,8 @@ class ChatTemplate:
         self.takes_system = True
         if not self.exists:
             progress.warning(
-                "This model has no chat template: prompts are given as plain text, the system prompt before them. "
-                "Base models seldom refuse; an instruction-tuned one should have a template."
+                "This model has no chat template: prompts are passed as plain text after the system prompt. "
+                "Base models rarely refuse; an instruction-tuned model should have a template."
             )
             return
         user = {"role": "user", "content": "Hello"}
@@ -28,7 +28,7 @@ class ChatTemplate:
             self._apply([{"role": "system", "content": "Hello"}, user])
         except TemplateError:
             self.takes_system = False
-            progress.message("The chat template takes no system message; the system prompt is put before the user's text.")
+            progress.message("The chat template rejects system messages; the system prompt is put before the user's text.")
 
     def _apply(self, messages: Sequence[Message]) -> str:
         text: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
