@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from heretic.config import PromptSpecification, Settings
+from heretic.config import Settings
 from heretic.decoding.decoder import Decoder
 from heretic.editing.ablation import Ablation
 from heretic.editing.directions import mean_residual, refusal_directions, separating_layer
@@ -33,8 +33,10 @@ from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import Prompt, load_prompts
 from heretic.scoring.measured import measure_original
+from heretic.specifications import PromptSpecification
 from heretic.study.batching import automatic_trials_per_batch
 from heretic.study.learning import Learner, Parts, weights
+from heretic.study.samplers import Sampling
 from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
@@ -142,7 +144,7 @@ class Subject:
         last_layer = len(self.model.architecture.layers) - 1
         space = search_space(self.settings, list(self.model.architecture.components), last_layer, self.separating_layer)
         study = optuna.create_study(directions=["minimize", "minimize"])
-        search = Search(study, "memory", space, seed, n_trials * 3 // 10)
+        search = Search(study, "memory", space, Sampling(seed, n_trials * 3 // 10))
         size = automatic_trials_per_batch(len(self.evaluator.original.bad_prompts), n_trials)
         search.run(n_trials, self.evaluator.score_trials, self.evaluator.objectives, size)
         points = [(trial.user_attrs["refusals"], trial.user_attrs["kl_divergence"]) for trial in search.front]

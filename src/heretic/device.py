@@ -6,13 +6,14 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from .utils import JsonObject
 
 # Lowercase parts of out-of-memory messages of all vendors' allocators, drivers and libraries.
 _OUT_OF_MEMORY = (
@@ -128,7 +129,7 @@ def describe_device() -> str:
     return "; ".join(parts)
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> JsonObject:
     """Hardware that results may depend on, without anything that identifies the machine."""
     devices: list[str] = []
     if torch.accelerator.is_available():

@@ -33,7 +33,7 @@ from .ablation import (
     row_gram,
     trial_membership,
 )
-from .architecture import Architecture, Storage, Writer, as_pairs, first_tensor
+from .architecture import Architecture, Storage, Writer, as_pairs, first_tensor, with_first_tensor
 from .directions import mix, mix_at
 
 LINEAR = Storage()
@@ -127,9 +127,8 @@ class AblationHooks:
     def _strength(self, writer: Writer, ablation: Ablation) -> float:
         if ablation.learned is not None:
             return ablation.learned.strengths.get(writer.name, 0.0)
-        last_layer = len(self.architecture.layers) - 1
         parameters = ablation.parameters.get(writer.component)
-        return 0.0 if parameters is None else kernel(writer.layer, parameters, last_layer)
+        return 0.0 if parameters is None else kernel(writer.layer, parameters, self.architecture.last_layer)
 
     def _direction(self, writer: Writer, constants: _Constants, ablation: Ablation) -> tuple[Tensor, Tensor | None]:
         """Unit `r (d,)` and its `c (d,)`. Both are interpolated and scaled in the same way, since `c` is linear in `r`."""
@@ -257,7 +256,7 @@ class AblationHooks:
             self._maps = {}
             self.assign_rows(None)
 
-    def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _hook(self, module: nn.Module, args: object, output: object) -> object:
         edit = self._maps.get(module)
         if edit is None:
             return None
@@ -266,16 +265,16 @@ class AblationHooks:
             edited = apply_output_map(result, edit, self._membership_of(result))
         else:
             edited = apply_output_map(result, edit.of(self._only_trial))
-        return type(output)((edited, *output[1:])) if isinstance(output, (tuple, list)) else edited
+        return with_first_tensor(output, edited)
 
-    def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _split(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]] | None:
         if module not in self._maps:
             return None
         hidden, index, gates = (*args, *kwargs.values())
         self._gates[module] = index, gates
         return as_pairs(hidden, index, gates), {}
 
-    def _join(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _join(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         edit = self._maps.get(module)
         if edit is None:
             return None

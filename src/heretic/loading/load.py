@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from ..config import Settings
 from ..device import empty_cache, free_memory, input_device, is_out_of_memory, memory_limits
 from ..errors import ModelError
-from ..utils import Progress, first_line
+from ..utils import Progress, first_line, some_of
 from .explain import explain, refuse_encoder_decoder
 from .files import check_indexes
 from .gguf import dequantized_source
@@ -52,12 +52,17 @@ class LoadedModel:
     stored_dtype: torch.dtype
     quantized: bool
 
+    @property
+    def dtype_name(self) -> str:
+        """`float32` and the like."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """The model's configuration. It is loaded first, so its errors are those of a mistyped name."""
     try:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
-    except Exception as error:
+    except Exception as error:  # the hub's client, a damaged file and a model's own code raise what they like
         raise ModelError(explain(source, error)) from error
 
 
@@ -113,7 +118,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
                 model = _load_weights(settings, source, config, dtype, progress)
                 generation_config = _take_generation_config(model, tokenizer)
                 _test_run(model, tokenizer)
-        except Exception as error:
+        except Exception as error:  # drivers and kernels raise what they like; the next format may work
             failures.append(f"{label}: {first_line(error).rstrip('.')}")
             lacks_memory |= is_out_of_memory(error)
             progress.warning(f"Loading in {label} failed: {first_line(error)}")
@@ -137,7 +142,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
-    except Exception as error:
+    except Exception as error:  # tokenizers' own error is a plain `Exception`
         raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -215,7 +220,7 @@ def _load_weights(
         model, report = auto_class(config).from_pretrained(source.path, output_loading_info=True, **arguments)
     if missing := sorted(report["missing_keys"]):
         progress.warning(
-            f"Missing in the model's files and randomly initialized: {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}. "
+            f"Missing in the model's files and randomly initialized: {some_of(missing, 1)}. "
             "Check that the files are complete and the model type is right."
         )
     if stored_method(config) is not None:
