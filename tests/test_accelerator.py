@@ -14,7 +14,7 @@ import torch
 from peft.utils import save_and_load
 from safetensors.torch import load_file
 
-import heretic.commands.run as run_module
+from heretic.session import stages
 import test_benchmark as benchmarks
 import test_compare as comparisons
 import tiny
@@ -157,14 +157,14 @@ def test_learned_edits(tmp_path: Path, heretic: Heretic, monkeypatch: pytest.Mon
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Holds whether a model is loaded by now: what a model and the look at its structure take must be there."""
-    load, loaded = run_module.load_model_to_edit, [False]
+    load, loaded = stages.load_model_to_edit, [False]
 
     def load_and_note(*arguments: Any) -> Any:
         model = load(*arguments)
         loaded[0] = True
         return model
 
-    monkeypatch.setattr(run_module, "load_model_to_edit", load_and_note)
+    monkeypatch.setattr(stages, "load_model_to_edit", load_and_note)
     return loaded
 
 
