@@ -60,6 +60,7 @@ PASS_TOKENS_ACCELERATOR = 16384
 # The share of free memory that the original's probabilities may take; others are computed again.
 REMEMBERED_SHARE = 0.1
 FEWEST_PROMPTS = 8
+FIRST_HELD, CONDITIONAL = 1, True
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,9 @@ class Learner:
         def loss(edited: Tensor, original: Tensor | None) -> Tensor:
             log_probability = self.openings.log_probability(tokens, edited, path.refuses)
             total = scale * weight * refusal_loss(log_probability) if torch.isfinite(log_probability) else edited.new_zeros(())
-            if original is not None and len(tokens) > 1 and self.parts.begun_answers:
-                total = total + scale * divergence(original[1:], edited[1:]).mean()
+            if original is not None and len(tokens) > FIRST_HELD and self.parts.begun_answers:
+                target = self.openings.without_refusals(tokens, original) if CONDITIONAL else original
+                total = total + scale * divergence(target[FIRST_HELD:], edited[FIRST_HELD:]).mean()
             return total
 
         return Term((*self._tokens(self.bad_prompts[path.prompt]), *tokens[:-1]), len(tokens), loss, not path.refuses)
