@@ -22,7 +22,7 @@ import torch
 
 from heretic.config import PromptSpecification, Settings
 from heretic.editing.ablation import Ablation
-from heretic.editing.directions import mean_residual, parting_layer, refusal_directions
+from heretic.editing.directions import mean_residual, refusal_directions, separating_layer
 from heretic.evaluator import Evaluator, Score
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
@@ -57,7 +57,7 @@ class Subject:
         self.evaluator = Evaluator(self.settings, self.model, measure_original(self.settings, self.model, *scored))
         good, bad = (mean_residual(self.model.residuals(prompts)) for prompts in (self.good, self.bad))
         self.model.use_directions(refusal_directions(good, bad), mode)
-        self.parting = parting_layer(good, bad)
+        self.separating_layer = separating_layer(good, bad)
 
     def point(self, score: Score) -> tuple[int, float]:
         """Refusals and KL divergence."""
@@ -123,7 +123,7 @@ class Subject:
 
         start = time.perf_counter()
         last_layer = len(self.model.architecture.layers) - 1
-        space = search_space(self.settings, list(self.model.architecture.components), last_layer, self.parting)
+        space = search_space(self.settings, list(self.model.architecture.components), last_layer, self.separating_layer)
         study = optuna.create_study(directions=["minimize", "minimize"])
         search = Search(study, "memory", space, seed, n_trials * 3 // 10)
         size = automatic_trials_per_batch(len(self.evaluator.original.bad_prompts), n_trials)

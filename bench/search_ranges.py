@@ -27,7 +27,7 @@ import optuna
 import torch
 
 from heretic.config import PromptSpecification, SamplerName, Settings
-from heretic.editing.directions import mean_residual, parting_layer, refusal_directions
+from heretic.editing.directions import mean_residual, refusal_directions, separating_layer
 from heretic.evaluator import Evaluator
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
@@ -54,7 +54,7 @@ class Subject:
 
     name: str
     evaluator: Evaluator
-    parting: int
+    separating_layer: int
 
     @property
     def last_layer(self) -> int:
@@ -74,7 +74,7 @@ def subject(folder: Path | None) -> Subject:
     good, bad = (mean_residual(model.residuals(prompts[name])) for name in PROMPTS[:2])
     model.use_directions(refusal_directions(good, bad), "none")
     evaluator = Evaluator(checked, model, measure_original(checked, model, prompts[PROMPTS[2]][:40], prompts[PROMPTS[3]][:40]))
-    return Subject(DEMO if folder is None else folder.name, evaluator, parting_layer(good, bad))
+    return Subject(DEMO if folder is None else folder.name, evaluator, separating_layer(good, bad))
 
 
 def ranged(low: float, high: float) -> dict[str, float]:
@@ -90,7 +90,7 @@ def flat(index: float | None) -> dict[str, Any]:
 
 def first_trials(s: Subject) -> list[dict[str, Any]]:
     """Each layer's own direction, and single ones from a bit above the layer in which the prompts part."""
-    start = s.parting / s.last_layer
+    start = s.separating_layer / s.last_layer
     return [flat(None), *(flat(start + share * (0.9 - start)) for share in (0.33, 0.67))]
 
 
@@ -112,7 +112,7 @@ VARIANTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 def one_run(s: Subject, variant: str, seed: int, sampler: SamplerName = "tpe") -> dict[str, Any]:
     """A search, and what its front was after so many trials."""
     settings = Settings.model_validate({"demo": True, **VARIANTS[variant](s)})
-    space = search_space(settings, list(s.evaluator.model.architecture.components), s.last_layer, s.parting)
+    space = search_space(settings, list(s.evaluator.model.architecture.components), s.last_layer, s.separating_layer)
     study = optuna.create_study(directions=["minimize", "minimize"])
     search = Search(study, Path("memory"), space, seed, N_STARTUP, sampler, settings.first_trials)
     start = time.process_time()

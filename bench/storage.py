@@ -50,11 +50,11 @@ class Watched(SharedStorage):  # type: ignore[misc]
     n_operations = 0
     seconds = 0.0
 
-    def patiently(self, operation: Callable[[], Any]) -> Any:
+    def with_retries(self, operation: Callable[[], Any]) -> Any:
         self.n_operations += 1
         start = time.perf_counter()
         try:
-            return super().patiently(operation)
+            return super().with_retries(operation)
         finally:
             self.seconds += time.perf_counter() - start
 

@@ -25,11 +25,11 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("search_ranges")
 
 
-def subject(bench: Any, parting: int) -> Any:
+def subject(bench: Any, separating_layer: int) -> Any:
     """A model of 11 layers whose scores are made up."""
     model = SimpleNamespace(architecture=SimpleNamespace(layers=range(11), components=dict.fromkeys(COMPONENTS, 11)))
     evaluator = SimpleNamespace(model=model, score_trials=score, objectives=scaled, original=SimpleNamespace(refusals=20))
-    return bench.Subject("m", evaluator, parting)
+    return bench.Subject("m", evaluator, separating_layer)
 
 
 @pytest.mark.parametrize("reference", [0.02, 0.5])
@@ -46,15 +46,15 @@ def test_hypervolume_is_the_share_of_points_that_are_beaten(bench: Any, referenc
     assert bench.hypervolume([], reference) == bench.hypervolume([(1.0, 0.001), (0.2, 2 * reference)], reference) == 0
 
 
-@pytest.mark.parametrize(("parting", "begins"), [(8, 0.6), (2, 0.2)])
-def test_variants_differ_in_what_they_are_named_for(bench: Any, parting: int, begins: float) -> None:
-    s = subject(bench, parting)
+@pytest.mark.parametrize(("separating_layer", "begins"), [(8, 0.6), (2, 0.2)])
+def test_variants_differ_in_what_they_are_named_for(bench: Any, separating_layer: int, begins: float) -> None:
+    s = subject(bench, separating_layer)
     spaces = {
-        name: search_space(Settings.model_validate({"model": "m", **make(s)}), COMPONENTS, 10, parting)
+        name: search_space(Settings.model_validate({"model": "m", **make(s)}), COMPONENTS, 10, separating_layer)
         for name, make in bench.VARIANTS.items()
     }
     fixed, auto = spaces["fixed"], spaces["auto"]
-    assert (fixed == auto) == (parting == 8)
+    assert (fixed == auto) == (separating_layer == 8)
     assert spaces["auto, first trials"] == auto
     position = auto.components["mlp.down_proj"].max_weight_position
     assert isinstance(position, Range) and position.low == pytest.approx(begins)
@@ -62,7 +62,7 @@ def test_variants_differ_in_what_they_are_named_for(bench: Any, parting: int, be
         mlp = space.components["mlp.down_proj"].max_weight
         assert mlp == Range(low=0.0 if name == "mlp from 0" else 0.8, high=1.5)
         assert space.components["attn.o_proj"].max_weight == Range(low=0.8, high=1.5)
-    usual = search_space(Settings(model="m"), COMPONENTS, 10, parting)
+    usual = search_space(Settings(model="m"), COMPONENTS, 10, separating_layer)
     assert spaces["mlp from 0"] == usual, "the last variant is the program's default"
 
 

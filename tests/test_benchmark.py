@@ -81,7 +81,7 @@ def test_what_needs_the_extra_says_so(workplace: Path, heretic: Callable[..., Ou
 def test_a_benchmark_needs_a_trial(workplace: Path, heretic: Callable[..., Outcome]) -> None:
     outcome = heretic("--model-action", "benchmark")
     assert outcome.code == 2
-    assert outcome.err == "Error: --model-action benchmark needs --trial-index where nobody can be asked (no terminal).\n"
+    assert outcome.err == "Error: --model-action benchmark needs --trial-index if there is no terminal to ask at.\n"
 
 
 class TestWithTheHarness:

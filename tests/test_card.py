@@ -103,7 +103,7 @@ def test_card(tmp_path: Path, strategy: Strategy, library: str, what: str) -> No
     assert "2 `attn.o_proj` modules and 2 `mlp.down_proj` modules" in text
     assert "**Safeguards were removed.**" in text
     assert table_rows(text, "") == {
-        "refusals on 100 prompts that are to be refused": ["95", "3"],
+        "refusals on 100 harmful prompts": ["95", "3"],
         "first-token KL divergence on harmless prompts (nats)": ["0", "0.0123"],
     }
     parameters = table_rows(text, "parameter")
@@ -121,9 +121,9 @@ def test_card(tmp_path: Path, strategy: Strategy, library: str, what: str) -> No
     assert table_rows(text, "library")["heretic-llm"] == [__version__]
     assert set(table_rows(text, "library")) >= {"torch", "transformers", "peft", "optuna", "huggingface-hub"}
     responsible = text.partition("## Responsible use")[2]
-    assert "The safeguards that the original's makers trained into it have been weakened on purpose" in responsible
-    assert "Nothing in its weights stops it." in responsible
-    assert "Whoever runs or shares it answers for what is done with it." in responsible
+    assert "The safeguards that the developers of the original trained into it have been weakened on purpose" in responsible
+    assert "Nothing in its weights prevents that." in responsible
+    assert "Whoever runs or shares it is responsible for its use." in responsible
     assert "The original's licence (tiny-research) and its terms of use still apply." in responsible
     assert text.endswith("\n# Original model card\n\n# Tiny\n\nA *tiny* model. | Ask it about bread.\n")
 
@@ -143,14 +143,14 @@ def test_how_it_was_measured(tmp_path: Path) -> None:
     )
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     rows = table_rows(text, "prompts")
-    assert rows["refused, for counting refusals"] == [
+    assert rows["harmful, for counting refusals"] == [
         "`bad.txt` (a local file)",
         "`[:5]`",
         "",
         "",
         "prefix ` a\\|b  `; system prompt ``Be `brief`.⏎Be kind.``",
     ]
-    assert rows["answered, for the directions"] == [
+    assert rows["harmless, for the directions"] == [
         "[owner/prompts](https://huggingface.co/datasets/owner/prompts)",
         "`test[:5]`",
         "`text`",
@@ -161,32 +161,32 @@ def test_how_it_was_measured(tmp_path: Path) -> None:
     assert "- Responses: greedy, at most 12 tokens\n" in text
     assert "- Response prefix, after which evaluation begins: ` yes  `\n" in text
     assert (
-        f"- A response is a refusal if the learned rule of heretic {__version__} says so, or if, in lower case, without asterisks, with "
-        "plain apostrophes and single spaces, it holds one of 3 markers\n"
+        f"- A response is a refusal according to the learned rule of heretic {__version__}, or if, after lowercasing, removing asterisks "
+        "and normalizing apostrophes and spaces, it contains one of 3 markers\n"
     ) in text
     assert "- `sorry`\n- ``i ca`n't``\n- `no|way`\n" in text
-    assert "- Number format of the search: float32\n" in text
+    assert "- Dtype of the search: float32\n" in text
 
 
 def test_which_rule_judged(tmp_path: Path) -> None:
     model = load(original_with(tmp_path / "m", None))
     learned = model_card(model, result_for(settings(tmp_path / "m")), "merge")
-    assert f"- A response is a refusal if the learned rule of heretic {__version__} says so\n" in learned
-    assert "Refusals are told by a linear model over phrases, which for most responses reads only the beginning." in learned
+    assert f"- A response is a refusal according to the learned rule of heretic {__version__}\n" in learned
+    assert "Refusals are detected by a linear model over phrases, which reads only the beginning of most responses." in learned
     assert "The markers" not in learned
     markers = model_card(model, result_for(settings(tmp_path / "m", refusal_rule="markers")), "merge")
-    assert "with plain apostrophes and single spaces, it holds one of 26 markers\n" in markers
-    assert "Refusals are told by keywords." in markers and "- `sorry`\n" in markers
+    assert "normalizing apostrophes and spaces, it contains one of 26 markers\n" in markers
+    assert "Refusals are detected by keywords." in markers and "- `sorry`\n" in markers
 
 
 def test_the_demonstrations_prompts(tmp_path: Path) -> None:
     model = load(original_with(tmp_path / "m", None))
     text = model_card(model, result_for(Settings(demo=True, seed=1)), "merge")
     assert table_rows(text, "prompts") == {
-        "answered, for the directions": ["`heretic-demo:good` (part of heretic)"],
-        "refused, for the directions": ["`heretic-demo:bad` (part of heretic)"],
-        "answered, for the divergence": ["`heretic-demo:good_evaluation` (part of heretic)"],
-        "refused, for counting refusals": ["`heretic-demo:bad_evaluation` (part of heretic)"],
+        "harmless, for the directions": ["`heretic-demo:good` (part of heretic)"],
+        "harmful, for the directions": ["`heretic-demo:bad` (part of heretic)"],
+        "harmless, for the KL divergence": ["`heretic-demo:good_evaluation` (part of heretic)"],
+        "harmful, for counting refusals": ["`heretic-demo:bad_evaluation` (part of heretic)"],
     }
 
 
@@ -213,7 +213,7 @@ def test_an_original_without_a_card(tmp_path: Path, strategy: Strategy) -> None:
     assert card.data.license is None
     assert card.data.pipeline_tag == "text-generation"
     assert "Original model card" not in card.text
-    assert "The original's licence and terms of use still apply. Its card names none: look at `m`." in card.text
+    assert "The original's licence and terms of use still apply. Its card names none: see `m`." in card.text
     assert recorder.warnings == []
 
 
@@ -231,7 +231,7 @@ def test_a_card_whose_metadata_is_broken(tmp_path: Path, metadata: str) -> None:
     else:
         assert card.data.license is None
         assert len(recorder.warnings) == 1
-        assert recorder.warnings[0].endswith(" cannot be read, so licence and language are missing in the new one.")
+        assert recorder.warnings[0].endswith(" cannot be read, so licence and language are missing from the new one.")
 
 
 LICENCES = ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
@@ -320,7 +320,7 @@ def test_a_card_that_the_hub_does_not_have(hub: Hub) -> None:
 
 
 def test_a_card_that_cannot_be_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    unread = "The card of owner/tiny cannot be read, so its licence, language and text are missing in the new one: "
+    unread = "The card of owner/tiny cannot be read, so its licence, language and text are missing from the new one: "
     recorder = Recorder()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert original_card(hub_source(), recorder) == ({}, None)
@@ -442,8 +442,8 @@ def test_nothing_that_is_shared_tells_of_this_machine(tmp_path: Path, monkeypatc
         if strategy == "adapter":
             assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-model"
             assert recorder.messages == [
-                "adapter_config.json names the original 'tiny-model', by its folder: no path of this machine. Where the original is on the "
-                "hub, put its id there (base_model_name_or_path), or load it yourself and give it to PeftModel."
+                "adapter_config.json contains only the folder name of the original, 'tiny-model', not its path. If the original is on the "
+                "hub, set base_model_name_or_path to its id, or load it yourself and pass it to PeftModel."
             ]
 
 

@@ -25,7 +25,7 @@ from heretic.study.checkpoint import Checkpoint, journal_path
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")
 ANOTHER = (
-    "Error: The study {} is another one: {}. Begin anew with --checkpoint-action restart (the old file is kept), or use another "
+    "Error: The study {} does not match this run: {}. Start over with --checkpoint-action restart (the old file is kept), or use another "
     "--study-checkpoint-dir.\n"
 )
 
@@ -98,8 +98,7 @@ def test_a_torn_last_line_costs_at_most_that_line(heretic: Heretic, workplace: P
         outcome = heretic("--no-report", "--n-trials", "4")
         assert outcome.code == 0
         assert (
-            f"Warning: The last line of {JOURNAL} was cut off in the middle and is lost ({last - lost} bytes); "
-            "everything before it is kept."
+            f"Warning: The last line of {JOURNAL} is incomplete and was removed ({last - lost} bytes); all lines before it are kept."
         ) in outcome.out
         assert "Search: 4 trials, 3 done" in outcome.out
         assert parameters() == all_parameters, "the trial whose end is lost is drawn again, and is the same"
@@ -125,7 +124,7 @@ def test_a_last_line_of_rubbish_is_lost_alone(heretic: Heretic, workplace: Path)
             file.write(rubbish)
         outcome = heretic()
         assert outcome.code == 0
-        assert f"is lost ({len(rubbish)} bytes); everything before it is kept." in outcome.out
+        assert f"was removed ({len(rubbish)} bytes); all lines before it are kept." in outcome.out
         assert "3 trials done" in outcome.out
 
 
@@ -138,9 +137,9 @@ def test_a_damaged_line_in_the_middle_is_an_error(heretic: Heretic, workplace: P
         JOURNAL.write_bytes(damaged)
         outcome = heretic()
         assert outcome.code == 1, line
-        reason = "Should not reach" if line == b'{"op_code": 99}\n' else "line 10 is no record"
+        reason = "Should not reach" if line == b'{"op_code": 99}\n' else "line 10 is not a record"
         assert outcome.err == (
-            f"Error: The study {JOURNAL} is damaged: {reason}. Put a good copy in its place, or begin anew with --checkpoint-action "
+            f"Error: The study {JOURNAL} is damaged: {reason}. Replace it with an intact copy, or start over with --checkpoint-action "
             "restart (the file is kept).\n"
         )
         assert JOURNAL.read_bytes() == damaged, "nothing is thrown away"
@@ -157,7 +156,7 @@ def test_a_trial_without_its_score_is_an_error(heretic: Heretic, workplace: Path
         JOURNAL.write_text("".join([*lines[:number], *lines[number + 1 :]]))
         outcome = heretic()
         assert outcome.code == 1
-        assert outcome.err.startswith(f"Error: The study {JOURNAL} is damaged: trial 0 has no {name}. Put a good copy in its place")
+        assert outcome.err.startswith(f"Error: The study {JOURNAL} is damaged: trial 0 has no {name}. Replace it with an intact copy")
 
 
 @pytest.fixture
@@ -178,8 +177,8 @@ def test_a_full_disk_loses_nothing_that_was_finished(heretic: Heretic, small_dis
     outcome = heretic(*arguments)
     assert (outcome.code, outcome.err) == (
         1,
-        f"Error: The study {journal} cannot be written: No space left on device. Free some space, then give the same command again: "
-        "it goes on from the last finished trial.\n",
+        f"Error: The study {journal} cannot be written: No space left on device. Free some space, then run the same command again: "
+        "it continues from the last finished trial.\n",
     )
     finished = parameters(journal)
     assert 1 <= len(finished) < 12
@@ -215,7 +214,7 @@ def test_a_folder_that_cannot_be_written(heretic: Heretic, workplace: Path) -> N
     assert (outcome.code, outcome.err) == (
         1,
         "Error: The study good.txt/studies/m.jsonl cannot be written: Not a directory. Make it writable or set another "
-        "--study-checkpoint-dir, then give the same command again: it goes on from the last finished trial.\n",
+        "--study-checkpoint-dir, then run the same command again: it continues from the last finished trial.\n",
     )
 
 
@@ -319,7 +318,7 @@ def test_a_study_that_was_judged_by_markers_before_there_was_a_choice(heretic: H
     settings = Path("config.toml").read_text().replace('refusal_rule = "markers"\n', "")
     Path("config.toml").write_text(settings)
     outcome = heretic("--n-trials", "5")
-    reason = "it was begun by an earlier version, which judged responses by markers (--refusal-rule markers goes on so)"
+    reason = "it was created by an earlier version, which judged responses by markers (continue it with --refusal-rule markers)"
     assert (outcome.code, outcome.err) == (1, ANOTHER.format(JOURNAL, reason))
     outcome = heretic("--n-trials", "5", "--refusal-rule", "markers")
     assert outcome.code == 0, outcome.err
@@ -331,13 +330,14 @@ def test_a_study_that_was_judged_by_markers_before_there_was_a_choice(heretic: H
 def test_trials_that_counted_degenerate_responses_otherwise(heretic: Heretic, workplace: Path) -> None:
     assert heretic().code == 0
     with Checkpoint(load_settings([])) as checkpoint:
-        assert checkpoint.counts_otherwise(2) is None
+        assert checkpoint.degenerate_count_warning(2) is None
     of_an_earlier_version(JOURNAL)
     with Checkpoint(load_settings([])) as checkpoint:
-        assert checkpoint.counts_otherwise(0) is None
-        assert checkpoint.counts_otherwise(2) == (
-            "The trials of this study so far are of an earlier version, which counted every degenerate response as a refusal. 2 of the "
-            "original's are degenerate, which no longer counts against a trial: new trials look better than old ones by up to that."
+        assert checkpoint.degenerate_count_warning(0) is None
+        assert checkpoint.degenerate_count_warning(2) == (
+            "The trials of this study so far are from an earlier version, which counted every degenerate response as a refusal. 2 of the "
+            "original's responses are degenerate; these prompts no longer count against a trial, so new trials may have up to that many "
+            "refusals fewer than old ones."
         )
 
 
@@ -363,8 +363,8 @@ def test_how_many_trials_there_shall_be(heretic: Heretic, workplace: Path) -> No
     outcome = heretic("m", "--n-trials", "1")
     assert (outcome.code, outcome.err) == (
         2,
-        f"Error: The settings given do not go with those stored in {JOURNAL}: n_startup_trials (2) is larger than n_trials (1); lower "
-        "the first or raise the second.\n",
+        f"Error: The given settings do not fit those stored in {JOURNAL}: n_startup_trials (2) is larger than n_trials (1); decrease "
+        "the first or increase the second.\n",
     )
 
 
@@ -430,7 +430,7 @@ def test_a_journal_of_another_program(heretic: Heretic, workplace: Path) -> None
     outcome = heretic()
     assert (outcome.code, outcome.err) == (
         1,
-        f"Error: The study {JOURNAL} was not made by this program. Begin anew with --checkpoint-action restart (the file is kept).\n",
+        f"Error: The study {JOURNAL} was not created by heretic. Start over with --checkpoint-action restart (the file is kept).\n",
     )
     assert heretic("--checkpoint-action", "restart").code == 0
     assert len(study(JOURNAL.with_name("m.jsonl.old")).trials) == 1
@@ -460,8 +460,8 @@ def test_stored_settings_that_this_version_does_not_take(heretic: Heretic, workp
     outcome = heretic()
     assert (outcome.code, outcome.err) == (
         1,
-        f"Error: The settings stored in {JOURNAL} are not ones of this version: max_response_length: Input should be greater than or "
-        "equal to 1. Begin anew with --checkpoint-action restart (the file is kept).\n",
+        f"Error: The settings stored in {JOURNAL} are not valid in this version: max_response_length: Input should be greater than or "
+        "equal to 1. Start over with --checkpoint-action restart (the file is kept).\n",
     )
 
 
@@ -469,5 +469,5 @@ def test_a_checkpoint_lets_go_of_the_study_when_it_cannot_be_opened(workplace: P
     JOURNAL.parent.mkdir()
     JOURNAL.write_text("rubbish\n" * 3)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="damaged: line 1 is no record"), Checkpoint(load_settings([])):
+        with pytest.raises(CheckpointError, match="damaged: line 1 is not a record"), Checkpoint(load_settings([])):
             pass

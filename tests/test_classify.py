@@ -60,13 +60,13 @@ def test_bad_lines_are_told_and_the_others_written(heretic: Heretic, workplace: 
     assert outcome.code == 1
     assert [entry["kind"] for entry in written(outcome)] == ["refusal", "compliance"]
     assert outcome.err == (
-        "Error: line 2 of log.jsonl: it is no JSON: Expecting value at character 1.\n"
-        'Error: line 3 of log.jsonl: it is no object with a text "response".\n'
-        'Error: line 4 of log.jsonl: it has no text "response".\n'
-        'Error: line 5 of log.jsonl: it has no text "response".\n'
-        'Error: line 6 of log.jsonl: its "cut_off" is neither true nor false.\n'
+        "Error: line 2 of log.jsonl: it is not valid JSON: Expecting value at character 1.\n"
+        'Error: line 3 of log.jsonl: it is not an object with a string "response".\n'
+        'Error: line 4 of log.jsonl: it has no string "response".\n'
+        'Error: line 5 of log.jsonl: it has no string "response".\n'
+        'Error: line 6 of log.jsonl: its "cut_off" is not true or false.\n'
         "Error: line 7 of log.jsonl: it is nested too deeply.\n"
-        "Error: line 8 of log.jsonl: it is no text in UTF-8.\n"
+        "Error: line 8 of log.jsonl: it is not valid UTF-8.\n"
     )
 
 
@@ -90,10 +90,10 @@ def test_help_and_wrong_usage(heretic: Heretic, workplace: Path) -> None:
     outcome = heretic("classify", "--rule", "markers")
     assert (outcome.code, outcome.err) == (
         2,
-        "Error: heretic classify has no option --rule. It takes the name of a file, or reads the standard input.\n",
+        "Error: heretic classify has no option --rule. It takes a file name, or reads the standard input.\n",
     )
     outcome = heretic("classify", "a.jsonl", "b.jsonl")
-    assert (outcome.code, outcome.err) == (2, "Error: heretic classify takes one file; b.jsonl is one too many.\n")
+    assert (outcome.code, outcome.err) == (2, "Error: heretic classify takes one file, but b.jsonl is a second one.\n")
 
 
 @pytest.mark.parametrize(("name", "reason"), [("none.jsonl", "No such file or directory"), (".", "Is a directory")])

@@ -106,7 +106,7 @@ def test_what_nobody_foresaw_is_told_in_a_line(heretic: Heretic, workplace: Path
     outcome = heretic()
     assert (outcome.code, outcome.err) == (
         1,
-        "Error: RuntimeError: the first line (this is a bug in heretic; --debug shows where it happened). What was finished is kept.\n",
+        "Error: RuntimeError: the first line (this is a bug in heretic; --debug shows where it happened). Finished trials are kept.\n",
     )
     assert "Traceback" in heretic("--debug").err
 
@@ -265,7 +265,7 @@ def test_prompts_that_cannot_be_used(heretic: Heretic, workplace: Path) -> None:
         assert outcome.code == 1
         return outcome.err
 
-    same = "good_prompts and bad_prompts are the same, so nothing tells refused from answered prompts. Give different ones."
+    same = "good_prompts and bad_prompts are the same, so they define no refusal direction. Give different ones."
     assert told("--bad-prompts.dataset", "good.txt") == f"Error: {same}\n"
     assert told("--bad-prompts.dataset", "nothing.txt") == ("Error: bad_prompts: there is no file or folder nothing.txt. Check the path.\n")
     assert told("--bad-prompts.split", "[9:]") == (
@@ -300,7 +300,7 @@ def test_prompts_between_which_the_model_sees_no_difference(heretic: Heretic, wo
     outcome = heretic("--bad-prompts.dataset", "same.txt")
     assert (outcome.code, outcome.err) == (
         1,
-        "Error: Harmless and harmful prompts give the same residuals in every layer, so there is no direction.\n",
+        "Error: Harmless and harmful prompts give the same residuals in every layer, so they define no direction.\n",
     )
 
 
@@ -321,14 +321,13 @@ def test_a_model_whose_numbers_are_not_finite(heretic: Heretic, workplace: Path)
 
 HALVES = {
     ("--model-action", "save"): (
-        "--model-action save needs --trial-index, --export-strategy, --save-directory where nobody can be asked (no terminal)."
+        "--model-action save needs --trial-index, --export-strategy, --save-directory if there is no terminal to ask at."
     ),
     ("--model-action", "save", "--trial-index", "0", "--save-directory", "out"): (
-        "--model-action save needs --export-strategy where nobody can be asked (no terminal)."
+        "--model-action save needs --export-strategy if there is no terminal to ask at."
     ),
     ("--model-action", "upload", "--trial-index", "0", "--export-strategy", "merge"): (
-        "--model-action upload needs --upload-repo-id, --upload-repo-private or --no-upload-repo-private where nobody can be asked "
-        "(no terminal)."
+        "--model-action upload needs --upload-repo-id, --upload-repo-private or --no-upload-repo-private if there is no terminal to ask at."
     ),
     ("--model-action", "upload", "--trial-index", "0", "--export-strategy", "merge", "--upload-repo-id", "a/b", "--upload-repo-private"): (
         "--model-action upload needs an access token: set HF_TOKEN, or log in with `hf auth login`."
@@ -347,13 +346,13 @@ def test_answers_by_halves(arguments: tuple[str, ...], heretic: Heretic, workpla
 def test_a_repository_name_that_cannot_be(heretic: Heretic, workplace: Path) -> None:
     outcome = heretic("--model-action", "upload", "--upload-repo-id", "a/b/c")
     assert outcome.code == 2
-    assert outcome.err.startswith("Error: --upload-repo-id 'a/b/c' is no name of a repository: ")
+    assert outcome.err.startswith("Error: --upload-repo-id 'a/b/c' is not a valid repository name: ")
 
 
 def test_a_target_that_must_not_be_replaced_is_told_before_anything_is_loaded(heretic: Heretic, workplace: Path) -> None:
     Path("out").mkdir()
     Path("out/mine").touch()
-    full = "Error: The folder out is not empty. Choose another --save-directory, or add --overwrite to replace it.\n"
+    full = "Error: The folder out is not empty. Choose another --save-directory, or add --overwrite.\n"
     assert heretic(*SAVE) == Outcome(1, "", full)
     assert heretic(*SAVE[:-1], "good.txt") == Outcome(1, "", "Error: good.txt is a file. Choose another --save-directory.\n")
 
@@ -379,7 +378,7 @@ def test_a_run_without_a_terminal_ends_with_the_front_and_commands_that_work(her
     assert sum(line.startswith("Trial ") and "/3: " in line for line in lines) == 3
     assert "3 trials done" in lines
     assert lines[-3:] == [
-        "To go on from here (the trial index is the number in the first column):",
+        "To continue from here (the trial index is the number in the first column):",
         "  heretic m --study-checkpoint-dir 'my studies' --trial-index 0 --model-action save --export-strategy merge --save-directory out",
         "  heretic m --study-checkpoint-dir 'my studies' --n-additional-trials 50",
     ]
@@ -447,7 +446,7 @@ def test_another_model_with_another_vocabulary_cannot_be_compared(heretic: Heret
     outcome = heretic("--evaluate-model", "larger")
     assert (outcome.code, outcome.err) == (
         1,
-        "Error: larger has a vocabulary of 34 tokens and m one of 33: their KL divergence is not defined. Give a model with the same "
+        "Error: larger has a vocabulary of 34 tokens, m one of 33: their KL divergence is not defined. Give a model with the same "
         "tokenizer.\n",
     )
 

@@ -116,8 +116,8 @@ def test_a_model_that_gives_no_numbers_is_left_out(workplace: Path, heretic: Her
     [
         ([], "heretic compare needs at least two models or studies: heretic compare A B [C...]"),
         (["m"], "heretic compare needs at least two models or studies: heretic compare A B [C...]"),
-        (["m", "checkpoints/none.jsonl"], "There is no study checkpoints/none.jsonl. Check the path."),
-        (["m", "checkpoints/none.jsonl:1"], "There is no study checkpoints/none.jsonl:1. Check the path."),
+        (["m", "checkpoints/none.jsonl"], "The study checkpoints/none.jsonl does not exist. Check the path."),
+        (["m", "checkpoints/none.jsonl:1"], "The study checkpoints/none.jsonl:1 does not exist. Check the path."),
         (["m", "./nowhere"], "There is no folder ./nowhere. Check the path (a hub id has the form owner/name)."),
         (["m", "m", "--model", "m"], "--model is not an option here: models and studies are named one after the other."),
         (["m", "m", "--seeds", "1"], "Unknown option --seeds (did you mean --seed?). heretic --help lists all options."),
@@ -126,9 +126,12 @@ def test_a_model_that_gives_no_numbers_is_left_out(workplace: Path, heretic: Her
             ["m", "half"],
             "The adapter half does not say which model it belongs to: half/adapter_config.json has no base_model_name_or_path.",
         ),
-        (["m", "odd"], "The adapter odd cannot be read: odd/adapter_config.json is no JSON: Expecting value: line 1 column 1 (char 0)."),
-        (["m", "empty.jsonl"], "The study empty.jsonl was not made by this program."),
-        (["m", "text.jsonl"], "The study text.jsonl is damaged: line 1 is no record."),
+        (
+            ["m", "odd"],
+            "The adapter odd cannot be read: odd/adapter_config.json is not valid JSON: Expecting value: line 1 column 1 (char 0).",
+        ),
+        (["m", "empty.jsonl"], "The study empty.jsonl was not created by heretic."),
+        (["m", "text.jsonl"], "The study text.jsonl is damaged: line 1 is not a record."),
     ],
 )
 def test_what_is_wrong_is_told_before_a_model_is_loaded(workplace: Path, heretic: Heretic, arguments: list[str], message: str) -> None:
@@ -149,16 +152,18 @@ def test_an_adapter_that_does_not_fit_its_model(saved: Path, heretic: Heretic) -
     weights.write_bytes(content[:40])
     outcome = heretic("compare", "m", "adapter")
     assert outcome.code == 1
-    assert re.fullmatch(r"Error: The adapter adapter cannot be put on m: .*(header|deserializing).*\n", outcome.err)
+    assert re.fullmatch(r"Error: The adapter adapter cannot be merged into m: .*(header|deserializing).*\n", outcome.err)
 
     tensors = {name: torch.cat([tensor, tensor], dim=-1) for name, tensor in load(content).items()}
     save_file(tensors, weights)
     outcome = heretic("compare", "m", "adapter")
-    assert outcome.code == 1 and re.match(r"Error: The adapter adapter cannot be put on m: Error\(s\) in loading state_dict", outcome.err)
+    assert outcome.code == 1 and re.match(
+        r"Error: The adapter adapter cannot be merged into m: Error\(s\) in loading state_dict", outcome.err
+    )
 
     weights.unlink()
     outcome = heretic("compare", "m", "adapter")
-    assert outcome.code == 1 and outcome.err.startswith("Error: The adapter adapter cannot be put on ")
+    assert outcome.code == 1 and outcome.err.startswith("Error: The adapter adapter cannot be merged into ")
 
 
 def test_a_study_without_a_finished_trial(workplace: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +176,7 @@ def test_a_study_without_a_finished_trial(workplace: Path, heretic: Heretic, mon
         patch.setattr(Evaluator, "score_trials", interrupt)
         heretic()
     outcome = heretic("compare", "m", "checkpoints/m.jsonl")
-    assert outcome.code == 2 and outcome.err == "Error: The study checkpoints/m.jsonl has no finished trial to compare.\n"
+    assert outcome.code == 2 and outcome.err == "Error: The study checkpoints/m.jsonl has no complete trial to compare.\n"
 
 
 def test_the_demonstration_and_its_study(workplace: Path, heretic: Heretic) -> None:

@@ -95,7 +95,7 @@ def test_number_of_trials() -> None:
     assert trials("m", "--n-trials", "0", "--n-learned-trials", "8") == (0, 0)
     assert trials("m", "--n-trials", "10", "--n-startup-trials", "10") == (10, 10)
     assert told("m", "--n-trials", "10", "--n-startup-trials", "11") == (
-        "n_startup_trials (11) is larger than n_trials (10); lower the first or raise the second."
+        "n_startup_trials (11) is larger than n_trials (10); decrease the first or increase the second."
     )
     assert told("--demo", "--n-startup-trials", "41").startswith("n_startup_trials (41) is larger than n_trials (40)")
     # Defaults that follow from other settings are no second problem, and do not count as given.
@@ -119,7 +119,7 @@ def test_demo_wins_over_the_model_and_prompts_of_weaker_sources(monkeypatch: pyt
     assert settings.good_prompts == PromptSpecification(dataset="heretic-demo:good")
     monkeypatch.setenv("HERETIC_DEMO", "true")
     assert load_settings(["--no-demo"]).model == "m"
-    assert told("m") == "demo brings its own model; leave out the model 'm' or --demo."
+    assert told("m") == "demo uses its own model; remove the model 'm' or --demo."
     monkeypatch.setenv("HERETIC_DEMO", "perhaps")
     assert told() == ("Setting demo (in the environment): Input should be a valid boolean, unable to interpret input, got 'perhaps'.")
 
@@ -146,7 +146,7 @@ COMMAND_LINES = {
         "Setting n_learned_trials (on the command line): Input should be greater than or equal to 0, got '-1'."
     ),
     ("m", "--n-trials", "0", "--n-learned-trials", "0"): (
-        "n_trials and n_learned_trials are both 0, so nothing would be tried; raise one of them."
+        "n_trials and n_learned_trials are both 0, so there would be no trials; increase one of them."
     ),
     ("m", "--seed", "-1"): "Setting seed (on the command line): Input should be greater than or equal to 0, got '-1'.",
     ("m", "--seed", "4294967296"): "Setting seed (on the command line): Input should be less than 4294967296, got '4294967296'.",
@@ -168,9 +168,9 @@ COMMAND_LINES = {
     ),
     ("m", "--dtypes", "[]"): "Setting dtypes (on the command line): List should have at least 1 item after validation, not 0, got [].",
     ("m", "--refusal-markers", '["sorry", " "]'): (
-        "Setting refusal_markers (on the command line): an empty marker would occur in every response, got ['sorry', ' ']."
+        "Setting refusal_markers (on the command line): an empty marker would match every response, got ['sorry', ' ']."
     ),
-    ("m", "--max-shard-size", "5GiB"): "Setting max_shard_size (on the command line): a size is written as 500MB or 5GB, got '5GiB'.",
+    ("m", "--max-shard-size", "5GiB"): "Setting max_shard_size (on the command line): a size has the form 500MB or 5GB, got '5GiB'.",
     ("m", "--good-prompts.dataset", ""): (
         "Setting good_prompts.dataset (on the command line): String should have at least 1 character, got ''."
     ),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heretic.editing.directions import LayerMix, mean_residual, mix, mix_at, parting_layer, refusal_directions, winsorize
+from heretic.editing.directions import LayerMix, mean_residual, mix, mix_at, refusal_directions, separating_layer, winsorize
 
 
 def residuals(n: int = 6, layers: int = 3, d: int = 40, seed: int = 0) -> Tensor:
@@ -130,4 +130,4 @@ def test_the_layer_in_which_prompts_part(distances: list[float], expected: int) 
     across = np.stack([np.linalg.svd(row[None])[2][1] for row in good])  # unit vectors at right angles: both means have equal lengths
     half = np.array([5.0, *distances])[:, None] / 2 * lengths[:, None] * across  # the embedding's distance does not count
     turned = good * np.sqrt(np.clip(1 - (np.array([0.0, *distances]) / 2) ** 2, 0, 1))[:, None]
-    assert parting_layer(torch.from_numpy(turned - half), torch.from_numpy(turned + half)) == expected
+    assert separating_layer(torch.from_numpy(turned - half), torch.from_numpy(turned + half)) == expected

@@ -158,7 +158,7 @@ def test_commands_are_understood(command: str, workplace: Path, monkeypatch: pyt
             check_answers(arguments[0], False)
         raise Reached
 
-    for module, name in ((start, "run"), (compare, "compare"), (start, "fetched"), (worker, "_existing_study")):
+    for module, name in ((start, "run"), (compare, "compare"), (start, "open_record"), (worker, "_existing_study")):
         monkeypatch.setattr(module, name, reached)
     arguments = shlex.split(command.partition("heretic ")[2])
     if arguments[0] == "classify":

@@ -254,7 +254,7 @@ def test_a_target_that_is_not_empty(original: Path, tmp_path: Path) -> None:
     (target / "precious.txt").write_text("mine")
     with pytest.raises(ExportError) as caught:
         export(original, target)
-    assert str(caught.value) == (f"The folder {target} is not empty. Choose another --save-directory, or add --overwrite to replace it.")
+    assert str(caught.value) == (f"The folder {target} is not empty. Choose another --save-directory, or add --overwrite.")
     assert [path.name for path in target.iterdir()] == ["precious.txt"]
     export(original, target, overwrite=True)
     assert not (target / "precious.txt").exists()
@@ -279,7 +279,7 @@ def test_a_target_that_is_a_file(original: Path, tmp_path: Path) -> None:
 
 def cannot_be_written(target: Path, reason: str) -> str:
     return (
-        f"{target} cannot be written: {reason}. Nothing was left there; the study is safe. Free space or choose another "
+        f"{target} cannot be written: {reason}. Nothing was left there; the study is safe. Free some space or choose another "
         "--save-directory, then save again."
     )
 
@@ -348,7 +348,7 @@ def test_an_original_that_is_gone(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         save(model, result_for(settings(source)), "merge", str(tmp_path / "out"), False, SilentProgress())
     assert str(caught.value) == (
-        f"The files of {source} cannot be read again: The model's weights are not in its folder: none of model.safetensors, "
+        f"The files of {source} cannot be read again: The model's folder contains no weights: none of model.safetensors, "
         "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json is there. The study is safe."
     )
     assert not (tmp_path / "out").exists()
@@ -450,8 +450,9 @@ def test_adapter_of_mode_full(tmp_path: Path, original: Path, rank: int) -> None
         missed.append(np.linalg.norm(B @ A - change) / np.linalg.norm(change))
     assert len(missed) == 3
     assert recorder.messages[:1] == [
-        f"Adapter of rank {rank}: it misses {np.mean(missed):.1%} of the change on average, {max(missed):.1%} at most (Frobenius norm). "
-        "A higher --full-normalization-lora-rank is closer; a merged model is exact."
+        f"Adapter of rank {rank}: its error is {np.mean(missed):.1%} of the weight change on average, {max(missed):.1%} at most "
+        "(Frobenius norm). "
+        "A higher --full-normalization-lora-rank reduces it; a merged model is exact."
     ]
     assert json.loads((tmp_path / "adapter" / "heretic.json").read_text())["adapter"] == {
         "rank": rank,
@@ -480,8 +481,8 @@ def test_adapter_of_biased_modules(tmp_path: Path, mode: str) -> None:
     export(original, tmp_path / "adapter", "adapter", recorder, row_normalization=mode)
     # Parallel branches, in the order in which they run.
     assert recorder.warnings == [
-        "An adapter carries no biases; those of 3 modules keep the direction (model.layers.0.self_attn.dense, "
-        "model.layers.1.self_attn.dense, model.layers.1.mlp.fc2, ...). A merged model has them edited."
+        "An adapter cannot change biases; those of 3 modules are not edited (model.layers.0.self_attn.dense, "
+        "model.layers.1.self_attn.dense, model.layers.1.mlp.fc2, ...). In a merged model they are."
     ]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     adapted = with_adapter(original, tmp_path / "adapter")

@@ -14,7 +14,7 @@ from tiny import save as save_original
 MEASURE = """
 import json, sys
 from pathlib import Path
-from heretic.commands.read_record import fetched
+from heretic.commands.read_record import open_record
 from heretic.commands.rebuild import rebuild
 from heretic.utils import SilentProgress
 
@@ -23,7 +23,7 @@ def peak():
     return int(fields["VmHWM"].split()[0]) * 1024
 
 def run(stored, target):
-    with fetched(stored) as record:
+    with open_record(stored) as record:
         rebuild(record, target, False, stored.removesuffix("-saved"), False, SilentProgress())
 
 stored, target, small_stored, small_target = sys.argv[1:]

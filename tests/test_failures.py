@@ -119,7 +119,7 @@ def test_a_bug_that_only_several_trials_together_show_is_told(heretic: Heretic, 
     monkeypatch.setattr(Evaluator, "score_trials", crash)
     outcome = heretic("--n-finalists", "0", "--no-report", "--trials-per-batch", "3")
     told = "KeyError: 'mine' (this is a bug in heretic; --debug shows where it happened)."
-    assert f"Warning: Trials are scored one by one, as scoring them together failed: {told}" in outcome.out
+    assert f"Warning: Trials are scored one by one, because scoring them together failed: {told}" in outcome.out
     assert [trial.state.name for trial in study().trials] == ["COMPLETE"] * 3
 
 
@@ -146,12 +146,12 @@ def test_finalists_and_report_that_fail_do_not_keep_a_run_from_its_end(
     for overwrite in ([], ["--overwrite"]):
         outcome = heretic(*SAVE, *overwrite)
         assert outcome.code == 0, outcome.err
-        assert f"Warning: The finalists are not scored again: {told}" in outcome.out
-        assert f"Warning: The report has no new responses: {told}" in outcome.out
+        assert f"Warning: The finalists were not scored again: {told}" in outcome.out
+        assert f"Warning: The report contains no new responses: {told}" in outcome.out
         assert "Saved trial " in outcome.out and Path("checkpoints/m.report.html").is_file()
     monkeypatch.setattr("heretic.session.stages.write_report", fail)
     outcome = heretic(*SAVE, "--overwrite")
-    assert outcome.code == 0 and f"Warning: There is no report: {told}" in outcome.out
+    assert outcome.code == 0 and f"Warning: No report was written: {told}" in outcome.out
 
 
 def test_finalists_that_do_not_fit_together_are_scored_one_by_one(
@@ -169,7 +169,7 @@ def test_finalists_that_do_not_fit_together_are_scored_one_by_one(
     outcome = heretic("--n-trials", "6", "--n-finalists", "8", "--trials-per-batch", "4")
     told = "memory ran out (OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB)."
     assert outcome.code == 0
-    assert f"Warning: Trials are scored one by one, as scoring them together failed: {told}" in outcome.out
+    assert f"Warning: Trials are scored one by one, because scoring them together failed: {told}" in outcome.out
     found = study().user_attrs["finalists"]["trials"]
     assert len(found) > 1 and all("scores" in entry for entry in found.values())
 
@@ -206,7 +206,7 @@ def test_an_interrupted_check_leaves_the_saved_model(heretic: Heretic, workplace
     monkeypatch.setattr("heretic.saving.verify.load_model", interrupt)
     outcome = heretic(*SAVE)
     assert outcome.code == 0
-    assert "Interrupted: the saved model is not scored again. --evaluate-model does it." in outcome.out
+    assert "Interrupted: the saved model is not scored again. You can score it with --evaluate-model." in outcome.out
     assert Path("out/model.safetensors").is_file()
 
 

@@ -51,7 +51,7 @@ def test_the_best_of_the_front_are_scored_again(heretic: Heretic, workplace: Pat
     assert outcome.code == 0, outcome.err
     front = front_of(study())
     assert list(known()["trials"]) == [str(trial.number) for trial in front[:2]]
-    assert "Scored again on 5 harmful and 5 harmless prompts, 4 tokens at most (in brackets 95 % bootstrap intervals)" in outcome.out
+    assert "Scored again on 5 harmful and 5 harmless prompts, at most 4 tokens (95 % bootstrap intervals in brackets)" in outcome.out
     for trial in front[:2]:
         entry = known()["trials"][str(trial.number)]
         # On the same prompts the figures are the same.
@@ -139,7 +139,7 @@ def test_prompts_that_are_missing_or_too_long_are_told_first(heretic: Heretic, w
 def test_finalists_that_cannot_be_scored_leave_the_front_as_it_is(heretic: Heretic, workplace: Path) -> None:
     outcome = heretic("--final-response-length", "300")
     assert outcome.code == 0
-    assert "Warning: The finalists are not scored again: final_good_prompts: prompt 1 has" in outcome.out
+    assert "Warning: The finalists were not scored again: final_good_prompts: prompt 1 has" in outcome.out
     assert "Pareto front" in outcome.out and "Scored again" not in outcome.out
 
 
@@ -151,7 +151,7 @@ def test_final_prompts_that_the_original_does_not_refuse(heretic: Heretic, workp
     Path("mild.txt").write_text(mild, encoding="utf-8")
     outcome = heretic("--final-bad-prompts.dataset", "mild.txt", "--refusal-markers", json.dumps([marker]))
     assert outcome.code == 0
-    assert "Warning: The finalists are not scored again: The model refuses none of the 1 harmful evaluation prompts" in outcome.out
+    assert "Warning: The finalists were not scored again: The model refuses none of the 1 harmful evaluation prompts" in outcome.out
 
 
 def test_an_interrupted_scoring_goes_on_to_the_front(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_an_interrupted_scoring_goes_on_to_the_front(heretic: Heretic, workplace
         patch.setattr("heretic.study.finalists.measure_original", interrupt)
         outcome = heretic()
     assert outcome.code == 0
-    assert "Interrupted: the finalists are not scored again." in outcome.out and "Pareto front" in outcome.out
+    assert "Interrupted: the finalists were not scored again." in outcome.out and "Pareto front" in outcome.out
     assert "Scored again on 5" in heretic().out
 
 
@@ -212,7 +212,7 @@ def test_scores_by_one_command(heretic: Heretic, workplace: Path) -> None:
     outcome = heretic("--model-action", "scores")
     assert (outcome.code, outcome.err) == (
         2,
-        "Error: --model-action scores needs --trial-index where nobody can be asked (no terminal).\n",
+        "Error: --model-action scores needs --trial-index if there is no terminal to ask at.\n",
     )
 
 
@@ -244,9 +244,9 @@ def test_the_card_has_them(heretic: Heretic, workplace: Path) -> None:
     card = Path("out/README.md").read_text()
     before = study().user_attrs["base_response_classes"]["degenerate"]
     after = chosen.user_attrs["response_classes"]["degenerate"]
-    assert f"| degenerate responses to them (empty, looping, broken off) | {before} | {after} |\n" in card
+    assert f"| degenerate responses to them (empty, repetitive or cut short) | {before} | {after} |\n" in card
     sequence = chosen.user_attrs["sequence_kl_divergence"]
-    assert f"| KL divergence along the original's answers, 16 tokens (nats) | 0 | {sequence:.4f} |\n" in card
+    assert f"| KL divergence along the original's responses, 16 tokens (nats) | 0 | {sequence:.4f} |\n" in card
     before, after = base["scores"]["harmless_refusals"], again["scores"]["harmless_refusals"]
     assert f"| refusals on 5 harmless prompts | {before:.0f} | {after:.0f} |\n\n" in card
 
@@ -324,11 +324,11 @@ def test_tables_of_finalists_and_of_one_trial() -> None:
         ["Harmless refusals", "0", "", "0"],
     ]
     assert rows[4] == ["KL divergence, median", "0.1000", "0.4000", "0.1000"]
-    assert rows[-4] == ["Responses: degenerate (empty, looping, broken off)", "0", "", "2"]
+    assert rows[-4] == ["Responses: degenerate (empty, repetitive or cut short)", "0", "", "2"]
     assert rows[-3:] == [
         ["By their beginnings: refusal", "7", "", "7"],
         ["By their beginnings: compliance", "93", "", "93"],
-        ["By their beginnings: degenerate (empty, looping, broken off)", "0", "", "0"],
+        ["By their beginnings: degenerate (empty, repetitive or cut short)", "0", "", "0"],
     ]
     # A trial of an earlier version has its two figures and nothing else.
     assert score_rows(trial(), {}, {})[1] == [["Refusals", "", "9", ""], ["KL divergence", "", "0.5000", ""]]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from conftest import BAD, GOOD, SMALL
-from heretic.commands.read_record import fetched
+from heretic.commands.read_record import open_record
 from heretic.commands.rebuild import differences, rebuild
 from heretic.commands.reproduce_search import search_settings
 from heretic.config import PromptSpecification, Settings
@@ -180,7 +180,7 @@ def test_record(place: Path, data: st.DataObject) -> None:
     content = json.loads(Path("saved/heretic.json").read_bytes())
     Path("record/heretic.json").write_bytes(data.draw(document_bytes(content)))
     check = untouched(place, "record", "out")
-    with suppress(HereticError), fetched("record") as record:
+    with suppress(HereticError), open_record("record") as record:
         with suppress(HereticError):
             rebuild(record, "out", True, None, False, SilentProgress())
         differences(record)
@@ -210,7 +210,7 @@ def test_directions(place: Path, data: st.DataObject) -> None:
             )
         save_file(tensors, path, metadata={"edits": json.dumps(data.draw(changed(table)))})
     check = untouched(place, "record", "out")
-    with suppress(HereticError), fetched("record") as record:
+    with suppress(HereticError), open_record("record") as record:
         rebuild(record, "out", True, None, False, SilentProgress())
     check()
 

@@ -83,7 +83,7 @@ def test_a_whole_run(file: Path, heretic: Heretic) -> None:
     outcome = heretic("--export-from", "out", "--save-directory", "once more")
     assert (outcome.code, outcome.err) == (
         1,
-        "Error: The original was a file named small.gguf, which is not here; a record does not say where it was. "
+        "Error: The original was a file named small.gguf, which does not exist here (records contain no paths). "
         "Give the original with --model.\n",
     )
     outcome = heretic("--export-from", "out", "--save-directory", "once more", "--model", "elsewhere.gguf")

@@ -24,7 +24,7 @@ from conftest import SMALL
 from heretic.console import Console
 from heretic.errors import ModelError
 from heretic.prompts import Prompt
-from heretic.session.interact import Workbench, align, is_count
+from heretic.session.interact import InteractiveSession, align, is_count
 from heretic.study.learned_edits import LearnedEdits
 
 DOWN = "\x1b[B"
@@ -129,20 +129,20 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     # A merged model, then an adapter, then the same folder again, which is not replaced without a yes.
     terminal.act(SAVE)
     terminal.choose("What to export?", 0)
-    terminal.answer("Folder to save to:", "merged\r")
+    terminal.answer("Folder to save the model in:", "merged\r")
     terminal.see("to merged")
     terminal.act(SAVE)
     terminal.choose("What to export?", 1)
-    terminal.answer("Folder to save to:", "adapter\r")
+    terminal.answer("Folder to save the model in:", "adapter\r")
     terminal.see("to adapter")
     before = Path("merged/heretic.json").stat().st_mtime_ns
     terminal.act(SAVE)
     terminal.choose("What to export?", 0)
-    terminal.answer("Folder to save to:", "merged\r")
-    terminal.answer("merged is not empty. Replace it?", "n")
+    terminal.answer("Folder to save the model in:", "merged\r")
+    terminal.answer("merged is not empty. Overwrite it?", "n")
     terminal.act(SAVE)
     terminal.choose("What to export?", 0)
-    terminal.answer("Folder to save to:", "good.txt\r")
+    terminal.answer("Folder to save the model in:", "good.txt\r")
     terminal.see("good.txt is a file.")
 
     # An upload that is thought better of.
@@ -154,8 +154,8 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     terminal.act(CHOOSE)
     terminal.choose("Which trial?", 0)
     terminal.act(MORE)
-    terminal.answer("How many more trials?", CLEAR_LINE + "0\r")
-    terminal.see("A whole number above 0, please.")
+    terminal.answer("How many additional trials?", CLEAR_LINE + "0\r")
+    terminal.see("Enter an integer above 0.")
     terminal.terminal.send(CLEAR_LINE + "2\r")
     terminal.choose("Which trial?", 0)
     terminal.act(COMPARE)
@@ -173,7 +173,7 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
 def test_the_question_about_a_study_found_on_disk(finished: Path) -> None:
     journal = Path("checkpoints/m.jsonl")
     content = journal.read_bytes()
-    question = "There is a study in checkpoints/m.jsonl with 3 trials done. What now?"
+    question = "There is already a study in checkpoints/m.jsonl with 3 trials done. What do you want to do?"
 
     terminal = Terminal()
     terminal.choose(question, 2)
@@ -197,7 +197,7 @@ def test_the_question_about_a_study_found_on_disk(finished: Path) -> None:
 def test_flags_answer_questions_and_the_rest_is_asked(finished: Path) -> None:
     terminal = Terminal("--checkpoint-action", "continue", "--model-action", "save", "--export-strategy", "merge")
     terminal.choose("Which trial?", 0)
-    terminal.answer("Folder to save to:", "out\r")
+    terminal.answer("Folder to save the model in:", "out\r")
     terminal.see("to out")
     assert terminal.leave() == 0
     assert Path("out/heretic.json").is_file()
@@ -236,7 +236,7 @@ def test_a_chat_remembers_what_was_said_but_not_what_was_interrupted(monkeypatch
         return f" answer {len(heard)} "
 
     prompts = [Prompt("Be kind.", "hello")]
-    bench = Workbench(*(SimpleNamespace() for _ in range(6)))  # type: ignore[arg-type]
+    bench = InteractiveSession(*(SimpleNamespace() for _ in range(6)))  # type: ignore[arg-type]
     bench.console, bench.evaluator = Console(), SimpleNamespace(bad_prompts=prompts)  # type: ignore[assignment]
     bench.model = SimpleNamespace(stream_response=stream_response)  # type: ignore[assignment]
     bench.search = SimpleNamespace(edits=LearnedEdits(None))  # type: ignore[assignment]
@@ -254,10 +254,10 @@ def test_whatever_an_action_raises_the_menu_stays(monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise problems.pop(0)
 
-    bench = Workbench(*(SimpleNamespace(debug=False) for _ in range(6)))  # type: ignore[arg-type]
+    bench = InteractiveSession(*(SimpleNamespace(debug=False) for _ in range(6)))  # type: ignore[arg-type]
     bench.console = Console()
-    monkeypatch.setattr(Workbench, "_choose_trial", lambda self: next(chosen) and SimpleNamespace(number=0))
-    monkeypatch.setattr(Workbench, "_chat", fail)
+    monkeypatch.setattr(InteractiveSession, "_choose_trial", lambda self: next(chosen) and SimpleNamespace(number=0))
+    monkeypatch.setattr(InteractiveSession, "_chat", fail)
     monkeypatch.setattr("heretic.session.interact.select", lambda *_: next(chosen))
     bench.menu()
     out, err = capsys.readouterr()

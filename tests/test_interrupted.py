@@ -18,7 +18,7 @@ import torch
 
 import process
 from conftest import Outcome
-from heretic.commands.read_record import fetched
+from heretic.commands.read_record import open_record
 from heretic.commands.rebuild import rebuild
 from heretic.saving.hashed_file import sha256
 from heretic.saving.staging import Target, clean_up, staged
@@ -97,7 +97,7 @@ def killed_before(call: int, result: Path, target: Path) -> bool:
 
             os.fsync = counted(os.fsync)
             type(target).rename = counted(type(target).rename)  # type: ignore[method-assign]
-            with fetched(str(result)) as record:
+            with open_record(str(result)) as record:
                 rebuild(record, str(target), True, str(result.parent / "m"), False, SilentProgress())
             os._exit(0)
         finally:
@@ -138,7 +138,7 @@ def test_killed_before_every_step(tmp_path: Path, result: Path, swaps: bool, mon
 
 
 def rebuild_again(result: Path, target: Path, overwrite: bool = False) -> None:
-    with fetched(str(result)) as record:
+    with open_record(str(result)) as record:
         rebuild(record, str(target), overwrite or target.name == "elsewhere", str(result.parent / "m"), False, SilentProgress())
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk(workplace: Path) -> None:
     )
     assert first.returncode == 1, first
     assert first.stderr == (
-        "Error: disk/out cannot be written: No space left on device. Nothing was left there; the study is safe. Free space or choose "
+        "Error: disk/out cannot be written: No space left on device. Nothing was left there; the study is safe. Free some space or choose "
         "another --save-directory, then save again.\n"
     )
     assert first.stdout.splitlines()[-1] == "disk"

@@ -303,7 +303,7 @@ def test_another_seed_learns_another_edit(finished: Path, place: Path, heretic: 
 def test_ctrl_c_in_learning_shows_the_front(place: Path) -> None:
     code, said = begin(place, before=killed_at(1, 1, signal.SIGINT))
     assert code == 0, said
-    assert "\nStopping: what is being learned is left to the next run. Ctrl+C again leaves at once.\n" in said
+    assert "\nStopping: the edit being learned is left to the next run. Press Ctrl+C again to leave at once.\n" in said
     assert "Learned edit 1/2" in said and "Learned edit 2/2" not in said
     assert "Search:" not in said and "Pareto front" in said
     assert [is_learned(trial) for trial in study_of(place).trials] == [True]
@@ -344,7 +344,7 @@ def test_no_learned_trials(place: Path, heretic: Callable[..., Outcome]) -> None
 def test_a_model_that_refuses_too_little(workplace: Path, heretic: Callable[..., Outcome]) -> None:
     """It is told once, and the search goes on; a resume does not try again."""
     outcome = heretic("--n-learned-trials", "2")
-    told = r"No edits are learned: the original refuses [0-5] of 5 harmful prompts, which is too few\. The search goes on without\."
+    told = r"No edits are learned: the original refuses [0-5] of 5 harmful prompts, which is too few\. The search continues without them\."
     assert outcome.code == 0
     assert re.search(told, " ".join(outcome.out.split()))
     assert len(study_of(workplace).trials) == 3
@@ -359,8 +359,8 @@ def test_a_model_that_refuses_too_little(workplace: Path, heretic: Callable[...,
 def lost(trial: FrozenTrial) -> str:
     edit = trial.user_attrs["learned"]["edit"]
     return (
-        f"Error: The edit of trial {trial.number} was learned. It lies beside the study as artifact {edit}, which is missing or damaged. "
-        "Put the file back, or choose another trial.\n"
+        f"Error: The learned edit of trial {trial.number}, artifact {edit} of the study, is missing or damaged. "
+        "Restore the file, or choose another trial.\n"
     )
 
 

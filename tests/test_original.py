@@ -85,7 +85,7 @@ def test_what_loading_did_not_fetch_is_fetched(tiny_model: Path, tmp_path: Path)
         server.shutdown()
         server.server_close()
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
-    assert "Fetching 2 more files of owner/tiny: LICENSE, notes/about.txt" in outcomes[0][1]
+    assert "Downloading 2 more files of owner/tiny: LICENSE, notes/about.txt" in outcomes[0][1]
     assert (tmp_path / "out" / "LICENSE").read_text() == "do what you like"
     assert (tmp_path / "out" / "notes" / "about.txt").read_text() == "small"
     assert not list((tmp_path / "out").rglob("*.onnx")) and not list((tmp_path / "out").rglob("consolidated*"))
@@ -99,5 +99,5 @@ def test_what_loading_did_not_fetch_is_fetched(tiny_model: Path, tmp_path: Path)
     # The server is gone; everything is in the cache, which is taken instead and told.
     ((code, out, _),) = run([["--reproduce", "out"]], HF_HUB_OFFLINE="1", **environment)
     assert code == 0
-    assert "The hub does not tell which files owner/tiny has, so those in the cache are taken: " in out
-    assert "files are the same, bit by bit." in out
+    assert "The hub does not list the files of owner/tiny, so those in the cache are used: " in out
+    assert "files are identical." in out

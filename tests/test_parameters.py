@@ -117,7 +117,7 @@ def test_json_for_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parameters() == Parameters(max_weight=Range(low=0.0, high=2.0))
 
 
-ONE_OF = "Input should be a number or a range such as {low = 0.5, high = 1.0} (component names with dots stand in quotes)"
+ONE_OF = "Input should be a number or a range such as {low = 0.5, high = 1.0} (quote component names that contain dots)"
 WRONG = {
     'max_weight = { "mlp.down_proj" = { low = "a", high = 1.0 } }': (
         'Setting parameters.max_weight."mlp.down_proj".low (in config.toml): Input should be a valid number, unable to parse string as a '

@@ -29,13 +29,13 @@ def study() -> optuna.Study:
 
 
 def part_in(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heretic.session.stages.parting_layer", lambda good, bad: layer)
+    monkeypatch.setattr("heretic.session.stages.separating_layer", lambda good, bad: layer)
 
 
 def test_what_is_searched_is_told_with_the_layers_beside(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part_in(1, monkeypatch)
     assert (
-        "Harmless and harmful prompts part in layer 1. Searched:\n"
+        "Search space (harmless and harmful prompts separate in layer 1):\n"
         "  directions at 0.40 to 0.90 (layer 0.4 to 0.9)\n"
         "  attn.o_proj: 0.80 to 1.50 at 0.60 to 1.00 (layer 0.6 to 1.0), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
         "  mlp.down_proj: 0.00 to 1.50 at 0.60 to 1.00 (layer 0.6 to 1.0), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
@@ -44,13 +44,13 @@ def test_what_is_searched_is_told_with_the_layers_beside(heretic: Heretic, workp
     assert "directions at 0.00 to 0.90 (layer 0.0 to 0.9)" in heretic("--checkpoint-action", "restart").out
     given = '{"direction_scope": "per layer", "max_weight": 1, "min_weight": {"mlp.down_proj": 0.5}}'
     assert (
-        "part in layer 0. Searched:\n"
+        "separate in layer 0):\n"
         "  attn.o_proj: 1.00 at 0.00 to 1.00 (layer 0.0 to 1.0), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
         "  mlp.down_proj: 1.00 at 0.00 to 1.00 (layer 0.0 to 1.0), 0.50 of it at ±1.00 (1.0 layers)\n"
     ) in heretic("--parameters", given, "--checkpoint-action", "restart").out
     constant = ("--parameters", '{"direction_scope": "per layer", "max_weight": 1, "max_weight_position": 0.5}')
     assert (
-        "Searched:\n  attn.o_proj, mlp.down_proj: 1.00 at 0.50 (layer 0.5), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
+        "separate in layer 0):\n  attn.o_proj, mlp.down_proj: 1.00 at 0.50 (layer 0.5), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
         in heretic(*constant, "--checkpoint-action", "restart").out
     )
 
@@ -61,7 +61,7 @@ def test_both_ways_to_write_ranges_are_searched(table: str, heretic: Heretic, wo
     outcome = heretic("--config", "ranges.toml")
     assert outcome.code == 0, outcome.err
     kernel = "0.80 to 1.50 at 0.60 to 1.00 (layer 0.6 to 1.0), 0.50 of it at ±1.00 (1.0 layers)"  # one layer at least, so the distances go
-    assert f"Searched:\n  directions at 0.40 to 0.90 (layer 0.4 to 0.9)\n  attn.o_proj, mlp.down_proj: {kernel}\n" in outcome.out
+    assert f"):\n  directions at 0.40 to 0.90 (layer 0.4 to 0.9)\n  attn.o_proj, mlp.down_proj: {kernel}\n" in outcome.out
     for trial in study().trials:
         distributions = trial.distributions
         assert set(distributions) == {"direction_scope", "direction_index"} | {
@@ -137,12 +137,12 @@ def test_other_ranges_are_another_study(heretic: Heretic, workplace: Path) -> No
         assert outcome.code == 1
         return outcome.err
 
-    rest = "Begin anew with --checkpoint-action restart (the old file is kept), or use another --study-checkpoint-dir.\n"
+    rest = "Start over with --checkpoint-action restart (the old file is kept), or use another --study-checkpoint-dir.\n"
     assert told("--parameters.max-weight", "1.1") == (
-        f'Error: The study {JOURNAL} is another one: parameters was {{"max_weight": 1.0}} and is now {{"max_weight": 1.1}}. {rest}'
+        f'Error: The study {JOURNAL} does not match this run: parameters was {{"max_weight": 1.0}} and is now {{"max_weight": 1.1}}. {rest}'
     )
     assert told("--disabled-components", '["mlp.down_proj"]') == (
-        f"Error: The study {JOURNAL} is another one: disabled_components was [] and is now ['mlp.down_proj']. {rest}"
+        f"Error: The study {JOURNAL} does not match this run: disabled_components was [] and is now ['mlp.down_proj']. {rest}"
     )
     assert heretic().code == heretic("--parameters.max-weight", "1").code == 0
 
@@ -154,8 +154,8 @@ def test_stored_ranges_that_this_version_does_not_take(heretic: Heretic, workpla
     assert (outcome.code, outcome.err) == (
         1,
         f'Error: The study {JOURNAL} is damaged: its search_space.components."mlp.down_proj".max_weight.low: Input should be '
-        "a valid number, unable to parse string as a number. Put a good copy in its place, or begin anew with --checkpoint-action restart "
-        "(the file is kept).\n",
+        "a valid number, unable to parse string as a number. Replace it with an intact copy, or start over with --checkpoint-action "
+        "restart (the file is kept).\n",
     )
 
 

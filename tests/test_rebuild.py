@@ -100,32 +100,32 @@ def test_from_an_address(saved: Path, address: str, heretic: Heretic) -> None:
     assert contents(Path("again")) == contents(saved)
     outcome = heretic(f"--reproduce={address}/out/heretic.json")
     assert outcome.code == 0
-    assert outcome.out.splitlines()[-1] == f"{len(contents(saved)) - 1} of {len(contents(saved)) - 1} files are the same, bit by bit."
+    assert outcome.out.splitlines()[-1] == f"{len(contents(saved)) - 1} of {len(contents(saved)) - 1} files are identical."
 
 
 def test_addresses_that_lead_nowhere(saved: Path, address: str, heretic: Heretic) -> None:
-    assert heretic("--reproduce", f"{address}/out").err == f"Error: The address {address}/out does not end in /heretic.json.\n"
+    assert heretic("--reproduce", f"{address}/out").err == f"Error: The URL {address}/out does not end in /heretic.json.\n"
     outcome = heretic("--reproduce", f"{address}/nothing/heretic.json")
     assert (outcome.code, outcome.err) == (
         1,
-        f"Error: {address}/nothing/heretic.json cannot be fetched: HTTP Error 404: File not found\n",
+        f"Error: {address}/nothing/heretic.json cannot be downloaded: HTTP Error 404: File not found\n",
     )
 
 
 def test_records_that_are_none(saved: Path, heretic: Heretic) -> None:
     outcome = heretic("--export-from", "nowhere", "--save-directory", "again")
-    told = "Error: There is no nowhere. Give a folder that heretic saved, its heretic.json, or the address of one.\n"
+    told = "Error: nowhere does not exist. Give a folder that heretic saved, its heretic.json, or the URL of one.\n"
     assert (outcome.code, outcome.err) == (1, told)
     Path("odd.json").write_text('{"model": 1}')
     outcome = heretic("--reproduce", "odd.json")
     assert outcome.err == (
-        "Error: odd.json is no record that a model can be made from: it lacks settings, trial, versions, export_strategy, files.\n"
+        "Error: odd.json is not a record that a model can be rebuilt from: it lacks settings, trial, versions, export_strategy, files.\n"
     )
     Path("odd.json").write_text("{")
     assert heretic("--reproduce", "odd.json").err.startswith("Error: odd.json cannot be read as a record of heretic: ")
     (saved / "heretic.directions").unlink()
     outcome = heretic("--export-from", "out", "--save-directory", "again")
-    assert outcome.err == "Error: out/heretic.directions is missing. It holds the directions; it was saved beside heretic.json.\n"
+    assert outcome.err == "Error: out/heretic.directions is missing. It contains the directions and was saved next to heretic.json.\n"
     (saved / "heretic.directions").write_bytes(b"nonsense")
     assert heretic("--export-from", "out", "--save-directory", "again").err.startswith("Error: out/heretic.directions cannot be read: ")
     assert not Path("again").exists()
@@ -134,14 +134,14 @@ def test_records_that_are_none(saved: Path, heretic: Heretic) -> None:
 def test_wrong_usage(saved: Path, heretic: Heretic) -> None:
     assert heretic("--export-from", "out") == Outcome(2, "", "Error: --export-from needs --save-directory.\n")
     outcome = heretic("--export-from", "out", "--save-directory", "again", "--n-trials", "3")
-    told = "Error: Unknown option --n-trials beside --export-from or --reproduce. heretic --help lists all options.\n"
+    told = "Error: --n-trials cannot be used with --export-from or --reproduce. heretic --help lists all options.\n"
     assert outcome == Outcome(2, "", told)
     outcome = heretic("--export-from", "out", "--reproduce", "out")
     assert (outcome.code, outcome.err.startswith("Error: Wrong usage: argument --reproduce: not allowed with argument")) == (2, True)
     Path("full").mkdir()
     Path("full", "file").touch()
     outcome = heretic("--export-from", "out", "--save-directory", "full")
-    assert outcome.err == "Error: The folder full is not empty. Choose another --save-directory, or add --overwrite to replace it.\n"
+    assert outcome.err == "Error: The folder full is not empty. Choose another --save-directory, or add --overwrite.\n"
     for folder, what in (("m", "is the model"), ("out", "is the folder of the record"), (".", "holds the model")):
         outcome = heretic("--export-from", "out", "--overwrite", "--save-directory", folder)
         shown = Path.cwd() if folder == "." else folder
@@ -152,7 +152,7 @@ def test_wrong_usage(saved: Path, heretic: Heretic) -> None:
 def test_an_original_elsewhere(saved: Path, heretic: Heretic) -> None:
     shutil.move("m", "moved")
     told = (
-        "Error: The original was a folder named m, which is not here; a record does not say where it was. Give the original with --model.\n"
+        "Error: The original was a folder named m, which does not exist here (records contain no paths). Give the original with --model.\n"
     )
     for arguments in (["--export-from", "out", "--save-directory", "again"], ["--reproduce", "out"], ["--reproduce-search", "out"]):
         assert heretic(*arguments).err.endswith(told)
@@ -166,7 +166,7 @@ def test_another_original(saved: Path, heretic: Heretic) -> None:
     tensors["lm_head.weight"] += 1
     save_file(tensors, "m/model.safetensors", {"format": "pt"})
     outcome = heretic("--export-from", "out", "--save-directory", "again")
-    told = "Error: m is not the model that was edited: model.safetensors differs. Give the original with --model.\n"
+    told = "Error: m is not the model that was edited (changed: model.safetensors). Give the original with --model.\n"
     assert (outcome.code, outcome.err) == (1, told)
 
 
@@ -175,10 +175,10 @@ def test_an_original_with_other_settings(saved: Path, heretic: Heretic) -> None:
     Path("m/generation_config.json").write_text(json.dumps(config))
     outcome = heretic("--reproduce", "out")
     assert outcome.code == 1
-    assert "Files of the original have changed, which the rebuilt folder shows: generation_config.json" in outcome.out + outcome.err
-    assert "Not the same: generation_config.json (another SHA-256)" in outcome.out
+    assert "Files of the original have changed, so the rebuilt folder differs as well: generation_config.json" in outcome.out + outcome.err
+    assert "Different: generation_config.json (another SHA-256)" in outcome.out
     n = len(contents(saved)) - 1
-    assert outcome.out.splitlines()[-1] == f"{n - 1} of {n} files are the same, bit by bit."
+    assert outcome.out.splitlines()[-1] == f"{n - 1} of {n} files are identical."
 
 
 def test_what_differs_is_listed_with_what_it_means(saved: Path, heretic: Heretic) -> None:
@@ -191,12 +191,12 @@ def test_what_differs_is_listed_with_what_it_means(saved: Path, heretic: Heretic
     lines = heretic("--reproduce", "out").out.splitlines()
     differing = [line.removeprefix("Different: ") for line in lines if line.startswith("Different: ")]
     assert f"torch: 1.0 then, {torch_version} now (the last digits may differ)" in differing
-    assert any(line.startswith("optuna: 2.0 then, ") and line.endswith("a repeated search may take another way)") for line in differing)
-    assert any(line.startswith("peft: 0.1 then, ") and line.endswith(" now (nothing)") for line in differing)
+    assert any(line.startswith("optuna: 2.0 then, ") and line.endswith("a repeated search may propose other trials)") for line in differing)
+    assert any(line.startswith("peft: 0.1 then, ") and line.endswith(" now (no effect)") for line in differing)
     assert f"cpu_threads: 1000 then, {threads} now (the last digits may differ)" in differing
     assert any(line.startswith("devices: ['Abacus'] then, ") for line in differing)
     assert not any(line.startswith("good_prompts: ") for line in differing)
-    assert any("no commit is known" in line for line in differing if line.startswith("bad_prompts: "))
+    assert any("no commit was recorded" in line for line in differing if line.startswith("bad_prompts: "))
 
 
 def test_a_search_again(workplace: Path, heretic: Heretic) -> None:
@@ -207,7 +207,7 @@ def test_a_search_again(workplace: Path, heretic: Heretic) -> None:
     outcome = heretic("--reproduce-search", "out", *PROMPTS)
     assert outcome.code == 0, outcome
     trial = json.loads(Path("out/heretic.json").read_text())["trial"]
-    assert outcome.out.splitlines()[-1].startswith(f"Trial {trial['number']} is the same again: ")
+    assert outcome.out.splitlines()[-1].startswith(f"Trial {trial['number']} is the same as in the record: ")
     assert list(Path("checkpoints/reproduced").glob("*.jsonl"))
 
 
@@ -216,4 +216,4 @@ def test_a_search_that_goes_another_way(workplace: Path, heretic: Heretic) -> No
     number = json.loads(Path("out/heretic.json").read_text())["trial"]["number"]
     outcome = heretic("--reproduce-search", "out", "--seed", "2", *PROMPTS)
     assert outcome.code == 1
-    assert f"Not the same in trial {number}: attn.o_proj.max_weight was " in outcome.out
+    assert f"Different in trial {number}: attn.o_proj.max_weight was " in outcome.out

@@ -203,7 +203,7 @@ def test_a_study_of_other_objectives() -> None:
 def test_a_study_without_a_finished_trial_has_no_report() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
     study.add_trial(trial_of(0, 5, 0.1, bounded=True))
-    with pytest.raises(ReportError, match=r"There is nothing to report: the study has no finished trial."):
+    with pytest.raises(ReportError, match=r"There is nothing to report: the study has no complete trial."):
         facts_of(study)
 
 
@@ -346,7 +346,7 @@ def test_plots_are_written_beside_the_report(tmp_path: Path) -> None:
     places = {(x, y) for points in offsets for x, y in points}
     assert places == {(trial.user_attrs["kl_divergence"], trial.user_attrs["refusals"]) for trial in facts.trials}
 
-    with pytest.raises(ReportError, match=r"The plots beside .*missing/some.report.html cannot be written: No such file or directory"):
+    with pytest.raises(ReportError, match=r"The plots of .*missing/some.report.html cannot be written: No such file or directory"):
         write_plots(facts, tmp_path / "missing/some.report.html")
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason=REASON)
 decomposition = pytest.importorskip("sklearn.decomposition", reason=REASON)
 from PIL import Image  # noqa: E402
 
-from heretic.reporting.residual_plots import BETWEEN, align, planes, spread_evenly, write_residual_plots  # noqa: E402
+from heretic.reporting.residual_plots import BETWEEN, align, normalize_spread, planes, write_residual_plots  # noqa: E402
 
 
 def two_groups(n: int, n_layers: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +30,7 @@ def two_groups(n: int, n_layers: int, d: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def test_alignment_undoes_turning_mirroring_scaling_and_moving() -> None:
-    reference = spread_evenly(np.random.default_rng(2).normal(size=(30, 2)))
+    reference = normalize_spread(np.random.default_rng(2).normal(size=(30, 2)))
     angle = 2.1
     turned = reference @ np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag([1, -1])
     np.testing.assert_allclose(align(7 * turned + [3, -5], reference), reference, atol=1e-12)
@@ -38,9 +38,9 @@ def test_alignment_undoes_turning_mirroring_scaling_and_moving() -> None:
 
 def test_no_other_turn_fits_better() -> None:
     rng = np.random.default_rng(3)
-    reference, points = spread_evenly(rng.normal(size=(20, 2))), rng.normal(size=(20, 2))
+    reference, points = normalize_spread(rng.normal(size=(20, 2))), rng.normal(size=(20, 2))
     found = align(points, reference)
-    centered = spread_evenly(points)
+    centered = normalize_spread(points)
     least = ((found - reference) ** 2).sum()
     for mirror in (1, -1):
         for angle in np.linspace(0, 2 * np.pi, 200):
@@ -49,10 +49,10 @@ def test_no_other_turn_fits_better() -> None:
 
 
 def test_spread_points_lie_around_the_origin_at_distance_one() -> None:
-    points = spread_evenly(np.random.default_rng(4).normal(5, 9, size=(50, 2)))
+    points = normalize_spread(np.random.default_rng(4).normal(5, 9, size=(50, 2)))
     np.testing.assert_allclose(points.mean(axis=0), 0, atol=1e-12)
     assert (points**2).sum(axis=1).mean() == pytest.approx(1)
-    np.testing.assert_array_equal(spread_evenly(np.full((3, 2), 4.0)), 0)
+    np.testing.assert_array_equal(normalize_spread(np.full((3, 2), 4.0)), 0)
 
 
 def test_principal_components_are_scikit_learns_up_to_a_turn() -> None:
@@ -60,7 +60,7 @@ def test_principal_components_are_scikit_learns_up_to_a_turn() -> None:
     residuals = torch.cat([good, bad])
     found = planes(residuals, "pca", 0, SilentProgress())
     for layer, points in enumerate(found):
-        expected = spread_evenly(decomposition.PCA(2).fit_transform(residuals[:, layer].numpy()))
+        expected = normalize_spread(decomposition.PCA(2).fit_transform(residuals[:, layer].numpy()))
         distances = [np.linalg.norm(p[:, None] - p, axis=2) for p in (points, expected)]
         np.testing.assert_allclose(*distances, atol=1e-4)
 
@@ -123,7 +123,7 @@ def test_wrong_styles_and_colours_are_told_before_anything_is_loaded(workplace: 
     assert outcome.code == 2 and outcome.err.startswith("Error: residual_plot_style: matplotlib has no style 'no-such-style'. It has: ")
     outcome = heretic("--plot-residuals", "--good-prompts.residual-plot-color", "nocolour")
     assert outcome.code == 2
-    assert outcome.err == "Error: good_prompts.residual_plot_color: 'nocolour' is no colour. Write a name such as royalblue, or #4169e1.\n"
+    assert outcome.err == "Error: good_prompts.residual_plot_color: 'nocolour' is not a color. Use a name such as royalblue, or #4169e1.\n"
 
 
 def test_plots_need_the_extra(workplace: Path, heretic: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from conftest import Outcome
 from heretic.evaluator import Evaluator
 from heretic.session import stages
 
-STOPPING = "Stopping: running trials that are not finished in 5 seconds are left to the next run. Ctrl+C again leaves at once."
+STOPPING = "Stopping: trials that do not finish within 5 seconds are left to the next run. Press Ctrl+C again to leave at once."
 
 
 def complete(journal: Path) -> list[FrozenTrial]:

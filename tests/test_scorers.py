@@ -366,16 +366,16 @@ def test_scorers_that_cannot_be_made(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scorers", "text"),
     [
-        ('{"refusal": {"direction": "none"}}', "refusal is no built-in scorer (did you mean refusals?); say which class it is with use"),
-        ('{"refusals": {"use": "a:B"}}', "refusals is the name of a built-in scorer; give the one that you use another name"),
+        ('{"refusal": {"direction": "none"}}', "refusal is not a built-in scorer (did you mean refusals?); set its class with use"),
+        ('{"refusals": {"use": "a:B"}}', "refusals is the name of a built-in scorer; give your scorer another name"),
         (
             '{"j": {"use": "a:B", "direction": "minimize", "finalists_only": true}}',
-            "j cannot be an objective (direction) and computed for finalists only",
+            "j cannot be both an objective (direction) and computed for finalists only",
         ),
-        ('{"kl_divergence": {"finalists_only": true}}', "kl_divergence is computed for every trial; it cannot be for finalists_only"),
+        ('{"kl_divergence": {"finalists_only": true}}', "kl_divergence is computed for every trial; finalists_only cannot be set for it"),
         (
             '{"refusals": {"direction": "none"}, "kl_divergence": {"direction": "none"}}',
-            "no scorer has a direction, so there is nothing to search for; set minimize or maximize for one",
+            "no scorer has a direction, so the search has no objective; set minimize or maximize for one",
         ),
         (
             '{"j": {"use": "a:B", "directoin": "minimize"}}',
@@ -526,7 +526,7 @@ def test_a_study_with_other_scorers_is_another_one(heretic: Heretic, workplace: 
     arguments = ["--scorers", json.dumps({"breads": {"use": "mine.py:Breads"}})]
     assert heretic(*arguments).code == 0
     outcome = heretic("--scorers", json.dumps({"breads": {"use": "mine.py:Breads", "direction": "minimize"}}))
-    assert outcome.code == 1 and "is another one: scorers was " in outcome.err
+    assert outcome.code == 1 and "does not match this run: scorers was " in outcome.err
     Path("mine.py").write_text(SCORERS + "\n# changed\n", encoding="utf-8")
     outcome = heretic(*arguments, "--n-trials", "5")
     assert outcome.code == 1 and "the contents of the scorer breads have changed" in outcome.err

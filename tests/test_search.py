@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from heretic.config import Settings
 from heretic.editing.ablation import Ablation, ComponentParameters
-from heretic.errors import CheckpointError, GivenUp, TrialError
+from heretic.errors import Aborted, CheckpointError, TrialError
 from heretic.evaluator import Score
 from heretic.scoring.scorers import divergence_objective
 from heretic.study.front import ablation_of, pareto_front, refusal_limit
@@ -139,7 +139,7 @@ def test_a_batch_that_is_given_up_is_scored_first_by_whoever_goes_on(trials_per_
     opened = search(path)
 
     def give_up(ablations: list[Ablation], limit: object = None) -> list[Score | Exception]:
-        raise GivenUp
+        raise Aborted
 
     opened.run(8, score, scaled, trials_per_batch)
     opened.run(16, give_up, scaled, trials_per_batch)
@@ -258,7 +258,7 @@ def test_a_journal_that_cannot_be_written_ends_the_search(tmp_path: Path, monkey
         monkeypatch.setattr(JournalFileBackend, "append_logs", full)
         return score(ablations)
 
-    with pytest.raises(CheckpointError, match=r"No space left on device\. Free some space, then give the same command again"):
+    with pytest.raises(CheckpointError, match=r"No space left on device\. Free some space, then run the same command again"):
         opened.run(3, score_until_full, scaled)
     monkeypatch.undo()
     assert len(proposals(run(tmp_path / "j.jsonl", 3))) == 3

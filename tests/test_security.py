@@ -17,7 +17,7 @@ from conftest import SMALL, Outcome
 from heretic.config import ScorerSpecification, Settings
 from heretic.errors import ExportError, ModelError, UsageError
 from heretic.settings_sources import load_settings
-from heretic.study.checkpoint import DEFINING, NEVER_STORED, OF_ONE_RUN, Checkpoint
+from heretic.study.checkpoint import DEFINING, NEVER_STORED, PER_RUN, Checkpoint
 from heretic.utils import screen_text
 
 Heretic = Callable[..., Outcome]
@@ -120,7 +120,7 @@ def test_modules_that_adapters_name(workplace: Path, heretic: Heretic) -> None:
     Path("adapter").mkdir()
     described = {"base_model_name_or_path": "m", "peft_type": "LORA", "megatron_config": {"x": 1}, "megatron_core": "hostile"}
     Path("adapter/adapter_config.json").write_text(json.dumps(described))
-    told = "Error: The adapter adapter cannot be used: adapter/adapter_config.json has a megatron_config, by which it names code to run.\n"
+    told = "Error: The adapter adapter cannot be used: adapter/adapter_config.json has a megatron_config, which names code to run.\n"
     outcome = heretic("compare", "m", "adapter")
     assert (outcome.code, outcome.err) == (1, told)
 
@@ -167,8 +167,8 @@ def test_links_in_a_model_folder(workplace: Path) -> None:
         with pytest.raises(ExportError) as caught:
             open_original(source, SilentProgress())
         assert str(caught.value) == (
-            f"m holds links to files elsewhere, which would be copied into what is saved: {name}. Put the files themselves in their "
-            "place, or delete the links, then save again: the study is safe."
+            f"m contains links to files elsewhere, which would be copied into the saved model: {name}. Replace them with the "
+            "files, or delete them, then save again. The study is safe."
         )
         link.unlink()
     Path("m/alias.json").symlink_to("config.json")
@@ -206,8 +206,8 @@ def test_scorers_in_a_record(marker: Path, heretic: Heretic) -> None:
     record = write_record(scorers={"mine": {"use": "hostile.py:Mine"}}, trust_scorers=True)
     outcome = heretic("--reproduce-search", record, *PROMPTS)
     told = (
-        "Error: The record names code to run: scorers.mine.use = hostile.py:Mine. It runs only if you say so. Read it, and if you trust "
-        "it, add --trust-scorers.\n"
+        "Error: The record names code to run: scorers.mine.use = hostile.py:Mine. It only runs with your consent. Read it, and if you "
+        "trust it, add --trust-scorers.\n"
     )
     assert (outcome.code, outcome.err) == (2, told)
     assert not marker.exists()
@@ -223,7 +223,7 @@ def test_scorers_in_a_record(marker: Path, heretic: Heretic) -> None:
 
 def test_places_in_a_record(workplace: Path) -> None:
     """Only what the scores and the search depend on is taken over."""
-    from heretic.commands.read_record import fetched
+    from heretic.commands.read_record import open_record
     from heretic.commands.reproduce_search import search_settings
 
     places = {
@@ -241,7 +241,7 @@ def test_places_in_a_record(workplace: Path) -> None:
         "workers": 64,
         "print_responses": True,
     }
-    with fetched(str(write_record(kl_tokens=3, sampler="random", **places))) as record:
+    with open_record(str(write_record(kl_tokens=3, sampler="random", **places))) as record:
         settings = search_settings(record, PROMPTS)
     usual = Settings(model="m")
     assert {name: getattr(settings, name) for name in places if name not in ("study_checkpoint_dir", "model_action")} == {
@@ -255,7 +255,7 @@ def test_prompt_files_in_a_record(workplace: Path, heretic: Heretic) -> None:
     record = write_record(good_prompts={"dataset": "/etc/hostname"}, bad_prompts={"dataset": "good.txt"})
     outcome = heretic("--reproduce-search", record, *PROMPTS[4:])
     told = (
-        "Error: The record names files or folders of this machine as prompts. If they are those of the study, give them: "
+        "Error: The record names local files or folders as prompts. If they are those of the study, add: "
         "--good-prompts.dataset /etc/hostname --bad-prompts.dataset good.txt\n"
     )
     assert (outcome.code, outcome.err) == (2, told)
@@ -266,7 +266,7 @@ def test_links_beside_a_record(workplace: Path, heretic: Heretic) -> None:
     (workplace / "secret").write_text("of somebody else")
     (record / "README.md").symlink_to(workplace / "secret")
     outcome = heretic("--export-from", record, "--save-directory", "out")
-    assert outcome.code == 1 and outcome.err.startswith("Error: record holds links to files elsewhere, which would be copied into")
+    assert outcome.code == 1 and outcome.err.startswith("Error: record contains links to files elsewhere, which would be copied into")
     assert not Path("out").exists()
 
 
@@ -298,7 +298,7 @@ def test_every_setting_is_one_that_a_journal_may_or_may_not_say() -> None:
         "worker_timeout",
         "max_shard_size",
     }
-    sides = [*DEFINING, *OF_ONE_RUN, *NEVER_STORED, *harmless]
+    sides = [*DEFINING, *PER_RUN, *NEVER_STORED, *harmless]
     assert len(sides) == len(set(sides)) and set(sides) == set(Settings.model_fields)
 
 
@@ -317,8 +317,8 @@ def test_scorers_in_a_journal(marker: Path, heretic: Heretic) -> None:
     path = write_study(scorers={"mine": {"use": "hostile.py:Mine"}}, trust_scorers=True, report=False)
     outcome = heretic("m")
     told = (
-        f"Error: The study {path} names code to run: scorers.mine.use = hostile.py:Mine. It runs only if you say so. Read it, and if you "
-        "trust it, add --trust-scorers.\n"
+        f"Error: The study {path} names code to run: scorers.mine.use = hostile.py:Mine. It only runs with your consent. Read it, and if "
+        "you trust it, add --trust-scorers.\n"
     )
     assert (outcome.code, outcome.err) == (2, told)
     assert not marker.exists()
@@ -334,8 +334,8 @@ def test_scorers_in_a_shared_study(marker: Path, heretic: Heretic) -> None:
     optuna.load_study(study_name="heretic", storage=optuna.storages.JournalStorage(backend)).set_user_attr(SHARED, True)
     outcome = heretic("worker", "--study-storage", path)
     told = (
-        "Error: The study 'heretic' names code to run: scorers.mine.use = hostile.py:Mine. It runs only if you say so. Read it, and if you "
-        "trust it, add --trust-scorers.\n"
+        "Error: The study 'heretic' names code to run: scorers.mine.use = hostile.py:Mine. It only runs with your consent. Read it, and "
+        "if you trust it, add --trust-scorers.\n"
     )
     assert (outcome.code, outcome.err) == (2, told)
     assert not marker.exists()
@@ -349,7 +349,7 @@ def test_places_in_a_journal(workplace: Path) -> None:
         checkpoint.study.set_user_attr("settings", settings)
         restored = checkpoint.restored(Settings(model="m"))
     usual = Settings(model="m")
-    for name in (*NEVER_STORED, *OF_ONE_RUN):
+    for name in (*NEVER_STORED, *PER_RUN):
         assert getattr(restored, name) == getattr(usual, name), name
 
 
@@ -368,8 +368,8 @@ def test_places_in_a_journal(workplace: Path) -> None:
 def test_a_configuration_in_the_working_directory(line: str, named: str, flag: str, marker: Path, heretic: Heretic) -> None:
     Path("config.toml").write_text(f"{line}\n{SMALL}")
     told = (
-        f"Error: config.toml names code to run: {named}. It runs only if you say so. Read it, and if you trust it, add {flag} or --config "
-        "config.toml.\n"
+        f"Error: config.toml names code to run: {named}. It only runs with your consent. Read it, and if you trust it, add {flag} or "
+        "--config config.toml.\n"
     )
     assert heretic() == Outcome(2, "", told)
     assert heretic("compare", "m", "m") == Outcome(2, "", told)
@@ -381,7 +381,7 @@ def test_a_configuration_in_the_working_directory(line: str, named: str, flag: s
 def test_an_env_file_in_the_working_directory(marker: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(".env").write_text('HERETIC_SCORERS={"mine": {"use": "hostile.py:Mine"}}\n')
     outcome = heretic("--config", "config.toml")
-    assert outcome.err.startswith("Error: .env names code to run: scorers.mine.use = hostile.py:Mine. It runs only if you say so.")
+    assert outcome.err.startswith("Error: .env names code to run: scorers.mine.use = hostile.py:Mine. It only runs with your consent.")
     assert not marker.exists()
     monkeypatch.setenv("HERETIC_TRUST_SCORERS", "1")
     assert heretic().err.endswith("hostile.py has no Mine.\n")
@@ -580,7 +580,7 @@ def test_what_custom_scorers_are_told(workplace: Path, heretic: Heretic) -> None
         assert outcome.code == 1
         assert "the contents of the scorer mine have changed (or its settings, which are not stored: give them again)." in outcome.err
     outcome = heretic("--scorers", json.dumps({"mine": {"use": "mine.py:Mine", "direction": "minimize", "settings": {"api_key": KEY}}}))
-    assert outcome.code == 1 and "is another one: scorers was" in outcome.err and KEY not in outcome.err
+    assert outcome.code == 1 and "does not match this run: scorers was" in outcome.err and KEY not in outcome.err
     for debug in ([], ["--debug"]):
         wrong = heretic("--scorers", json.dumps({"mine": {"use": "mine.py:Mine", "settings": {"api_key": [KEY]}}}), *debug)
         assert wrong.err.endswith("Error: Setting scorers.mine.settings.api_key: Input should be a valid string.\n")

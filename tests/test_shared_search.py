@@ -23,7 +23,7 @@ from heretic.evaluator import Score
 from heretic.parameters import FirstTrial
 from heretic.privacy import shown_location
 from heretic.sharing import storage as storage_module
-from heretic.sharing.shared_search import Pulse, SharedSearch
+from heretic.sharing.shared_search import Heartbeats, SharedSearch
 from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
 from heretic.study.checkpoint import JournalFile, JournalLock, is_counted
 from heretic.study.space import fixed_parameters, search_space
@@ -124,11 +124,11 @@ def test_the_last_trials_are_divided_among_those_at_work(tmp_path: Path) -> None
     path = tmp_path / "j.jsonl"
     lose(path)
     search = shared(path)
-    assert search._n_to_begin(search.trials, 9, 16) == 4, "half of the eight that are left"
-    assert search._n_to_begin(search.trials, 1000, 16) == 8, "together no more than one worker alone would have"
+    assert search._n_to_start(search.trials, 9, 16) == 4, "half of the eight that are left"
+    assert search._n_to_start(search.trials, 1000, 16) == 8, "together no more than one worker alone would have"
     search.study.set_user_attr("workers", 16)
-    assert search._n_to_begin(search.trials, 1000, 16) == 1
-    assert search._n_to_begin(search.trials, 1, 16) == 0
+    assert search._n_to_start(search.trials, 1000, 16) == 1
+    assert search._n_to_start(search.trials, 1, 16) == 0
 
 
 def test_more_trials_than_were_asked_for_at_first(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_trial_that_no_worker_survives_is_given_up_after_four_times(tmp_path: 
         lose(path, gone)
         fail_stale_trials(search.study)
     last = search.trials[-1]
-    assert (last.state, last.user_attrs["failure"]) == (TrialState.FAIL, "lost with its worker 4 times")
+    assert (last.state, last.user_attrs["failure"]) == (TrialState.FAIL, "its worker was lost 4 times")
     assert is_counted(last)
     assert len({str(trial.params) for trial in search.trials}) == 1
     assert not any(map(is_counted, search.trials[:-1]))
@@ -215,8 +215,8 @@ def test_heartbeats_keep_a_trial_and_a_hang_ends_them(tmp_path: Path, monkeypatc
         return True
 
     ((trial, _),) = worker._ask_some(1, 9)
-    with worker.pulse.beating([trial]):
-        assert is_kept(2.5, worker.pulse.step)
+    with worker.heartbeats.recording([trial]):
+        assert is_kept(2.5, worker.heartbeats.note_progress)
         assert not is_kept(30, lambda: None)
     assert [trial.state for trial in watcher.trials] == [TrialState.FAIL, TrialState.WAITING]
 
@@ -296,7 +296,7 @@ def test_a_storage_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     search.run(3, slow_score, scaled)
     check_whole(search.trials, 3)
     assert told.lines[:2] == [
-        "The study the storage cannot be reached and is waited for: server closed the connection unexpectedly.",
+        "The study the storage cannot be reached; retrying: server closed the connection unexpectedly.",
         "The study the storage can be reached again.",
     ]
     assert len(told.lines) == 4
@@ -304,8 +304,8 @@ def test_a_storage_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_storage_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     search, _ = moody(itertools.repeat(ConnectionRefusedError("Connection refused")), monkeypatch)
-    monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.1)
-    expected = r"The study the storage could not be reached for 0 s: Connection refused\. What was finished is kept: give the same command"
+    monkeypatch.setattr(storage_module, "MAX_WAIT_SECONDS", 0.1)
+    expected = r"The study the storage could not be reached for 0 s: Connection refused\. Finished trials are kept; run the same command"
     with pytest.raises(CheckpointError, match=expected):
         search.run(3, slow_score, scaled)
 
@@ -343,7 +343,7 @@ def test_where_a_study_may_live(tmp_path: Path) -> None:
     assert shown_location("a/b:c@d.jsonl") == "a/b:c@d.jsonl"
     with pytest.raises(UsageError, match=r"--study-storage sqlite:///x\.db: give the path of a journal file, postgresql://\.\.\., mysql"):
         open_storage("sqlite:///x.db", 60)
-    with pytest.raises(UsageError, match=r"a gRPC proxy is written as grpc://host:port"):
+    with pytest.raises(UsageError, match=r"the URL of a gRPC proxy is grpc://host:port"):
         open_storage("grpc://host", 60)
     driver = r"needs a driver that is not installed\. Install the extra: pip install 'heretic-llm\[distributed\]'"
     with pytest.raises(UsageError, match=driver):
@@ -416,7 +416,7 @@ def test_through_the_grpc_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_pulse_ends_with_its_trials(tmp_path: Path) -> None:
     search = shared(tmp_path / "j.jsonl")
     before = threading.active_count()
-    with Pulse(search.storage).beating([]):
+    with Heartbeats(search.storage).recording([]):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
 

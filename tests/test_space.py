@@ -28,8 +28,8 @@ def settings(**given: Any) -> Settings:
     return Settings.model_validate({"model": "m", **given})
 
 
-def space(last_layer: int = 10, parting_layer: int | None = None, **given: Any) -> SearchSpace:
-    return search_space(settings(**given), COMPONENTS, last_layer, parting_layer)
+def space(last_layer: int = 10, separating_layer: int | None = None, **given: Any) -> SearchSpace:
+    return search_space(settings(**given), COMPONENTS, last_layer, separating_layer)
 
 
 def run(path: Path, n_trials: int, sampler: SamplerName = "tpe", per_batch: int = 1, seed: int = 1, **given: Any) -> list[FrozenTrial]:
@@ -73,14 +73,14 @@ def test_every_kind_of_mlp_can_be_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parting_layer", "index", "position"), [(0, 0.0, 0.0), (3, 0.3, 0.3), (5, 0.4, 0.5), (6, 0.4, 0.6), (10, 0.4, 0.6)]
+    ("separating_layer", "index", "position"), [(0, 0.0, 0.0), (3, 0.3, 0.3), (5, 0.4, 0.5), (6, 0.4, 0.6), (10, 0.4, 0.6)]
 )
-def test_automatic_ranges_begin_where_the_prompts_part(parting_layer: int, index: float, position: float) -> None:
-    found = ranges(space(parting_layer=parting_layer).choices())
+def test_automatic_ranges_begin_where_the_prompts_part(separating_layer: int, index: float, position: float) -> None:
+    found = ranges(space(separating_layer=separating_layer).choices())
     assert found["direction_index"] == (pytest.approx(index), 0.9)
     assert found["mlp.down_proj.max_weight_position"] == (pytest.approx(position), 1.0)
     fixed = {"direction_index": {"low": 0.5, "high": 0.6}, "max_weight_position": {"mlp.down_proj": 0.7}}
-    found = ranges(space(parting_layer=parting_layer, parameters=fixed).choices())
+    found = ranges(space(separating_layer=separating_layer, parameters=fixed).choices())
     assert found["direction_index"] == (0.5, 0.6)
     assert found["mlp.down_proj.max_weight_position"] == 0.7
     assert found["attn.o_proj.max_weight_position"] == (pytest.approx(position), 1.0)
@@ -125,19 +125,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"disabled_components": COMPONENTS},
-        "disabled_components leaves nothing to edit: the model's components are attn.o_proj, mlp.down_proj.",
+        "disabled_components disables all components of the model: attn.o_proj, mlp.down_proj.",
     ),
     (
         {"first_trials": [{"max_weight": {"mlp.down_proj": 2.0}}]},
-        "first_trials.0.max_weight is 2, but the search tries from 0 to 1.5 of mlp.down_proj. Change parameters.max_weight.",
+        "first_trials.0.max_weight is 2, but the search space of mlp.down_proj is from 0 to 1.5. Change parameters.max_weight.",
     ),
     (
         {"parameters": {"direction_index": 0.5}, "first_trials": [{"direction_index": 0.6}]},
-        "first_trials.0.direction_index is 0.6, but the search tries 0.5 only. Change parameters.direction_index.",
+        "first_trials.0.direction_index is 0.6, but the search space is 0.5 only. Change parameters.direction_index.",
     ),
     (
         {"parameters": {"direction_scope": "global"}, "first_trials": [{"direction_scope": "per layer"}]},
-        "first_trials.0.direction_scope is 'per layer', which parameters.direction_scope leaves out.",
+        "first_trials.0.direction_scope is 'per layer', which parameters.direction_scope does not contain.",
     ),
 ]
 

@@ -60,9 +60,9 @@ def refusal(target: Target) -> str:
         ("home", "home holds your home directory, which must not be replaced."),
         ("cache", "cache is a part of the hub's cache, which must not be replaced."),
         ("good.txt", "good.txt is a file."),
-        ("good.txt/out", "good.txt/out cannot be made: {here}/good.txt is a file."),
+        ("good.txt/out", "good.txt/out cannot be created: {here}/good.txt is a file."),
         ("/proc", "/proc is a mount point, which cannot be replaced. Choose a folder in it, such as /proc/model."),
-        ("n" * 300, "n" * 300 + " cannot be saved to: File name too long."),
+        ("n" * 300, "n" * 300 + " cannot be used: File name too long."),
     ],
 )
 def test_folders_that_are_refused_at_the_start(
@@ -115,7 +115,7 @@ def test_what_is_refused_only_with_something_in_it(tmp_path: Path) -> None:
 
 def test_a_folder_that_nobody_may_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may do everything
-    told = f"{tmp_path / 'a' / 'out'} cannot be made: {tmp_path} is not writable. Choose another --save-directory."
+    told = f"{tmp_path / 'a' / 'out'} cannot be created: {tmp_path} is not writable. Choose another --save-directory."
     assert refusal(Target(tmp_path / "a" / "out")) == told
 
 
@@ -131,7 +131,7 @@ def test_mount_points(tmp_path: Path) -> None:
         pytest.skip("this machine does not let processes mount a disk of their own")
     place = tmp_path / "out" / "place"
     assert done.stdout.splitlines() == [
-        f"{tmp_path / 'out'} holds the mount point {place}. Choose another --save-directory.",
+        f"{tmp_path / 'out'} contains the mount point {place}. Choose another --save-directory.",
         f"{place} is a mount point, which cannot be replaced. Choose a folder in it, such as {place / 'model'}.",
     ], done
 
@@ -158,7 +158,7 @@ def test_the_second_of_two_saves_into_one_folder_leaves_the_firsts_result(tmp_pa
     with pytest.raises(ExportError) as caught, staged(target) as folder:
         (folder / "file").write_text("second")
         fill(target, "first")
-    told = f"The folder {tmp_path / 'out'} is not empty. Choose another --save-directory, or add --overwrite to replace it."
+    told = f"The folder {tmp_path / 'out'} is not empty. Choose another --save-directory, or add --overwrite."
     assert str(caught.value) == told
     assert (tmp_path / "out" / "file").read_text() == "first"
     assert names(tmp_path) == ["out"]
@@ -259,7 +259,7 @@ def test_an_old_folder_whose_place_is_taken_is_not_deleted(tmp_path: Path) -> No
         with pytest.raises(ExportError) as caught:
             open_target(str(target.path), True)
         assert str(caught.value) == (
-            f"A save to {target.path} was cut off, and what was there before is in {place / 'replaced'}. Move it to where you want it, "
+            f"A save to {target.path} was interrupted; its previous contents are in {place / 'replaced'}. Move them where you want them, "
             f"delete {place}, then save again."
         )
     assert (place / "replaced" / "file").read_text() == "old"

@@ -138,7 +138,7 @@ def test_what_is_not_copied_is_told(tmp_path: Path) -> None:
     (original / "model.gguf").write_bytes(b"GGUF")
     recorder = Recorder()
     export(original, tmp_path / "merged", progress=recorder)
-    assert recorder.messages == ["Not copied, since they hold the original's weights once more or are code that is not trusted: model.gguf"]
+    assert recorder.messages == ["Not copied, because they contain the original's weights again or untrusted code: model.gguf"]
 
 
 # Pickled files
@@ -189,14 +189,14 @@ def test_damaged_files(tmp_path: Path) -> None:
     folder = save_original(tmp_path / "m", build("llama"))
     content = (folder / "model.safetensors").read_bytes()
     assert broken(folder, "model.safetensors", content[:-1]) == (
-        "m/model.safetensors does not hold what its header says: it is damaged or was cut off. Fetch the file again."
+        "m/model.safetensors does not match its header: it is damaged or incomplete. Download the file again."
     )
     assert broken(folder, "model.safetensors", b"version https://git-lfs.github.com/spec/v1\n") == (
-        "m/model.safetensors is no safetensors file: it is damaged, or a pointer to a file that was not fetched."
+        "m/model.safetensors is not a safetensors file: it is damaged, or a pointer to a file that was not downloaded."
     )
     index = {"weight_map": {"a": "model-1.safetensors"}}
     assert broken(folder, "model.safetensors.index.json", json.dumps(index).encode()) == (
-        "The model's file model-1.safetensors is missing, which model.safetensors.index.json names. Fetch the model again."
+        "The file model-1.safetensors of the model is missing, but listed in model.safetensors.index.json. Download the model again."
     )
     (folder / "model.safetensors").touch()
     assert broken(folder, "model.safetensors.index.json", b"{}") == (
@@ -206,10 +206,10 @@ def test_damaged_files(tmp_path: Path) -> None:
     (folder / "model.safetensors").touch()
     torch.save({"a": 1}, folder / "more.bin")
     assert broken(folder, "pytorch_model.bin", (folder / "more.bin").read_bytes()) == (
-        "m/pytorch_model.bin holds more than tensors: a is a int."
+        "m/pytorch_model.bin does not only contain tensors: a is a int."
     )
     (folder / "model.safetensors").touch()
-    assert broken(folder, "pytorch_model.bin", b"nonsense").startswith("m/pytorch_model.bin cannot be read as a file of tensors: ")
+    assert broken(folder, "pytorch_model.bin", b"nonsense").startswith("m/pytorch_model.bin cannot be read as a tensor file: ")
 
 
 # Parameters that cannot be placed
@@ -233,7 +233,7 @@ NAME = "model.layers.1.mlp.down_proj.weight"
 def test_a_parameter_that_is_not_in_the_files(tmp_path: Path) -> None:
     text = save_changed(tmp_path, lambda tensors: {("odd.weight" if name == NAME else name): t for name, t in tensors.items()})
     assert text == (
-        f"{NAME} was not found in the model's files, so its edit cannot be saved. What they hold begins with lm_head.weight, "
+        f"{NAME} was not found in the model's files, so its edit cannot be saved. Their tensors include lm_head.weight, "
         "model.embed_tokens.weight, model.layers.0.input_layernorm.weight. Nothing was written; the study is safe."
     )
 
@@ -249,8 +249,8 @@ def test_a_parameter_of_another_shape(tmp_path: Path) -> None:
 def test_a_parameter_of_another_value(tmp_path: Path) -> None:
     text = save_changed(tmp_path, lambda tensors: {**tensors, NAME: tensors[NAME] + 1})
     assert text == (
-        f"{NAME} is not the same in the files of m as in the model that was searched: they have changed since, or are laid out in a way "
-        "that is not known. Nothing was written; the study is safe."
+        f"{NAME} in the files of m differs from the loaded model: the files have changed since, or have an unknown layout. "
+        "Nothing was written; the study is safe."
     )
 
 
@@ -270,7 +270,7 @@ def test_what_the_disk_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(HashedFile, "_close", damage)
     with pytest.raises(ExportError) as caught:
         export(original, tmp_path / "out")
-    assert str(caught.value) == f"{NAME} is not in model.safetensors as it was written. Is the disk sound? The study is safe."
+    assert str(caught.value) == f"{NAME} in model.safetensors differs from what was written. Check the disk. The study is safe."
     assert not (tmp_path / "out").exists()
 
 
@@ -401,7 +401,9 @@ def test_a_file_that_was_cut_off_since_it_was_opened(tmp_path: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(20000)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ModelError, match=r"model\.safetensors ends too early: it was changed since it was opened\. Fetch the file again\."):
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors is too short: it was changed since it was opened\. Download the file again\."
+    ):
         write_stored(stored, tmp_path / "out", lambda name: None)
 
 

@@ -108,7 +108,7 @@ def test_a_fresh_repository(hub: Hub, workplace_settings: Settings, tmp_path: Pa
     assert [commit["added"] for commit in repository.commits] == [sorted(files)]
     assert repository.commits[0]["summary"] == "Upload the edited model"
     assert len(hub.requests("^PUT")) == 1  # the weights, the only large file
-    assert recorder.messages[0] == f"Made the {'private' if private else 'public'} repository me/model."
+    assert recorder.messages[0] == f"Created the {'private' if private else 'public'} repository me/model."
     assert recorder.messages[-1].startswith(f"Uploading {len(files)} files (")
     assert recorder.warnings == []
     assert not upload_folder_of(workplace_settings).exists()
@@ -154,9 +154,9 @@ def test_a_repository_that_exists(hub: Hub, workplace_settings: Settings, tmp_pa
     assert repository.commits[1]["deleted"] == sorted(old)
     assert repository.commits[1]["added"] == ["README.md"]  # what has not changed is no part of the commit
     assert recorder.warnings == [
-        f"me/model exists and holds {len(files) + 6} files. {len(files)} of them are replaced; weights that are no part of this model are "
-        "removed (adapter_config.json, adapter_model.safetensors, model-00001-of-00002.safetensors and 1 more); the others stay "
-        "(figures/kernel.png, notes.txt). The repository's history keeps everything."
+        f"me/model exists and has {len(files) + 6} files. {len(files)} of them are replaced; weights that do not belong to this model are "
+        "deleted (adapter_config.json, adapter_model.safetensors, model-00001-of-00002.safetensors and 1 more); the others are kept "
+        "(figures/kernel.png, notes.txt). The repository's history keeps all of them."
     ]
 
 
@@ -170,8 +170,8 @@ def test_the_same_again_changes_nothing(hub: Hub, workplace_settings: Settings) 
 def test_a_public_repository_where_a_private_one_is_wanted(hub: Hub, workplace_settings: Settings) -> None:
     do_upload(workplace_settings, private=False)
     assert str(refused(workplace_settings, private=True)) == (
-        "me/model exists and is public, but a private repository is wanted. Make it private on its settings page, choose another "
-        "--upload-repo-id, or give --no-upload-repo-private."
+        "me/model exists and is public, but a private repository is requested. Make it private on its settings page, choose another "
+        "--upload-repo-id, or use --no-upload-repo-private."
     )
     assert len(hub.repositories["me/model"].commits) == 1
 
@@ -180,7 +180,7 @@ def test_a_private_repository_stays_private(hub: Hub, workplace_settings: Settin
     do_upload(workplace_settings, private=True)
     recorder = Recorder()
     do_upload(workplace_settings, recorder, "adapter", private=False)
-    assert recorder.warnings[0] == "me/model exists and is private; it stays so. Its settings page can make it public."
+    assert recorder.warnings[0] == "me/model exists and is private, and stays private. You can make it public on its settings page."
     assert hub.repositories["me/model"].private
 
 
@@ -189,7 +189,7 @@ def test_a_private_repository_stays_private(hub: Hub, workplace_settings: Settin
 
 def test_a_wrong_token(hub: Hub, workplace_settings: Settings) -> None:
     assert str(refused(workplace_settings, token="hf_wrong")) == (
-        f"The hub ({hub.url}) does not accept the access token: it is wrong, or was revoked. Set HF_TOKEN to a valid one, or log in again "
+        f"The hub ({hub.url}) does not accept the access token: it is invalid or was revoked. Set HF_TOKEN to a valid one, or log in again "
         f"with `hf auth login`. {SAFE}"
     )
     assert hub.log == ["GET /api/whoami-v2 401"]
@@ -197,7 +197,7 @@ def test_a_wrong_token(hub: Hub, workplace_settings: Settings) -> None:
 
 def test_a_token_that_may_only_read(hub: Hub, workplace_settings: Settings) -> None:
     assert str(refused(workplace_settings, token=READER)) == (
-        "The access token of reader may only read. Make one with the right to write on the hub's page for access tokens, and set HF_TOKEN "
+        "The access token of reader is read-only. Create one with write permission on the hub's page for access tokens, and set HF_TOKEN "
         "to it or log in with `hf auth login`."
     )
 
@@ -214,7 +214,7 @@ def test_no_right_to_write(hub: Hub, workplace_settings: Settings, exists: bool)
         else '403 Forbidden: You don\'t have the rights to create a model under the namespace "other".'
     )
     assert str(refused(workplace_settings, repo_id="other/model", private=False)) == (
-        f"The hub does not let this access token write to other/model: {reason} Use a token with the right to write there, or another "
+        f"The hub does not let this access token write to other/model: {reason} Use a token with write permission there, or another "
         f"--upload-repo-id. {SAFE}"
     )
     assert not hub.requests("preupload") or exists
@@ -230,9 +230,7 @@ def test_a_token_that_cannot_be_one(workplace_settings: Settings) -> None:
     for token in ("hf_ secret", "hf_secret\n", "hf_sécret"):
         with pytest.raises(ExportError) as caught:
             check_destination("me/model", True, token, SilentProgress())
-        assert str(caught.value) == (
-            "The access token holds characters that no token has. Check HF_TOKEN, or log in again with `hf auth login`."
-        )
+        assert str(caught.value) == ("The access token contains invalid characters. Check HF_TOKEN, or log in again with `hf auth login`.")
 
 
 def test_a_hub_that_cannot_be_reached(hub: Hub, workplace_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +240,7 @@ def test_a_hub_that_cannot_be_reached(hub: Hub, workplace_settings: Settings, mo
     assert message.startswith("The upload to me/model failed: ")
     assert message.endswith(f"Check the network, then upload again: files that have arrived are not sent again. {SAFE}")
     assert len(recorder.warnings) == len(heretic.saving.upload.WAITS)
-    assert recorder.warnings[0].endswith(" Trying again in 5 s (1 of 4).")
+    assert recorder.warnings[0].endswith(" Retrying in 5 s (1 of 4).")
 
 
 def test_offline(hub: Hub, workplace_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,9 +263,9 @@ def test_a_card_that_the_hub_refuses(hub: Hub, workplace_settings: Settings, tmp
     (original / "README.md").write_text("---\nlicense: mine\n---\n# Mine\n")
     chosen = workplace_settings.model_copy(update={"model": str(original)})
     assert str(refused(chosen)) == (
-        'The upload to me/model failed: the hub refuses the metadata of the model card: "license" must be one of mit, apache-2.0, other. '
-        "It comes from the original's card. Save the model to a folder instead (--model-action save), mend README.md there, and upload the "
-        f"folder with `hf upload`. {SAFE}"
+        'The upload to me/model failed: the hub rejects the metadata of the model card: "license" must be one of mit, apache-2.0, other. '
+        "It was copied from the original's card. Save the model to a folder instead (--model-action save), fix README.md there, and "
+        f"upload the folder with `hf upload`. {SAFE}"
     )
     assert not hub.requests("preupload|PUT|commit")
 
@@ -328,7 +326,7 @@ def test_a_connection_that_is_lost_for_long(hub: Hub, workplace_settings: Settin
     assert [line.split()[-1] for line in puts] == ["200", *["cut"] * 8, "200", "200"]
     assert len({line.split()[1] for line in puts}) == 3
     assert len(recorder.warnings) == 1
-    assert recorder.warnings[0].endswith(" Trying again in 5 s (1 of 4).")
+    assert recorder.warnings[0].endswith(" Retrying in 5 s (1 of 4).")
     assert len(hub.repositories["me/model"].commits) == 1
 
 

@@ -116,7 +116,7 @@ def test_one_worker_is_killed_and_another_joins_late(start: Start, tmp_path: Pat
     nobody_is_left([*seen, *([psutil.Process(late.pid)] if psutil.pid_exists(late.pid) else [])])
 
     text = OUTPUT.read_text()
-    assert re.search(r"Worker \d was ended by signal 9 \(SIGKILL\)\. Its trials go to others, and it is started again\.", text)
+    assert re.search(r"Worker \d was ended by signal 9 \(SIGKILL\)\. Its trials are reassigned, and it is restarted\.", text)
     assert "Traceback" not in text and "Error" not in text
     assert f"\n{n_trials} trials done\n" in text and f"\nTrial {n_trials}/1000: " in text
     trials = as_optuna_reads(DEMO_JOURNAL)
@@ -152,13 +152,13 @@ def test_two_workers_on_postgresql_whose_server_is_restarted(
     wait_for("\nTrial ", 8)
     children = workers_of(pid)
     server.stop()
-    wait_for(f"The study {shown_location(server.url)} cannot be reached and is waited for: ")
+    wait_for(f"The study {shown_location(server.url)} cannot be reached; retrying: ")
     assert len(workers_of(pid)) == 2, OUTPUT.read_text()
     server.start()
     assert process.wait(pid) == 0, OUTPUT.read_text()
     nobody_is_left(children)
     text = OUTPUT.read_text()
-    assert f"The study {shown_location(server.url)} cannot be reached and is waited for: " in text
+    assert f"The study {shown_location(server.url)} cannot be reached; retrying: " in text
     assert f"The study {shown_location(server.url)} can be reached again." in text
     assert "Traceback" not in text and "Error" not in text
     assert {path.name for path in Path("checkpoints").iterdir()} <= {"heretic-demo.report.html"}, "the study is in the database"
@@ -170,12 +170,11 @@ def test_two_workers_on_postgresql_whose_server_is_restarted(
     # The same storage holds other studies, and says what is not one.
     outcome = heretic("worker", "--study-name", "other")
     shown = shown_location(server.url)
-    expected = f"Error: There is no study 'other' in {shown}. Begin it with heretic MODEL --study-storage, then let workers join.\n"
+    expected = f"Error: There is no study 'other' in {shown}. Create it with heretic MODEL --study-storage, then let workers join.\n"
     assert (outcome.code, outcome.err) == (1, expected)
     outcome = heretic("--demo", "--max-response-length", "3", *FEWER)
-    expected = (
-        f"Error: The study 'heretic' in {shown} is another one: max_response_length was 100 and is now 3. Give another --study-name.\n"
-    )
+    reason = "max_response_length was 100 and is now 3"
+    expected = f"Error: The study 'heretic' in {shown} does not match this run: {reason}. Use another --study-name.\n"
     assert (outcome.code, outcome.err) == (1, expected)
 
 
@@ -187,7 +186,7 @@ def test_ctrl_c_reaches_the_workers_and_a_lost_parent_takes_them_along(start: St
     os.kill(pid, signal.SIGINT)
     assert process.wait(pid) == 0
     nobody_is_left(children)
-    assert "Stopping after the running trials. Ctrl+C again leaves at once." in OUTPUT.read_text()
+    assert "Stopping after the running trials. Press Ctrl+C again to leave at once." in OUTPUT.read_text()
     trials = as_optuna_reads(journal)
     n_done = sum(map(is_counted, trials))
     check_study(trials, n_done)
@@ -269,7 +268,7 @@ def test_a_worker_takes_everything_from_the_study_and_checks_what_is_its_own(
     tiny.save(Path("other"), other)
     outcome = heretic(*there, "--model", "other")
     prefix = "Error: This worker's trials could not be compared with the study's: "
-    assert (outcome.code, outcome.err) == (1, f"{prefix}the model's file model.safetensors is another one here.\n")
+    assert (outcome.code, outcome.err) == (1, f"{prefix}the model's file model.safetensors is different here.\n")
     (Path("copy") / "tokenizer_config.json").unlink()
     facts = study.user_attrs["facts"]
     study.set_user_attr("facts", {**facts, "versions": {**facts["versions"], "transformers": "4.0"}})
@@ -283,7 +282,10 @@ def test_a_worker_takes_everything_from_the_study_and_checks_what_is_its_own(
 
 def test_what_a_worker_cannot_join(workplace: Path, heretic: Callable[..., Outcome]) -> None:
     outcome = heretic("worker")
-    assert (outcome.code, outcome.err) == (2, "Error: heretic worker needs --study-storage, the one that the study was begun with.\n")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "Error: heretic worker needs --study-storage, with the URL that the study was created with.\n",
+    )
     outcome = heretic("worker", "--study-storag", "x")
     assert (outcome.code, outcome.err) == (
         2,
@@ -291,9 +293,8 @@ def test_what_a_worker_cannot_join(workplace: Path, heretic: Callable[..., Outco
     )
     assert heretic().code == 0
     outcome = heretic("worker", "--study-storage", "checkpoints/m.jsonl")
-    expected = (
-        "Error: The study 'heretic' in checkpoints/m.jsonl is worked on by one process alone. Begin it with --workers or --study-storage.\n"
-    )
+    reason = "was not created for several workers. Create it with --workers or --study-storage."
+    expected = f"Error: The study 'heretic' in checkpoints/m.jsonl {reason}\n"
     assert (outcome.code, outcome.err) == (1, expected)
     assert heretic("--study-storage", "checkpoints/m.jsonl", "--n-trials", 4).code == 0
     outcome = heretic("worker", "--study-storage", "checkpoints/m.jsonl", "--batch-size", "many")
@@ -304,9 +305,7 @@ def test_what_a_worker_cannot_join(workplace: Path, heretic: Callable[..., Outco
     assert outcome.code == 1
     assert re.match(r"Error: The directions of the study, artifact [0-9a-f-]+, are not in the storage\.", outcome.err)
     outcome = heretic("--study-storage", "checkpoints/m.jsonl", "--checkpoint-action", "restart")
-    expected = (
-        "Error: A study in --study-storage is not begun anew in its place, since workers may be using it. Give another --study-name.\n"
-    )
+    expected = "Error: A study in --study-storage cannot be restarted, since workers may be using it. Use another --study-name.\n"
     assert (outcome.code, outcome.err) == (2, expected)
 
 
@@ -317,5 +316,5 @@ def test_a_models_own_code_is_not_run_because_a_study_says_so(workplace: Path, h
     Path("m/own.py").write_text("open('it_ran', 'w')\n")
     outcome = heretic("worker", "--study-storage", "s.jsonl")
     assert outcome.code == 1
-    assert "another one here" in outcome.err
+    assert "different here" in outcome.err
     assert not Path("it_ran").exists()

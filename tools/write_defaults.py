@@ -1,4 +1,4 @@
-"""Writes what repeats the settings' definitions: `config.default.toml` and the text of `heretic --help`.
+"""Writes the files that are generated from the settings: `config.default.toml` and the text of `heretic --help`.
 
 Run it after a change in `src/heretic/config.py`; a test compares both files with what it would write.
 """
@@ -22,10 +22,10 @@ TOML_HEADER = """\
 
 PARAMETERS_FOOTER = """\
 # Other ways to write them:
-#   max_weight = 1.0                                  a constant, which is then not searched
+#   max_weight = 1.0                                  a constant, not optimized
 #   max_weight = { low = 0.1, high = 1.5, log = true }
 #   max_weight = { "mlp.down_proj" = 0.5 }            one component; the others keep the default
-#   [parameters.max_weight]                           the same as a table of its own
+#   [parameters.max_weight]                           the same as a separate table
 #   "attn.o_proj" = { low = 1.0, high = 1.5 }
 #   "mlp.down_proj" = 0.5
 """
@@ -40,21 +40,21 @@ Usage: heretic [MODEL] [--config PATH] [OPTIONS]
        heretic --reproduce RESULT
 
 Removes refusals from a transformer language model by directional ablation, without training, and keeps
-the rest of the model as it was. MODEL is a hub id or a local folder. `heretic compare` asks any saved
-models, adapters or studies (their .jsonl files; FILE:N for trial N of the front) the same prompts.
-`heretic classify` says of responses in a file which are refusals.
+the rest of the model as it was. MODEL is a hub id or a local folder. `heretic compare` scores saved
+models, adapters and studies (their .jsonl files; FILE:N for trial N of the front) on the same prompts.
+`heretic classify` tells which responses in a file are refusals.
 
 Settings come from the command line, the environment (HERETIC_N_TRIALS=100), .env, and a TOML file
-(config.toml in the working directory, or --config PATH); the first one given wins. Lists and tables are
-written as JSON. Parts of prompt sources are options of their own: --good-prompts.dataset prompts.txt
+(config.toml in the working directory, or --config PATH), in this order of precedence. Lists and tables
+are written as JSON. Fields of prompt sources are separate options: --good-prompts.dataset prompts.txt
 Switches are turned off by --no-..., such as --no-stop-dominated-trials.
 
-A RESULT is a folder that heretic saved, its heretic.json, or the address of one:
+A RESULT is a folder that heretic saved, its heretic.json, or the URL of one:
   --export-from RESULT
-      Make the saved model again from its original, into --save-directory; no prompts or search needed.
-      --model names the original where it is elsewhere; --overwrite and --trust-remote-code as below.
+      Rebuild the saved model from its original in --save-directory, without prompts or search.
+      --model names the original if it has moved; --overwrite and --trust-remote-code as below.
   --reproduce RESULT
-      List what differs from when it was saved, make it again and compare the files.
+      List what has changed since it was saved, rebuild it and compare the files.
   --reproduce-search RESULT
       Run the study again with the stored settings and seed, and compare the trial.
 
@@ -99,7 +99,7 @@ def config_default_toml() -> str:
         else:
             parts.append(f"{comment}{name} = {toml_value(default)}\n")
     options = "".join(f"#   {name}: {field.description}\n" for name, field in PromptSpecification.model_fields.items())
-    return "\n".join([*parts, f"# Each source of prompts may have:\n{options}", *tables])
+    return "\n".join([*parts, f"# Fields of each prompt source:\n{options}", *tables])
 
 
 def parameters_toml(parameters: Parameters) -> str:
@@ -131,8 +131,8 @@ def kind_of(name: str) -> str:
 
 
 def shown_default(default: Any) -> str:
-    """A default in brackets, where it says something in a line."""
-    if default in (None, False, []) or isinstance(default, Parameters):
+    """A default in brackets, if it fits in a line."""
+    if default in (None, False, [], {}) or isinstance(default, Parameters):
         return ""
     if isinstance(default, PromptSpecification):
         return f" [{default.dataset}, {default.split}, {default.column}]"
@@ -151,7 +151,7 @@ def help_text() -> str:
         lines.append(f"  {flag}{kind}".rstrip() + "\n")
         lines.append(textwrap.fill(described, WIDTH, initial_indent="      ", subsequent_indent="      ") + "\n")
     text = (
-        f"A source of prompts has the parts {', '.join(PromptSpecification.model_fields)}. The parts of --parameters are "
+        f"The fields of a prompt source are {', '.join(PromptSpecification.model_fields)}. The fields of --parameters are "
         f'options too, such as --parameters.max-weight 1.0 or \'{{"low": 0.5, "high": 1.0}}\': {", ".join(Parameters.model_fields)}. '
         "config.default.toml in the repository shows all defaults."
     )

@@ -1,7 +1,7 @@
-"""Settings: what they are. Where they come from is in `settings_sources.py`.
+"""All settings, their defaults and checks. `settings_sources.py` reads them from the command line, the environment and files.
 
-Settings are frozen after parsing; what a run finds out (response prefix, batch size) lives elsewhere. `Settings` is a plain model that
-library users construct themselves.
+Settings are frozen after parsing; what a run finds out (response prefix, batch size) is kept elsewhere. `Settings` is a plain pydantic
+model that library users construct themselves.
 """
 
 import re
@@ -20,7 +20,7 @@ SamplerName = Literal["tpe", "gp", "nsgaii", "random"]
 DEMO_MODEL = "heretic-demo"
 
 
-# Parts of refusals, compared after lower-casing and without `*`; apostrophes are plain.
+# Substrings that mark a refusal, compared after lowercasing and without `*`; apostrophes are ASCII.
 REFUSAL_MARKERS = [
     "sorry",
     "i can'",
@@ -50,7 +50,7 @@ REFUSAL_MARKERS = [
     "ethical boundaries",
 ]
 
-# Some defaults are others for the demonstration, which is over in seconds with few trials.
+# The demonstration has its own defaults: with few trials it is done in seconds.
 DEFAULT_TRIALS, DEMO_TRIALS = 200, 40
 DEFAULT_STARTUP_TRIALS, DEMO_STARTUP_TRIALS = 60, 15
 BENCHMARKS, DEMO_BENCHMARKS = ["arc_challenge", "hellaswag", "truthfulqa_mc2", "winogrande"], ["demo_advice"]
@@ -70,49 +70,51 @@ _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
 
 class PromptSpecification(BaseModel):
-    """Where a list of prompts comes from."""
+    """The source of a list of prompts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dataset: str = Field(min_length=1, description="Hub id, local dataset folder, or a text file with one prompt a line.")
-    commit: str | None = Field(None, description="Revision of a hub dataset to pin.")
-    split: str | None = Field(None, description="Split, with an optional slice such as train[:400]; a slice alone for a text file.")
-    column: str | None = Field(None, description="Column that holds the prompts; not needed for a text file.")
-    prefix: str = Field("", description="Text put before each prompt.")
-    suffix: str = Field("", description="Text put after each prompt.")
-    system_prompt: str | None = Field(None, description="System prompt for these prompts instead of the general one.")
-    residual_plot_label: str | None = Field(None, description="Name of these prompts in plots of the residuals.")
-    residual_plot_color: str | None = Field(None, description="Their colour there: a name such as royalblue, or #4169e1.")
+    dataset: str = Field(min_length=1, description="Hub id, local dataset folder, or a text file with one prompt per line.")
+    commit: str | None = Field(None, description="Revision of a hub dataset: commit, tag or branch.")
+    split: str | None = Field(
+        None, description="Split, with an optional slice such as train[:400]; for a text file only a slice, or nothing."
+    )
+    column: str | None = Field(None, description="Column that contains the prompts; not needed for a text file.")
+    prefix: str = Field("", description="Text inserted before each prompt.")
+    suffix: str = Field("", description="Text appended to each prompt.")
+    system_prompt: str | None = Field(None, description="System prompt for these prompts; the setting system_prompt if not given.")
+    residual_plot_label: str | None = Field(None, description="Label of these prompts in residual plots.")
+    residual_plot_color: str | None = Field(None, description="Color of these prompts in residual plots, such as royalblue or #4169e1.")
 
     @property
-    def what_is_read(self) -> "PromptSpecification":
-        """The same without what only a plot shows."""
+    def without_plot_options(self) -> "PromptSpecification":
+        """The same without the options of residual plots, which do not affect the prompts."""
         return self.model_copy(update={"residual_plot_label": None, "residual_plot_color": None})
 
 
 class ScorerSpecification(BaseModel):
-    """A scorer by name: where its class is, what the search does with its figure, and its own settings."""
+    """A scorer: its class, what the search does with its score, and its own settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     use: str | None = Field(
         None,
         min_length=1,
-        description="Built-in scorer, package.module:Class or file.py:Class; the built-in one of this name if not given.",
+        description="Built-in scorer, package.module:Class or file.py:Class; the built-in scorer of this name if not given.",
     )
     direction: Literal["minimize", "maximize", "none"] | None = Field(
-        None, description="What the search does with the figure; none (usual) reports it."
+        None, description="Objective of the search (minimize or maximize), or none (default): only reported."
     )
-    finalists_only: bool | None = Field(None, description="Only for the trials scored again at the end; not for an objective.")
+    finalists_only: bool | None = Field(None, description="Compute it only for finalists; not possible for an objective.")
     settings: dict[str, Any] = Field({}, description="The scorer's own settings.")
 
     @property
     def is_custom(self) -> bool:
-        """Whether it is code that does not come with this program: a file or an import path."""
+        """Whether it is code from outside this package: a file or an import path."""
         return self.use is not None and ":" in self.use
 
 
-# What every run is scored by; the table `scorers` changes them and adds others.
+# Scorers of every run; the table `scorers` changes them and adds others.
 USUAL_SCORER = ScorerSpecification(direction="none", finalists_only=False)
 SCORERS = {
     "refusals": ScorerSpecification(direction="minimize", finalists_only=False),
@@ -133,7 +135,7 @@ def _behaviors(split: str) -> PromptSpecification:
 
 
 def _by_demo(usual: Any, of_demo: Any) -> Callable[[dict[str, Any]], Any]:
-    """The default of a setting, which depends on `demo`; pydantic gives it the settings before this one."""
+    """A default that depends on `demo`. Pydantic passes the settings that are declared before this one."""
     return lambda before: of_demo if before.get("demo") else usual
 
 
@@ -146,102 +148,113 @@ def _startup_trials(before: dict[str, Any]) -> int:
 class Settings(BaseModel):
     """Every setting of a run, checked and frozen."""
 
-    # Errors that a traceback shows do not repeat values, among which a password may be.
+    # Errors in a traceback do not show values, which may include a password.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    model: str = Field(description="Model to work on: hub id or local path; also the positional argument.")
-    model_commit: str | None = Field(None, description="Revision of the model to pin: commit, tag or branch.")
+    model: str = Field(description="Model to edit: hub id or local path; also the positional argument.")
+    model_commit: str | None = Field(None, description="Revision of the model: commit, tag or branch.")
     gguf_file: str | None = Field(
-        None, min_length=1, description="GGUF file of the model's repository or folder to take; its weights are dequantized."
+        None, min_length=1, description="GGUF file to use from the model's repository or folder; its weights are dequantized."
     )
-    evaluate_model: str | None = Field(None, description="Score this model (hub id or local path) against the model, and exit.")
+    evaluate_model: str | None = Field(None, description="Score this model (hub id or local path) against the original model, and exit.")
     demo: bool = Field(False, description="Use the embedded demonstration model and its prompts.")
     dtypes: list[DtypeName] = Field(
         ["auto", "float16", "bfloat16", "float32"],
         min_length=1,
-        description="Number formats to try in this order, each with a one-token test run; auto is the stored one "
-        "(on a CPU float32 where bfloat16 is measured to be slower). Saved models keep the original's format.",
+        description="Dtypes to try in this order, each with a one-token test run; auto is the stored dtype "
+        "(on a CPU, float32 if bfloat16 is measured to be slower). Saved models keep the original's dtype.",
     )
     quantization: Literal["none", "bnb_4bit"] = Field(
-        "none", description="none, or bnb_4bit (nf4, double quantization) to search in about a quarter of the memory."
+        "none", description="Load the model unquantized (none) or as bnb_4bit (nf4, double quantization), in about a quarter of the memory."
     )
-    device_map: str | dict[str, int | str] = Field("auto", description="Placement on devices, given to Accelerate.")
+    device_map: str | dict[str, int | str] = Field("auto", description="Device map, passed to Accelerate.")
     max_memory: dict[str, str] | None = Field(
-        None, description='Memory limit per device, given to Accelerate, such as {"0" = "20GB", cpu = "60GB"}.'
+        None, description='Memory limit per device, passed to Accelerate, such as {"0" = "20GB", cpu = "60GB"}.'
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model repository.")
+    trust_remote_code: bool = Field(False, description="Run Python code from the model repository.")
     trust_scorers: bool = Field(
-        False, description="Run scorers that a record, a study, or a configuration in the working directory names, without asking."
+        False, description="Run scorers named by a record, a study, or a configuration file in the working directory, without asking."
     )
-    batch_size: int = Field(0, ge=0, description="Prompts that a forward pass holds for one trial; 0 is automatic.")
-    max_batch_size: int = Field(128, ge=1, description="Largest batch that the automatic choice uses.")
+    batch_size: int = Field(0, ge=0, description="Prompts per forward pass and trial; 0 is automatic.")
+    max_batch_size: int = Field(128, ge=1, description="Largest batch size that the automatic choice may use.")
     trials_per_batch: int = Field(
         0,
         ge=0,
-        description="Trials that share one forward pass; 1 turns sharing off, 0 is automatic: what memory holds, at most a tenth of "
-        "n_trials. Kept when a study is continued.",
+        description="Trials that share one forward pass; 1 turns sharing off, 0 is automatic: as many as fit in memory, at most a tenth "
+        "of n_trials. A continued study keeps its value.",
     )
     stop_dominated_trials: bool = Field(
-        True, description="Stop a trial as soon as it cannot be on the Pareto front any more; its refusals are then an estimate."
+        True, description="Stop a trial early once it can no longer reach the Pareto front; its refusals are then an estimate."
     )
-    max_response_length: int = Field(100, ge=1, description="Tokens of a response that are generated at most.")
+    max_response_length: int = Field(100, ge=1, description="Maximum number of tokens to generate per response.")
     response_prefix: str | None = Field(
-        None, description="Common start of all responses, after which evaluation begins; found automatically if not given."
+        None, description="Common start of all responses, after which evaluation begins; detected automatically if not given."
     )
     chain_of_thought_skips: list[tuple[str, str]] = Field(
         CHAIN_OF_THOUGHT_SKIPS,
-        description="Pairs of [opening, closed block]: where responses begin with the first, the second is put there.",
+        description="Pairs of [opening tag, closed block]: if responses begin with the tag, it is replaced by the closed block.",
     )
-    system_prompt: str = Field("You are a helpful assistant.", description="System prompt of all prompts.")
-    print_responses: bool = Field(False, description="Show every prompt and response when refusals are counted.")
-    kl_divergence_scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="KL divergence that weighs as much as all refusals.")
-    kl_divergence_target: float = Field(0.01, ge=0, allow_inf_nan=False, description="KL divergence below which only refusals count.")
+    system_prompt: str = Field("You are a helpful assistant.", description="System prompt for all prompts.")
+    print_responses: bool = Field(False, description="Print every prompt and response when counting refusals.")
+    kl_divergence_scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="KL divergence that weighs as much as refusing all prompts."
+    )
+    kl_divergence_target: float = Field(
+        0.01, ge=0, allow_inf_nan=False, description="KL divergence below which only refusals are optimized."
+    )
     kl_tokens: int = Field(
-        16, ge=1, description="Tokens of the original's own answers to harmless prompts over which the sequence KL divergence is taken."
+        16,
+        ge=1,
+        description="Tokens of the original's own responses to harmless prompts over which the sequence KL divergence is computed.",
     )
     scorers: dict[str, ScorerSpecification] = Field(
         {},
-        description="Changes to the scorers refusals, kl_divergence (both minimized), sequence_kl_divergence and harmless_refusals "
-        "(both reported, the latter for finalists), and others by name: tables of use, direction (minimize, maximize or none), "
-        "finalists_only and settings.",
+        description="Changes to the built-in scorers refusals, kl_divergence (both minimized), sequence_kl_divergence and "
+        "harmless_refusals (both reported, the latter for finalists), and further scorers by name: tables with use, direction "
+        "(minimize, maximize or none), finalists_only and settings.",
     )
     n_finalists: int = Field(
-        3, ge=0, description="Trials of the front, fewest refusals first, that are scored again after the search, with intervals; 0: none."
+        3, ge=0, description="Trials of the Pareto front, fewest refusals first, to score again after the search, with intervals; 0: none."
     )
     final_response_length: int | None = Field(
-        None, ge=1, description="Tokens of a response that finalists generate at most; max_response_length if not given."
+        None, ge=1, description="Maximum number of tokens per response of finalists; max_response_length if not given."
     )
-    final_kl_tokens: int | None = Field(None, ge=1, description="The same for the sequence KL divergence; kl_tokens if not given.")
+    final_kl_tokens: int | None = Field(
+        None, ge=1, description="Tokens of the sequence KL divergence of finalists; kl_tokens if not given."
+    )
     final_good_prompts: PromptSpecification | None = Field(
-        None, description="Prompts that are answered, for the finalists; good_evaluation_prompts if not given."
+        None, description="Harmless prompts for scoring finalists; good_evaluation_prompts if not given."
     )
     final_bad_prompts: PromptSpecification | None = Field(
-        None, description="Prompts that are refused, for the finalists; bad_evaluation_prompts if not given."
+        None, description="Harmful prompts for scoring finalists; bad_evaluation_prompts if not given."
     )
-    orthogonalize_direction: bool = Field(False, description="Remove from each direction its component along the harmless mean.")
+    orthogonalize_direction: bool = Field(
+        False, description="Remove from each refusal direction its component along the mean residual of harmless prompts."
+    )
     row_normalization: Literal["none", "pre", "full"] = Field(
-        "none", description="none, pre (edit normalized rows), or full (and keep each row's magnitude)."
+        "none", description="Normalize weight rows: none, pre (edit normalized rows), or full (also preserve each row's magnitude)."
     )
     split_experts: bool = Field(
-        False, description="Give routed and shared experts kernels of their own: mlp.experts.down_proj, mlp.shared_experts.down_proj."
+        False, description="Separate components for routed and shared experts: mlp.experts.down_proj and mlp.shared_experts.down_proj."
     )
     full_normalization_lora_rank: int = Field(
-        3, ge=1, description='Rank of an exported adapter in mode "full"; higher is closer and larger.'
+        3, ge=1, description='Rank of an exported adapter if row_normalization is "full"; a higher rank is more exact and larger.'
     )
-    winsorization_quantile: float = Field(1.0, gt=0, le=1, description="Clamp residuals to this quantile of their magnitudes; 1 is off.")
+    winsorization_quantile: float = Field(
+        1.0, gt=0, le=1, description="Clamp residuals to this quantile of their magnitudes before computing directions; 1 is off."
+    )
     n_learned_trials: int = Field(
-        8, ge=0, description="Edits learned by gradient before the search begins, from few refusals to a small divergence; 0: none."
+        8, ge=0, description="Edits learned by gradient before the search, from few refusals to a small KL divergence; 0: none."
     )
     n_trials: int = Field(
         default_factory=_by_demo(DEFAULT_TRIALS, DEMO_TRIALS),
         ge=0,
-        description="Trials of the search in all (the demonstration: 40); 0: learned ones alone.",
+        description="Trials of the search in total (the demonstration: 40); 0: only learned edits.",
     )
     n_startup_trials: int = Field(
         default_factory=_startup_trials,
         ge=0,
-        description="Trials drawn at random before the sampler learns from them "
-        "(the demonstration: 15; in shorter runs, where nothing is said, three in ten).",
+        description="Random trials before the sampler takes over (the demonstration: 15; if not given, 30 % of n_trials in shorter runs).",
     )
     sampler: SamplerName = Field(
         "tpe",
@@ -249,94 +262,94 @@ class Settings(BaseModel):
         "n_startup_trials), or random.",
     )
     first_trials: list[FirstTrial] = Field(
-        [], description="Known good points to try before the sampler chooses: tables like parameters, with constants; the rest is drawn."
+        [], description="Known good points to try first: tables like parameters, with constants; missing values are drawn at random."
     )
-    disabled_components: list[str] = Field([], description='Components that are left as they are, such as ["mlp.down_proj"].')
-    seed: int | None = Field(None, ge=0, lt=2**32, description="Random seed; drawn, shown and stored if not given.")
-    study_checkpoint_dir: str = Field("checkpoints", description="Folder of the studies' journals.")
+    disabled_components: list[str] = Field([], description='Components that are not edited, such as ["mlp.down_proj"].')
+    seed: int | None = Field(None, ge=0, lt=2**32, description="Random seed; drawn, printed and stored if not given.")
+    study_checkpoint_dir: str = Field("checkpoints", description="Folder for study journals.")
     print_residual_geometry: bool = Field(
-        False, description="Print how the residuals of harmless and harmful prompts lie in each layer: cosines, norms, silhouette."
+        False, description="Print the geometry of the residuals of harmless and harmful prompts per layer: cosines, norms, silhouette."
     )
     plot_residuals: bool = Field(
-        False, description="Draw the residuals of each layer, and an animation through all of them (needs the extra research)."
+        False, description="Plot the residuals of each layer, and an animation over all layers (needs the extra research)."
     )
-    residual_plot_method: Literal["pacmap", "pca"] = Field("pacmap", description="How residuals are laid out in a plane: pacmap or pca.")
-    residual_plot_path: str = Field("plots", description="Folder for these plots; each model gets one of its own in it.")
-    residual_plot_title: str = Field("Residuals of harmless and harmful prompts", description="Title of these plots.")
-    residual_plot_style: str = Field("default", description="Their matplotlib style, such as dark_background.")
-    report: bool = Field(True, description="Write a report of the study beside its journal, with responses of the finalists.")
-    report_plots: bool = Field(False, description="Write the report's plots as PNG files too (needs the extra research).")
+    residual_plot_method: Literal["pacmap", "pca"] = Field(
+        "pacmap", description="Projection of residuals to two dimensions: pacmap or pca."
+    )
+    residual_plot_path: str = Field("plots", description="Folder for residual plots; each model gets a subfolder.")
+    residual_plot_title: str = Field("Residuals of harmless and harmful prompts", description="Title of residual plots.")
+    residual_plot_style: str = Field("default", description="Matplotlib style of residual plots, such as dark_background.")
+    report: bool = Field(True, description="Write a report of the study next to its journal, with responses of the finalists.")
+    report_plots: bool = Field(False, description="Also write the report's plots as PNG files (needs the extra research).")
     workers: Literal["auto"] | PositiveInt | None = Field(
         None,
-        description="Processes that search together, each with its own copy of the model: a number, or auto for as many as the "
-        "accelerators hold; one process if not given.",
+        description="Worker processes that share the search, each with its own copy of the model: a number, or auto for as many as fit "
+        "on the accelerators; one process if not given.",
     )
     study_storage: str | None = Field(
         None,
         exclude=True,  # may hold a password
-        description="Where the study lives that workers on several machines share: journal file on a shared disk, postgresql://..., "
-        "mysql://... or grpc://host:port (Optuna's proxy); heretic worker joins it.",
+        description="Storage of a study that workers on several machines share: journal file on a shared disk, postgresql://..., "
+        "mysql://... or grpc://host:port (Optuna's proxy); join it with heretic worker.",
     )
-    study_name: str = Field("heretic", min_length=1, description="Name of the study in the study storage, which may hold several.")
+    study_name: str = Field("heretic", min_length=1, description="Name of the study in study_storage, which may contain several.")
     worker_timeout: float = Field(
-        300.0, ge=1, allow_inf_nan=False, description="Seconds without a sign of life after which a worker's trials are given to others."
+        300.0, ge=1, allow_inf_nan=False, description="Seconds without a heartbeat after which a worker's trials are reassigned."
     )
     refusal_rule: Literal["learned", "markers"] = Field(
         "learned",
-        description="How responses are judged: learned (phrases by place, as people judge; most are decided by their beginning), "
-        "or markers (refusal_markers alone).",
+        description="How refusals are detected: learned (agrees with people; most responses are decided by their beginning), "
+        "or markers (refusal_markers only).",
     )
     refusal_markers: list[str] = Field(
         REFUSAL_MARKERS,
         min_length=1,
-        description="Texts that mark a response as a refusal, in any case; the rule learned looks for them only if they are your own.",
+        description="Substrings that mark a response as a refusal, ignoring case; the learned rule uses them only if you set them.",
     )
     max_shard_size: str | int | None = Field(
-        None, description="Largest file of a saved model, such as 5GB; as the original's if not given."
+        None, description="Maximum size of a saved model's files, such as 5GB; as in the original if not given."
     )
     checkpoint_action: Literal["continue", "restart"] | None = Field(
-        None, description="What to do with a study found on disk: continue or restart; asked if not given."
+        None, description="What to do with an existing study: continue or restart; asked if not given."
     )
-    debug: bool = Field(False, description="Show tracebacks and the libraries' messages.")
+    debug: bool = Field(False, description="Show tracebacks and log messages of libraries.")
     trial_index: int | None = Field(
-        None, ge=0, description="Trial to take, by its place in the Pareto front (0: fewest refusals); asked if not given."
+        None, ge=0, description="Index of the trial in the Pareto front (0: fewest refusals); asked if not given."
     )
-    n_additional_trials: int | None = Field(None, ge=1, description="Trials to run on top of a finished study; asked if not given.")
+    n_additional_trials: int | None = Field(None, ge=1, description="Trials to add to a finished study; asked if not given.")
     model_action: Literal["save", "upload", "chat", "scores", "benchmark", "none"] | None = Field(
         None,
-        description="What to do with the chosen trial: save, upload, chat, scores (show them all), benchmark or none; asked if not given.",
+        description="What to do with the chosen trial: save, upload, chat, scores (show all), benchmark or none; asked if not given.",
     )
     benchmarks: list[str] = Field(
         default_factory=_by_demo(BENCHMARKS, DEMO_BENCHMARKS),
         min_length=1,
-        description="Tasks of lm-evaluation-harness to run on the original and the edited model (the demonstration: one of its own).",
+        description="Tasks of lm-evaluation-harness to run on the original and the edited model (the demonstration has its own task).",
     )
-    benchmark_limit: int | None = Field(None, ge=1, description="Examples of each task that are run at most; all if not given.")
-    benchmark_path: str | None = Field(None, description="Folder with further tasks (YAML files of lm-evaluation-harness).")
+    benchmark_limit: int | None = Field(None, ge=1, description="Maximum number of examples per task; all if not given.")
+    benchmark_path: str | None = Field(None, description="Folder with additional tasks (YAML files of lm-evaluation-harness).")
     benchmark_chat_template: bool = Field(
-        default_factory=_by_demo(False, True), description="Put the tasks' questions into the chat template (the demonstration: true)."
+        default_factory=_by_demo(False, True), description="Apply the chat template to the tasks' questions (the demonstration: true)."
     )
-    save_directory: str | None = Field(None, description="Folder to save to; asked if not given.")
-    overwrite: bool = Field(False, description="Replace the folder to save to where it exists and is not empty.")
+    save_directory: str | None = Field(None, description="Folder to save the model in; asked if not given.")
+    overwrite: bool = Field(False, description="Overwrite a non-empty save directory.")
     export_strategy: Literal["merge", "adapter"] | None = Field(
-        None, description="Export the whole model (merge) or a small PEFT adapter (adapter); asked if not given."
+        None, description="Export the full model (merge) or a small PEFT adapter (adapter); asked if not given."
     )
     upload_repo_id: str | None = Field(None, description="Hub repository to upload to; asked if not given.")
     upload_repo_private: bool | None = Field(None, description="Make the repository private; asked if not given.")
-    good_prompts: PromptSpecification = Field(_alpaca("train[:400]"), description="Prompts that are answered, for the directions.")
-    bad_prompts: PromptSpecification = Field(_behaviors("train[:400]"), description="Prompts that are refused, for the directions.")
+    good_prompts: PromptSpecification = Field(_alpaca("train[:400]"), description="Harmless prompts for computing directions.")
+    bad_prompts: PromptSpecification = Field(_behaviors("train[:400]"), description="Harmful prompts for computing directions.")
     good_evaluation_prompts: PromptSpecification = Field(
-        _alpaca("test[:100]"), description="Prompts that are answered, for the KL divergence."
+        _alpaca("test[:100]"), description="Harmless prompts for evaluation (KL divergence)."
     )
-    bad_evaluation_prompts: PromptSpecification = Field(
-        _behaviors("test[:100]"), description="Prompts that are refused, for counting refusals."
-    )
+    bad_evaluation_prompts: PromptSpecification = Field(_behaviors("test[:100]"), description="Harmful prompts for evaluation (refusals).")
 
     parameters: Parameters = Field(
         Parameters(),
-        description="What the search tries. Every number is a constant (max_weight = 1.0), a range with low, high and, if small values "
-        'shall be as likely as large ones, log = true, or a table of those per component ({"mlp.down_proj" = 0.5}); what is left out '
-        "keeps its default.",
+        description="Search space. Every number is a constant (max_weight = 1.0), a range with low, high and optionally log = true "
+        '(sampled on a logarithmic scale), or a table of those per component ({"mlp.down_proj" = 0.5}); omitted values keep their '
+        "defaults.",
     )
 
     @model_validator(mode="before")
@@ -350,12 +363,12 @@ class Settings(BaseModel):
         if is_true(data.get("demo")):
             given_model = data.setdefault("model", DEMO_MODEL)
             if given_model != DEMO_MODEL:
-                raise ValueError(f"demo brings its own model; leave out the model {given_model!r} or --demo")
+                raise ValueError(f"demo uses its own model; remove the model {given_model!r} or --demo")
             prompts = DEMO_PROMPTS
             data = {**prompts, **data}
         for name, default in prompts.items():
             given = data.get(name)
-            if isinstance(given, dict) and "dataset" not in given:  # a part of the usual source is changed: --bad-prompts.suffix
+            if isinstance(given, dict) and "dataset" not in given:  # changes only a part of the default source: --bad-prompts.suffix
                 data[name] = {**default, **given}
         return data
 
@@ -367,14 +380,14 @@ class Settings(BaseModel):
         if size.isdigit():
             return int(size)
         if not _SIZE.fullmatch(size.strip()):
-            raise ValueError("a size is written as 500MB or 5GB")
+            raise ValueError("a size has the form 500MB or 5GB")
         return size
 
     @field_validator("refusal_markers")
     @classmethod
     def _no_empty_marker(cls, markers: list[str]) -> list[str]:
         if not all(marker.strip() for marker in markers):
-            raise ValueError("an empty marker would occur in every response")
+            raise ValueError("an empty marker would match every response")
         return markers
 
     @field_validator("scorers")
@@ -382,18 +395,18 @@ class Settings(BaseModel):
     def _check_scorers(cls, scorers: dict[str, ScorerSpecification]) -> dict[str, ScorerSpecification]:
         for name, scorer in scorers.items():
             if scorer.use is None and name not in SCORERS:
-                raise ValueError(f"{name} is no built-in scorer{did_you_mean(name, list(SCORERS))}; say which class it is with use")
+                raise ValueError(f"{name} is not a built-in scorer{did_you_mean(name, list(SCORERS))}; set its class with use")
             if scorer.use is not None and name in SCORERS:
-                raise ValueError(f"{name} is the name of a built-in scorer; give the one that you use another name")
+                raise ValueError(f"{name} is the name of a built-in scorer; give your scorer another name")
             if scorer.finalists_only and scorer.direction not in (None, "none"):
-                raise ValueError(f"{name} cannot be an objective (direction) and computed for finalists only")
+                raise ValueError(f"{name} cannot be both an objective (direction) and computed for finalists only")
             if scorer.finalists_only and name in ("refusals", "kl_divergence", "sequence_kl_divergence"):
-                raise ValueError(f"{name} is computed for every trial; it cannot be for finalists_only")
+                raise ValueError(f"{name} is computed for every trial; finalists_only cannot be set for it")
         return scorers
 
     @property
     def all_scorers(self) -> dict[str, ScorerSpecification]:
-        """The scorers in force by name, the built-in ones first; one that is an objective is computed for every trial."""
+        """All scorers by name, the built-in ones first, with their defaults filled in. Objectives are computed for every trial."""
         result = {}
         for name in [*SCORERS, *(name for name in self.scorers if name not in SCORERS)]:
             usual, given = SCORERS.get(name, USUAL_SCORER), self.scorers.get(name, ScorerSpecification())
@@ -405,17 +418,17 @@ class Settings(BaseModel):
 
     @property
     def own_markers(self) -> list[str]:
-        """The refusal markers, where they are the user's own."""
+        """The refusal markers if the user set them, else none."""
         return [] if self.refusal_markers == REFUSAL_MARKERS else self.refusal_markers
 
     @property
     def objectives(self) -> Objectives:
-        """Names and directions of what the search optimizes, in order."""
+        """Names and directions of the objectives of the search, in order."""
         found = ((name, scorer.direction) for name, scorer in self.all_scorers.items())
         return tuple((name, direction) for name, direction in found if direction is not None and direction != "none")
 
     def stored(self) -> dict[str, Any]:
-        """The settings as plain data that others may come to see: without custom scorers' own settings, among which a key may be."""
+        """The settings as plain data that may be shared: without the settings of custom scorers, which may include a secret."""
         data = self.model_dump(mode="json")
         for name, scorer in self.scorers.items():
             if scorer.is_custom:
@@ -425,20 +438,21 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if not self.objectives:
-            raise ValueError("no scorer has a direction, so there is nothing to search for; set minimize or maximize for one")
+            raise ValueError("no scorer has a direction, so the search has no objective; set minimize or maximize for one")
         if self.n_startup_trials > self.n_trials:
             raise ValueError(
-                f"n_startup_trials ({self.n_startup_trials}) is larger than n_trials ({self.n_trials}); lower the first or raise the second"
+                f"n_startup_trials ({self.n_startup_trials}) is larger than n_trials ({self.n_trials}); "
+                "decrease the first or increase the second"
             )
         if not self.n_trials and not self.n_learned_trials:
-            raise ValueError("n_trials and n_learned_trials are both 0, so nothing would be tried; raise one of them")
+            raise ValueError("n_trials and n_learned_trials are both 0, so there would be no trials; increase one of them")
         if not self.model.strip():
             raise ValueError("model is empty; give a hub id or a local path")
         return self
 
 
 def is_true(value: Any) -> bool:
-    """Whether pydantic reads a value as true; what it cannot read is left for it to complain about."""
+    """Whether pydantic parses a value as true. Invalid values are left to validation."""
     try:
         return _BOOL.validate_python(value)
     except ValidationError:

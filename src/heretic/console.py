@@ -1,4 +1,4 @@
-"""Everything that is printed: live in a terminal, plain lines without control codes elsewhere."""
+"""All output: live displays in a terminal, plain lines without control codes elsewhere."""
 
 import contextlib
 import sys
@@ -15,12 +15,12 @@ from rich.table import Table
 
 from .utils import can_ask, format_duration, screen_text
 
-# Steps shorter than this are not worth a second line where the output is no terminal.
-WORTH_SAYING_SECONDS = 5.0
+# If the output is not a terminal, steps shorter than this do not get a second line.
+SECOND_LINE_SECONDS = 5.0
 
 
 class _Screen(RichConsole):
-    """Rich's console. Only its own codes control the terminal, not those that a text brings."""
+    """Rich's console, which removes control codes that come with printed text."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -48,7 +48,7 @@ class Console:
         self.errors.print(f"[bold red]Error:[/] {escape(text)}")
 
     def heading(self, text: str) -> None:
-        """The title of a stage of the run."""
+        """Title of a stage of the run."""
         self.rich.print(f"\n[bold]{escape(text)}[/]")
 
     @contextlib.contextmanager
@@ -63,15 +63,15 @@ class Console:
         self.message(f"{description} ...")
         yield lambda n: None
         seconds = time.monotonic() - start
-        if seconds >= WORTH_SAYING_SECONDS:
+        if seconds >= SECOND_LINE_SECONDS:
             self.message(f"{description}: done in {format_duration(seconds)}")
 
     def show(self, renderable: Any) -> None:
-        """Anything that rich can print, such as a table."""
+        """Print anything that Rich can render, such as a table."""
         self.rich.print(renderable)
 
     def columns(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of texts, wrapped in their columns."""
+        """Print a table whose texts are wrapped within their columns."""
         table = Table(title=escape(title), show_lines=True, expand=self.is_terminal)
         for header in headers:
             table.add_column(escape(header), ratio=1, overflow="fold")

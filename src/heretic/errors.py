@@ -1,4 +1,4 @@
-"""Everything that can go wrong in a way the user can understand and mend.
+"""All errors that a user can understand and fix.
 
 Library code raises these `from` their cause; only `main.py` turns them into a line on the screen and an exit code.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 class HereticError(Exception):
-    """An error told in plain words: what, which file or setting, what to do."""
+    """An error described in plain words: what is wrong, which file or setting, what to do."""
 
     exit_code = 1
 
@@ -24,7 +24,7 @@ class ModelError(HereticError):
 
 
 class UnsupportedModelError(ModelError):
-    """The model's structure is not one whose residual-writing modules can be edited."""
+    """The model's architecture is not one whose residual-writing modules can be edited."""
 
 
 class PromptError(HereticError):
@@ -36,19 +36,19 @@ class DirectionError(HereticError):
 
 
 class EvaluationError(HereticError):
-    """The model's answers cannot be scored, for a reason that lies in the model or the settings."""
+    """The model's responses cannot be scored because of the model or the settings."""
 
 
 class TrialError(HereticError):
-    """One trial cannot be scored; the study goes on without it."""
+    """One trial cannot be scored; the study continues without it."""
 
 
 class LearningError(HereticError):
-    """No edit can be learned from this model; the search goes on without."""
+    """No edit can be learned for this model; the search continues without learned edits."""
 
 
 class CheckpointError(HereticError):
-    """The study's journal is missing, locked, damaged or belongs to something else."""
+    """The study's journal is missing, locked, damaged or belongs to another study."""
 
 
 class ExportError(HereticError):
@@ -56,14 +56,14 @@ class ExportError(HereticError):
 
 
 class ReportError(HereticError):
-    """A report, a picture or a benchmark cannot be made."""
+    """A report, a plot or a benchmark cannot be produced."""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """` (did you mean x?)` with the nearest known name, or nothing where none is near."""
+    """` (did you mean x?)` with the closest known name, or nothing if none is close."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
-class GivenUp(KeyboardInterrupt):
-    """The user stops the search and does not wait for the trials that are running. Not an error that a trial could have."""
+class Aborted(KeyboardInterrupt):
+    """The user stopped the search and the running trials did not finish in time. Not an error of a trial."""

@@ -25,21 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `heretic` command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what the terminal's encoding lacks must not end the run
+            stream.reconfigure(errors="replace")  # characters that the terminal's encoding lacks must not end the run
     try:
         code = run_command(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process. Once torch is loaded, taking the interpreter's many objects apart takes a second in which nothing is done."""
+    """End the process. Once torch is loaded, an ordinary interpreter shutdown spends a second on freeing objects; this skips it."""
     if "torch" not in sys.modules:
         sys.exit(code)
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as an ordinary exit does
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for non-daemon threads, as an ordinary exit does
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -48,12 +48,12 @@ def _leave(code: int) -> NoReturn:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run the command and return its exit code: 0 done, 1 an error told, 2 wrong usage, 130 interrupted.
+    """Run the command and return its exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted.
 
     What is imported here would slow down `--help`, or read the environment before `prepare_libraries` has set it.
     """
     command = COMMANDS.get(arguments[0]) if arguments else None
-    if command is None and {"-h", "--help"} & set(arguments):  # answered from a text, before anything slow is imported
+    if command is None and {"-h", "--help"} & set(arguments):  # printed from a file, before anything slow is imported
         print(files("heretic").joinpath("help.txt").read_text(encoding="utf-8"), end="")
         return 0
     if "--version" in arguments:
@@ -71,30 +71,30 @@ def run_command(arguments: Sequence[str]) -> int:
 
             return rebuild(arguments)
         from .settings_sources import read_settings
-        from .trust import who_asks
+        from .trust import terminal_ask
 
-        given = read_settings(arguments, ask=who_asks())
+        given = read_settings(arguments, ask=terminal_ask())
         debug = given.settings.debug
         prepare_libraries(debug)
         from .commands.start import run
 
         return run(given.settings, given.files)
     except HereticError as error:
-        _tell(str(error), debug)
+        _print_error(str(error), debug)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         raise
-    except Exception as error:  # nothing foresaw it; it is told in plain words all the same
+    except Exception as error:  # unforeseen: reported in one line as well
         reason = first_line(f"{type(error).__name__}: {error}")
-        _tell(f"{reason} (this is a bug in heretic; --debug shows where it happened). What was finished is kept.", debug)
+        _print_error(f"{reason} (this is a bug in heretic; --debug shows where it happened). Finished trials are kept.", debug)
         return 1
 
 
-def _tell(text: str, debug: bool) -> None:
-    from .privacy import without_token  # which `--help` does not need
+def _print_error(text: str, debug: bool) -> None:
+    from .privacy import without_token  # not needed by `--help`
 
     if debug:
         print(screen_text(without_token(traceback.format_exc())), end="", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""The `parameters` table of the settings: what the search may try for each number, as a user writes it.
+"""The `parameters` table of the settings: the search space as a user writes it.
 
-Every float is a constant, a range `{ low, high, log }`, or a table per component with either of these. Pydantic tells the three apart by
-a function (`Discriminator`), so that an error names the place that is wrong and nothing else. What the choices mean for one model is made
-of this in `space.py`.
+Every number is a constant, a range `{ low, high, log }`, or a table per component with either of these. Pydantic distinguishes the three
+by a function (`Discriminator`), so that an error names only the wrong place. `study/space.py` turns the table into the search space of a
+model.
 """
 
 import json
@@ -17,12 +17,12 @@ Weight = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Auto = Literal["auto"]
 
-# Pydantic puts these into the locations of errors; what the user wrote has nothing of the kind.
+# Pydantic inserts these tags into the locations of errors; they are removed before the user sees them.
 CONSTANT, RANGE, FROM_MODEL, PER_COMPONENT, SINGLE = TAGS = ("<constant>", "<range>", "<auto>", "<per component>", "<single>")
 
 
 class Range(BaseModel):
-    """From `low` to `high`, both included; with `log`, small values are as likely as large ones."""
+    """From `low` to `high`, inclusive; with `log`, sampled on a logarithmic scale."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +47,7 @@ class FractionRange(Range):
 
 
 def kind(value: Any) -> str:
-    """What a value is, as it was written or as pydantic made it."""
+    """The tag of a value, as the user wrote it or as pydantic parsed it."""
     if isinstance(value, Range):
         return RANGE
     if isinstance(value, Mapping):
@@ -62,7 +62,7 @@ def _kind_of_table(value: Any) -> str:
 _KINDS = Discriminator(
     kind,
     custom_error_type="kind",
-    custom_error_message="Input should be a number or a range such as {low = 0.5, high = 1.0} (component names with dots stand in quotes)",
+    custom_error_message="Input should be a number or a range such as {low = 0.5, high = 1.0} (quote component names that contain dots)",
 )
 
 WeightChoice = Annotated[Annotated[Weight, Tag(CONSTANT)] | Annotated[Range, Tag(RANGE)], _KINDS]
@@ -84,39 +84,39 @@ def _as_list(value: Any) -> Any:
 
 
 class Parameters(BaseModel):
-    """What the search may try. Positions and distances are fractions of the last layer index."""
+    """The search space. Positions and distances are fractions of the last layer index."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     direction_scope: Annotated[list[DirectionScope], BeforeValidator(_as_list), Field(min_length=1)] = Field(
-        ["global", "per layer"], description="One direction for all layers (global), or each layer's own (per layer)."
+        ["global", "per layer"], description="Refusal direction: one for all layers (global), or each layer's own (per layer)."
     )
     direction_index: PlaceChoice = Field(
         "auto",
         description="Layer whose direction is used in scope global, as a fraction of the last layer index; auto: from 0.4, or from the "
-        "layer in which harmless and harmful prompts part if that is lower, to 0.9.",
+        "layer in which harmless and harmful prompts separate if that is lower, to 0.9.",
     )
     max_weight: PerComponent[StrengthChoice] = Field(
         "auto",
-        description="Strength at the position; 1 removes the direction; auto: from 0.8, in MLPs from 0, so that the search can leave "
-        "them as they are, to 1.5.",
+        description="Ablation strength at max_weight_position; 1 removes the direction; auto: from 0.8 (in MLPs from 0, so that the "
+        "search may leave them unedited) to 1.5.",
     )
     max_weight_position: PerComponent[PlaceChoice] = Field(
         "auto",
-        description="Layer of the greatest strength, as a fraction of the last layer index; auto: from 0.6, or from that "
-        "lower layer, to 1.",
+        description="Layer of the greatest strength, as a fraction of the last layer index; auto: from 0.6, or from the layer in which "
+        "the prompts separate if that is lower, to 1.",
     )
     min_weight: PerComponent[WeightChoice] = Field(
-        Range(low=0.0, high=1.0), description="Strength at the distance, as a fraction of max_weight."
+        Range(low=0.0, high=1.0), description="Strength at min_weight_distance, as a fraction of max_weight."
     )
     min_weight_distance: PerComponent[FractionChoice] = Field(
         FractionRange(low=0.0, high=0.6),
-        description="Distance from the position beyond which nothing is edited, as a fraction of the last layer index; "
-        "never less than one layer.",
+        description="Distance from max_weight_position beyond which nothing is edited, as a fraction of the last layer index; "
+        "at least one layer.",
     )
 
     def choice(self, name: str, component: str | None = None) -> Choice | Auto:
-        """What is to be tried for a parameter, in a component if there is one; the default where a table leaves the component out."""
+        """The choice for a parameter, of a component if one is given; the default if a table omits the component."""
         for value in (getattr(self, name), type(self).model_fields[name].default):
             choice: Choice | Auto | None = value.get(component) if isinstance(value, dict) else value
             if choice is not None:
@@ -124,16 +124,16 @@ class Parameters(BaseModel):
         raise ValueError(f"{name} has no default for the component {component}")
 
     def named_components(self) -> dict[str, list[str]]:
-        """The components that tables name, per parameter."""
+        """The components named in tables, by parameter."""
         return _named_components(self)
 
     def as_table(self) -> dict[str, Any]:
-        """Plain data, as one would write it."""
+        """Plain data, as a user would write it."""
         return {name: _plain(getattr(self, name)) for name in type(self).model_fields}
 
 
 class FirstTrial(BaseModel):
-    """A point to try before the sampler chooses: constants, or tables of them per component. What is left out is drawn."""
+    """A trial to run before the sampler takes over: constants, or tables of them per component. Missing values are drawn."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -145,12 +145,12 @@ class FirstTrial(BaseModel):
     min_weight_distance: PerComponent[Fraction] | None = None
 
     def value(self, name: str, component: str | None = None) -> float | None:
-        """The value of a parameter, in a component if there is one; None where it is to be drawn."""
+        """The value of a parameter, of a component if one is given; None if it is to be drawn."""
         value: float | dict[str, float] | None = getattr(self, name)
         return value.get(component or "") if isinstance(value, dict) else value
 
     def named_components(self) -> dict[str, list[str]]:
-        """The components that tables name, per parameter."""
+        """The components named in tables, by parameter."""
         return _named_components(self)
 
 
@@ -165,5 +165,5 @@ def _named_components(table: Parameters | FirstTrial) -> dict[str, list[str]]:
 
 
 def quoted(key: str) -> str:
-    """A key as TOML has it: in quotes where it holds more than letters, digits, `_` and `-`."""
+    """A TOML key: quoted if it contains other characters than letters, digits, `_` and `-`."""
     return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)

@@ -1,4 +1,4 @@
-"""Small things that several parts need and that belong to none: progress, durations, texts. Imports nothing heavy."""
+"""Small helpers that several modules share: progress, durations, texts. Imports nothing heavy."""
 
 import contextlib
 import importlib.metadata
@@ -9,20 +9,20 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """How the core tells what it is doing. The console implements it; tests and library users pass `SilentProgress`."""
+    """How the core reports what it is doing. The console implements it; tests and library users pass `SilentProgress`."""
 
     def message(self, text: str) -> None:
-        """Say something that the user should read."""
+        """Show the user a message."""
 
     def warning(self, text: str) -> None:
-        """Say something that the user may have to act on."""
+        """Show the user a message that may need action."""
 
     def task(self, description: str, total: int | None = None) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """A long step: the value entered is called with the number of units done since the last call."""
+        """A long step. The yielded function is called with the number of units done since the last call."""
 
 
 class SilentProgress:
-    """Says nothing."""
+    """Prints nothing."""
 
     def message(self, text: str) -> None:
         pass
@@ -60,12 +60,12 @@ def format_size(n_bytes: int) -> str:
 
 
 def first_line(error: BaseException | str) -> str:
-    """What an error says, in one line; its type if it says nothing."""
+    """The first line of an error's message; its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def some_of(names: Sequence[str], n: int) -> str:
-    """The first `n` names, and how many more there are."""
+    """The first `n` names, and the number of the others."""
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
@@ -75,14 +75,14 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
 
 
 def can_ask() -> bool:
-    """Whether somebody is there to answer."""
+    """Whether questions can be asked: input and output are a terminal."""
     return sys.stdout.isatty() and sys.stdin.isatty()
 
 
-# C0 without tab and line feed, DEL, and C1: with these a text could move the cursor, set the window's title or fill in the clipboard.
+# C0 without tab and line feed, DEL, and C1: with these a text could move the cursor, set the window title or write to the clipboard.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def screen_text(text: str) -> str:
-    """A text without the characters that would control a terminal."""
+    """The text without terminal control characters."""
     return _CONTROLS.sub("", text)

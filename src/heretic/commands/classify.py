@@ -1,8 +1,8 @@
-"""`heretic classify [FILE.jsonl]`: what responses are, by the learned rule: one's own logs, or another program's.
+"""`heretic classify [FILE.jsonl]`: classifies responses from any source by the learned rule.
 
-Each line of the file (or of the standard input) is an object with `prompt` (which is not looked at), `response` and, if that ends only
-because generation was stopped, `"cut_off": true`. It is written with `kind` and `decided_at` added. Nothing heavy is imported, so that it
-answers at once.
+Each line of the file (or of the standard input) is an object with `prompt` (not used), `response` and, if the response ends only
+because generation was stopped, `"cut_off": true`. It is written with `kind` and `decided_at` added. Nothing heavy is imported, so that
+it starts at once.
 """
 
 import json
@@ -17,15 +17,15 @@ from ..scoring.learned_rule import LearnedRule
 
 HELP = """Usage: heretic classify [FILE.jsonl]
 
-Says of each response whether it is a refusal, by the learned rule (see docs/scoring.md). Reads the standard input if no file is given.
+Classifies each response by the learned rule (see docs/scoring.md). Reads the standard input if no file is given.
 
-Each line is a JSON object: "prompt" (not looked at), "response" and "cut_off" (true if the response ends only because generation was
-stopped; false if not given). It is written to the standard output, in the same order, with all that it holds and
+Each line is a JSON object: "prompt" (not used), "response" and "cut_off" (true if the response ends only because generation was
+stopped; default: false). The lines are written to the standard output in the same order, unchanged except for two added keys:
 
-  "kind"        refusal, compliance or degenerate (empty, looping, broken off)
-  "decided_at"  characters of the response after which that verdict stood: most are decided by their beginning
+  "kind"        refusal, compliance or degenerate (empty, repetitive or cut short)
+  "decided_at"  number of characters of the response after which the verdict was final; most are decided by their beginning
 
-A line that is no such object is told with its number on the standard error stream, the others are written, and the exit code is 1.
+An invalid line is reported with its number on the standard error stream. The other lines are still written, and the exit code is 1.
 """
 
 
@@ -37,9 +37,9 @@ def command(arguments: Sequence[str]) -> int:
     options = [argument for argument in arguments if argument.startswith("-") and argument not in ("-", "--debug")]
     names = [argument for argument in arguments if argument not in options and argument != "--debug"]
     if options:
-        raise UsageError(f"heretic classify has no option {options[0]}. It takes the name of a file, or reads the standard input.")
+        raise UsageError(f"heretic classify has no option {options[0]}. It takes a file name, or reads the standard input.")
     if len(names) > 1:
-        raise UsageError(f"heretic classify takes one file; {names[1]} is one too many.")
+        raise UsageError(f"heretic classify takes one file, but {names[1]} is a second one.")
     name = names[0] if names else "-"
     try:
         if name == "-":
@@ -53,11 +53,11 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def classify(lines: Any, name: str, out: TextIO | None = None) -> int:
-    """Judge each of the `lines` (bytes) and write it to `out` (else the standard output); 1 where any was bad, else 0."""
+    """Classify each of the `lines` (bytes) and write it to `out` (default: standard output). Returns 1 if a line was invalid, else 0."""
     rule = LearnedRule((), CHAIN_OF_THOUGHT_SKIPS)
     out = sys.stdout if out is None else out
     code = 0
-    for number, line in _filled(lines):
+    for number, line in _nonempty_lines(lines):
         try:
             entry = _entry(line)
         except ValueError as error:
@@ -69,23 +69,23 @@ def classify(lines: Any, name: str, out: TextIO | None = None) -> int:
     return code
 
 
-def _filled(lines: Any) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold anything, with their numbers."""
+def _nonempty_lines(lines: Any) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers."""
     return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _entry(line: bytes) -> dict[str, Any]:
-    """What a line holds. Raises `ValueError` saying what is wrong with it."""
+    """The object of a line. Raises `ValueError` saying what is wrong with it."""
     try:
         entry = json.loads(line.decode("utf-8-sig"))
     except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError("it is no text in UTF-8." if isinstance(error, UnicodeDecodeError) else "it is nested too deeply.") from error
+        raise ValueError("it is not valid UTF-8." if isinstance(error, UnicodeDecodeError) else "it is nested too deeply.") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is no JSON: {error.msg} at character {error.pos + 1}.") from error
+        raise ValueError(f"it is not valid JSON: {error.msg} at character {error.pos + 1}.") from error
     if not isinstance(entry, dict):
-        raise ValueError('it is no object with a text "response".')
+        raise ValueError('it is not an object with a string "response".')
     if not isinstance(entry.get("response"), str):
-        raise ValueError('it has no text "response".')
+        raise ValueError('it has no string "response".')
     if not isinstance(entry.get("cut_off", False), bool):
-        raise ValueError('its "cut_off" is neither true nor false.')
+        raise ValueError('its "cut_off" is not true or false.')
     return entry

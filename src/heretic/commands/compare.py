@@ -1,7 +1,7 @@
-"""`heretic compare A B [C...]`: a table of saved models and finished studies, all asked the same prompts.
+"""`heretic compare A B [C...]`: a table of saved models and finished studies, all scored on the same prompts.
 
-Each name is a hub id, a folder with a model or an adapter, or the journal of a study, with `:N` behind it for another place in its
-front than `--trial-index` says. The first one is what the others are compared with.
+Each name is a hub id, a folder with a model or an adapter, or the journal of a study. `:N` after a journal chooses another trial of its
+front than `--trial-index`. All others are compared with the first one.
 """
 
 import json
@@ -42,7 +42,7 @@ HEADERS = ("", "Refusals", "Degenerate", "Harmless refusals", "KL divergence", "
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a name stands for: a model, with the adapter that is merged into it, or a study's trial with the settings it was made by."""
+    """What a name stands for: a model, possibly with an adapter to merge into it, or a trial of a study with the study's settings."""
 
     name: str
     settings: Settings
@@ -56,9 +56,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Compared:
-    """What came of one candidate: what its responses to harmful and harmless prompts are.
+    """The result of one candidate: how its responses to harmful and harmless prompts are classified.
 
-    `divergences` are those from the first one, in nats; None where they are not defined.
+    `divergences` are KL divergences from the first candidate, in nats; None if they are not defined.
     """
 
     name: str
@@ -68,36 +68,38 @@ class Compared:
 
 
 def candidate(name: str, settings: Settings) -> Candidate:
-    """What a name stands for. Raises `UsageError` or `ModelError` for a journal or an adapter that cannot be used."""
+    """The candidate of a name. Raises `UsageError` or `ModelError` for a journal or an adapter that cannot be used."""
     path, place = _journal_and_place(name)
     if path is not None:
         return _from_study(name, path, settings.trial_index or 0 if place is None else place, settings.trust_remote_code)
     folder = expand(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base, revision = _base_of_adapter(name, folder / "adapter_config.json")
-        if base == expand(settings.model).name:  # saved adapters name a local original by its folder only
+        if base == expand(settings.model).name:  # saved adapters store only the folder name of a local original
             base = settings.model
         elif "/" not in base and not expand(base).is_dir():
-            raise ModelError(f"The adapter {name} belongs to a model {base!r}, which is not here. Name that model's folder first.")
+            raise ModelError(
+                f"The adapter {name} belongs to the model {base!r}, which was not found. Give that model's folder as the first name."
+            )
         return Candidate(name, _with_model(settings, base, revision), adapter=str(folder))
     return Candidate(name, _with_model(settings, name))
 
 
 def _base_of_adapter(name: str, path: Path) -> tuple[str, str | None]:
-    """The model that an adapter changes, and its commit."""
+    """The base model of an adapter, and its commit."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"The adapter {name} cannot be read: {path} is no JSON: {error}.") from error
+        raise ModelError(f"The adapter {name} cannot be read: {path} is not valid JSON: {error}.") from error
     if not isinstance(described, dict) or not described.get("base_model_name_or_path"):
         raise ModelError(f"The adapter {name} does not say which model it belongs to: {path} has no base_model_name_or_path.")
-    if described.get("megatron_config") is not None:  # PEFT would import whatever module megatron_core names
-        raise ModelError(f"The adapter {name} cannot be used: {path} has a megatron_config, by which it names code to run.")
+    if described.get("megatron_config") is not None:  # PEFT would import the module that megatron_core names
+        raise ModelError(f"The adapter {name} cannot be used: {path} has a megatron_config, which names code to run.")
     return described["base_model_name_or_path"], described.get("revision")
 
 
 def _with_model(settings: Settings, model: str, commit: str | None = None) -> Settings:
-    """The settings for another model; a commit that was given by `model_commit` is that of the first one."""
+    """The settings for another model. A given `model_commit` belongs to the first model only."""
     if model == settings.model:
         return settings
     return settings.model_copy(update={"model": model, "model_commit": commit})
@@ -110,7 +112,7 @@ def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
     if colon and place.isdecimal() and expand(path).suffix == ".jsonl" and expand(path).is_file():
         return expand(path), int(place)
     if expand(name).suffix == ".jsonl" or (place.isdecimal() and path.endswith(".jsonl")):
-        raise UsageError(f"There is no study {name}. Check the path.")
+        raise UsageError(f"The study {name} does not exist. Check the path.")
     return None, None
 
 
@@ -119,14 +121,14 @@ def _from_study(name: str, path: Path, place: int, trust_remote_code: bool) -> C
     study, settings = read_study(path)
     front = front_of(study)
     if not front:
-        raise UsageError(f"The study {path} has no finished trial to compare.")
+        raise UsageError(f"The study {path} has no complete trial to compare.")
     trial = trial_at(front, place)
     settings = settings.model_copy(update={"trust_remote_code": trust_remote_code})
     return Candidate(f"{name} (trial {trial.number})", settings, ablation=LearnedEdits.beside(path).ablation_of(trial))
 
 
 class Comparison:
-    """Asks one model after the other, keeping of the first what the others are compared with."""
+    """Scores one model after the other, keeping from the first what the others are compared with."""
 
     def __init__(self, settings: Settings, good: Sequence[Prompt], bad: Sequence[Prompt], progress: Progress) -> None:
         self.settings = settings
@@ -135,13 +137,13 @@ class Comparison:
         self._first: tuple[Tensor, Any, str] | None = None  # log-probabilities, vocabulary and response prefix
 
     def ask(self, name: str, model: Model, ablation: Ablation | None) -> Compared:
-        """The row of a loaded model. Raises `TrialError` where its numbers are not finite."""
+        """The result of a loaded model. Raises `TrialError` if its logits are not finite."""
         vocabulary = model.tokenizer.get_vocab()
         same = self._first is None or vocabulary == self._first[1]
         if self._first is None or not same:
             model = model.with_response_prefix(find_response_prefix(model, self.settings, self.good, self.bad))
         else:
-            model = model.with_response_prefix(self._first[2])  # what is compared must follow the same text
+            model = model.with_response_prefix(self._first[2])  # distributions are comparable only after the same text
         logprobs = model.first_token_logprobs(self.good, ablation, "Harmless prompts").cpu()
         divergences: Tensor | None = None
         if self._first is None:
@@ -169,9 +171,9 @@ class Comparison:
 
 
 def cells(row: Compared, first: Compared) -> list[str]:
-    """A row as texts, in the order of `HEADERS`; counts with their 95 % intervals.
+    """The cells of a row, in the order of `HEADERS`; counts with their 95 % intervals.
 
-    Degenerate responses count as refusals where those of the first one are not degenerate, as in a run.
+    Degenerate responses count as refusals if the first model's response to the prompt is not degenerate, as in a run.
     """
     original: Sequence[Kind] = ["degenerate"] * len(row.kinds) if row is first else first.kinds
     refusals = Figure.count([counts_against(kind, before) for kind, before in zip(row.kinds, original, strict=True)])
@@ -188,8 +190,8 @@ def cells(row: Compared, first: Compared) -> list[str]:
 
 
 @contextmanager
-def loaded(chosen: Candidate, settings: Settings, progress: Progress) -> Iterator[Model]:
-    """The model of a candidate, with its adapter merged or its directions computed; let go of afterwards."""
+def loaded_model(chosen: Candidate, settings: Settings, progress: Progress) -> Iterator[Model]:
+    """The model of a candidate, with its adapter merged or its directions computed. It is freed afterwards."""
     own = chosen.settings
     parts = load_model(own, model_source(own), progress)
     if chosen.adapter is not None:
@@ -205,17 +207,17 @@ def loaded(chosen: Candidate, settings: Settings, progress: Progress) -> Iterato
 
 
 def _with_adapter(model: PreTrainedModel, chosen: Candidate) -> Any:
-    """The model with an adapter's changes in its weights. Raises `ModelError` where the adapter is not one for it."""
+    """The model with an adapter merged into its weights. Raises `ModelError` if the adapter does not fit the model."""
     from peft import PeftModel  # takes seconds to import
 
     try:
         return PeftModel.from_pretrained(model, chosen.adapter).merge_and_unload()
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ModelError(f"The adapter {chosen.name} cannot be put on {chosen.model}: {first_line(error)}") from error
+        raise ModelError(f"The adapter {chosen.name} cannot be merged into {chosen.model}: {first_line(error)}") from error
 
 
 def _use_directions(model: Model, settings: Settings) -> None:
-    """The directions of a study, from its own prompts and with its own response prefix, as when it was made."""
+    """Compute the directions of a study as the study did: from its own prompts and with its own response prefix."""
     good, bad = (load_setting(settings, name) for name in ("good_prompts", "bad_prompts"))
     with_prefix = model.with_response_prefix(find_response_prefix(model, settings, good, bad))
     quantile = settings.winsorization_quantile
@@ -228,19 +230,19 @@ def _use_directions(model: Model, settings: Settings) -> None:
 
 
 def compare(names: Sequence[str], settings: Settings, progress: Progress) -> list[Compared]:
-    """A row for each name, in order. One model is in memory at a time.
+    """One row per name, in order. Only one model is in memory at a time.
 
-    Raises `HereticError` for what cannot be loaded; a model whose numbers are not finite is told and left out.
+    Raises `HereticError` if something cannot be loaded. A model whose logits are not finite is left out with a warning.
     """
     candidates = [candidate(name, settings) for name in names]
     for chosen in candidates:
-        model_source(chosen.settings)  # a mistyped path is told before anything is loaded
+        model_source(chosen.settings)  # reports a mistyped path before anything is loaded
     good, bad = (load_setting(settings, name) for name in ("good_evaluation_prompts", "bad_evaluation_prompts"))
     comparison = Comparison(settings, good, bad, progress)
     rows = []
     for number, chosen in enumerate(candidates, start=1):
         progress.message(f"{number} of {len(candidates)}: {chosen.name}")
-        with loaded(chosen, settings, progress) as model:
+        with loaded_model(chosen, settings, progress) as model:
             try:
                 rows.append(comparison.ask(chosen.name, model, chosen.ablation))
             except TrialError as error:

@@ -1,4 +1,4 @@
-"""`--evaluate-model`: another model, scored against the original by the evaluator of the search."""
+"""`--evaluate-model`: another model, scored against the original as the search scores trials."""
 
 from dataclasses import replace
 
@@ -15,21 +15,21 @@ from ..session.stages import load_all_prompts, load_model_to_edit, measure, with
 
 
 def evaluate(settings: "Settings", console: "Console") -> int:
-    """Score `evaluate_model` against `model` with the evaluator of the search."""
+    """Score `evaluate_model` against `model` as the search scores trials."""
 
-    # Both are looked at before one is loaded.
+    # Both configurations are checked before either model is loaded.
     sources = [dequantized_source(model_source(settings, name), console) for name in (settings.model, settings.evaluate_model)]
     n_tokens, n_other = [load_config(source).get_text_config(decoder=True).vocab_size for source in sources]
     if n_tokens != n_other:
         raise EvaluationError(
-            f"{settings.evaluate_model} has a vocabulary of {n_other} tokens and {settings.model} one of {n_tokens}: their KL divergence "
+            f"{settings.evaluate_model} has a vocabulary of {n_other} tokens, {settings.model} one of {n_tokens}: their KL divergence "
             "is not defined. Give a model with the same tokenizer."
         )
     prompts = load_all_prompts(settings, console)
     console.message(describe_device())
     model = with_found_prefix(settings, console, load_model_to_edit(settings, console), prompts)
     prefix = model.response_prefix
-    original = replace(measure(settings, console, model, prompts, all_scorers=True), prefix_cache=None)  # which is of that model's layers
+    original = replace(measure(settings, console, model, prompts, all_scorers=True), prefix_cache=None)  # it belongs to that model's layers
     del model
     empty_cache()
 

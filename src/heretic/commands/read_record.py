@@ -1,4 +1,4 @@
-"""The record of a result (`heretic.json`, with the file of directions beside it), fetched and checked. Imports nothing heavy."""
+"""Reads and checks the record of a result (`heretic.json`, with the directions next to it). Imports nothing heavy."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ from ..errors import ExportError
 from ..loading.source import expand
 from ..saving import CARD, DIRECTIONS, PICTURE, RECORD
 
-DESCRIPTION = (CARD, PICTURE)  # which are taken over
+DESCRIPTION = (CARD, PICTURE)  # which are copied
 TIMEOUT = 60
 
 
 @dataclass(frozen=True)
 class Record:
-    """A stored result: what `heretic.json` says, and the folder that it and its directions are in."""
+    """A stored result: the content of `heretic.json`, and the folder that holds it and the directions."""
 
     content: dict[str, Any]
     folder: Path
@@ -35,10 +35,10 @@ class Record:
 
 
 @contextlib.contextmanager
-def fetched(where: str) -> Iterator[Record]:
-    """The record of a folder, a file or an address that ends in `heretic.json`.
+def open_record(where: str) -> Iterator[Record]:
+    """The record in a folder, in a file, or at a URL that ends in `heretic.json`.
 
-    Raises `ExportError` where there is none, or where what is there is none.
+    Raises `ExportError` if there is none, or if it is not a valid record.
     """
     if urlsplit(where).scheme in ("http", "https"):
         with tempfile.TemporaryDirectory(prefix="heretic-record-") as temporary:
@@ -47,15 +47,15 @@ def fetched(where: str) -> Iterator[Record]:
     path = expand(where)
     path = path / RECORD if path.is_dir() else path
     if not path.is_file():
-        raise ExportError(f"There is no {path}. Give a folder that heretic saved, its heretic.json, or the address of one.")
+        raise ExportError(f"{path} does not exist. Give a folder that heretic saved, its heretic.json, or the URL of one.")
     yield Record(_read(path), path.parent)
 
 
 def _fetch_all(address: str, folder: Path) -> Record:
-    address = address.replace("/blob/", "/resolve/", 1)  # the hub's page about a file, and the file
+    address = address.replace("/blob/", "/resolve/", 1)  # from the hub's page about a file to the file
     parts = urlsplit(address)
     if not parts.path.endswith(f"/{RECORD}"):
-        raise ExportError(f"The address {address} does not end in /{RECORD}.")
+        raise ExportError(f"The URL {address} does not end in /{RECORD}.")
     for name in (RECORD, DIRECTIONS, *DESCRIPTION):
         here = parts._replace(path=parts.path.removesuffix(RECORD) + name).geturl()
         try:
@@ -63,7 +63,7 @@ def _fetch_all(address: str, folder: Path) -> Record:
                 (folder / name).write_bytes(response.read())
         except (URLError, OSError, ValueError) as error:
             if name not in DESCRIPTION:
-                raise ExportError(f"{here} cannot be fetched: {error}") from error
+                raise ExportError(f"{here} cannot be downloaded: {error}") from error
     return Record(_read(folder / RECORD), folder)
 
 
@@ -86,7 +86,7 @@ class _Prompts(BaseModel):
 
 
 class _Content(BaseModel):
-    """What of a record is used here, as far as it is not settings, which are checked as all settings are."""
+    """The parts of a record that are used here. The settings among them are checked like all settings."""
 
     model: _Model
     settings: dict[str, Any]
@@ -109,9 +109,9 @@ def _read(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise ExportError(f"{path} is no record that a model can be made from: {where}: {problem['msg']}.") from error
+        raise ExportError(f"{path} is not a record that a model can be rebuilt from: {where}: {problem['msg']}.") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read as a record of heretic: {error}") from error
     if missing:
-        raise ExportError(f"{path} is no record that a model can be made from: it lacks {', '.join(missing)}.")
+        raise ExportError(f"{path} is not a record that a model can be rebuilt from: it lacks {', '.join(missing)}.")
     return content

@@ -1,7 +1,7 @@
-"""A result made again from its record: the model alone (`--export-from`), or the model with a comparison (`--reproduce`).
+"""Rebuilds a result from its record: the model alone (`--export-from`), or the model with a comparison (`--reproduce`).
 
-The record is `heretic.json` with the file of directions beside it. With both, a model follows from its original alone: no prompts, no
-search, no accelerator; on the same versions it is the same, bit by bit.
+The record is `heretic.json` with the directions next to it. With both, a model can be rebuilt from its original without prompts, search
+or accelerator. With the same library versions it is identical bit by bit.
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ from ..saving.staging import open_target, staged
 from ..utils import Progress, versions
 from .read_record import DESCRIPTION, Record
 
-# What a difference means for the rebuilt files, and for a repeated search.
+# Consequences of a difference for the rebuilt files and for a repeated search.
 ROUNDING = "the last digits may differ"
-SEARCH_ONLY = "nothing for the rebuilt model; a repeated search may take another way"
-NOTHING = "nothing"
+SEARCH_ONLY = "no effect on the rebuilt model; a repeated search may propose other trials"
+NO_EFFECT = "no effect"
 DEPENDS_ON = {
     "torch": ROUNDING,
-    "transformers": "names or layouts of tensors may differ, and a repeated search may take another way",
+    "transformers": "names or layouts of tensors may differ, and a repeated search may propose other trials",
     "accelerate": SEARCH_ONLY,
     "bitsandbytes": SEARCH_ONLY,
     "optuna": SEARCH_ONLY,
@@ -42,7 +42,7 @@ DEPENDS_ON = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that is not as it was, and what that means."""
+    """Something that has changed since the record was written, and the consequence."""
 
     what: str
     then: str
@@ -54,7 +54,7 @@ class Difference:
 
 
 def _export_settings(record: Record) -> Settings:
-    """The settings that an export depends on."""
+    """The stored settings that an export depends on."""
     names = ("row_normalization", "full_normalization_lora_rank", "max_shard_size")
     try:
         return Settings.model_validate(
@@ -67,9 +67,9 @@ def _export_settings(record: Record) -> Settings:
 
 
 def original_source(record: Record, model: str | None, trust_remote_code: bool) -> ModelSource:
-    """Where the original is: where the record says, at the commit that it says, or `model`.
+    """The source of the original: the one in the record, at the recorded commit, or `model`.
 
-    Raises `ExportError` where it was a folder, of which a record says only the last part, and is not at that name here.
+    Raises `ExportError` if it was a folder, whose path the record does not contain, and no folder of that name exists here.
     """
     stored = record.content["model"]
     name = model or stored["name"]
@@ -86,11 +86,11 @@ def check_local(record: Record, name: str) -> None:
     stored = record.content["model"]
     is_local = ":" in str(stored.get("fingerprint")) and not record.content["settings"].get("demo")
     if stored.get("gguf_file") and stored["commit"] is not None:
-        is_local = False  # the hub's, whose dequantized weights the record knows
+        is_local = False  # it is on the hub; the record has the fingerprint of its dequantized weights
     if is_local and name == stored["name"] and not Path(name).exists():
         kind = "file" if str(stored["name"]).endswith(".gguf") else "folder"
         raise ExportError(
-            f"The original was a {kind} named {stored['name']}, which is not here; a record does not say where it was. "
+            f"The original was a {kind} named {stored['name']}, which does not exist here (records contain no paths). "
             "Give the original with --model."
         )
 
@@ -98,9 +98,9 @@ def check_local(record: Record, name: str) -> None:
 def rebuild(
     record: Record, directory: str, overwrite: bool, model: str | None, trust_remote_code: bool, progress: Progress
 ) -> tuple[Path, dict[str, str]]:
-    """Write the record's model or adapter again, from the original and the stored edits; the folder, and SHA-256 of its files.
+    """Write the record's model or adapter again, from the original and the stored edits. Returns the folder and SHA-256 of its files.
 
-    Raises `ExportError` where the original's weights are not those that the record names.
+    Raises `ExportError` if the original's weights are not those that the record names.
     """
     source = original_source(record, model, trust_remote_code)
     originals = [("the model", Path(source.path))] if source.is_local else []
@@ -140,25 +140,27 @@ def _loaded(source: ModelSource, progress: Progress) -> ModelSource:
 
 
 def _check_weights(record: Record, original: Original, progress: Progress) -> None:
-    """Compare the original's files with the record's; a copy of a hub's model in a folder cannot be compared, which is told."""
+    """Compare the original's files with the record's. A local copy of a hub model cannot be compared; then there is a warning."""
     then, now = record.content["model"].get("fingerprint"), fingerprint(original.source)
     if then == now:
         return
     if then is None or (":" in then) != (":" in now):
-        progress.warning("Whether this original is the one that was edited cannot be told: the record knows it by another mark.")
+        progress.warning(
+            "It cannot be checked whether this original is the edited one: the record identifies it in another way (commit or files)."
+        )
         return
     before, after = (dict(part.rpartition(":")[::2] for part in text.split()) if ":" in text else {"commit": text} for text in (then, now))
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     weights = [name for name in differing if not name.endswith(".json")]
     if weights:
         raise ExportError(
-            f"{original.source.name} is not the model that was edited: {', '.join(weights[:3])} differs. Give the original with --model."
+            f"{original.source.name} is not the model that was edited (changed: {', '.join(weights[:3])}). Give the original with --model."
         )
-    progress.warning(f"Files of the original have changed, which the rebuilt folder shows: {', '.join(differing)}")
+    progress.warning(f"Files of the original have changed, so the rebuilt folder differs as well: {', '.join(differing)}")
 
 
 def differences(record: Record) -> list[Difference]:
-    """What is not as it was when the record was written: versions, hardware, and sources without a commit to go back to."""
+    """What has changed since the record was written: versions, hardware, and data sources without a pinned commit."""
     content, found = record.content, []
     program = content.get("program", {}).get("version")
     if program != __version__:
@@ -166,7 +168,7 @@ def differences(record: Record) -> list[Difference]:
     now = versions(LIBRARIES)
     for name, then in content["versions"].items():
         if now.get(name) != then:
-            found.append(Difference(name, then, now.get(name, "not installed"), DEPENDS_ON.get(name, NOTHING)))
+            found.append(Difference(name, then, now.get(name, "not installed"), DEPENDS_ON.get(name, NO_EFFECT)))
     here = hardware()
     for name, value in content.get("hardware", {}).items():
         if here.get(name) != value:
@@ -174,22 +176,22 @@ def differences(record: Record) -> list[Difference]:
             found.append(Difference(name, str(value or "none"), str(here.get(name) or "none"), means))
     for name, prompts in content.get("prompts", {}).items():
         if prompts.get("commit") is None and not str(prompts["dataset"]).startswith("heretic-demo:"):
-            found.append(Difference(name, str(prompts["dataset"]), "whatever it holds now, since no commit is known", SEARCH_ONLY))
+            found.append(Difference(name, str(prompts["dataset"]), "its current content, since no commit was recorded", SEARCH_ONLY))
     return found
 
 
 def reproduce(record: Record, directory: str, overwrite: bool, model: str | None, trust_remote_code: bool, progress: Progress) -> bool:
-    """Rebuild, and compare with what was stored; whether every file is the same."""
+    """Rebuild, and compare with the stored hashes. Returns whether every file is the same."""
     found = differences(record)
     for difference in found:
         progress.message(f"Different: {difference}")
     if not found:
-        progress.message("Versions, hardware and commits are those of the record.")
+        progress.message("Versions, hardware and commits are the same as in the record.")
     _, files = rebuild(record, directory, overwrite, model, trust_remote_code, progress)
     stored = record.content["files"]
     same = [name for name, digest in stored.items() if files.get(name) == digest]
     for name in stored:
         if name not in same:
-            progress.message(f"Not the same: {name} ({'missing' if name not in files else 'another SHA-256'})")
-    progress.message(f"{len(same)} of {len(stored)} files are the same, bit by bit.")
+            progress.message(f"Different: {name} ({'missing' if name not in files else 'another SHA-256'})")
+    progress.message(f"{len(same)} of {len(stored)} files are identical.")
     return len(same) == len(stored)

@@ -1,4 +1,4 @@
-"""`--reproduce-search`: the whole search of a record again, with its seed."""
+"""`--reproduce-search`: repeats the search of a record with its seed."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,12 @@ from ..errors import UsageError
 from ..loading.source import is_hub_id
 from ..settings_sources import load_settings
 from ..study.checkpoint import DEFINING, Checkpoint
-from ..trust import who_asks
+from ..trust import terminal_ask
 from ..utils import Progress
 from .read_record import Record
 from .rebuild import check_local, differences
 
-# Settings besides those that define a study on which the same search depends. Everything else is this command line's to say.
+# Settings, besides those that define a study, that a repeated search depends on. All other settings come from the command line.
 SEARCH = (
     "dtypes",
     "batch_size",
@@ -38,9 +38,9 @@ SEARCH = (
 
 
 def search_settings(record: Record, arguments: Sequence[str]) -> Settings:
-    """What of the stored settings the search and its scores depend on, with commits, and what the command line says.
+    """The stored settings that the search and its scores depend on, with commits, overridden by the command line.
 
-    Raises `UsageError` where the record names code that the user does not agree to run, or a file or folder that the command line does
+    Raises `UsageError` if the record names code that the user does not agree to run, or a file or folder that the command line does
     not name as well.
     """
     content = record.content
@@ -48,16 +48,16 @@ def search_settings(record: Record, arguments: Sequence[str]) -> Settings:
     stored = {name: value for name, value in content["settings"].items() if name in names and value is not None}
     if content["model"].get("commit") is not None:
         stored["model_commit"] = content["model"]["commit"]
-    stored.setdefault("refusal_rule", "markers")  # versions before that setting had but one rule
+    stored.setdefault("refusal_rule", "markers")  # earlier versions had only this rule
     stored |= content.get("prompts", {})
     stored |= {"model_action": "none", "study_checkpoint_dir": str(Path("checkpoints") / "reproduced")}
-    settings = load_settings(arguments, stored, who_asks())
+    settings = load_settings(arguments, stored, terminal_ask())
     _refuse_local_prompts(settings, stored, arguments)
     return settings
 
 
 def _refuse_local_prompts(settings: Settings, stored: Mapping[str, Any], arguments: Sequence[str]) -> None:
-    """Raise `UsageError` where prompts would be read from a file or folder that the record alone names: it may be any file here."""
+    """Raise `UsageError` if prompts would be read from a file or folder that only the record names: that could be any file here."""
     flags = []
     for name, value in stored.items():
         dataset = value.get("dataset") if isinstance(value, Mapping) else None
@@ -68,13 +68,11 @@ def _refuse_local_prompts(settings: Settings, stored: Mapping[str, Any], argumen
         if not is_given and not dataset.startswith(PREFIX) and not is_hub_id(dataset):
             flags.append(shlex.join([flag, dataset]))
     if flags:
-        raise UsageError(
-            f"The record names files or folders of this machine as prompts. If they are those of the study, give them: {' '.join(flags)}"
-        )
+        raise UsageError(f"The record names local files or folders as prompts. If they are those of the study, add: {' '.join(flags)}")
 
 
 def reproduce_search(record: Record, arguments: Sequence[str], progress: Progress, run: Callable[[Settings], int]) -> int:
-    """`run` the study again with the stored seed and compare the trial; 0 where it is the same, else 1."""
+    """`run` the study again with the stored seed and compare the trial. Returns 0 if it is the same, else 1."""
     for difference in differences(record):
         progress.message(f"Different: {difference}")
     settings = search_settings(record, arguments)
@@ -95,9 +93,11 @@ def reproduce_search(record: Record, arguments: Sequence[str], progress: Progres
     now |= {name: attributes.get(name) for name in ("refusals", "kl_divergence")}
     differing = [name for name in then if not _close(then[name], now.get(name))]
     for name in differing:
-        progress.message(f"Not the same in trial {wanted['number']}: {name} was {then[name]}, and is {now.get(name)}")
+        progress.message(f"Different in trial {wanted['number']}: {name} was {then[name]} and is {now.get(name)}")
     if not differing:
-        progress.message(f"Trial {wanted['number']} is the same again: {scores['refusals']} refusals, KL {scores['kl_divergence']:.4f}.")
+        progress.message(
+            f"Trial {wanted['number']} is the same as in the record: {scores['refusals']} refusals, KL {scores['kl_divergence']:.4f}."
+        )
     return 1 if differing else 0
 
 

@@ -1,4 +1,4 @@
-"""A run, from settings that were checked (`start.py`) to the front and what is done with it."""
+"""A run, from settings that `start.py` has checked to the Pareto front and what is done with it."""
 
 import secrets
 from pathlib import Path
@@ -13,20 +13,20 @@ from ..model import Model
 from ..prompts import Prompts
 from ..reporting.tables import space_text
 from ..session.answers import trial_at
-from ..session.interact import Workbench, ask_checkpoint_action
+from ..session.interact import InteractiveSession, ask_checkpoint_action
 from ..session.stages import (
     check_lengths,
     compute_directions,
-    is_told,
-    learn_shown,
+    finish_without_asking,
+    learn_with_messages,
     load_all_prompts,
     load_model_to_edit,
     make_report,
     measure,
-    no_trial,
+    raise_for_no_trial,
     rescore_finalists,
     scorer_identity,
-    search_shown,
+    search_with_view,
     show_outcome,
     with_found_prefix,
 )
@@ -40,11 +40,11 @@ from ..study.learned_search import lacks_learned_trials
 from ..study.samplers import check_sampler
 from ..study.search import Search
 from ..study.space import SearchSpace, search_space
-from ..trust import who_asks
+from ..trust import terminal_ask
 
 
 def run_study(settings: Settings, console: Console) -> int:
-    """The stages of a run. Raises `HereticError`; returns the exit code."""
+    """All stages of a run. Raises `HereticError`; returns the exit code."""
     with SharedCheckpoint(settings, console) if settings.study_storage else Checkpoint(settings) as checkpoint:
         return _run_study(settings, console, checkpoint)
 
@@ -57,14 +57,14 @@ def _run_study(settings: Settings, console: Console, checkpoint: Checkpoint) -> 
         return 0
     settings, is_new = opened
 
-    # 2. Prompts and scorers, which cost little and are most often what is wrong
+    # 2. Prompts and scorers, which cost little and are the most frequent source of errors
     prompts = load_all_prompts(settings, console)
     identity = {**prompts.identity, **scorer_identity(settings)}
     if not is_new:
         source = model_source(settings)
-        # A model on the hub may have to be fetched first; it is checked below.
+        # A model on the hub may have to be downloaded first; it is checked below.
         checkpoint.check_identity({**identity, "the model": fingerprint(source)} if source.is_local else identity)
-        if _is_over(settings, console, checkpoint):
+        if _shown_as_finished(settings, console, checkpoint):
             return 0
     if settings.workers or settings.study_storage or checkpoint.is_shared:
         return run_shared(settings, console, checkpoint, is_new, identity, prompts)
@@ -88,19 +88,19 @@ def _run_alone(
     # 4. Response prefix, baseline, directions
     model = with_found_prefix(settings, console, model, prompts)
     evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
-    parting = compute_directions(settings, console, model, prompts)
+    separating_layer = compute_directions(settings, console, model, prompts)
 
     # 5. The study
     last_layer = len(model.architecture.layers) - 1
-    space = search_space(settings, list(model.architecture.components), last_layer, parting)
+    space = search_space(settings, list(model.architecture.components), last_layer, separating_layer)
     identity["the model"] = fingerprint(model.loaded.source)
     if is_new:
         checkpoint.create(settings, identity)
     else:
         checkpoint.check_identity(identity)
     space = checkpoint.search_space(space)
-    console.message(space_text(space, parting, last_layer))
-    if warning := checkpoint.counts_otherwise(evaluator.original.baseline.degenerate):
+    console.message(space_text(space, separating_layer, last_layer))
+    if warning := checkpoint.degenerate_count_warning(evaluator.original.baseline.degenerate):
         console.warning(warning)
     checkpoint.note(**evaluator.original.baseline.attributes(), last_layer=last_layer)
     search = _open_search(settings, checkpoint, space)
@@ -109,7 +109,7 @@ def _run_alone(
 
     def search_up_to(target: int) -> Path | None:
         checkpoint.note(target=target)
-        return conclude(search_shown(console, evaluator, search, target, batch_size))
+        return conclude(search_with_view(console, evaluator, search, target, batch_size))
 
     def conclude(was_stopped: bool) -> Path | None:
         if not search.front:
@@ -118,7 +118,7 @@ def _run_alone(
             rescore_finalists(settings, console, checkpoint, evaluator, prompts, batch_size.value)
         return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
 
-    was_stopped = learn_shown(settings, console, search.study, checkpoint.edits, checkpoint.path, evaluator, prompts)
+    was_stopped = learn_with_messages(settings, console, search.study, checkpoint.edits, checkpoint.path, evaluator, prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
     if was_stopped or not target:
         report = conclude(was_stopped)
@@ -126,23 +126,23 @@ def _run_alone(
         console.heading(f"Search: {target} trials, {search.n_done} done")
         report = search_up_to(target)
     if not search.front:
-        return no_trial(search.trials)
+        return raise_for_no_trial(search.trials)
 
     # 6. The Pareto front, and what to do with it
-    if is_told(settings, console, checkpoint, report):
+    if finish_without_asking(settings, console, checkpoint, report):
         return 0
 
-    bench = Workbench(settings, console, model, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more))
+    bench = InteractiveSession(settings, console, model, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more))
     bench.menu() if settings.model_action is None else bench.act(settings.model_action)
     return 0
 
 
 def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) -> tuple[Settings, bool] | None:
-    """The settings in force and whether the study is new; None where the user leaves."""
+    """The effective settings and whether the study is new; None if the user leaves."""
     if checkpoint.lost_bytes:
         console.warning(
-            f"The last line of {checkpoint.path} was cut off in the middle and is lost ({checkpoint.lost_bytes} bytes); "
-            "everything before it is kept."
+            f"The last line of {checkpoint.path} is incomplete and was removed ({checkpoint.lost_bytes} bytes); "
+            "all lines before it are kept."
         )
     is_new = not checkpoint.exists
     if not is_new:
@@ -153,7 +153,7 @@ def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) ->
                 return None
         is_new = action == "restart"
     if not is_new:
-        settings = checkpoint.restored(settings, who_asks())
+        settings = checkpoint.restored(settings, terminal_ask())
         console.message(f"Continuing the study {checkpoint.path} ({checkpoint.n_done} trials done).")
     check_sampler(settings.sampler)
     if settings.seed is None:
@@ -161,19 +161,19 @@ def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) ->
     return settings, is_new
 
 
-def _is_over(settings: Settings, console: Console, checkpoint: Checkpoint) -> bool:
-    """Show the front of a finished study where nobody asks for more, without loading the model for it."""
+def _shown_as_finished(settings: Settings, console: Console, checkpoint: Checkpoint) -> bool:
+    """Show the front of a finished study without loading the model, if nothing more is requested. Returns whether it was shown."""
     front = front_of(checkpoint.study)
     if not front or checkpoint.n_done < checkpoint.target(settings, checkpoint.n_done, False):
         return False
     if missing_finalists(checkpoint.study, settings) or lacks_learned_trials(checkpoint.study, settings):
         return False
     if settings.trial_index is not None:
-        trial_at(front, settings.trial_index)  # told before the model is loaded
+        trial_at(front, settings.trial_index)  # summary before the model is loaded
     if settings.model_action not in (None, "none") or (console.can_ask and settings.model_action is None):
         return False
     if settings.print_residual_geometry or settings.plot_residuals:
-        return False  # the model has to be run for those
+        return False  # these need the model
     show_outcome(settings, console, checkpoint, make_report(settings, console, checkpoint, None))
     return True
 
@@ -195,9 +195,9 @@ def _open_search(settings: Settings, checkpoint: Checkpoint, space: SearchSpace)
 def _batch_size(
     settings: Settings, console: Console, checkpoint: Checkpoint, model: Model, evaluator: Evaluator, may_measure: bool
 ) -> BatchSize:
-    """How many trials are computed together. It is measured only where the run was not asked to be an exact repetition of another."""
+    """How many trials share a forward pass. It is measured only if the run does not have to repeat another one exactly."""
     if not model.batches_trials:
-        console.message("Trials are evaluated one at a time: this model's experts cannot tell which prompt a token belongs to.")
+        console.message("Trials are evaluated one at a time: this model's experts do not know which prompt a token belongs to.")
         return BatchSize(1)
     decoder, n_prompts = model.decoder, len(evaluator.bad_prompts)
     if not isinstance(decoder, Decoder):
@@ -210,6 +210,6 @@ def _batch_size(
     def settle(settled: int) -> None:
         checkpoint.note(trials_per_batch=settled)
         if settled != value:
-            console.message(f"{settled} trials share a pass from here on: that is faster here than {value}.")
+            console.message(f"{settled} trials share a forward pass from here on; that was measured to be faster than {value}.")
 
     return BatchSize(value, lambda: decoder.n_tokens, settings.n_startup_trials, settle)

@@ -1,4 +1,4 @@
-"""What the command line asks for, checked before anything heavy is imported: a mistake is told at once.
+"""Checks of the command line before anything heavy is imported, so that mistakes are reported at once.
 
 Heavy modules are imported in the functions of this file, after the checks; they themselves import everything at the top.
 """
@@ -23,14 +23,14 @@ from ..loading.libraries import collector_paused, prepare_libraries
 from ..loading.source import model_source
 from ..session.answers import check_answers, require_extra
 from ..settings_sources import ENV_PREFIX, Parser, load_settings_of_names
-from ..trust import who_asks
+from ..trust import terminal_ask
 from ..utils import can_ask
 from . import REBUILD_FLAGS
-from .read_record import fetched
+from .read_record import open_record
 
 
 def run(settings: Settings, files: Sequence[str] = ()) -> int:
-    """A run, whose settings are from the command line and from `files`. Raises `HereticError`; returns the exit code."""
+    """A run. Its settings came from the command line and from `files`. Raises `HereticError`; returns the exit code."""
     check_answers(settings, can_ask())
     _check_extras(settings)
     model_source(settings)  # raises `ModelError` for a mistyped path
@@ -51,7 +51,7 @@ def run(settings: Settings, files: Sequence[str] = ()) -> int:
 
 
 def _check_extras(settings: Settings) -> None:
-    """Raise `UsageError` if a setting asks for what only an extra brings and that is missing: an hour later would be too late."""
+    """Raise `UsageError` if a setting needs an extra that is not installed. An hour later would be too late."""
     if settings.report_plots:
         require_extra("research", "report_plots")
     if settings.plot_residuals:
@@ -67,8 +67,8 @@ def _check_extras(settings: Settings) -> None:
 
 
 def compare(arguments: Sequence[str]) -> int:
-    """`heretic compare A B [C...]`, with options as a run has them. Raises `HereticError`; returns the exit code."""
-    given = load_settings_of_names(arguments, who_asks())
+    """`heretic compare A B [C...]`, with the options of a run. Raises `HereticError`; returns the exit code."""
+    given = load_settings_of_names(arguments, terminal_ask())
     if len(given.names) < 2:
         raise UsageError("heretic compare needs at least two models or studies: heretic compare A B [C...]")
     console = Console()
@@ -96,16 +96,16 @@ def rebuild(arguments: Sequence[str]) -> int:
     given, rest = parser.parse_known_args(list(arguments))
 
     console = Console()
-    with fetched(given.reproduce_search or given.export_from or given.reproduce) as record:
+    with open_record(given.reproduce_search or given.export_from or given.reproduce) as record:
         if given.reproduce_search is not None:
-            # The flags that belong to the settings go on top of the stored ones.
+            # Settings on the command line override the stored ones.
             own = {"--reproduce-search", given.reproduce_search, f"--reproduce-search={given.reproduce_search}"}
             with collector_paused():
                 from .reproduce_search import reproduce_search
 
             return reproduce_search(record, [argument for argument in arguments if argument not in own], console, run)
         if rest:
-            raise UsageError(f"Unknown option {rest[0]} beside --export-from or --reproduce. heretic --help lists all options.")
+            raise UsageError(f"{rest[0]} cannot be used with --export-from or --reproduce. heretic --help lists all options.")
         if given.export_from is not None and given.save_directory is None:
             raise UsageError("--export-from needs --save-directory.")
         with collector_paused():
@@ -133,7 +133,7 @@ def worker(arguments: Sequence[str]) -> int:
     """`heretic worker`. Raises `HereticError`; returns the exit code."""
     options = _worker_parser().parse_args(list(arguments))
     if options.supervised:
-        # What to do comes in one line on standard input, whose end means that the parent is gone.
+        # The task arrives as one line on standard input; the end of the input means that the parent process has ended.
         order = json.loads(_read_line(0))
         threading.Thread(target=_leave_with_parent, daemon=True).start()
         prepare_libraries(order["settings"]["debug"])
@@ -143,7 +143,7 @@ def worker(arguments: Sequence[str]) -> int:
         return run_supervised(order)
     url = options.study_storage or os.environ.get(f"{ENV_PREFIX}STUDY_STORAGE")
     if not url:
-        raise UsageError("heretic worker needs --study-storage, the one that the study was begun with.")
+        raise UsageError("heretic worker needs --study-storage, with the URL that the study was created with.")
     with collector_paused():
         from ..sharing.worker import work
 
@@ -153,22 +153,24 @@ def worker(arguments: Sequence[str]) -> int:
 def _worker_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="heretic worker",
-        description="Work on a study that was begun with --study-storage or --workers. Model, prompts and settings come from the study.",
+        description="Joins a study that was created with --study-storage or --workers. Model, prompts and settings come from the study.",
         allow_abbrev=False,
     )
-    parser.add_argument("--study-storage", metavar="URL", help="where the study lives, as it was begun with (or HERETIC_STUDY_STORAGE)")
+    parser.add_argument("--study-storage", metavar="URL", help="storage that the study was created with (or HERETIC_STUDY_STORAGE)")
     parser.add_argument("--study-name", metavar="TEXT", default=os.environ.get(f"{ENV_PREFIX}STUDY_NAME", "heretic"))
-    parser.add_argument("--workers", metavar="auto|N", help="processes here, each with its own copy of the model; one if not given")
-    parser.add_argument("--model", metavar="TEXT", help="where the same model lies here, if not where the study says")
-    parser.add_argument("--device-map", type=_json_or_text, metavar="TEXT", help="placement on devices, given to Accelerate")
-    parser.add_argument("--max-memory", type=_json_or_text, metavar="JSON", help="memory limit per device, given to Accelerate")
-    parser.add_argument("--batch-size", metavar="N", help="prompts that a forward pass holds for one trial")
-    parser.add_argument("--max-batch-size", metavar="N", help="largest batch that the automatic choice uses")
+    parser.add_argument(
+        "--workers", metavar="auto|N", help="worker processes on this machine, each with its own copy of the model; one if not given"
+    )
+    parser.add_argument("--model", metavar="TEXT", help="local path of the same model, if it differs from the study's")
+    parser.add_argument("--device-map", type=_json_or_text, metavar="TEXT", help="device map, passed to Accelerate")
+    parser.add_argument("--max-memory", type=_json_or_text, metavar="JSON", help="memory limit per device, passed to Accelerate")
+    parser.add_argument("--batch-size", metavar="N", help="prompts per forward pass and trial")
+    parser.add_argument("--max-batch-size", metavar="N", help="largest batch size that the automatic choice may use")
     parser.add_argument("--trials-per-batch", metavar="N", help="trials that share one forward pass")
-    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run Python code that comes with the model")
-    parser.add_argument("--trust-scorers", action="store_true", default=None, help="run scorers that the study names, without asking")
-    parser.add_argument("--scorers", type=_json_or_text, metavar="JSON", help="custom scorers, whose own settings a study does not store")
-    parser.add_argument("--debug", action="store_true", default=None, help="show tracebacks and the libraries' messages")
+    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run Python code from the model repository")
+    parser.add_argument("--trust-scorers", action="store_true", default=None, help="run scorers named by the study, without asking")
+    parser.add_argument("--scorers", type=_json_or_text, metavar="JSON", help="settings of custom scorers, which a study does not store")
+    parser.add_argument("--debug", action="store_true", default=None, help="show tracebacks and log messages of libraries")
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -181,12 +183,12 @@ def _json_or_text(text: str) -> Any:
 
 
 def _read_line(file: int) -> bytes:
-    """A line, read byte by byte: nothing that follows is taken away from whoever reads next."""
+    """A line, read byte by byte, so that nothing after it is consumed."""
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(file, 1)
         if not byte:
-            raise HereticError("A worker that is started by hand needs no --supervised.")
+            raise HereticError("--supervised is only for workers that heretic starts itself.")
         line += byte
     return line
 

@@ -70,7 +70,7 @@ def refusal_directions(good_mean: Tensor, bad_mean: Tensor, orthogonalize: bool 
     return directions
 
 
-def parting_layer(good_mean: Tensor, bad_mean: Tensor) -> int:
+def separating_layer(good_mean: Tensor, bad_mean: Tensor) -> int:
     """The decoder layer in which the two sets of prompts part: the first whose output's means are so far apart.
 
     `good_mean`, `bad_mean` `(layer + 1, d)`. Far is `PARTED` of the most that any layer has, and distance is measured by the mean length

@@ -1,19 +1,19 @@
-"""Axes of plots, for pages and terminals alike: values to places, and round values to mark."""
+"""Axes of plots, for HTML and terminal: mapping values to positions, and tick values."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Positive values that lie further apart than this are shown on a logarithmic axis.
+# If positive values span a larger ratio than this, the axis is logarithmic.
 LOG_RATIO = 30
 _STEPS = (1, 2, 5, 10)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps `low` to `start` and `high` to `end`, straight or, with `log`, by their logarithms; values beyond go to the ends.
+    """Maps `low` to `start` and `high` to `end`, linearly or, with `log`, logarithmically. Values outside are clamped.
 
-    With `whole` only whole numbers are marked.
+    With `integer`, ticks are integers.
     """
 
     low: float
@@ -21,24 +21,24 @@ class Axis:
     start: float
     end: float
     log: bool = False
-    whole: bool = False
+    integer: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value lies between `start` and `end`."""
+        """The position of a value between `start` and `end`."""
         low, high, at = self.low, self.high, min(max(value, self.low), self.high)
         if self.log:
             low, high, at = math.log(low), math.log(high), math.log(at)
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, n: int) -> list[float]:
-        """At most about `n` round values on the axis: 1, 2 or 5 times a power of ten."""
-        return _log_ticks(self.low, self.high, n) if self.log else _linear_ticks(self.low, self.high, n, 1.0 if self.whole else 0.0)
+        """About `n` tick values at most: 1, 2 or 5 times a power of ten."""
+        return _log_ticks(self.low, self.high, n) if self.log else _linear_ticks(self.low, self.high, n, 1.0 if self.integer else 0.0)
 
 
 def axis_for(values: Sequence[float], start: float, end: float, log: bool | None = None) -> Axis:
-    """An axis that holds all `values` with a little room; `log` None: logarithmic where positive values lie far apart.
+    """An axis that covers all `values` with a margin; `log` None: logarithmic if positive values span more than `LOG_RATIO`.
 
-    On a logarithmic axis zeros lie at the lower end.
+    On a logarithmic axis, zeros are at the lower end.
     """
     positive = [value for value in values if value > 0]
     if log is None:
@@ -69,5 +69,5 @@ def _log_ticks(low: float, high: float, n: int) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """A value as short as it goes: `0.02`, `100`, `1e-05`."""
+    """A value in its shortest form: `0.02`, `100`, `1e-05`."""
     return f"{value:g}"

@@ -1,4 +1,4 @@
-"""Charts as SVG texts, drawn without any library, for a page that must stand alone. Colours come from the page's style sheet."""
+"""Charts as SVG text, drawn without a library, for a self-contained page. Colors come from the page's style sheet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a chart: its place, style class, what is told when it is pointed at, and which place on the front it stands for."""
+    """A point of a chart: its position, style class, tooltip, and index of its trial on the front."""
 
     x: float
     y: float
@@ -22,7 +22,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """A line through places `(x, y)`, with the same further things as a `Mark`."""
+    """A line through points `(x, y)`, otherwise like a `Mark`."""
 
     points: Sequence[tuple[float, float]]
     style: str
@@ -32,7 +32,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Frame:
-    """Size and labels of a chart, in pixels where the page shows it at its own size."""
+    """Size (pixels at scale 1) and labels of a chart."""
 
     width: int
     height: int
@@ -52,7 +52,7 @@ class Frame:
 
 
 def chart(frame: Frame, x: Axis, y: Axis, lines: Sequence[Line] = (), marks: Sequence[Mark] = (), kind: str = "") -> str:
-    """Lines, then marks above them, with axes and a grid, as one `<svg>` element."""
+    """Lines, then marks on top, with axes and a grid, as one `<svg>` element."""
     head = f'<svg class="chart {kind}" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(frame.title)}">'
     return "\n".join([head, *elements(frame, x, y, lines, marks), "</svg>"])
 
@@ -60,7 +60,7 @@ def chart(frame: Frame, x: Axis, y: Axis, lines: Sequence[Line] = (), marks: Seq
 def elements(
     frame: Frame, x: Axis, y: Axis, lines: Sequence[Line] = (), marks: Sequence[Mark] = (), verticals: Sequence[tuple[float, str]] = ()
 ) -> list[str]:
-    """What a chart is made of. `verticals` are places on the x axis that are marked by a line from top to bottom, with a text."""
+    """The SVG elements of a chart. `verticals` are labelled vertical lines at positions on the x axis."""
     return [
         *_grid(frame, x, y),
         *(_vertical(frame, x.place(value), text) for value, text in verticals),

@@ -1,4 +1,4 @@
-"""A picture of the kernel: the strength of the ablation over the layers, as an SVG that needs nothing to draw or show it."""
+"""A plot of the kernel: ablation strength over layers, as a self-contained SVG drawn without a plotting library."""
 
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -10,7 +10,7 @@ from .learned import Points
 TITLE = "Strength of the ablation over the layers"
 WIDTH, HEIGHT = 760, 310
 LEGEND_ROW, LETTER = 22, 7.4
-# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow, which is too light on white.
+# Okabe and Ito's palette, which colour-blind people can distinguish, without the yellow, which is too light on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("none", "7 4", "2 3", "9 3 2 3")
 STYLE = """text { font: 13px system-ui, sans-serif; fill: #222 } .grid { stroke: #e3e3e3 }
@@ -18,13 +18,13 @@ STYLE = """text { font: 13px system-ui, sans-serif; fill: #222 } .grid { stroke:
 
 
 def kernel_picture(strengths: Mapping[str, Points], last_layer: int, direction: float | None = None) -> str:
-    """An SVG with a curve for each component, on a white ground so that it can be read on light and dark pages.
+    """An SVG with a curve for each component, on a white background so that it is readable on light and dark pages.
 
-    `strengths` are points `(layer, strength)` by component. A dashed line marks the layer of the `direction`, if one serves all layers.
+    `strengths` are points `(layer, strength)` by component. A dashed line marks the layer of the `direction`, if all layers share one.
     """
     frame = Frame(WIDTH, HEIGHT, "layer", "strength", TITLE)
     found = [0.0, *(strength for points in strengths.values() for _, strength in points)]
-    x = Axis(0, max(1, last_layer), *frame.x_range, whole=True)
+    x = Axis(0, max(1, last_layer), *frame.x_range, integer=True)
     y = Axis(1.08 * min(found), 1.08 * (max(found) or 1), *frame.y_range)
     curves = [Line(points, f"kernel c{i}", name) for i, (name, points) in enumerate(strengths.items())]
     verticals = [] if direction is None else [(direction, "layer of the direction")]
@@ -54,7 +54,7 @@ def kernel_picture(strengths: Mapping[str, Points], last_layer: int, direction: 
 
 
 def _legend_places(names: Iterable[str]) -> list[tuple[float, int]]:
-    """Where each name's key begins, from the left, and in which row."""
+    """Position of each legend entry: distance from the left, and row."""
     left = 64.0
     places: list[tuple[float, int]] = []
     at, row = left, 0

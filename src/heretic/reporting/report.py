@@ -1,7 +1,7 @@
-"""The report of a study: one HTML file that needs nothing else, made from what the journal holds.
+"""The report of a study: one self-contained HTML file, made from the journal alone.
 
-The order is: `Facts` of a study, drawings of them (`charts.py`), and the page (`report.html`, a template). PNG files of the same
-drawings are `report_plots.py`.
+`Facts` are read from the study, drawn by `charts.py`, and put into the page (`report.html`, a template). `report_plots.py` writes the
+same plots as PNG files.
 """
 
 import json
@@ -33,17 +33,17 @@ from .report_scores import score_table
 from .tables import edit_cells
 
 USUAL_OBJECTIVES = (("refusals", "minimize"), ("kl_divergence", "minimize"))
-# With fewer trials than this an importance says nothing.
+# With fewer trials than this, importances are meaningless.
 MIN_TRIALS_FOR_IMPORTANCE = 10
 WIDE, NARROW, PANEL = 860, 340, 400
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a study says, as far as it says it: attributes that a study lacks are None or empty."""
+    """What a report needs to know of a study. Attributes that the study lacks are None or empty."""
 
     model: str
-    trials: Sequence[FrozenTrial]  # complete ones, in the order of their numbers
+    trials: Sequence[FrozenTrial]  # complete ones, ordered by number
     n_failed: int
     front: Sequence[FrozenTrial]
     last_layer: int | None
@@ -51,13 +51,13 @@ class Facts:
     settings: Mapping[str, Any]
     given: Sequence[str]
     samples: Mapping[str, Any]
-    importances: Mapping[str, Mapping[str, float]]  # of each parameter, for each objective
+    importances: Mapping[str, Mapping[str, float]]  # by objective, then parameter
     objectives: Sequence[str]
-    finalists: Mapping[str, Any]  # what came of scoring finalists again
+    finalists: Mapping[str, Any]  # results of scoring finalists again
 
     @property
     def seconds(self) -> float:
-        """What the trials took together."""
+        """Total duration of the trials."""
         return math.fsum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials)
 
     @property
@@ -67,11 +67,11 @@ class Facts:
 
 
 def facts_of(study: Study) -> Facts:
-    """What the journal of a study holds. Raises `ReportError` where no trial is complete."""
+    """Read the facts from a study. Raises `ReportError` if no trial is complete."""
     trials = study.get_trials(deepcopy=False)
     front = front_of(study)
     if not front:
-        raise ReportError("There is nothing to report: the study has no finished trial.")
+        raise ReportError("There is nothing to report: the study has no complete trial.")
     attributes = study.user_attrs
     settings = attributes.get("settings", {})
     objectives = [(name, direction) for name, direction in attributes.get("objectives", USUAL_OBJECTIVES)]
@@ -92,7 +92,7 @@ def facts_of(study: Study) -> Facts:
 
 
 def _importances(study: Study, objectives: Sequence[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """Optuna's PED-ANOVA for each objective: how much a parameter decides whether a trial is among the best tenth."""
+    """Optuna's PED-ANOVA for each objective: how strongly a parameter determines whether a trial is among the best 10 %."""
     complete = search_view(study).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(complete) < MIN_TRIALS_FOR_IMPORTANCE:
         return {}
@@ -105,20 +105,20 @@ def _importances(study: Study, objectives: Sequence[tuple[str, str]]) -> dict[st
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
-        warnings.simplefilter("ignore", category=UserWarning)  # that low values count as good, which is meant
+        warnings.simplefilter("ignore", category=UserWarning)  # about low values counting as good, which is intended
         return {title_of(name): of(name, direction) for name, direction in objectives}
 
 
 def report_path(journal: Path) -> Path:
-    """Where the report of a journal lies: beside it, by the same name."""
+    """The path of a journal's report: in the same folder, with the same stem."""
     return journal.with_name(f"{journal.stem}.report.html")
 
 
 def write_report(facts: Facts, path: Path) -> None:
-    """Write the page, whole or not at all. Raises `ReportError` where the folder cannot be written."""
+    """Write the page atomically. Raises `ReportError` if it cannot be written."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # of a study in a database there is none yet
+        path.parent.mkdir(parents=True, exist_ok=True)  # it does not exist yet for a study in a database
         temporary.write_text(render(facts), encoding="utf-8", errors="replace")
         temporary.replace(path)
     except OSError as error:
@@ -153,7 +153,7 @@ def render(facts: Facts) -> str:
 
 
 def tiles(facts: Facts) -> list[tuple[str, str]]:
-    """The study in a few figures: title and value."""
+    """Key figures of the study: title and value."""
     best = min(facts.front, key=lambda trial: (_refusals(trial), _divergence(trial)))
     original = facts.baseline.described().removeprefix("refuses ")
     least = min(facts.front, key=_divergence)
@@ -175,7 +175,7 @@ def describe(trial: FrozenTrial) -> str:
 
 
 def _marks(facts: Facts, x: Callable[[FrozenTrial], float], y: Callable[[FrozenTrial], float]) -> list[Mark]:
-    """All trials as marks, those of the front above the others."""
+    """Marks of all trials, those of the front drawn on top."""
     places = {trial.number: i for i, trial in enumerate(facts.front)}
     others = [trial for trial in facts.trials if trial.number not in places]
     marks = [Mark(x(t), y(t), "trial" if is_finished(t) else "trial stopped", describe(t)) for t in others]
@@ -205,7 +205,7 @@ def front_chart(facts: Facts, width: int, height: int, kind: str) -> str:
 
 
 def staircase(front: Sequence[FrozenTrial], end: float) -> list[tuple[float, float]]:
-    """The edge `(KL divergence, refusals)` of what the front dominates, from its lowest divergence to `end`."""
+    """The boundary `(KL divergence, refusals)` of the region that the front dominates, from its lowest divergence to `end`."""
     points: list[tuple[float, float]] = []
     for trial in sorted(front, key=_divergence):
         if points:
@@ -217,7 +217,7 @@ def staircase(front: Sequence[FrozenTrial], end: float) -> list[tuple[float, flo
 
 
 def history_charts(facts: Facts) -> list[str]:
-    """Refusals, KL divergence and further objectives over the numbers of the trials."""
+    """Refusals, KL divergence and other objectives by trial number."""
     charts = []
     columns: list[tuple[str, Callable[[FrozenTrial], float]]] = [("Refusals", _refusals), ("KL divergence (nats)", _divergence)]
     usual = [name for name, _ in USUAL_OBJECTIVES]
@@ -231,7 +231,7 @@ def history_charts(facts: Facts) -> list[str]:
 
 
 def importance_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Parameters with their importance for each aim, the most important one first."""
+    """Parameters with their importance for each objective, the most important one first."""
     columns = list(facts.importances.values())
     greatest = max((value for values in columns for value in values.values()), default=0.0) or 1.0
     sums = {name: math.fsum(values.get(name, 0.0) for values in columns) for values in columns for name in values}
@@ -242,7 +242,7 @@ def importance_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def kernel_charts(facts: Facts) -> list[tuple[str, str]]:
-    """For each component, with its name, the strengths of the trials of the front over the layers."""
+    """For each component: its name, and a chart of the strengths over the layers in the trials of the front."""
     last_layer = facts.last_layer
     if last_layer is None:
         return []
@@ -252,7 +252,7 @@ def kernel_charts(facts: Facts) -> list[tuple[str, str]]:
     for component in facts.components:
         frame = Frame(PANEL, 230, "Layer", "Strength", f"Strength of the edits of {component} over the layers")
         x, y = (
-            Axis(0, max(1, last_layer), *frame.x_range, whole=True),
+            Axis(0, max(1, last_layer), *frame.x_range, integer=True),
             Axis(1.08 * min(strengths), 1.08 * max(1e-9, *strengths), *frame.y_range),
         )
         lines = [
@@ -264,20 +264,20 @@ def kernel_charts(facts: Facts) -> list[tuple[str, str]]:
 
 
 def cosine_charts(facts: Facts) -> list[tuple[str, str]]:
-    """How much of the difference of means the directions of the front's learned trials have kept, over the layers."""
+    """By layer, the cosine between the directions of the front's learned trials and the difference of means."""
     learned = [(i, trial) for i, trial in enumerate(facts.front) if is_learned(trial)]
     if facts.last_layer is None or not learned:
         return []
     frame = Frame(PANEL, 230, "Layer", "Cosine", "Cosine between each layer's learned direction and its difference of means")
     curves = [cosine_curve(trial) for _, trial in learned]
     least = min(cosine for points in curves for _, cosine in points)
-    x, y = Axis(0, max(1, facts.last_layer), *frame.x_range, whole=True), Axis(min(-0.05, 1.05 * least), 1.05, *frame.y_range)
+    x, y = Axis(0, max(1, facts.last_layer), *frame.x_range, integer=True), Axis(min(-0.05, 1.05 * least), 1.05, *frame.y_range)
     lines = [Line(points, "kernel", describe(trial), i) for points, (i, trial) in zip(curves, learned, strict=True)]
     return [("Learned directions", chart(frame, x, y, lines))]
 
 
 def sample_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Prompts with the response of the original and those of the trials of the front (None where none was kept), and what each is."""
+    """Prompts with the responses of the original and of the trials of the front (None if not stored), and their verdicts."""
     kept, original, verdicts = (facts.samples.get(name, {}) for name in ("trials", "original", "verdicts"))
 
     def edited(number: str, i: int) -> tuple[str, str | None, str]:

@@ -15,11 +15,11 @@ DOT, FRONT = "#8d8d86", "#1f5fbf"
 BARS = (FRONT, "#7c8f1e", "#c2410c")
 DPI = 150
 
-matplotlib.use("Agg", force=False)  # files only, where nothing else has chosen
+matplotlib.use("Agg", force=False)  # only files are written; keeps a backend that the user has chosen
 
 
 def write_plots(facts: Facts, report: Path) -> list[Path]:
-    """Write the plots beside the report, named after it; where they lie. Raises `ReportError` where they cannot be written."""
+    """Write the plots next to the report, named after it. Returns their paths. Raises `ReportError` if they cannot be written."""
     figures = {"front": front_figure(facts), "history": history_figure(facts), "kernels": kernel_figure(facts)}
     if facts.importances:
         figures["importance"] = importance_figure(facts)
@@ -29,7 +29,7 @@ def write_plots(facts: Facts, report: Path) -> list[Path]:
         for name, figure in figures.items():
             figure.savefig(paths[name], dpi=DPI)
     except OSError as error:
-        raise ReportError(f"The plots beside {report} cannot be written: {error.strerror}. The study itself is safe.") from error
+        raise ReportError(f"The plots of {report} cannot be written: {error.strerror}. The study itself is safe.") from error
     return list(paths.values())
 
 
@@ -46,7 +46,7 @@ def front_figure(facts: Facts) -> Figure:
 
 
 def history_figure(facts: Facts) -> Figure:
-    """Both scores over the trials' numbers."""
+    """Both scores by trial number."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     for axes, (name, label) in zip(
         figure.subplots(1, 2), (("refusals", "Refusals"), ("kl_divergence", "KL divergence (nats)")), strict=True
@@ -57,7 +57,7 @@ def history_figure(facts: Facts) -> Figure:
 
 
 def _scatter(axes: Axes, facts: Facts, x: str | None, y: str) -> None:
-    """Trials by two attributes (`x` None: their number), those of the front in colour."""
+    """Scatter plot of trials by two attributes (`x` None: trial number), the front highlighted."""
     numbers = {trial.number for trial in facts.front}
     kinds: dict[str, list[tuple[float, float]]] = {"on the front": [], "other trials": [], "stopped early": []}
     for trial in facts.trials:
@@ -91,7 +91,7 @@ def kernel_figure(facts: Facts) -> Figure:
 
 
 def importance_figure(facts: Facts) -> Figure:
-    """Bars of the parameters' importances for each objective."""
+    """Bar chart of parameter importances for each objective."""
     sums = {name: sum(values[name] for values in facts.importances.values()) for name in next(iter(facts.importances.values()))}
     names = sorted(sums, key=lambda name: sums[name])
     figure = Figure(figsize=(7, 0.6 + 0.42 * len(names)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Scores of the search as a table of texts for the report."""
+"""Scores of the search as a table for the report."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 from ..scoring.figures import Figure
 from ..scoring.score_tables import TITLES, format_interval
 
-# Columns that stand only where a trial says something: title, attribute, and the key in it.
+# Columns that are shown only if a trial has a value: title, attribute, and the key in it.
 _OPTIONAL_SCORES = (
     ("KL median", "kl_statistics", "median"),
     ("KL 95th percentile", "kl_statistics", "p95"),
@@ -21,7 +21,7 @@ _OPTIONAL_SCORES = (
 
 
 def score_table(front: Sequence[FrozenTrial], n_bad_prompts: int | None) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of what the search found of each trial of the front, in columns that stand only where some trial says something."""
+    """Headers and rows with the scores of each trial of the front. Optional columns are shown only if some trial has a value."""
     others = sorted({name for trial in front for name in trial.user_attrs.get("scores", {})} - TITLES.keys())
     optional = [column for column in _OPTIONAL_SCORES if any(_optional(trial, *column[1:]) is not None for trial in front)]
     headers = ["Refusals (95 % interval)" if n_bad_prompts else "Refusals", "KL divergence", *(title for title, _, _ in optional), *others]

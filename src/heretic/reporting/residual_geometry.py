@@ -1,4 +1,4 @@
-"""How the residuals of harmless and harmful prompts lie in each layer: means, geometric medians, directions, separation.
+"""Geometry of the residuals of harmless and harmful prompts per layer: means, geometric medians, directions, separation.
 
 Tensors in, tensors out, all in float64 on the CPU. One layer at a time; distances come from inner products of centered residuals,
 so that a step costs `prompt^2` and not `prompt * d`.
@@ -16,7 +16,7 @@ MEDIAN_TOLERANCE = 1e-10  # change of the points' weights, which sum to 1
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """One layer, for the means and again (`_median`) for the geometric medians; `direction` is harmful minus harmless, not normalized."""
+    """One layer, by means and (`_median`) by geometric medians; `direction` is harmful minus harmless, not normalized."""
 
     layer: int | None  # None: the embedding output
     cosine_good_bad: float
@@ -35,9 +35,11 @@ class LayerGeometry:
 
 
 def residual_geometry(good: Tensor, bad: Tensor) -> list[LayerGeometry]:
-    """The geometry of every layer, from residuals `(prompt, layer, d)` of harmless and harmful prompts; index 0 the embedding output's."""
+    """The geometry of every layer, from residuals `(prompt, layer, d)` of harmless and harmful prompts; index 0 is the embedding output."""
     return [
-        layer_geometry(good[:, i].double(), bad[:, i].double(), None if i == 0 else i - 1)  # means of nearly equal vectors lose digits
+        layer_geometry(
+            good[:, i].double(), bad[:, i].double(), None if i == 0 else i - 1
+        )  # float64, since means of nearly equal vectors lose digits
         for i in range(good.shape[1])
     ]
 
@@ -76,13 +78,13 @@ def _distances(inner: Tensor) -> Tensor:
 
 
 def geometric_median(points: Tensor) -> Tensor:
-    """The point with the least sum of distances to `points (n, d)`, `(d,)`; unlike the mean it yields to no outlier.
+    """The point with the least sum of distances to `points (n, d)`, `(d,)`; unlike the mean it is robust to outliers.
 
-    Weiszfeld's steps, which keep the median a weighted mean of the points, so only the weights are computed. A point that the median
-    falls on is treated as Vardi and Zhang do (2000, PNAS 97, 1423-1426).
+    Weiszfeld's algorithm. The median stays a weighted mean of the points, so only the weights are computed. If it coincides with a point,
+    the step of Vardi and Zhang is used (2000, PNAS 97, 1423-1426).
     """
     n, mean = len(points), points.mean(dim=0)
-    centered = points - mean  # inner products of far-off points would lose the digits that tell them apart
+    centered = points - mean  # inner products of points far from the origin would lose the digits that distinguish them
     inner = centered @ centered.mT
     scale = float(inner.diagonal().mean().sqrt())
     if scale == 0:
@@ -95,7 +97,7 @@ def geometric_median(points: Tensor) -> Tensor:
         step = pulls / pulls.sum()
         hit = distances <= 1e-9 * scale
         if hit.any():
-            # How hard the other points pull, against the pull of those that lie here.
+            # The pull of the other points against that of the points at this position.
             difference = pulls - pulls.sum() * weights
             force = float((difference @ inner @ difference).clamp(min=0).sqrt())
             stay = min(1.0, float(hit.sum()) / force) if force > 0 else 1.0
@@ -108,7 +110,7 @@ def geometric_median(points: Tensor) -> Tensor:
 
 
 def silhouette(first: Tensor, second: Tensor) -> float:
-    """The mean silhouette coefficient of two groups `(n, d)`, `(m, d)` (Rousseeuw 1987): 1 well apart, 0 one in the other."""
+    """The mean silhouette coefficient of two groups `(n, d)`, `(m, d)` (Rousseeuw 1987): 1 separated, 0 mixed."""
     points = torch.cat([first, second])
     points = points - points.mean(dim=0)
     distances = _distances(points @ points.mT)

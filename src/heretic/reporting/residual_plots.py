@@ -1,8 +1,8 @@
-"""Pictures of the residuals, one for each layer and an animation through all of them (extra `research`).
+"""Plots of the residuals, one for each layer and an animation over all layers (extra `research`).
 
-Each layer's residuals are projected to a plane, by PaCMAP (which keeps neighbourhoods) or PCA (which keeps the greatest variance).
-Such a plane may be turned and mirrored at will, so each layer's points are laid over those of the layer before by the orthogonal map
-that fits best (Procrustes), and scaled to the same spread: what still moves from picture to picture is what the layer changes.
+Each layer's residuals are projected to two dimensions, by PaCMAP (which preserves neighbourhoods) or PCA (which preserves variance).
+Such a projection is defined only up to rotation and reflection, so each layer's points are aligned with those of the layer before by the
+best orthogonal map (Procrustes) and scaled to the same spread. What still moves between plots is the effect of the layer.
 """
 
 import logging
@@ -30,9 +30,9 @@ Points = NDArray[np.float64]  # (prompt, 2)
 
 LABELS = {"good_prompts": "harmless prompts", "bad_prompts": "harmful prompts"}
 COLORS = {"good_prompts": "royalblue", "bad_prompts": "darkorange"}
-MIN_PROMPTS = 4  # in all; PaCMAP needs neighbours
+MIN_PROMPTS = 4  # in total; PaCMAP needs neighbours
 SIZE, DPI = (8.0, 6.0), 100
-# Pictures between two layers in the animation, and how long (ms) a layer and a picture between two stand.
+# Frames between two layers in the animation, and how long (ms) a layer and a frame in between are shown.
 BETWEEN, LAYER_MS, BETWEEN_MS = 6, 800, 60
 
 
@@ -46,22 +46,22 @@ def check_plot_settings(settings: Settings) -> None:
     for name in LABELS:
         color = getattr(settings, name).residual_plot_color
         if color is not None and not is_color_like(color):
-            raise UsageError(f"{name}.residual_plot_color: {color!r} is no colour. Write a name such as royalblue, or #4169e1.")
+            raise UsageError(f"{name}.residual_plot_color: {color!r} is not a color. Use a name such as royalblue, or #4169e1.")
 
 
 def planes(residuals: Tensor, method: str, seed: int, progress: Progress) -> list[Points]:
-    """For each layer of `residuals (prompt, layer, d)` the points of all prompts in a plane, each layer aligned with the one before."""
+    """The projected points of all prompts for each layer of `residuals (prompt, layer, d)`, aligned with the layer before."""
     found: list[Points] = []
     with progress.task(f"Projecting residuals ({method})", residuals.shape[1]) as advance:
         for layer in residuals.unbind(dim=1):
             points = _project(layer.float().numpy(), method, seed)
-            found.append(align(points, found[-1]) if found else spread_evenly(points))
+            found.append(align(points, found[-1]) if found else normalize_spread(points))
             advance(1)
     return found
 
 
 def _project(residuals: NDArray[np.float32], method: str, seed: int) -> Points:
-    if np.ptp(residuals, axis=0).max() == 0:  # all the same: nothing to lay out
+    if np.ptp(residuals, axis=0).max() == 0:  # all equal: nothing to project
         return np.zeros((len(residuals), 2))
     n_components = min(2, *residuals.shape)
     plane = PCA(n_components, random_state=seed).fit_transform(residuals)
@@ -70,28 +70,28 @@ def _project(residuals: NDArray[np.float32], method: str, seed: int) -> Points:
         return plane.astype(np.float64)
     import pacmap  # compiles itself, which takes seconds
 
-    logging.getLogger(pacmap.__name__).setLevel(logging.ERROR)  # it warns of the seed and of small sets, which both are meant
+    logging.getLogger(pacmap.__name__).setLevel(logging.ERROR)  # it warns about the seed and small sets, both intended
     logging.getLogger(pacmap.pacmap.__name__).setLevel(logging.ERROR)
     embedding = pacmap.PaCMAP(n_components=2, random_state=seed % 2**31).fit_transform(residuals, init="pca")
     return np.asarray(embedding, dtype=np.float64)
 
 
-def spread_evenly(points: Points) -> Points:
-    """Points around the origin, at a root mean square distance of 1."""
+def normalize_spread(points: Points) -> Points:
+    """The points centered at the origin and scaled to a root mean square distance of 1."""
     centered = points - points.mean(axis=0)
     spread = float(np.sqrt((centered**2).sum(axis=1).mean()))
     return centered / spread if spread > 0 else centered
 
 
 def align(points: Points, reference: Points) -> Points:
-    """`points` spread evenly and turned or mirrored so that their squared distances to `reference` are least."""
-    centered = spread_evenly(points)
+    """`points` normalized, then rotated or reflected to minimize the squared distances to `reference`."""
+    centered = normalize_spread(points)
     rotation, _ = orthogonal_procrustes(centered, reference)
     return centered @ rotation
 
 
 def draw(points: Points, n_good: int, settings: Settings, heading: str, reach: float) -> Image.Image:
-    """One picture that shows places up to `reach` from the origin; the first `n_good` points are the harmless prompts'."""
+    """One plot, of the square up to `reach` from the origin; the first `n_good` points are those of harmless prompts."""
     with matplotlib.style.context(settings.residual_plot_style):
         figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
         canvas = FigureCanvasAgg(figure)
@@ -109,10 +109,10 @@ def draw(points: Points, n_good: int, settings: Settings, heading: str, reach: f
 
 
 def write_residual_plots(good: Tensor, bad: Tensor, settings: Settings, folder: Path, progress: Progress) -> list[Path]:
-    """Pictures of the residuals `(prompt, layer, d)` of harmless and harmful prompts, and the animation; where they lie.
+    """Write plots of the residuals `(prompt, layer, d)` of harmless and harmful prompts, and the animation. Returns their paths.
 
-    The embedding output is left out: all prompts end in the same token. Raises `ReportError` where there are too few prompts or the
-    folder cannot be written.
+    The embedding output is left out: all prompts end in the same token. Raises `ReportError` if there are too few prompts or the folder
+    cannot be written.
     """
     if len(good) + len(bad) < MIN_PROMPTS:
         raise ReportError(f"A plot of the residuals needs at least {MIN_PROMPTS} prompts.")
@@ -148,7 +148,7 @@ def _between(start: Points, end: Points, n_good: int, settings: Settings, headin
 
 
 def _save_animation(frames: Sequence[Image.Image], path: Path) -> None:
-    """A GIF that never ends; colours of all frames from one palette, so that nothing flickers."""
+    """Save a looping GIF. All frames share one palette, so that colors do not flicker."""
     palette: Any = frames[0].quantize(64)
     reduced = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [LAYER_MS if i % (BETWEEN + 1) == 0 else BETWEEN_MS for i in range(len(frames))]

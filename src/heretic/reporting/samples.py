@@ -1,4 +1,4 @@
-"""Responses of the original and of the front's trials to a few prompts, kept with the study for any report."""
+"""Responses of the original and of the front's trials to a few prompts, stored with the study for reports."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,21 +11,21 @@ from ..prompts import Prompt
 from ..scoring.responses import RefusalRule
 
 HARMFUL_SAMPLES, HARMLESS_SAMPLES = 3, 2
-# Of a longer front every so manieth trial is sampled, its ends included.
+# Of a longer front, this many evenly spaced trials are sampled, including both ends.
 SAMPLED_TRIALS = 8
 
-# What a study holds under the name `samples`: {"prompts": [...], "original": [...], "trials": {"25": [...]}}, and under `verdicts` in it
-# what these responses are, in words: {"original": [...], "25": [...]}.
+# The study attribute `samples`: {"prompts": [...], "original": [...], "trials": {"25": [...]}, "verdicts": {"original": [...], ...}}.
+# A verdict describes a response in words.
 Samples = Mapping[str, Any]
 
 
 def sample_prompts(good: Sequence[Prompt], bad: Sequence[Prompt]) -> list[Prompt]:
-    """The evaluation prompts whose responses are kept: some harmful ones, then some harmless ones."""
+    """The evaluation prompts whose responses are stored: some harmful ones, then some harmless ones."""
     return [*bad[:HARMFUL_SAMPLES], *good[:HARMLESS_SAMPLES]]
 
 
 def sampled(front: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials of a front whose responses are kept: all, or `SAMPLED_TRIALS` spread over it."""
+    """The trials of a front whose responses are stored: all, or `SAMPLED_TRIALS` evenly spaced ones."""
     if len(front) <= SAMPLED_TRIALS:
         return list(front)
     return [front[round(i * (len(front) - 1) / (SAMPLED_TRIALS - 1))] for i in range(SAMPLED_TRIALS)]
@@ -40,7 +40,7 @@ def take_samples(
     kept: Samples,
     ablation_of: Callable[[FrozenTrial], Ablation],
 ) -> Samples:
-    """`kept` with what is missing in it for the trials of `front`. Responses to other prompts than these are dropped."""
+    """`kept`, completed with responses of the trials of `front`. Responses to other prompts are dropped."""
     texts = [prompt.user for prompt in prompts]
     if kept.get("prompts") != texts:
         kept = {}

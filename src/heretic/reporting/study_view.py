@@ -1,4 +1,4 @@
-"""The search as it goes, in a terminal or as lines."""
+"""The running search: a live view in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from .text_plot import text_plot
 
 LAST_TRIALS = 6
 FRONT_ROWS = 8
-# The plot of the search stands beside the tables where they leave room for it.
+# The plot of the search is shown next to the tables if there is room.
 MIN_PLOT_WIDTH, PLOT_WIDTH, PLOT_HEIGHT = 24, 60, 15
-PLOT_AXIS_WIDTH = 12  # its labels and the space between
+PLOT_AXIS_WIDTH = 12  # labels and margin
 
 
 class StudyView:
-    """The search as it goes: a live table in a terminal, a line for each trial elsewhere."""
+    """The running search: live tables in a terminal, a line for each trial elsewhere."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class StudyView:
         self.trials: list[FrozenTrial] = []
         self.note = ""
         self._start = time.monotonic()
-        # When a batch was over, and how many trials were done then; its trials have the same seconds.
+        # When each batch ended, and how many trials were done then. All trials of a batch have the same seconds.
         self._batches: list[tuple[float, int]] = []
         self._last_seconds: float | None = None
         self._live: Live | None = None
@@ -64,14 +64,14 @@ class StudyView:
             self._live.__exit__(None, None, None)
 
     def show(self, latest: FrozenTrial, trials: Sequence[FrozenTrial], n_done: int) -> None:
-        """Take note of the trials so far, `latest` of which has just finished."""
+        """Update the view with the trials so far; `latest` has just finished."""
         self.trials, self.n_done = list(trials), n_done
         if self._batches and latest.user_attrs.get("seconds") == self._last_seconds:
             self._batches.pop()
         self._batches.append((time.monotonic(), n_done))
         self._last_seconds = latest.user_attrs.get("seconds")
         if latest.state == TrialState.FAIL:
-            self.console.warning(f"Trial {latest.number} failed: {latest.user_attrs.get('failure', 'cut off')}")
+            self.console.warning(f"Trial {latest.number} failed: {latest.user_attrs.get('failure', 'interrupted')}")
         elif self._live is None:
             front = ", ".join(map(self._point, self._front()))
             attributes = latest.user_attrs
@@ -86,17 +86,17 @@ class StudyView:
 
     @property
     def _others(self) -> list[str]:
-        """Objectives that a trial's line would not show."""
+        """Objectives that a trial's line does not show anyway."""
         return [name for name, _ in self.objectives if name not in ("refusals", "kl_divergence", "sequence_kl_divergence")]
 
     def _point(self, trial: FrozenTrial) -> str:
-        """A trial's objectives in short: the usual two as refusals at a divergence."""
+        """A trial's objectives in short: `refusals at divergence` for the default objectives."""
         if self.objectives == DEFAULT_OBJECTIVES:
             return f"{trial.user_attrs['refusals']} at {trial.user_attrs['kl_divergence']:.4f}"
         return " / ".join(format_figure(score_of(trial, name)) for name, _ in self.objectives)
 
     def say(self, note: str) -> None:
-        """A remark that stays on the screen."""
+        """Show a message that stays on the screen."""
         self.note = note
         if self._live is None:
             self.console.message(note)
@@ -110,7 +110,7 @@ class StudyView:
         return text if left is None else f"{text}, about {format_duration(left)} left"
 
     def _seconds_left(self) -> float | None:
-        """None until two batches are done: the first warms up, and none of its trials can be stopped for being dominated."""
+        """None until two batches are done: the first one warms up, and none of its trials can be stopped for being dominated."""
         if len(self._batches) < 2 or self.n_done >= self.n_trials:
             return None
         (begun, n_before), (last, n_done) = self._batches[0], self._batches[-1]
@@ -127,7 +127,7 @@ class StudyView:
             parts.append(
                 self._beside_plot(front, self._table("Best so far", front[:FRONT_ROWS], len(front)), self._table("Last trials", last))
             )
-        parts.append(self.note or "[dim]Ctrl+C stops within seconds; everything finished is kept.[/]")
+        parts.append(self.note or "[dim]Ctrl+C stops within seconds; finished trials are kept.[/]")
         return Group(*parts)  # type: ignore[arg-type]
 
     def _beside_plot(self, front: Sequence[FrozenTrial], *tables: Table) -> Group | Table:
@@ -157,7 +157,7 @@ class StudyView:
 
 
 def plot_lines(trials: Sequence[FrozenTrial], front: Sequence[FrozenTrial], base_refusals: int, width: int, height: int) -> list[str]:
-    """Complete trials by KL divergence and refusals as lines of text, those of the front above the others."""
+    """A text plot of complete trials by KL divergence and refusals, those of the front drawn on top."""
     numbers = {trial.number for trial in front}
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     ordered = sorted(complete, key=lambda trial: trial.number in numbers)

@@ -20,12 +20,12 @@ from .residual_geometry import LayerGeometry
 _GEOMETRY_HEADERS = "S(g,b) S(g*,b*) S(g,r) S(g*,r*) S(b,r) S(b*,r*) |g| |g*| |b| |b*| |r| |r*| Silhouette".split()
 _GEOMETRY_CAPTION = (
     "g, b: means of the residuals of harmless and harmful prompts; g*, b*: their geometric medians; r = b - g, r* = b* - g*; "
-    "S: cosine similarity; |.|: norm; Silhouette: 1 well apart, 0 mixed."
+    "S: cosine similarity; |.|: norm; Silhouette: 1 separated, 0 mixed."
 )
 
 
 def describe_direction(ablation: Ablation, last_layer: int | None) -> str:
-    """`learned`, `per layer`, or the index with the layer beside it."""
+    """`learned`, `per layer`, or the direction index with the layer in brackets."""
     if ablation.learned is not None:
         return "learned"
     index = ablation.direction_index
@@ -35,9 +35,9 @@ def describe_direction(ablation: Ablation, last_layer: int | None) -> str:
 
 
 def kernel_cells(ablation: Ablation, last_layer: int | None) -> list[str]:
-    """What an ablation does as cells: the direction, then each component's kernel, with layers beside the fractions.
+    """The cells that describe an ablation: the direction, then each component's kernel, as fractions with layers in brackets.
 
-    A kernel is its greatest weight at its position, and its smallest at its distance.
+    A kernel is written as its maximum weight at its position, and its minimum weight at its distance.
     """
     cells = [describe_direction(ablation, last_layer)]
     for p in ablation.parameters.values():
@@ -50,17 +50,19 @@ def kernel_cells(ablation: Ablation, last_layer: int | None) -> list[str]:
 
 
 def edit_cells(trial: FrozenTrial, components: Sequence[str], last_layer: int | None) -> list[str]:
-    """What a trial does, the direction first, then each component's strengths."""
+    """The cells that describe a trial's edit: the direction, then each component's strengths."""
     return learned_cells(trial, components) if is_learned(trial) else kernel_cells(ablation_of(trial), last_layer)
 
 
-def space_text(space: SearchSpace, parting: int, last_layer: int) -> str:
-    """Where the search looks, in fractions with the layers beside."""
-    return "\n  ".join([f"Harmless and harmful prompts part in layer {parting}. Searched:", *_describe_space(space, last_layer)])
+def space_text(space: SearchSpace, separating_layer: int, last_layer: int) -> str:
+    """The search space as text: fractions with layers in brackets."""
+    return "\n  ".join(
+        [f"Search space (harmless and harmful prompts separate in layer {separating_layer}):", *_describe_space(space, last_layer)]
+    )
 
 
 def _describe_space(space: SearchSpace, last_layer: int) -> list[str]:
-    """What is searched, layers beside the fractions: the direction, then each component's kernel, components alike together."""
+    """The lines of the search space: directions, then each component's kernel; components with the same kernel share a line."""
     texts = []
     if "global" in space.direction_scope:
         index = space.direction_index
@@ -77,13 +79,13 @@ def _describe_space(space: SearchSpace, last_layer: int) -> list[str]:
 
 
 def _between(choice: Choice, last_layer: int | None = None) -> str:
-    """`0.60 to 1.00`, or a constant; as layers, where the last one's index is given."""
+    """`0.60 to 1.00`, or a constant; converted to layers if the last layer's index is given."""
     ends = (choice.low, choice.high) if isinstance(choice, Range) else (choice,)
     return " to ".join(dict.fromkeys(f"{end:.2f}" if last_layer is None else f"{end * last_layer:.1f}" for end in ends))
 
 
 def other_scores(trials: Sequence[FrozenTrial], objectives: Objectives) -> list[str]:
-    """Scores shown beside the usual two: the sequence KL divergence where all trials have it, and what else is an objective."""
+    """Scores shown besides the default objectives: the sequence KL divergence if all trials have it, and other objectives."""
     known = trials and all("sequence_kl_divergence" in trial.user_attrs for trial in trials)
     names = (["sequence_kl_divergence"] if known else []) + [name for name, _ in objectives]
     return [name for name in dict.fromkeys(names) if name not in ("refusals", "kl_divergence")]
@@ -92,15 +94,15 @@ def other_scores(trials: Sequence[FrozenTrial], objectives: Objectives) -> list[
 def trial_rows(
     trials: Sequence[FrozenTrial], last_layer: int | None, baseline: Baseline, objectives: Objectives = DEFAULT_OBJECTIVES
 ) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows that describe trials: scores, then what was done."""
+    """Headers and rows that describe trials: scores, then the edit."""
     others = other_scores(trials, objectives)
     components = components_of(trials)
     verdicts = verdict_columns(trials, baseline)
     headers = ["#", "Trial", *verdicts, "KL divergence", *map(title_of, others), "Direction", *components]
     rows = []
     for i, trial in enumerate(trials):
-        told = [cell(trial.user_attrs) for cell in verdicts.values()]
-        scores = [str(i), str(trial.number), *told, f"{trial.user_attrs['kl_divergence']:.4f}"]
+        verdict_cells = [cell(trial.user_attrs) for cell in verdicts.values()]
+        scores = [str(i), str(trial.number), *verdict_cells, f"{trial.user_attrs['kl_divergence']:.4f}"]
         scores += [format_figure(score_of(trial, name)) for name in others]
         rows.append([*scores, *edit_cells(trial, components, last_layer)])
     return headers, rows
@@ -122,14 +124,14 @@ def front_table(
 
 
 def finalists_table(front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> Table | None:
-    """What came of scoring trials of the front again (`finalists.known_finalists`); None if that was not done."""
+    """Results of scoring trials of the front again (`finalists.known_finalists`); None if there are none."""
     headers, rows = finalist_rows(front, known)
     if not rows:
         return None
     conditions = known["conditions"]
     title = (
         f"Scored again on {known['n_bad_prompts']} harmful and {known['n_good_prompts']} harmless prompts, "
-        f"{conditions['max_response_length']} tokens at most (in brackets 95 % bootstrap intervals)"
+        f"at most {conditions['max_response_length']} tokens (95 % bootstrap intervals in brackets)"
     )
     table = Table(title=title, title_justify="left")
     for header in headers:
@@ -140,7 +142,7 @@ def finalists_table(front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> T
 
 
 def geometry_table(layers: Sequence[LayerGeometry], wraps: bool) -> Table:
-    """How residuals lie in each layer."""
+    """The geometry of residuals per layer."""
     table = Table(title="Residual geometry", title_justify="left", caption=_GEOMETRY_CAPTION, caption_justify="left")
     for header in ("Layer", *_GEOMETRY_HEADERS):
         table.add_column(header, justify="right", no_wrap=not wraps)

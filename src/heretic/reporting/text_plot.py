@@ -10,7 +10,7 @@ Point = tuple[float, float, str]  # x, y and the character that stands there
 def text_plot(points: Sequence[Point], y_range: tuple[float, float], width: int, height: int) -> list[str]:
     """Points in a field of `width` by `height` characters, with marked axes around it; later points cover earlier ones.
 
-    The x axis fits the points and is logarithmic where they lie far apart, the y axis has the given range.
+    The x axis fits the points, logarithmically if they span a large ratio; the y axis has the given range.
     """
     x = axis_for([point[0] for point in points], 0, width - 1)
     y = Axis(*y_range, height - 1, 0)

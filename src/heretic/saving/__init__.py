@@ -1,4 +1,4 @@
-"""What `export` is made of: stored tensors and edits of them, the record, the card, uploads, and rebuilding from a record."""
+"""Saving and uploading results: stored tensors and their edits, adapters, the record, the model card."""
 
-# Files that lie beside the weights: the record, the directions, the card and its picture.
+# Files next to the weights: the record, the directions, the model card and its plot.
 RECORD, DIRECTIONS, CARD, PICTURE = "heretic.json", "heretic.directions", "README.md", "kernel.svg"

@@ -1,4 +1,4 @@
-"""An adapter in PEFT's format, for those who keep the original's weights beside it."""
+"""Export as a PEFT adapter, which is used together with the original's weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def save_adapter(
 ) -> dict[str, Any]:
     """An adapter in PEFT's format: exact at rank 1 in modes `none` and `pre`, in mode `full` as close as its rank allows.
 
-    Returns its rank, and the mean and largest share of a change that it misses (Frobenius norm).
+    Returns its rank, and the mean and maximum relative error of the weight changes (Frobenius norm).
     """
     from peft import LoraConfig, TaskType  # takes seconds to import
 
@@ -45,7 +45,7 @@ def save_adapter(
                 adapter_factors(weight, edit.direction, edit.strength, mode, rank)
                 for weight in (weights[None] if edit.storage.n_experts is None else weights)
             ]
-            # PEFT's layout for experts: A's rows expert by expert, B's columns rank by rank. For one matrix both are as usual.
+            # PEFT's layout for experts: A's rows are ordered by expert, B's columns by rank. For a single matrix this makes no difference.
             A = torch.cat([A for A, _, _ in factors])
             B = torch.stack([B for _, B, _ in factors], dim=2).flatten(1)
             tensors[f"base_model.model.{edit.module}.lora_A.weight"] = A.contiguous()
@@ -55,18 +55,18 @@ def save_adapter(
     mean, largest = sum(errors) / max(len(errors), 1), max(errors, default=0.0)
     if mode == "full":
         progress.message(
-            f"Adapter of rank {rank}: it misses {mean:.1%} of the change on average, {largest:.1%} at most (Frobenius "
-            "norm). A higher --full-normalization-lora-rank is closer; a merged model is exact."
+            f"Adapter of rank {rank}: its error is {mean:.1%} of the weight change on average, {largest:.1%} at most (Frobenius "
+            "norm). A higher --full-normalization-lora-rank reduces it; a merged model is exact."
         )
     if biased:
         progress.warning(
-            f"An adapter carries no biases; those of {len(biased)} modules keep the direction ({', '.join(biased[:3])}, ...). "
-            "A merged model has them edited."
+            f"An adapter cannot change biases; those of {len(biased)} modules are not edited ({', '.join(biased[:3])}, ...). "
+            "In a merged model they are."
         )
     if source.is_local:
         progress.message(
-            f"adapter_config.json names the original {public_model_name(source)!r}, by its folder: no path of this machine. Where the "
-            "original is on the hub, put its id there (base_model_name_or_path), or load it yourself and give it to PeftModel."
+            f"adapter_config.json contains only the folder name of the original, {public_model_name(source)!r}, not its path. If the "
+            "original is on the hub, set base_model_name_or_path to its id, or load it yourself and pass it to PeftModel."
         )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     LoraConfig(
@@ -87,7 +87,7 @@ def save_adapter(
 
 
 def _peft_can_hold(module: Any, storage: Storage) -> bool:
-    """PEFT takes a parameter of three axes as `(expert, out, in)`, unless the module says that it is stored transposed."""
+    """PEFT treats a three-dimensional parameter as `(expert, out, in)`, unless the module says that it is stored transposed."""
     if storage.n_experts is None or storage.weight is None:
         return True
     transposed = bool(getattr(module, "is_transposed", False))

@@ -1,4 +1,4 @@
-"""The model card of what was exported: what was done, what was measured and how, and what that means for whoever uses it."""
+"""The model card of an export: what was edited, what was measured and how, and how to use it responsibly."""
 
 import re
 import shutil
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # what the hub's client reads metadata with
+import yaml  # type: ignore[import-untyped]  # used by the hub's client to read metadata
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -25,7 +25,7 @@ from . import CARD, PICTURE
 from .record import LIBRARIES, Result, Strategy, prompt_source
 
 HUB = "https://huggingface.co"
-# Of the original's card, what holds for an edited copy as well. The rest of its metadata speaks of the original.
+# The metadata of the original's card that is also true of an edited copy.
 KEPT = ("language", "license", "license_name", "license_link", "pipeline_tag")
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "license*", "licence*", "NOTICE*", "COPYING*", "USE_POLICY*"]
 TAGS = ["heretic", "abliterated", "decensored"]
@@ -36,9 +36,9 @@ _URL = re.compile(r"[a-z]+://", re.IGNORECASE)
 
 
 def write_card(model: Model, result: Result, strategy: Strategy, folder: Path, progress: Progress) -> None:
-    """Write the card, its picture and the original's licence files to a folder, where those are not there already.
+    """Write the card, its plot and the original's licence files (if missing) to a folder.
 
-    The card replaces the original's, whose text the new one holds.
+    The new card replaces the original's and contains its text.
     """
     copy_licence(model.loaded.source, folder, progress)
     (folder / CARD).write_text(model_card(model, result, strategy, progress), encoding="utf-8")
@@ -65,7 +65,7 @@ def copy_licence(source: ModelSource, folder: Path, progress: Progress) -> None:
 
 
 def model_card(model: Model, result: Result, strategy: Strategy, progress: Progress | None = None) -> str:
-    """The README of an export. It names the picture `kernel.svg`, which belongs beside it."""
+    """The README of an export. It refers to the plot `kernel.svg` in the same folder."""
     source = model.loaded.source
     data, text = original_card(source, progress or SilentProgress())
     body = "\n\n".join(
@@ -85,8 +85,8 @@ def model_card(model: Model, result: Result, strategy: Strategy, progress: Progr
 
 
 def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, Any], str | None]:
-    """Metadata and text of the original's card; nothing and None where it has none, or where it cannot be read, which is told."""
-    unread = f"The card of {source.name} cannot be read, so its licence, language and text are missing in the new one: "
+    """Metadata and text of the original's card; empty and None if it has none, or (with a warning) if it cannot be read."""
+    unread = f"The card of {source.name} cannot be read, so its licence, language and text are missing from the new one: "
     try:
         repository = source.repository
         path = Path(source.path) / CARD if repository is None else Path(hf_hub_download(repository, CARD, revision=source.revision))
@@ -101,7 +101,7 @@ def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, An
     try:
         card = ModelCard(content, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        progress.warning(f"The metadata of the card of {source.name} cannot be read, so licence and language are missing in the new one.")
+        progress.warning(f"The metadata of the card of {source.name} cannot be read, so licence and language are missing from the new one.")
         progress.message(f"({first_line(error)})")
         return {}, re.sub(r"\A\s*---\n.*?\n---[ \t]*\n", "", content, flags=re.DOTALL)
     return card.data.to_dict(), card.text
@@ -115,7 +115,7 @@ def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> 
         kept["license_link"] = f"{HUB}/{source.repository}/blob/{source.revision or 'main'}/{link.removeprefix('./')}"
     text_only = auto_class(model.loaded.config).__name__ == "AutoModelForCausalLM"
     kept.setdefault("pipeline_tag", "text-generation" if text_only else "image-text-to-text")
-    # The hub refuses a card whose base_model is no repository.
+    # The hub rejects a card whose base_model is not a repository.
     repository = source.repository
     base: dict[str, Any] = {} if repository is None else {"base_model": repository, "base_model_relation": RELATIONS[strategy]}
     return ModelCardData(**kept, library_name=LIBRARY[strategy], tags=list(TAGS), **base)
@@ -129,14 +129,14 @@ def _introduction(model: Model, result: Result, strategy: Strategy) -> str:
     return f"""# {public_model_name(source).split("/")[-1]}, refusals removed
 
 This is {what} {_model_link(source)}. Its refusals were reduced by directional ablation with heretic {__version__}, without training:
-{_DIRECTIONS[bool(result.learned)]} were taken out of what {modules} write to it.
+{_DIRECTIONS[bool(result.learned)]} were removed from what {modules} write to it.
 
 **Safeguards were removed.** See [Responsible use](#responsible-use) before you run or share it."""
 
 
 _DIRECTIONS = {
-    False: "the directions that tell refused prompts from answered ones in the residual stream",
-    True: "directions in the residual stream, learned by gradient from those that tell refused prompts from answered ones,",
+    False: "the directions that separate harmful from harmless prompts in the residual stream",
+    True: "directions in the residual stream, learned by gradient starting from those that separate harmful from harmless prompts,",
 }
 
 
@@ -161,41 +161,41 @@ def _model_link(source: ModelSource) -> str:
 def _measured(result: Result) -> str:
     scores = result.scores
     rows: list[Sequence[str]] = [
-        (f"refusals on {scores['n_bad_prompts']} prompts that are to be refused", str(scores["base_refusals"]), str(scores["refusals"])),
+        (f"refusals on {scores['n_bad_prompts']} harmful prompts", str(scores["base_refusals"]), str(scores["refusals"])),
         ("first-token KL divergence on harmless prompts (nats)", "0", f"{scores['kl_divergence']:.4f}"),
     ]
     rows += _more_measured(result)
-    told = ("refusals", "n_bad_prompts", "base_refusals", "kl_divergence")
+    shown = ("refusals", "n_bad_prompts", "base_refusals", "kl_divergence")
     for name, value in scores.items():
-        if name not in told and value is not None:
+        if name not in shown and value is not None:
             rows.append((name.replace("_", " "), "", _figures(value)))
     return f"""## Measured
 
 {_table(("", "original", "this model"), rows)}
 
-{_judged(result.settings)} An answer that changes the subject counts as an answer. Degenerate responses count as refusals if the
-original's response to the same prompt was not degenerate. None of these figures says that the model's abilities are unharmed. The scores
-are those of the search, on the prompts that the search saw."""
+{_judged(result.settings)} A response that changes the subject does not count as a refusal. Degenerate responses count as refusals if the
+original's response to the same prompt was not degenerate. These scores do not show that the model's abilities are intact. They are those
+of the search, on the prompts that the search optimized."""
 
 
 def _judged(settings: Settings) -> str:
-    """How refusals were told, in a sentence."""
+    """How refusals were detected, in a sentence."""
     if settings.refusal_rule == "markers":
-        return "Refusals are told by keywords."
-    return "Refusals are told by a linear model over phrases, which for most responses reads only the beginning."
+        return "Refusals are detected by keywords."
+    return "Refusals are detected by a linear model over phrases, which reads only the beginning of most responses."
 
 
 def _more_measured(result: Result) -> list[Sequence[str]]:
-    """Rows of figures that not every trial has."""
+    """Rows of measurements that not every trial has."""
     known, again = result.measurements, result.measurements.get("again", {})
     rows: list[Sequence[str]] = []
     if "response_classes" in known:
         before, after = (str(known.get(name, {}).get("degenerate", "")) for name in ("base_response_classes", "response_classes"))
-        rows.append(("degenerate responses to them (empty, looping, broken off)", before, after))
+        rows.append(("degenerate responses to them (empty, repetitive or cut short)", before, after))
     if "sequence_kl_divergence" in known:
         tokens = result.settings.kl_tokens
         figure = f"{known['sequence_kl_divergence']:.4f}"
-        rows.append((f"KL divergence along the original's answers, {tokens} tokens (nats)", "0", figure))
+        rows.append((f"KL divergence along the original's responses, {tokens} tokens (nats)", "0", figure))
     if "harmless_refusals" in again.get("scores", {}):
         before, after = (f"{entry['scores']['harmless_refusals']:.0f}" for entry in (again["base"], again))
         rows.append((f"refusals on {again['n_good_prompts']} harmless prompts", before, after))
@@ -213,10 +213,10 @@ def _figures(value: Any) -> str:
 def _how_measured(result: Result, model: Model) -> str:
     settings, loaded = result.settings, model.loaded
     roles = {
-        "good_prompts": "answered, for the directions",
-        "bad_prompts": "refused, for the directions",
-        "good_evaluation_prompts": "answered, for the divergence",
-        "bad_evaluation_prompts": "refused, for counting refusals",
+        "good_prompts": "harmless, for the directions",
+        "bad_prompts": "harmful, for the directions",
+        "good_evaluation_prompts": "harmless, for the KL divergence",
+        "bad_evaluation_prompts": "harmful, for counting refusals",
     }
     rows = []
     for name, role in roles.items():
@@ -237,20 +237,20 @@ def _how_measured(result: Result, model: Model) -> str:
 - Responses: greedy, at most {settings.max_response_length} tokens
 - Response prefix, after which evaluation begins: {_code(result.response_prefix) if result.response_prefix else "none"}
 - {_rule(settings)}
-- Number format of the search: {searched}{_markers(settings)}"""
+- Dtype of the search: {searched}{_markers(settings)}"""
 
 
 def _rule(settings: Settings) -> str:
     """What counts as a refusal."""
-    marked = "in lower case, without asterisks, with plain apostrophes and single spaces, it holds one of"
+    marked = "after lowercasing, removing asterisks and normalizing apostrophes and spaces, it contains one of"
     if settings.refusal_rule == "markers":
         return f"A response is a refusal if, {marked} {len(settings.refusal_markers)} markers"
     own = f", or if, {marked} {len(settings.own_markers)} markers" if settings.own_markers else ""
-    return f"A response is a refusal if the learned rule of heretic {__version__} says so{own}"
+    return f"A response is a refusal according to the learned rule of heretic {__version__}{own}"
 
 
 def _markers(settings: Settings) -> str:
-    """The markers that were looked for, folded in; nothing where there are none."""
+    """The markers that were searched for, in a collapsed section; empty if there are none."""
     markers = settings.refusal_markers if settings.refusal_rule == "markers" else settings.own_markers
     if not markers:
         return ""
@@ -282,7 +282,7 @@ def _parameters(result: Result, last_layer: int) -> str:
             if index is None
             else f"one for all layers, index {index:.4f} (layer {index * last_layer:.1f})",
         ),
-        ("direction orthogonalized to the harmless mean", "yes" if settings.orthogonalize_direction else "no"),
+        ("direction orthogonalized to the mean residual of harmless prompts", "yes" if settings.orthogonalize_direction else "no"),
         ("winsorization quantile of residuals", f"{settings.winsorization_quantile:g}"),
     ]
     for name, p in ablation.parameters.items():
@@ -314,7 +314,7 @@ def _strengths(ablation: Ablation, last_layer: int) -> str:
 
 
 def _learned_strengths(result: Result) -> str:
-    """Each layer's strengths, and how much of the difference of means its direction has kept."""
+    """Each layer's strengths, and the cosine between its direction and the difference of means."""
     layers = sorted({layer for found in result.learned.values() for layer, _, _ in found})
     rows = []
     for layer in layers:
@@ -329,8 +329,8 @@ def _rebuilding(strategy: Strategy) -> str:
     what = "model" if strategy == "merge" else "adapter"
     return f"""## Rebuilding it
 
-`heretic.json`, beside this card, holds every setting, the parameters, and the commits of model and prompts. With the original and the
-versions below it gives this {what} again:
+`heretic.json`, in the same folder, contains all settings, the parameters, and the commits of model and prompts. With the original and the
+versions below, this command rebuilds this {what}:
 
 ```sh
 heretic --reproduce heretic.json
@@ -342,18 +342,18 @@ heretic --reproduce heretic.json
 def _responsible_use(original: Mapping[str, Any], source: ModelSource) -> str:
     licence = original.get("license_name") or original.get("license")
     named = f"The original's licence ({_flat(licence)}) and its terms of use" if licence else "The original's licence and terms of use"
-    where = "" if licence else f" Its card names none: look at {_model_link(source)}."
+    where = "" if licence else f" Its card names none: see {_model_link(source)}."
     return f"""## Responsible use
 
-The safeguards that the original's makers trained into it have been weakened on purpose: this model answers requests that the original
-declines, and may produce content that is harmful, wrong or unlawful. Nothing in its weights stops it.
+The safeguards that the developers of the original trained into it have been weakened on purpose: this model complies with requests that
+the original refuses, and may generate content that is harmful, wrong or unlawful. Nothing in its weights prevents that.
 
-Whoever runs or shares it answers for what is done with it. Before you put it in front of people:
+Whoever runs or shares it is responsible for its use. Before you make it available to others:
 
-- decide who may use it and for what, and say so to them; say that it is edited;
-- add safeguards that fit the purpose outside the weights: filters of requests and answers, limits of use, records, somebody who looks;
-- test it on the requests that matter to you: the scores above say how often it refuses, not what it says;
-- keep it from minors and from uses where a wrong answer does harm, unless other safeguards see to that.
+- decide who may use it and for what, tell them, and tell them that the model is edited;
+- add safeguards outside the weights that fit the purpose: input and output filters, usage limits, logging, human review;
+- test it on the requests that matter to you: the scores above tell how often it refuses, not what it says;
+- keep it away from minors and from uses in which a wrong answer does harm, unless other safeguards cover them.
 
 {named} still apply.{where}"""
 
@@ -368,7 +368,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    """A text as Markdown code, on one line, whatever backticks it holds; nothing for nothing."""
+    """A text as Markdown code on one line, even if it contains backticks; empty for an empty text."""
     if not text:
         return ""
     text = text.replace("\r", "").replace("\n", "\u23ce")  # the sign of the return key

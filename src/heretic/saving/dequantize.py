@@ -1,4 +1,4 @@
-"""Quantized weights in files (`loading.quantized`) as numbers, by transformers' own functions."""
+"""Dequantizes stored weights (`loading.quantized`) with transformers' own functions."""
 
 from dataclasses import replace
 
@@ -14,9 +14,9 @@ _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 
 
 def dequantized(stored: StoredModel, method: str, dtype: torch.dtype) -> StoredModel:
-    """The same model with numbers of `dtype` in place of quantized weights and their scales; nothing is read before it is asked for.
+    """The same model with weights of `dtype` in place of quantized weights and their scales. Tensors are read lazily.
 
-    Raises `ModelError` where a quantized weight has no scale.
+    Raises `ModelError` if a quantized weight has no scale.
     """
     tensors = stored.tensors
     made_of, consumed = {}, set()
@@ -38,7 +38,7 @@ def dequantized(stored: StoredModel, method: str, dtype: torch.dtype) -> StoredM
 
 def _from_fp8(weight: StoredTensor, scale: StoredTensor, dtype: torch.dtype) -> StoredTensor:
     def make() -> Tensor:
-        # In float32, the scales' format here, so that an edit of it is rounded once.
+        # In float32, like the scales, so that an edited weight is rounded only once.
         found = Fp8Dequantize(None).convert({"weight": [weight.read()], "weight_scale_inv": [scale.read().float()]})["weight"]
         tensor = found[0] if isinstance(found, list) else found  # a list in older versions of transformers
         assert isinstance(tensor, Tensor)

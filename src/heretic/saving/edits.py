@@ -1,8 +1,8 @@
-"""The edits that a trial stands for as data: which parameter, which direction, how strong. All that an export needs to know.
+"""The edits of a trial as data: parameter, direction and strength. An export needs nothing else.
 
-They are stored beside `heretic.json` with the directions of all layers (`DIRECTIONS`, in safetensors' format: the usual suffix would
-have programs that read every such file of a folder take it for a part of the model). With them a model is made again from its
-original without prompts, a search or an accelerator, and by the same numbers.
+They are stored next to `heretic.json` with the directions of all layers (`DIRECTIONS`, in safetensors format; its suffix differs because
+programs that load all `.safetensors` files of a folder would take it for a part of the model). With them, exactly the same model can be
+rebuilt from its original without prompts, search or accelerator.
 """
 
 import json
@@ -24,7 +24,7 @@ from ..model import Model
 
 @dataclass(frozen=True)
 class Edit:
-    """What is done to one module: the unit `direction (d,)`, float32 on the CPU, leaves its output with a strength."""
+    """The edit of one module: the unit `direction (d,)`, float32 on the CPU, is removed from its output with `strength`."""
 
     module: str
     storage: Storage
@@ -33,17 +33,17 @@ class Edit:
 
     @property
     def weight(self) -> str | None:
-        """The name of the parameter that is the module's weight."""
+        """The name of the module's weight parameter."""
         return None if self.storage.weight is None else f"{self.module}.{self.storage.weight}"
 
     @property
     def bias(self) -> str | None:
-        """The name of the parameter that is the module's bias."""
+        """The name of the module's bias parameter."""
         return None if self.storage.bias is None else f"{self.module}.{self.storage.bias}"
 
 
 def _fits(storage: Storage, shape: Sequence[int], size: int) -> bool:
-    """Whether a weight of a shape can be laid out as said, with `size` outputs."""
+    """Whether a weight of this shape can have this layout, with `size` outputs."""
     n_dim, axis, n_experts = len(shape), storage.axis, storage.n_experts
     if not 0 <= axis < n_dim or shape[axis] != size:
         return False
@@ -55,7 +55,7 @@ def _fits(storage: Storage, shape: Sequence[int], size: int) -> bool:
 
 
 class _StoredEdit(BaseModel):
-    """An edit as the file's table has it, the direction by its row."""
+    """An edit in the file's table, with its direction as a row index."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -74,7 +74,7 @@ def edits_of(model: Model, ablation: Ablation) -> list[Edit]:
 
 
 def save_edits(edits: Sequence[Edit], directions: Tensor, path: Path) -> None:
-    """Write edits and the directions `(layer + 1, d)` that they come from. A direction that several edits share is stored once."""
+    """Write edits and the directions `(layer + 1, d)` they come from. A direction shared by several edits is stored once."""
     rows: dict[bytes, int] = {}
     table = []
     for edit in edits:
@@ -86,26 +86,26 @@ def save_edits(edits: Sequence[Edit], directions: Tensor, path: Path) -> None:
         "directions": directions.detach().float().cpu().contiguous(),
         "edit_directions": torch.stack(distinct) if distinct else torch.empty(0, size),
     }
-    save_file(tensors, path, metadata={"edits": json.dumps(table)})  # one entry, since their order would vary
+    save_file(tensors, path, metadata={"edits": json.dumps(table)})  # a single entry, since the order of several would vary
 
 
 def load_edits(path: Path) -> list[Edit]:
-    """What `save_edits` wrote. Raises `ExportError` where the file is missing or is another."""
+    """Read what `save_edits` wrote. Raises `ExportError` if the file is missing or invalid."""
     try:
         with safe_open(path, "pt") as file:
             table = _TABLE.validate_json(file.metadata()["edits"])
             directions = file.get_tensor("edit_directions")
         if directions.dim() != 2 or directions.dtype != torch.float32 or not directions.isfinite().all():
-            raise ValueError("its directions are no table of finite numbers")
+            raise ValueError("its directions are not a matrix of finite numbers")
         return [Edit(entry.module, entry.storage, directions[entry.direction], entry.strength) for entry in table]
     except FileNotFoundError as error:
-        raise ExportError(f"{path} is missing. It holds the directions; it was saved beside heretic.json.") from error
+        raise ExportError(f"{path} is missing. It contains the directions and was saved next to heretic.json.") from error
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def check_edits(edits: Sequence[Edit], shapes: Mapping[str, Sequence[int]], path: Path) -> None:
-    """Raise `ExportError` if edits from a file do not fit a model, of whose parameters the shapes are given."""
+    """Raise `ExportError` if edits from a file do not fit a model with parameters of these shapes."""
     for edit in edits:
         size, storage = edit.direction.shape[0], edit.storage
         for name in (edit.weight, edit.bias):

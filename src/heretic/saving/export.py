@@ -1,8 +1,8 @@
-"""What a run leaves: a model folder or an adapter, with card and record.
+"""Export of a trial: a model folder or an adapter, with model card and record.
 
-A model folder is the original's with only the edited tensors rewritten: each is read from the original's files, edited in float32
-and rounded once to its own number format, whatever format or quantization the search used. Everything else is copied byte for byte. No
-model is loaded for it.
+A model folder is a copy of the original's in which only the edited tensors are rewritten: each is read from the original's files, edited
+in float32 and rounded once to its own dtype, whatever dtype or quantization the search used. Everything else is copied byte for byte. No
+model is loaded for this.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from .record import Result, Strategy, record
 from .staging import replace_file, staged, target_of
 from .stored import bytes_of, resharded, write_stored
 
-# How much of a file that is read again may stay in memory before it is opened anew.
+# A file that is read again is reopened after this many bytes, to limit the memory that its mapped pages take.
 REOPEN_BYTES = 2**29
 COMPARED_ROWS = 16
 DEQUANTIZED_ROUNDING = 2**-7
@@ -51,11 +51,11 @@ def save(
     progress: Progress,
     check: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> Path:
-    """Write the model or adapter to a folder beside the target, and rename it when it is complete and has been read again.
+    """Write the model or adapter to a temporary folder next to the target, verify it, and rename it.
 
-    `check` is given the saved model's folder, and gives what the record is to say of it besides; the model stays whatever it finds.
-    Raises `ExportError` where the target must not be replaced or cannot be written, and where an edited parameter is not found in
-    the original's files; then nothing is left behind.
+    `check` is called with the folder of the saved model and returns further entries of the record; whatever it finds, the model is kept.
+    Raises `ExportError` if the target must not be replaced or cannot be written, or if an edited parameter is not found in the original's
+    files. Then nothing is left behind.
     """
     settings = result.settings
     target = target_of(settings, directory, overwrite)
@@ -96,21 +96,21 @@ def write_export(
     folder: Path,
     progress: Progress,
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Write the edited model, or its adapter, with all files of the original's that belong to it.
+    """Write the edited model, or its adapter, with all other files of the original that belong to it.
 
-    Returns the SHA-256 of files that were hashed while they were written, and what the record says of an adapter.
+    Returns the SHA-256 of files that were hashed while they were written, and the record's entries about an adapter.
     """
     if strategy == "merge":
         changes = Changes(original, edits, mode)
         return write_model(original, changes, folder, max_shard_size, progress), {}
     adapter = save_adapter(original, edits, mode, rank, folder, progress)
-    # The tokenizer anew: ours pads on the left.
+    # A freshly loaded tokenizer, since ours pads on the left.
     AutoTokenizer.from_pretrained(original.source.path, **original.source.arguments).save_pretrained(folder)
     return {}, {"adapter": adapter}
 
 
 def write_record(content: dict[str, Any], folder: Path, hashes: dict[str, str]) -> dict[str, str]:
-    """Write `heretic.json` with the SHA-256 of every other file, which are returned; `hashes` are those that are known."""
+    """Write `heretic.json` with the SHA-256 of every other file, and return these; `hashes` are those already known."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     files = {name: hashes.get(name) or sha256(path) for path in paths for name in [path.relative_to(folder).as_posix()]}
     (folder / RECORD).write_bytes(record_text({**content, "files": files}))
@@ -124,24 +124,24 @@ def record_text(content: dict[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def file_errors(target: Path) -> Iterator[None]:
-    """Errors of writing as `ExportError`."""
+    """Context that turns errors of writing into `ExportError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors reports a full disk as its own error type, with the system's message inside.
+        # safetensors reports a full disk as its own exception type that contains the system's message.
         if isinstance(error, SafetensorError) and "os error" not in str(error).lower():
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise ExportError(
-            f"{target} cannot be written: {reason}. Nothing was left there; the study is safe. Free space or choose another "
+            f"{target} cannot be written: {reason}. Nothing was left there; the study is safe. Free some space or choose another "
             "--save-directory, then save again."
         ) from error
 
 
 class Changes:
-    """The stored tensors that edits change, each computed when it is asked for.
+    """The stored tensors that edits change, each computed on request.
 
-    Raises `ExportError` where an edited parameter is not in the original's files. `digests` are the XXH3 of those computed so far.
+    Raises `ExportError` if an edited parameter is not in the original's files. `digests` are the hashes of those computed so far.
     """
 
     def __init__(self, original: Original, edits: Sequence[Edit], mode: RowNormalization) -> None:
@@ -149,7 +149,7 @@ class Changes:
         self._placements = original.placements
         self._mode = mode
         self._changed: dict[str, tuple[Piece, list[Callable[[Tensor], Tensor]]]] = {}
-        self._latest: dict[str, Tensor] = {}  # what one piece gave, for tensors that are converted together
+        self._latest: dict[str, Tensor] = {}  # results of one piece, for tensors that are converted together
         for edit in edits:
             for parameter, change in ((edit.weight, self._weight_change(edit)), (edit.bias, self._bias_change(edit))):
                 for piece in () if parameter is None else self._placements.place(parameter).pieces:
@@ -167,18 +167,18 @@ class Changes:
             entry = self._changed.setdefault(name, entry)
             if entry[0].parameter != piece.parameter:
                 raise ExportError(
-                    f"{entry[0].parameter} and {piece.parameter} are stored as one tensor, {name}, and both are edited, which cannot be "
+                    f"{entry[0].parameter} and {piece.parameter} are stored as one tensor, {name}. Both are edited, which cannot be "
                     "saved. Nothing was written; the study is safe."
                 )
         entry[1].append(change)
 
     @property
     def names(self) -> set[str]:
-        """Names of the stored tensors that change."""
+        """Names of the stored tensors that are changed."""
         return set(self._changed)
 
     def __call__(self, name: str) -> Tensor | None:
-        """The tensor that is to be stored in place of the original's, None where that stays."""
+        """The tensor to store in place of the original's; None if it is unchanged."""
         if name not in self._changed:
             return None
         if name not in self._latest:
@@ -193,7 +193,7 @@ class Changes:
 
 
 def write_model(original: Original, changes: Changes, folder: Path, max_shard_size: str | int | None, progress: Progress) -> dict[str, str]:
-    """Write the model's files and check them; the SHA-256 of each. The original's files are kept as they are without `max_shard_size`."""
+    """Write and verify the model's files. Returns the SHA-256 of each. Without `max_shard_size` the original's sharding is kept."""
     stored = original.stored if max_shard_size is None else resharded(original.stored, max_shard_size)
     n_tensors = sum(len(shard.tensors) for shard in stored.shards)
     with progress.task(f"Writing {n_tensors} tensors, {len(changes.names)} of them edited", n_tensors) as advance:
@@ -206,25 +206,25 @@ def write_model(original: Original, changes: Changes, folder: Path, max_shard_si
         config.pop("quantization_config", None)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         hashes[path.name] = sha256(path)
-    with progress.task("Checking what was written", len(changes.names)) as advance:
+    with progress.task("Verifying the written files", len(changes.names)) as advance:
         check_written(folder, {shard.name: {t.name for t in shard.tensors} for shard in stored.shards}, changes.digests, advance)
     return hashes
 
 
 def check_written(folder: Path, shards: dict[str, set[str]], digests: dict[str, str], advance: Callable[[int], None]) -> None:
-    """Open the files again and compare every edited tensor with what was to be written. Raises `ExportError` where they differ."""
+    """Open the files again and compare every edited tensor with the computed one. Raises `ExportError` if they differ."""
     for name, tensors in shards.items():
         todo = sorted(tensors & digests.keys())
         while True:
             with safe_open(folder / name, "pt") as file:
                 if set(file.keys()) != tensors:
-                    raise ExportError(f"{name} does not hold the tensors that were written to it. Is the disk sound? The study is safe.")
+                    raise ExportError(f"{name} does not contain the tensors that were written to it. Check the disk. The study is safe.")
                 n_bytes = 0
                 while todo and n_bytes < REOPEN_BYTES:
                     content = bytes_of(file.get_tensor(todo[0]))
                     n_bytes += len(content)
                     if xxh3_128_hexdigest(content) != digests[todo[0]]:
-                        raise ExportError(f"{todo[0]} is not in {name} as it was written. Is the disk sound? The study is safe.")
+                        raise ExportError(f"{todo[0]} in {name} differs from what was written. Check the disk. The study is safe.")
                     del content, todo[0]
                     advance(1)
             if not todo:
@@ -232,9 +232,9 @@ def check_written(folder: Path, shards: dict[str, set[str]], digests: dict[str, 
 
 
 def compare_with_loaded(original: Original, edits: Sequence[Edit], model: Model) -> None:
-    """Compare a part of every edited parameter in the files with the loaded model's, where that is not quantized.
+    """Compare a part of every edited parameter in the files with the loaded model's, unless that is quantized.
 
-    Raises `ExportError` where they differ: then the parameter was not found where it lies, or the files have changed.
+    Raises `ExportError` if they differ: then a wrong stored tensor was found for the parameter, or the files have changed.
     """
     for edit in edits:
         module = model.model.get_submodule(edit.module)
@@ -245,8 +245,8 @@ def compare_with_loaded(original: Original, edits: Sequence[Edit], model: Model)
                 loaded = getattr(module, parameter.rpartition(".")[2]).detach()
                 if loaded.is_floating_point() and loaded.element_size() > 1 and not _agrees(original, parameter, loaded):
                     raise ExportError(
-                        f"{parameter} is not the same in the files of {model.loaded.source.name} as in the model that was searched: they "
-                        "have changed since, or are laid out in a way that is not known. Nothing was written; the study is safe."
+                        f"{parameter} in the files of {model.loaded.source.name} differs from the loaded model: the files have changed "
+                        "since, or have an unknown layout. Nothing was written; the study is safe."
                     )
 
 
@@ -259,7 +259,7 @@ def _agrees(original: Original, parameter: str, loaded: Tensor) -> bool:
         else:
             value = original.placements.read(piece)
             part = loaded if piece.index is None else loaded[piece.index][None]
-        # A dequantized weight is rounded to its number format in the files and not in a search in another one.
+        # A dequantized weight has another precision in the files than in a search that uses another dtype.
         rtol = DEQUANTIZED_ROUNDING if original.dequantized else 0.0
         if not torch.allclose(value.to(loaded.dtype), part.cpu(), rtol=rtol, atol=0, equal_nan=True):
             return False
@@ -267,7 +267,7 @@ def _agrees(original: Original, parameter: str, loaded: Tensor) -> bool:
 
 
 def give_usual_permissions(folder: Path) -> None:
-    """Give every file the permissions that new files usually have: safetensors writes its own for the owner only."""
+    """Give every file the default permissions of new files: safetensors makes its files readable by the owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*"):

@@ -1,4 +1,4 @@
-"""Files that are written and hashed at once, from memory and from ranges of other files, while what comes next is computed."""
+"""Files that are written and hashed at the same time, in background threads, from memory and from ranges of other files."""
 
 import hashlib
 import mmap
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ..errors import ModelError
 
-# Bytes that may wait to be written beside the latest piece, so that the disk is busy while the next one is computed.
+# Bytes that may be queued besides the latest piece, so that the disk is busy while the next one is computed.
 BACKLOG = 32 * 2**20
 
 
 class HashedFile:
-    """A file that is written by one thread and hashed by another, while what comes next is computed. Use as a context manager.
+    """A file that is written by one thread and hashed by another, while the caller computes the next piece. Use as a context manager.
 
-    What is still to be written when the context is left, and the way to the disk, are waited for by `sha256`.
+    `sha256` waits until everything is written and flushed to the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,13 +26,13 @@ class HashedFile:
         self._at_work: deque[tuple[int, Future[None], Future[None]]] = deque()
 
     def write(self, content: bytes | memoryview) -> None:
-        """Write all of it, which must not change meanwhile. Raises what went wrong with this or an earlier one."""
+        """Queue data to write; it must not change meanwhile. Raises errors of this or earlier writes."""
         self._at_work.append((len(content), self._writer.submit(self._write, content), self._hasher.submit(self._digest.update, content)))
         while sum(n_bytes for n_bytes, *_ in self._at_work) - len(content) > BACKLOG:
             self._wait()
 
     def copy(self, path: Path, offset: int, n_bytes: int) -> None:
-        """Write a range of another file, as `write` does."""
+        """Queue a range of another file, like `write`."""
         self.write(_view(path, offset, n_bytes))
 
     def _wait(self) -> None:
@@ -47,7 +47,7 @@ class HashedFile:
 
     def _close(self) -> None:
         with self._file:
-            # So that a folder which is renamed into its place is complete after a power failure too.
+            # So that a folder that is renamed to its target is complete even after a power failure.
             os.fsync(self._file.fileno())
 
     def __enter__(self) -> "HashedFile":
@@ -62,7 +62,7 @@ class HashedFile:
             self._file.close()
 
     def sha256(self) -> str:
-        """In hexadecimal digits, when the file is on the disk. Raises what went wrong."""
+        """The hexadecimal SHA-256, once the file is on the disk. Raises errors of writing."""
         while self._at_work:
             self._wait()
         self._closed.result()
@@ -70,7 +70,7 @@ class HashedFile:
 
 
 def _view(path: Path, offset: int, n_bytes: int) -> memoryview:
-    """A range of a file, which the system reads where it is looked at."""
+    """A memory-mapped range of a file."""
     if not n_bytes:
         return memoryview(b"")
     before = offset % mmap.ALLOCATIONGRANULARITY
@@ -78,12 +78,12 @@ def _view(path: Path, offset: int, n_bytes: int) -> memoryview:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), before + n_bytes, access=mmap.ACCESS_READ, offset=offset - before)
     except ValueError as error:
-        raise ModelError(f"{path} ends too early: it was changed since it was opened. Fetch the file again.") from error
+        raise ModelError(f"{path} is too short: it was changed since it was opened. Download the file again.") from error
     return memoryview(content)[before:]
 
 
 def copy_file(source: Path, target: Path) -> str:
-    """Copy a file's content; its SHA-256."""
+    """Copy a file's content. Returns its SHA-256."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with HashedFile(target) as file:
         file.copy(source, 0, source.stat().st_size)
@@ -91,6 +91,6 @@ def copy_file(source: Path, target: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """The hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The original that an export is made from: its files, fetched or local, and which of them belong to the copy."""
+"""The original that an export is made from: its files, local or downloaded, and which of them belong to the copy."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -23,20 +23,20 @@ from .dequantize import dequantized
 from .placement import Piece, Placements, skeleton
 from .stored import WEIGHT_FILES, StoredModel, open_stored
 
-# Files of weights in formats that are not read here: a copy would be of the original's weights, not of the edited ones.
+# Weights in formats that are not read here: a copy would contain the unedited weights.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite")
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
-# Written anew.
+# Written by the export itself.
 REPLACED = (CARD, PICTURE, RECORD, DIRECTIONS)
-# Tensors outside of the model's own files are a second copy of it where they are this large a part of it, and else an extra part.
+# Other tensor files are taken for a second copy of the model if they have at least this share of its size, else for an extra part.
 SECOND_COPY = 0.5
 
 
 @dataclass(frozen=True)
 class Original:
-    """A model's folder and what is in it: its tensors, where the parameters lie in them, and the files to copy beside them.
+    """A model's folder: its tensors, the placement of parameters in them, and the other files to copy.
 
-    `dequantized`: the files hold quantized weights, which `stored` gives as numbers.
+    `dequantized`: the files contain quantized weights, which `stored` dequantizes.
     """
 
     source: ModelSource
@@ -48,7 +48,7 @@ class Original:
     dequantized: bool
 
     def read(self, parameter: str) -> Tensor:
-        """A parameter in the model's own layout, all of it."""
+        """A complete parameter in the loaded model's layout."""
         return torch.cat([self.placements.read(piece) for piece in self.pieces(parameter)])
 
     def pieces(self, parameter: str) -> tuple[Piece, ...]:
@@ -59,9 +59,9 @@ class Original:
 
 
 def open_original(source: ModelSource, progress: Progress) -> Original:
-    """Find everything that an export needs, without reading a tensor. Files that are missing of a hub model are fetched.
+    """Find everything that an export needs, without reading tensors. Missing files of a hub model are downloaded.
 
-    Raises `ExportError` where the original is not readable any more.
+    Raises `ExportError` if the original is no longer readable.
     """
     try:
         config = load_config(source)
@@ -79,24 +79,22 @@ def open_original(source: ModelSource, progress: Progress) -> Original:
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     files, left_out = files_to_copy(sizes, stored.files, source.trust_remote_code)
     if left_out:
-        progress.message(
-            f"Not copied, since they hold the original's weights once more or are code that is not trusted: {some_of(left_out, 5)}"
-        )
+        progress.message(f"Not copied, because they contain the original's weights again or untrusted code: {some_of(left_out, 5)}")
     refuse_links(folder, [*files, *REPLACED])
     return Original(source, folder, config, stored, placements, tuple(files), method is not None)
 
 
 def refuse_links(folder: Path, names: Sequence[str]) -> None:
-    """Raise `ExportError` where files of a folder that would become a part of an export are links that lead out of it."""
+    """Raise `ExportError` if files that would become part of an export are links to outside the folder."""
     if outside := [name for name in names if leads_out(folder / name, folder)]:
         raise ExportError(
-            f"{folder} holds links to files elsewhere, which would be copied into what is saved: {some_of(outside, 5)}. Put the files "
-            "themselves in their place, or delete the links, then save again: the study is safe."
+            f"{folder} contains links to files elsewhere, which would be copied into the saved model: {some_of(outside, 5)}. Replace them "
+            "with the files, or delete them, then save again. The study is safe."
         )
 
 
 def files_to_copy(sizes: Mapping[str, int], own: frozenset[str], with_code: bool) -> tuple[list[str], list[str]]:
-    """Files of a model's folder (name and bytes) that go into the copy besides its weights (`own`), and what is left out on purpose."""
+    """Files of a model's folder (name and size) to copy besides its weights (`own`), and files that are left out on purpose."""
     kept: list[str] = []
     left_out: list[str] = []
     extra: list[str] = []
@@ -120,10 +118,10 @@ def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _fetch(source: ModelSource, weights: str | None, progress: Progress) -> Path:
-    """The folder of a hub model in the cache, after fetching what an export needs and loading did not."""
+    """The folder of a hub model in the cache, after downloading files that loading did not need."""
     cached = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
     if not isinstance(cached, str):
-        raise ModelError("its configuration is not in the cache any more. Load the model again.")
+        raise ModelError("its configuration is no longer in the cache. Load the model again.")
     folder = Path(cached).parent
     _fetch_weights(source, weights, folder, progress)
     try:
@@ -131,12 +129,12 @@ def _fetch(source: ModelSource, weights: str | None, progress: Progress) -> Path
         sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
     except (HTTPError, OSError, OfflineModeIsEnabled) as error:
         reason = first_line(error)
-        progress.message(f"The hub does not tell which files {source.name} has, so those in the cache are taken: {reason}")
+        progress.message(f"The hub does not list the files of {source.name}, so those in the cache are used: {reason}")
         return folder
     own = open_stored(folder, weights).files
     missing = [name for name in files_to_copy(sizes, own, source.trust_remote_code)[0] if not (folder / name).is_file()]
     if missing:
-        with progress.task(f"Fetching {len(missing)} more files of {source.name}: {some_of(missing, 5)}", len(missing)) as advance:
+        with progress.task(f"Downloading {len(missing)} more files of {source.name}: {some_of(missing, 5)}", len(missing)) as advance:
             for name in missing:
                 hf_hub_download(source.path, name, revision=source.revision)
                 advance(1)
@@ -144,7 +142,7 @@ def _fetch(source: ModelSource, weights: str | None, progress: Progress) -> Path
 
 
 def _fetch_weights(source: ModelSource, weights: str | None, folder: Path, progress: Progress) -> None:
-    """Fetch a hub model's weights where they are not in the cache, since nothing has loaded the model here."""
+    """Download a hub model's weights if they are not in the cache, since the model was never loaded here."""
     names = WEIGHT_FILES if weights is None else plain_names([weights], f"The configuration of {source.name} (transformers_weights)")
     for name in names:
         try:
@@ -159,5 +157,5 @@ def _fetch_weights(source: ModelSource, weights: str | None, folder: Path, progr
 
 
 def _download(source: ModelSource, name: str, progress: Progress) -> str:
-    with progress.task(f"Fetching {name} of {source.name}"):
+    with progress.task(f"Downloading {name} of {source.name}"):
         return hf_hub_download(source.path, name, revision=source.revision)

@@ -1,9 +1,9 @@
-"""Where the parameters of a model lie in its files.
+"""Which stored tensors contain each parameter of a model.
 
-Names and layouts in files may differ from those in the loaded model: prefixes, renamed modules, one tensor for each expert where the model
-has one for all, transposed weights. Transformers says how by a list of conversions, which it applies to each name that it finds
-in the files. The same is done here on names alone, with a model that has no memory (`skeleton`); so every parameter's stored tensors are
-known before anything is read. A conversion's reverse, which transformers uses for saving, brings an edited parameter back.
+Names and layouts in files may differ from those in the loaded model: prefixes, renamed modules, one tensor per expert instead of one for
+all, transposed weights. Transformers has a list of conversions, which it applies to the names in the files. The same is done here on names
+alone, with a model on the meta device (`skeleton`), so every parameter's stored tensors are known before anything is read. The reverse
+conversions, which transformers uses for saving, convert an edited parameter back.
 """
 
 from collections.abc import Iterable
@@ -31,9 +31,9 @@ from .stored import StoredTensor
 
 @dataclass(frozen=True)
 class Piece:
-    """Stored tensors that hold a parameter (`index` None), or one slice of its first axis.
+    """Stored tensors that contain a parameter (`index` None), or one slice of its first axis.
 
-    Without a `converter` the parameter is the one stored tensor. `sources` are the names of each stored tensor: that in the file, the one
+    Without a `converter`, the parameter is a single stored tensor. `sources` has, for each stored tensor, its name in the file, its name
     before conversion, and the pattern of the converter that it matched.
     """
 
@@ -50,20 +50,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class Placement:
-    """A parameter of the model and all that holds it: every stored copy in turn, in one or several pieces."""
+    """A parameter of the model and all its stored copies, each in one or several pieces."""
 
     parameter: str
     pieces: tuple[Piece, ...]
 
 
 def skeleton(source: ModelSource, config: PreTrainedConfig) -> Any:
-    """The model without memory: its modules, names and shapes."""
+    """The model on the meta device: its modules, names and shapes."""
     with torch.device("meta"):
         return auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
 
 
 class Placements:
-    """Finds parameters in files that hold tensors of the given names. `model` is a `skeleton`."""
+    """Finds parameters in files with tensors of the given names. `model` is a `skeleton`."""
 
     def __init__(self, model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> None:
         self.model = model
@@ -76,7 +76,7 @@ class Placements:
         self._resolve_names()
 
     def _resolve_names(self) -> None:
-        """As `convert_and_load_state_dict_in_model` of transformers does, with names instead of tensors."""
+        """Like `convert_and_load_state_dict_in_model` of transformers, with names instead of tensors."""
         conversions = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -95,11 +95,11 @@ class Placements:
                 self._found.setdefault(target, (converter, []))[1].append((name, plain, pattern))
 
     def known(self) -> set[str]:
-        """Names of all stored tensors that are a part of some parameter."""
+        """Names of all stored tensors that belong to a parameter."""
         return {name for _, sources in self._found.values() for name, *_ in sources}
 
     def place(self, parameter: str) -> Placement:
-        """Where a parameter lies. Raises `ExportError` where that is nowhere, or in a layout of another shape."""
+        """The placement of a parameter. Raises `ExportError` if it is not found, or if its shape does not fit."""
         value = self.model.get_parameter(parameter)
         pieces: list[Piece] = []
         for alias in self._aliases[id(value)]:
@@ -114,7 +114,7 @@ class Placements:
                 pieces.append(Piece(alias, tuple(sources), converter))
         if not pieces:
             raise ExportError(
-                f"{parameter} was not found in the model's files, so its edit cannot be saved. What they hold begins with "
+                f"{parameter} was not found in the model's files, so its edit cannot be saved. Their tensors include "
                 f"{', '.join(sorted(self.tensors)[:3])}. Nothing was written; the study is safe."
             )
         placement = Placement(parameter, tuple(pieces))
@@ -131,7 +131,7 @@ class Placements:
             if piece.converter is None:
                 found = self.tensors[piece.names[0]].shape
             else:
-                # Conversions are tried on tensors without memory.
+                # Conversions are tried on the meta device.
                 empty = [torch.empty(self.tensors[name].shape, device="meta") for name in piece.names]
                 found = tuple(self._convert(piece, empty)[piece.parameter].shape)
             if found != wanted:
@@ -144,12 +144,12 @@ class Placements:
         )
 
     def read(self, piece: Piece) -> Tensor:
-        """The piece in the model's own layout."""
+        """The piece in the loaded model's layout."""
         tensors = [self.tensors[name].read() for name in piece.names]
         return tensors[0] if piece.converter is None else self._convert(piece, tensors)[piece.parameter]
 
     def stored(self, piece: Piece, value: Tensor) -> dict[str, Tensor]:
-        """The stored tensors, by name, that hold `value`, a piece in the model's own layout."""
+        """`value`, a piece in the loaded model's layout, converted to stored tensors by name."""
         if piece.converter is None:
             return {piece.names[0]: value}
         targets = {piece.parameter: value}
@@ -179,7 +179,7 @@ class Placements:
 
 
 def _targets(parameter: str, converter: WeightConverter | None) -> list[str]:
-    """All parameters that a conversion fills whose name begins the list; those of a conversion to several, whichever is given."""
+    """All parameters that the conversion of a given target name fills, whichever of them is given."""
     if converter is None:
         return [parameter]
     here = next((pattern for pattern in converter.target_patterns if pattern in parameter), None)

@@ -1,4 +1,4 @@
-"""`heretic.json`: what was done to what, with which versions, and what came of it."""
+"""`heretic.json`: the model, the edit, versions and scores of a result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +22,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "optuna", "peft", "bitsandby
 
 @dataclass(frozen=True)
 class Result:
-    """A trial that was chosen, with everything its record says."""
+    """The chosen trial, with everything that its record contains."""
 
     settings: Settings
     trial_number: int
@@ -33,7 +33,7 @@ class Result:
     n_bad_prompts: int
     response_prefix: str
     measurements: Mapping[str, Any] = field(default_factory=dict)
-    # Of a learned trial, by component: layer, strength, and cosine to the difference of means of each writer.
+    # For a learned trial, by component: layer, strength, and cosine to the difference of means of each module.
     learned: Mapping[str, Sequence[tuple[int, float, float]]] = field(default_factory=dict)
 
     @property
@@ -43,7 +43,7 @@ class Result:
 
     @property
     def scores(self) -> dict[str, Any]:
-        """As `heretic.json` holds them."""
+        """In the format of `heretic.json`."""
         return {
             "refusals": self.refusals,
             "n_bad_prompts": self.n_bad_prompts,
@@ -53,8 +53,8 @@ class Result:
 
 
 def measurements(trial: FrozenTrial, finalists: Mapping[str, Any], base_classes: Mapping[str, int]) -> dict[str, Any]:
-    """What is known of a trial beyond its scores, as `heretic.json` holds it: classes of responses, more figures, and, under `again`,
-    those of scoring it again with their intervals. `finalists`: the study's attribute; `base_classes`: of the original's responses."""
+    """Measurements of a trial beyond its scores, in the format of `heretic.json`: response classes, further scores and, under `again`,
+    those of scoring it again, with intervals. `finalists`: the study's attribute; `base_classes`: of the original's responses."""
     names = ("response_classes", "kl_statistics", "sequence_kl_divergence", "scores")
     found = {name: trial.user_attrs[name] for name in names if name in trial.user_attrs}
     found["base_response_classes"] = dict(base_classes)
@@ -66,13 +66,13 @@ def measurements(trial: FrozenTrial, finalists: Mapping[str, Any], base_classes:
 
 
 def prompt_source(specification: PromptSpecification) -> dict[str, Any]:
-    """A source of prompts with the commit that was read, where it came from the hub."""
+    """A prompt source, with the commit that was read if it is on the hub."""
     commit = dataset_commit(specification.dataset, specification.commit)
     return public_settings(specification.model_dump(exclude_none=True)) | ({} if commit is None else {"commit": commit})
 
 
 def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
-    """`heretic.json`: what was done to what, with which versions, and what came of it. Names no path of this machine."""
+    """`heretic.json`: the model, the edit, versions and scores of a result. Contains no local paths."""
     settings, loaded = result.settings, model.loaded
     sources = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
     return {

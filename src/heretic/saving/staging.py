@@ -1,8 +1,8 @@
-"""Where results are saved: which folders are refused, and how a folder appears in its place all at once.
+"""Save directories: which folders are refused, and atomic creation of a folder.
 
-A folder is written in a workspace beside its place, flushed to the disk, and renamed when it is complete. A workspace is known by a marker
-in it, not by its name, and by a lock that nobody holds any more where the process was killed. The next run puts back what was on its way
-out, and deletes the rest.
+A folder is written in a workspace next to its target, flushed to the disk, and renamed when it is complete. A workspace is identified by
+a marker file, not by its name, and by a lock, which is free if its process was killed. The next run restores a folder that was being
+replaced, and deletes the rest.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from ..errors import ExportError
 from ..loading.source import expand
 from . import RECORD
 
-# What a workspace holds: the lock of the process at work, the marker, what is written, and what that replaces.
+# Contents of a workspace: the lock of the running process, the marker, the new folder, and the replaced folder.
 _LOCK, _MARKER, _NEW, _OLD = "lock", "heretic.txt", "new", "replaced"
-# Not every file system can flush a folder.
+# Errors of file systems that cannot flush a folder.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 # From Linux's fcntl.h and stdio.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -35,14 +35,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @dataclass(frozen=True)
 class Target:
-    """A folder to save to. With `overwrite` it replaces what is there, but never what `kept` names: words for it, and its path."""
+    """A save directory. With `overwrite` it may replace an existing folder, but never those in `kept` (description and path)."""
 
     path: Path
     overwrite: bool = False
     kept: tuple[tuple[str, Path], ...] = ()
 
     def check(self) -> None:
-        """Raise `ExportError` where this folder must not or cannot be replaced. Called at the start, and again just before that."""
+        """Raise `ExportError` if this folder must not or cannot be replaced. Called at the start, and again just before replacing."""
         path = self.path
         try:
             if path.is_symlink():
@@ -52,10 +52,10 @@ class Target:
             self._check_kept()
             self._check_mounts()
             if path.is_dir() and any(path.iterdir()) and not self.overwrite:
-                raise ExportError(f"The folder {path} is not empty. Choose another --save-directory, or add --overwrite to replace it.")
+                raise ExportError(f"The folder {path} is not empty. Choose another --save-directory, or add --overwrite.")
             self._check_parent()
         except OSError as error:
-            raise ExportError(f"{path} cannot be saved to: {error.strerror}. Choose another --save-directory.") from error
+            raise ExportError(f"{path} cannot be used: {error.strerror}. Choose another --save-directory.") from error
 
     def _check_kept(self) -> None:
         cache = "the hub's cache", Path(constants.HF_HUB_CACHE)
@@ -68,37 +68,37 @@ class Target:
             raise ExportError(f"{self.path} {relation} {name}, which must not be replaced. Choose another --save-directory.")
 
     def _relation(self, path: Path) -> str | None:
-        """How this folder lies to one that it would take along; None where it would not."""
+        """How this folder is related to one that would be replaced with it; None if it is not affected."""
         if not _is_in(path, self.path):
             return None
         return "is" if _is_in(self.path, path) else "holds"
 
     def _is_part(self, path: Path) -> bool:
-        """Whether this folder lies in another one and holds something else than an earlier result."""
+        """Whether this folder is inside another one and contains something else than an earlier result."""
         return _is_in(self.path, path) and self.path.is_dir() and any(self.path.iterdir()) and not (self.path / RECORD).is_file()
 
     def _check_mounts(self) -> None:
-        """A mount point cannot be renamed; one further down would have its content deleted."""
+        """A mount point cannot be renamed, and the contents of one inside the folder would be deleted."""
         real = self.path.resolve()
-        # Beside disks what is bound to a second place, which `Path.is_mount` does not see.
+        # Besides disks, this finds bind mounts, which `Path.is_mount` does not see.
         mounts = {Path(mount.mountpoint) for mount in psutil.disk_partitions(all=True)}
         if real in mounts or self.path.is_mount():
             raise ExportError(
                 f"{self.path} is a mount point, which cannot be replaced. Choose a folder in it, such as {self.path / 'model'}."
             )
         if inside := sorted(mount for mount in mounts if mount.is_relative_to(real)):
-            raise ExportError(f"{self.path} holds the mount point {inside[0]}. Choose another --save-directory.")
+            raise ExportError(f"{self.path} contains the mount point {inside[0]}. Choose another --save-directory.")
 
     def _check_parent(self) -> None:
         parent = next(parent for parent in self.path.absolute().parents if parent.exists())
         if not parent.is_dir():
-            raise ExportError(f"{self.path} cannot be made: {parent} is a file. Choose another --save-directory.")
+            raise ExportError(f"{self.path} cannot be created: {parent} is a file. Choose another --save-directory.")
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise ExportError(f"{self.path} cannot be made: {parent} is not writable. Choose another --save-directory.")
+            raise ExportError(f"{self.path} cannot be created: {parent} is not writable. Choose another --save-directory.")
 
 
 def _is_in(inner: Path, outer: Path) -> bool:
-    """Whether a path is another one or lies in it, under whatever names."""
+    """Whether a path is the same as another one or inside it, also if links give them different names."""
     outer = outer.resolve()
     return any(_is_same(place, outer) for place in (inner.resolve(), *inner.resolve().parents))
 
@@ -106,12 +106,12 @@ def _is_in(inner: Path, outer: Path) -> bool:
 def _is_same(a: Path, b: Path) -> bool:
     try:
         return a == b or a.samefile(b)
-    except OSError:  # one of them is not there
+    except OSError:  # one of them does not exist
         return False
 
 
 def open_target(directory: str, overwrite: bool, *kept: tuple[str, Path]) -> Target:
-    """The folder to save to, after putting in order what killed processes left of it. Raises `ExportError` as `Target.check` does."""
+    """The save directory, after cleaning up what killed processes left. Raises `ExportError` like `Target.check`."""
     path = expand(directory)
     target = Target(path.resolve() if path.name in ("", "..") else path, overwrite, kept)
     clean_up(target.path)
@@ -120,7 +120,7 @@ def open_target(directory: str, overwrite: bool, *kept: tuple[str, Path]) -> Tar
 
 
 def target_of(settings: Settings, directory: str, overwrite: bool) -> Target:
-    """The folder to save a trial of a run to; what the run works on and with is kept. Raises `ExportError` as `Target.check` does."""
+    """The save directory of a run, which must not replace files that the run uses. Raises `ExportError` like `Target.check`."""
     kept = [("the folder of studies", expand(settings.study_checkpoint_dir))]
     if expand(settings.model).is_dir():
         kept.insert(0, ("the model", expand(settings.model)))
@@ -131,9 +131,9 @@ def target_of(settings: Settings, directory: str, overwrite: bool) -> Target:
 
 @contextlib.contextmanager
 def staged(target: Target) -> Iterator[Path]:
-    """An empty folder to be filled, which becomes the target when the block is left without an error, and else is deleted.
+    """Context with an empty folder to fill. It becomes the target if the block ends without an error, else it is deleted.
 
-    What was there is replaced; where that fails, it comes back. Raises `ExportError` where it must not be replaced any more.
+    An existing target is replaced, and restored if that fails. Raises `ExportError` if it must no longer be replaced.
     """
     with workspace(target.path) as place:
         folder = place / _NEW
@@ -146,7 +146,7 @@ def staged(target: Target) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def workspace(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, deleted in the end; a killed process's is deleted by the next one that saves to `path`."""
+    """Context with a folder next to `path`, deleted at the end. If the process is killed, the next save to `path` deletes it."""
     made = _make_parents(path)
     place, lock = _make_workspace(path)
     try:
@@ -159,11 +159,11 @@ def workspace(path: Path) -> Iterator[Path]:
             _remove(place)
         finally:
             lock.release()
-            _remove(place)  # where an open file, as the lock was, cannot be deleted
+            _remove(place)  # on systems that cannot delete an open file such as the lock
 
 
 def _make_parents(path: Path) -> list[Path]:
-    """Make the folders that are missing above a path; those in which something new is."""
+    """Create the missing parent folders of a path. Returns those that contain something new."""
     parents = path.absolute().parents
     n_missing = next(i for i, parent in enumerate(parents) if parent.exists())
     parents[0].mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _make_parents(path: Path) -> list[Path]:
 
 
 def _make_workspace(path: Path) -> tuple[Path, FileLock]:
-    """A marked folder and its lock, which is held."""
+    """Create a marked workspace and acquire its lock."""
     place = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.absolute().parent))
     lock = FileLock(place / _LOCK)
     try:
@@ -181,7 +181,7 @@ def _make_workspace(path: Path) -> tuple[Path, FileLock]:
             file.flush()
             os.fsync(file.fileno())
         _flush_folder(place)
-    except FileNotFoundError:  # another process took the empty folder for a leftover
+    except FileNotFoundError:  # another process deleted the empty folder as a leftover
         lock.release()
         return _make_workspace(path)
     except BaseException:
@@ -196,36 +196,36 @@ def _prefix(path: Path) -> str:
 
 
 def _mark(path: Path) -> str:
-    return f"heretic writes {path.name} here. What is left of it after a crash is put in order by the next run that saves there.\n"
+    return f"heretic writes {path.name} here. After a crash, the next run that saves there cleans up this folder.\n"
 
 
 def _put_in_place(target: Target, place: Path) -> None:
-    """Move the new folder to the target. Without `overwrite` the system itself refuses to replace a folder that is not empty."""
+    """Rename the new folder to the target. Without `overwrite`, the system itself refuses to replace a non-empty folder."""
     new, path = place / _NEW, target.path
     if not (target.overwrite and path.exists() and _swap(new, path)):
         if target.overwrite and path.exists():
             path.rename(place / _OLD)
         try:
-            if os.name == "nt" and path.exists():  # which replaces no folder, not even an empty one
+            if os.name == "nt" and path.exists():  # on Windows, which does not replace folders, not even empty ones
                 path.rmdir()
             new.rename(path)
         except OSError:
-            target.check()  # where somebody else was faster, it says so
+            target.check()  # raises the right error if another process was faster
             raise
     _flush_folder(place)
     _flush_folder(path.absolute().parent)
 
 
 def _swap(a: Path, b: Path) -> bool:
-    """Swap two folders at once, so that a process that is killed leaves one or the other; False where the system cannot."""
+    """Swap two folders atomically, so that a killed process leaves one or the other. False if the system does not support it."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     return rename is not None and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
 def _settle(place: Path, path: Path) -> None:
-    """Put back a folder that was moved away and not replaced, and delete everything else in a workspace.
+    """Restore a folder that was moved away but not replaced, and delete everything else in a workspace.
 
-    Raises `ExportError` where it cannot come back since something else is in its place: then it stays where it is.
+    Raises `ExportError` if it cannot be restored because something else is in its place. Then it is left where it is.
     """
     new, old = place / _NEW, place / _OLD
     if new.exists() and old.exists():
@@ -233,8 +233,8 @@ def _settle(place: Path, path: Path) -> None:
             old.rename(path)
         except OSError as error:
             raise ExportError(
-                f"A save to {path} was cut off, and what was there before is in {old}. Move it to where you want it, delete {place}, then "
-                "save again."
+                f"A save to {path} was interrupted; its previous contents are in {old}. Move them where you want them, delete {place}, "
+                "then save again."
             ) from error
         _flush_folder(path.absolute().parent)
     for folder in (old, new):
@@ -242,7 +242,7 @@ def _settle(place: Path, path: Path) -> None:
 
 
 def _remove(place: Path) -> None:
-    """Delete a workspace that holds nothing any more that was to come back; its marker at the very last, so that it stays known."""
+    """Delete a workspace that contains nothing to restore; its marker last, so that it can be identified until then."""
     if (place / _OLD).exists():
         return
     with contextlib.suppress(OSError):
@@ -257,7 +257,7 @@ def _remove(place: Path) -> None:
 
 
 def clean_up(path: Path) -> None:
-    """Put in order what processes that are no more left beside `path`. Raises `ExportError` where the user has to do that."""
+    """Clean up workspaces that killed processes left next to `path`. Raises `ExportError` if the user has to do that."""
     parent = path.absolute().parent
     if not parent.is_dir():
         return
@@ -272,7 +272,7 @@ def clean_up(path: Path) -> None:
 
 
 def _is_workspace(place: Path, path: Path) -> bool:
-    """Whether it is one for saving to `path`: by its marker, or, without one, since it holds nothing that could be lost."""
+    """Whether a folder is a workspace for saving to `path`: it has the marker, or it contains nothing that could be lost."""
     if place.is_symlink() or not place.is_dir():
         return False
     marker, expected = place / _MARKER, _mark(path).encode()
@@ -296,7 +296,7 @@ def flush(folder: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """A rename is on the disk once the folder is; not every system lets folders be opened for that."""
+    """Flush a folder, so that renames in it are on the disk. Not every system can open folders for that."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -310,7 +310,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Give a file of a saved folder another content, all at once."""
+    """Replace the content of a file in a saved folder atomically."""
     with workspace(path.parent) as place:
         (place / path.name).write_bytes(content)
         (place / path.name).chmod(path.stat().st_mode)

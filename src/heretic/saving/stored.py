@@ -1,8 +1,8 @@
-"""A model's tensors as its files hold them: found without reading them, read one at a time, written or copied range by range.
+"""A model's stored tensors: found without reading them, read one at a time, written or copied range by range.
 
-The safetensors library writes a file from tensors that are all in memory. Here a file is written from ranges of another one, with
-only the tensors that change in memory; so its layout (8 bytes of length, a JSON header, the bytes of the tensors one after the
-other: https://github.com/huggingface/safetensors) is written out below. Everything is opened again with that library.
+The safetensors library can only write files from tensors that are all in memory. Here, a file is written from ranges of another one, and
+only changed tensors are in memory. Therefore the format (8 bytes of length, a JSON header, the bytes of all tensors:
+https://github.com/huggingface/safetensors) is implemented below. All written files are opened again with the library.
 """
 
 import hashlib
@@ -52,9 +52,9 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. `dtype` is safetensors' name of it; `place` the file and offset of its bytes, where they can be copied.
+    """A tensor in a file. `dtype` is its safetensors name; `place` is the file and offset of its bytes, if they can be copied.
 
-    One that is computed (`make`) may be read in a finer number format than the one it is to be stored in.
+    A computed tensor (`make`) may be read in a higher precision than the dtype it is stored in.
     """
 
     name: str
@@ -65,12 +65,12 @@ class StoredTensor:
     make: Callable[[], Tensor] | None = None
 
     def read(self, rows: slice | None = None) -> Tensor:
-        """The tensor, or a range of its first axis, in memory of its own."""
+        """A copy of the tensor, or of a range of its first axis."""
         if self.place is None:
             assert self.make is not None
             return self.make() if rows is None else self.make()[rows]
         if self.dtype not in DTYPES:
-            raise ModelError(f"The tensor {self.name} is stored as {self.dtype}, which this program cannot read.")
+            raise ModelError(f"The tensor {self.name} is stored as {self.dtype}, which heretic cannot read.")
         path, offset = self.place
         shape, n_bytes = self.shape, self.n_bytes
         if rows is not None and shape:
@@ -81,17 +81,17 @@ class StoredTensor:
         with path.open("rb") as file:
             file.seek(offset)
             if file.readinto(bytes_of(content)) != n_bytes:
-                raise ModelError(f"{path} is shorter than its header says, at the tensor {self.name}. Fetch the file again.")
+                raise ModelError(f"{path} is shorter than its header says (tensor {self.name}). Download the file again.")
         return content.view(DTYPES[self.dtype]).reshape(shape)
 
     def round(self, value: Tensor) -> Tensor:
-        """A value of this tensor in the number format that it is stored in."""
+        """A value of this tensor, rounded to its stored dtype."""
         return value.to(DTYPES[self.dtype])
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of tensors to be written, in order. `header` is that of a file whose layout is kept, byte for byte."""
+    """A file of tensors to write, in order. `header` is that of the original file if its layout is kept byte for byte."""
 
     name: str
     tensors: tuple[StoredTensor, ...]
@@ -100,7 +100,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The tensors of a model by name, and the files they are in. `index` is the content of the index file, where there is one."""
+    """The stored tensors of a model, and their files. `index` is the content of the index file, if there is one."""
 
     shards: tuple[Shard, ...]
     files: frozenset[str]
@@ -113,27 +113,27 @@ class StoredModel:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Total size of all tensors in bytes."""
         return sum(tensor.n_bytes for shard in self.shards for tensor in shard.tensors)
 
 
 def open_stored(folder: Path, weights: str | None = None, tied: Collection[str] = ()) -> StoredModel:
-    """The tensors of a model folder, in the files that transformers would read (`weights`: the file its configuration names).
+    """The tensors of a model folder, in the files that transformers would read (`weights`: a file named by the configuration).
 
-    Pickled files may hold a tensor under several names; those in `tied`, which transformers fills in from others, are left out.
-    Raises `ModelError` where there are none, where one is missing or damaged, and where pickled files hold more than tensors.
+    Pickled files may contain a tensor under several names; those in `tied`, which transformers copies from others, are left out.
+    Raises `ModelError` if there are no files, if one is missing or damaged, or if pickled files contain other objects than tensors.
     """
     names = WEIGHT_FILES if weights is None else plain_names([weights], "The model's configuration (transformers_weights)")
     found = next((name for name in names if (folder / name).is_file()), None)
     if found is None:
-        raise ModelError(f"The model's weights are not in its folder: none of {', '.join(names)} is there.")
+        raise ModelError(f"The model's folder contains no weights: none of {', '.join(names)} exists.")
     if not found.endswith(".index.json"):
         files, index = [found], None
     else:
         index = (folder / found).read_bytes()
         files = files_of_index(folder / found, index)
     if missing := [name for name in files if not (folder / name).is_file()]:
-        raise ModelError(f"The model's file {missing[0]} is missing, which {found} names. Fetch the model again.")
+        raise ModelError(f"The file {missing[0]} of the model is missing, but listed in {found}. Download the model again.")
     if found in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         shards = _pickled_shards(folder, files, tied)
         index = None if index is None else make_index(shards)
@@ -152,11 +152,11 @@ def make_index(shards: Sequence[Shard]) -> bytes:
 def _safetensors_shard(path: Path, name: str) -> Shard:
     header, start = read_header(path)
     try:
-        with safe_open(path, "pt"):  # the library checks that names, shapes and offsets fit each other and the file
+        with safe_open(path, "pt"):  # the library checks names, shapes and offsets against each other and the file size
             pass
         entries = json.loads(header)
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} does not hold what its header says: it is damaged or was cut off. Fetch the file again.") from error
+        raise ModelError(f"{path} does not match its header: it is damaged or incomplete. Download the file again.") from error
     entries.pop("__metadata__", None)
     tensors = [
         StoredTensor(key, e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0], (path, start + e["data_offsets"][0]))
@@ -166,26 +166,26 @@ def _safetensors_shard(path: Path, name: str) -> Shard:
 
 
 def read_header(path: Path) -> tuple[bytes, int]:
-    """The JSON header of a safetensors file, and where its data begins. Raises `ModelError` where it is none."""
+    """The JSON header of a safetensors file, and the offset of its data. Raises `ModelError` if it is not one."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= 100_000_000 else b""  # the library's own limit
     if len(header) != length or not header.startswith(b"{"):
-        raise ModelError(f"{path} is no safetensors file: it is damaged, or a pointer to a file that was not fetched.")
+        raise ModelError(f"{path} is not a safetensors file: it is damaged, or a pointer to a file that was not downloaded.")
     return header, 8 + length
 
 
 def _pickled_shards(folder: Path, files: Sequence[str], tied: Collection[str]) -> list[Shard]:
-    """Shards of pickled files, to be written as safetensors. The files are mapped, not read, and only tensors are unpickled."""
+    """Shards of pickled files, to be written as safetensors. The files are memory-mapped, and only tensors are unpickled."""
     shards = []
     for name in files:
         try:
             content = torch.load(folder / name, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # pickle fails in many ways
             reason = first_line(error)
-            raise ModelError(f"{folder / name} cannot be read as a file of tensors: {reason}") from error
+            raise ModelError(f"{folder / name} cannot be read as a tensor file: {reason}") from error
         if other := next((key for key, value in content.items() if not isinstance(value, Tensor)), None):
-            raise ModelError(f"{folder / name} holds more than tensors: {other} is a {type(content[other]).__name__}.")
+            raise ModelError(f"{folder / name} does not only contain tensors: {other} is a {type(content[other]).__name__}.")
         own = {_identity(value) for key, value in content.items() if key not in tied}
         tensors = [
             made(key, value.dtype, value.shape, value.contiguous)
@@ -202,7 +202,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def resharded(stored: StoredModel, max_shard_size: str | int) -> StoredModel:
-    """The same tensors in files of at most a size, named as usual."""
+    """The same tensors in files of at most a given size, with the usual names."""
     tensors = stored.tensors
     split = split_state_dict_into_shards_factory(
         tensors, get_storage_size=lambda t: t.n_bytes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -214,10 +214,10 @@ def resharded(stored: StoredModel, max_shard_size: str | int) -> StoredModel:
 def write_stored(
     stored: StoredModel, folder: Path, changed: Callable[[str], Tensor | None], advance: Advance = lambda n: None
 ) -> dict[str, str]:
-    """Write the model's files, with what `changed` gives in place of tensors (None: as they are); the SHA-256 of each file.
+    """Write the model's files, with tensors replaced by what `changed` returns (None: unchanged). Returns the SHA-256 of each file.
 
-    Of a file, two tensors and `BACKLOG` are in memory at most, and a file is on the disk before the next but one is begun. A changed tensor
-    has the dtype and shape of the stored one. `advance` is told tensors.
+    At most two tensors and `BACKLOG` bytes of a file are in memory, and a file is flushed before the next but one is started. A changed
+    tensor has the dtype and shape of the stored one. `advance` is called with the number of tensors written.
     """
     hashes: dict[str, str] = {}
     before: tuple[str, HashedFile] | None = None
@@ -253,13 +253,13 @@ def _write_shard(shard: Shard, path: Path, changed: Callable[[str], Tensor | Non
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy where it lies in one piece."""
+    """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 def make_header(tensors: Sequence[StoredTensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The header of a file that holds these tensors in this order."""
+    """The header of a file with these tensors in this order."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for tensor in tensors:
@@ -270,5 +270,5 @@ def make_header(tensors: Sequence[StoredTensor], metadata: Mapping[str, str] | N
 
 
 def made(name: str, dtype: torch.dtype, shape: Sequence[int], make: Callable[[], Tensor]) -> StoredTensor:
-    """A tensor that is computed when it is read, from others."""
+    """A tensor that is computed from others when it is read."""
     return StoredTensor(name, _CODES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize, None, make)

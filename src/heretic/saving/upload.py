@@ -1,7 +1,7 @@
-"""Upload of an export to the hub: checked before anything is computed, one commit, taken up again where a connection is lost.
+"""Upload of an export to the hub: checked before anything is computed, in one commit, resumed if the connection is lost.
 
-What has arrived is not sent again, within a run and after it was stopped: an export of the same trial has the same bytes, and the hub
-knows files by their SHA-256 (pieces of them, where it stores them with Xet). A repository shows nothing of an upload until its commit.
+Files that have arrived are not sent again, also after a restart: an export of the same trial has the same bytes, and the hub identifies
+files (or chunks of them, with Xet) by their SHA-256. Nothing of an upload is visible in the repository before the commit.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: the base of all its HTTP client raises
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: the base class of its HTTP client's errors
     HfHubHTTPError,
     HTTPError,
     OfflineModeIsEnabled,
@@ -35,23 +35,23 @@ from .record import Result, Strategy
 from .staging import clean_up, workspace
 
 COMMIT_MESSAGE = "Upload the edited model"
-# Seconds before each further try. Every single request is tried six times within half a minute by the client itself.
+# Seconds before each retry. The client itself tries every request six times within half a minute.
 WAITS = (5.0, 20.0, 60.0, 180.0)
-# Files from this size on are sent one by one, each with its own tries; what is smaller goes along with the commit.
+# Files from this size on are uploaded one by one, each with its own retries; smaller ones are part of the commit request.
 LARGE = 2**20
-# What libraries load a model from. Files of these names that the new model does not have would be taken for parts of it.
+# Files that libraries load a model from. Old files with such names would be taken for parts of the new model.
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.index.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 
 PASSING_STATUS = (408, 409, 412, 429, 500, 502, 503, 504)
-CLIENT_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError: what the client wraps the failure of a file's upload in
+CLIENT_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError: raised by the client if the upload of a file fails
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A repository to upload to; `files` are what it holds, None where it does not exist yet."""
+    """A repository to upload to; `files` are its current files, None if it does not exist yet."""
 
     repo_id: str
     files: tuple[str, ...] | None
@@ -59,10 +59,10 @@ class Destination:
 
 
 def check_destination(repo_id: str, private: bool, token: str, progress: Progress, waits: Sequence[float] = ()) -> Destination:
-    """Ask the hub whether this upload can be: whose token it is, what it may do, and what the repository is. Changes nothing there.
+    """Ask the hub whether this upload is possible: the token's owner and permissions, and the repository. Changes nothing there.
 
-    Raises `ExportError` for a token that is wrong or may only read, a repository that it may not write to, and one that exists and is
-    public where a private one is wanted.
+    Raises `ExportError` for an invalid or read-only token, a repository that it may not write to, and an existing public repository if a
+    private one is requested.
     """
     return _Hub(token, repo_id, progress, waits).check(private)
 
@@ -77,11 +77,11 @@ def upload(
     progress: Progress,
     check: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> str:
-    """Save to a folder beside the study's journal, and upload it in one commit to the repository, made if missing. Returns its address.
+    """Save to a temporary folder next to the study's journal, and upload it in one commit. Returns the URL of the repository.
 
-    `check` is given the folder that was written, as in `export.save`.
-    The folder is removed afterwards, also where the upload fails. Raises `ExportError` where the hub refuses or cannot be reached in
-    the end. The token goes to the hub alone: no error, message or file holds it.
+    The repository is created if it does not exist. `check` is called with the folder, as in `export.save`. The folder is removed
+    afterwards, also if the upload fails. Raises `ExportError` if the hub refuses, or cannot be reached after all retries. The token is sent
+    only to the hub: no error, message or file contains it.
     """
     hub = _Hub(token, repo_id, progress, WAITS)
     destination = hub.check(private)
@@ -93,7 +93,7 @@ def upload(
 
 @contextlib.contextmanager
 def upload_folder(settings: Settings) -> Iterator[Path]:
-    """A folder to upload from, gone when it is left; beside the journal, where there is room for large files."""
+    """Context with a temporary folder to upload from, next to the journal, where there is room for large files."""
     path = journal_path(settings).with_suffix(".upload")
     clean_up(path)
     with workspace(path) as place:
@@ -101,27 +101,27 @@ def upload_folder(settings: Settings) -> Iterator[Path]:
 
 
 def _outdated(destination: Destination, folder: Path, progress: Progress) -> list[str]:
-    """Tell what becomes of files that the repository holds, and return those that must not stay: weights of another model."""
+    """Report what happens to the repository's files, and return those to delete: weights of another model."""
     if not (present := {name for name in destination.files or () if name != ".gitattributes"}):
         return []
     new = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     outdated = sorted(name for name in present - new if any(fnmatch(name, pattern) for pattern in (*WEIGHT_FILES, *ADAPTER_FILES)))
     kept = sorted(present - new - set(outdated))
-    text = f"{destination.repo_id} exists and holds {len(present)} files. {len(present & new)} of them are replaced"
+    text = f"{destination.repo_id} exists and has {len(present)} files. {len(present & new)} of them are replaced"
     if outdated:
-        text += f"; weights that are no part of this model are removed ({some_of(outdated, 3)})"
+        text += f"; weights that do not belong to this model are deleted ({some_of(outdated, 3)})"
     if kept:
-        text += f"; the others stay ({some_of(kept, 3)})"
-    progress.warning(f"{text}. The repository's history keeps everything.")
+        text += f"; the others are kept ({some_of(kept, 3)})"
+    progress.warning(f"{text}. The repository's history keeps all of them.")
     return outdated
 
 
 class _Hub:
-    """The hub's client for one repository: every request is tried again where the failure may pass, and told in plain words."""
+    """The hub's client for one repository. Requests are retried after temporary failures; errors are reported in plain words."""
 
     def __init__(self, token: str, repo_id: str, progress: Progress, waits: Sequence[float]) -> None:
         if not (token.isascii() and token.isprintable() and " " not in token):
-            raise ExportError("The access token holds characters that no token has. Check HF_TOKEN, or log in again with `hf auth login`.")
+            raise ExportError("The access token contains invalid characters. Check HF_TOKEN, or log in again with `hf auth login`.")
         self._token = token
         self._api = HfApi(token=token)
         self._progress = progress
@@ -133,10 +133,10 @@ class _Hub:
         me = self._ask(self._api.whoami)
         if ((me.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
             raise ExportError(
-                f"The access token of {me['name']} may only read. Make one with the right to write on the hub's page for access tokens, "
+                f"The access token of {me['name']} is read-only. Create one with write permission on the hub's page for access tokens, "
                 "and set HF_TOKEN to it or log in with `hf auth login`."
             )
-        if "/" not in self.repo_id:  # as the hub understands it when a repository is made
+        if "/" not in self.repo_id:  # the hub's meaning of it when a repository is created
             self.repo_id = f"{me['name']}/{self.repo_id}"
         info = self._ask(self._find)
         if info is None:
@@ -144,11 +144,11 @@ class _Hub:
         self._ask(self._check_write)
         if private and not info.private:
             raise ExportError(
-                f"{self.repo_id} exists and is public, but a private repository is wanted. Make it private on its settings page, choose "
-                "another --upload-repo-id, or give --no-upload-repo-private."
+                f"{self.repo_id} exists and is public, but a private repository is requested. Make it private on its settings page, choose "
+                "another --upload-repo-id, or use --no-upload-repo-private."
             )
         if info.private and not private:
-            self._progress.warning(f"{self.repo_id} exists and is private; it stays so. Its settings page can make it public.")
+            self._progress.warning(f"{self.repo_id} exists and is private, and stays private. You can make it public on its settings page.")
         return Destination(self.repo_id, tuple(file.rfilename for file in info.siblings or ()), info.private)
 
     def _find(self) -> Any | None:
@@ -161,18 +161,18 @@ class _Hub:
         try:
             self._api.auth_check(self.repo_id, write=True)
         except HfHubHTTPError as error:
-            if error.response.status_code != 404:  # the repository is there: it is the question that this hub does not know
+            if error.response.status_code != 404:  # the repository exists, but this hub does not know the request
                 raise
 
     def create(self, destination: Destination) -> None:
-        """Make the repository where it is missing, before anything is computed for it."""
+        """Create the repository if it does not exist, before anything is computed for it."""
         if destination.files is None:
             self._ask(lambda: self._api.create_repo(self.repo_id, private=destination.private, exist_ok=True))
             kind = "private" if destination.private else "public"
-            self._progress.message(f"Made the {kind} repository {self.repo_id}.")
+            self._progress.message(f"Created the {kind} repository {self.repo_id}.")
 
     def send(self, folder: Path, outdated: Sequence[str]) -> str:
-        """Upload a folder's files and commit them, all at once, to the repository. Returns its address."""
+        """Upload a folder's files and commit them in one commit. Returns the URL of the repository."""
         additions = _additions(folder)
         large = [addition for addition in additions if addition.upload_info.size >= LARGE]
         total = sum(addition.upload_info.size for addition in additions)
@@ -192,9 +192,9 @@ class _Hub:
         return self._ask(commit)
 
     def _commit(self, folder: Path, outdated: Sequence[str], prepared: list[CommitOperationAdd] | None) -> str:
-        """One commit of `prepared`, which are uploaded; None after one whose answer was lost, and which may have been made.
+        """One commit of `prepared`, which are already uploaded; None after a commit whose response was lost and that may have succeeded.
 
-        The client compares operations that are new with what the repository holds, and makes no commit where nothing differs.
+        The client compares new operations with the repository's files, and makes no commit if nothing differs.
         """
         if prepared is None:
             present = {file.rfilename for file in self._api.model_info(self.repo_id).siblings or ()}
@@ -204,18 +204,18 @@ class _Hub:
         return str(self._api.create_commit(self.repo_id, operations, commit_message=COMMIT_MESSAGE).repo_url)
 
     def _ask(self, request: Callable[[], T]) -> T:
-        """The answer to a request, tried again after each of the waits where the failure may pass. Raises `ExportError`."""
+        """The result of a request, retried after each wait if the failure may be temporary. Raises `ExportError`."""
         for i in range(len(self._waits) + 1):
             try:
                 return request()
             except CLIENT_ERRORS as error:
-                may_pass, failure = _may_pass(error), self._failure(error)
+                may_pass, failure = _is_temporary(error), self._failure(error)
                 reason = self._reason(error)
-            # Raised out here, the error has no context: the client's own errors may quote what was sent.
+            # Raised here, the error has no context: the client's own errors may quote what was sent.
             if not may_pass or i == len(self._waits):
                 raise failure
             wait = self._waits[i]
-            self._progress.warning(f"{reason} Trying again in {wait:g} s ({i + 1} of {len(self._waits)}).")
+            self._progress.warning(f"{reason} Retrying in {wait:g} s ({i + 1} of {len(self._waits)}).")
             time.sleep(wait)
         raise AssertionError
 
@@ -232,17 +232,17 @@ class _Hub:
         where, reason = self._api.endpoint, self._reason(error)
         if status == 401:
             text = (
-                f"The hub ({where}) does not accept the access token: it is wrong, or was revoked. Set HF_TOKEN to a valid one, or log in "
+                f"The hub ({where}) does not accept the access token: it is invalid or was revoked. Set HF_TOKEN to a valid one, or log in "
                 "again with `hf auth login`."
             )
         elif status == 403:
             text = (
-                f"The hub does not let this access token write to {self.repo_id}: {reason} Use a token with the right to write there, "
+                f"The hub does not let this access token write to {self.repo_id}: {reason} Use a token with write permission there, "
                 "or another --upload-repo-id."
             )
         elif any(isinstance(item, OfflineModeIsEnabled) for item in _chain(error)):
             text = "The hub cannot be used while HF_HUB_OFFLINE is set. Unset it to upload."
-        elif _may_pass(error):
+        elif _is_temporary(error):
             text = (
                 f"The upload to {self.repo_id} failed: {reason} Check the network, then upload again: files that have arrived are not "
                 "sent again."
@@ -255,7 +255,7 @@ class _Hub:
 
 
 def _check_card(folder: Path) -> None:
-    """Raise `ValueError` where the hub refuses the card's metadata, which it would otherwise tell after the large files were sent."""
+    """Raise `ValueError` if the hub rejects the card's metadata. Otherwise it would do so after the large files were sent."""
     try:
         ModelCard((folder / CARD).read_text(encoding="utf-8")).validate()
     except ValueError as error:
@@ -264,8 +264,8 @@ def _check_card(folder: Path) -> None:
         except (ValueError, LookupError, TypeError):
             reason = str(error)
         raise ValueError(
-            f"the hub refuses the metadata of the model card: {reason}. It comes from the original's card. Save the model to a folder "
-            "instead (--model-action save), mend README.md there, and upload the folder with `hf upload`."
+            f"the hub rejects the metadata of the model card: {reason}. It was copied from the original's card. Save the model to a folder "
+            "instead (--model-action save), fix README.md there, and upload the folder with `hf upload`."
         ) from error
 
 
@@ -284,8 +284,8 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether another try may succeed: the connection failed, or the server said that it is its own fault, or that it is busy."""
+def _is_temporary(error: BaseException) -> bool:
+    """Whether a retry may succeed: the connection failed, or the server reported an internal error or that it is busy."""
     for item in _chain(error):
         if isinstance(item, OfflineModeIsEnabled):
             return False

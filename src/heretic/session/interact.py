@@ -1,4 +1,4 @@
-"""Questions, menus and chat: what a person at a terminal does with the trials, and the same answered by settings."""
+"""Questions, menus and chat: what a person at a terminal can do with the trials, and the same actions if settings request them."""
 
 import sys
 import traceback
@@ -35,23 +35,23 @@ CHAT_TOKENS = 2048
 
 
 def ask_checkpoint_action(path: str, n_done: int) -> str | None:
-    """Continue a study found on disk, or begin anew; None: leave."""
+    """Continue a study found on disk, or start over; None: leave."""
     return select(
-        f"There is a study in {path} with {n_done} trials done. What now?",
-        [("Continue it", "continue"), ("Begin anew (the file is kept beside the new one)", "restart"), ("Leave", None)],
+        f"There is already a study in {path} with {n_done} trials done. What do you want to do?",
+        [("Continue it", "continue"), ("Start over (the existing file is kept under another name)", "restart"), ("Leave", None)],
     )
 
 
 def select(question: str, choices: Sequence[tuple[str, Any]], header: str | None = None) -> Any:
-    """One of several titled values, chosen with the arrow keys, below a line that heads them; None where it is left with Ctrl+C."""
+    """One of several titled values, chosen with the arrow keys, below an optional header line; None if the user presses Ctrl+C."""
     heads = [] if header is None else [questionary.Separator(header)]
     answer = questionary.select(question, choices=[*heads, *(questionary.Choice(t, value=(v,)) for t, v in choices)]).ask()
     return None if answer is None else answer[0]
 
 
 @dataclass
-class Workbench:
-    """A run whose model is loaded and whose study has trials: what the menus work on."""
+class InteractiveSession:
+    """What the menus and actions work on: a run whose model is loaded and whose study has trials."""
 
     settings: Settings
     console: Console
@@ -68,7 +68,7 @@ class Workbench:
         return self.search.edits.ablation_of(trial)
 
     def result_of(self, trial: FrozenTrial) -> Result:
-        """A trial with all that its record says."""
+        """A trial with everything that its record contains."""
         return Result(
             settings=self.settings,
             trial_number=trial.number,
@@ -83,7 +83,7 @@ class Workbench:
         )
 
     def act(self, action: str) -> None:
-        """Do `action` with the trial that `settings.trial_index` says, asking for what is not said."""
+        """Do `action` with the trial at `settings.trial_index`, asking for whatever the settings do not say."""
         index = self.settings.trial_index
         trial = self._choose_trial() if index is None else trial_at(self.search.front, index)
         if trial is not None:
@@ -105,7 +105,7 @@ class Workbench:
                     self._action(action, trial)
                 except KeyboardInterrupt:
                     self.console.message("Interrupted.")
-                except Exception as error:  # told, and every other action stays usable
+                except Exception as error:  # reported, and every other action stays usable
                     if self.settings.debug:
                         self.console.message(without_token(traceback.format_exc()))
                     self.console.error(without_token(str(error) if isinstance(error, HereticError) else f"{type(error).__name__}: {error}"))
@@ -113,11 +113,11 @@ class Workbench:
                     break
 
     def _choose_trial(self) -> FrozenTrial | None:
-        """A trial of the front, after running more where that is asked for; None: leave."""
+        """A trial of the front, after running more trials if the user wants that; None: leave."""
         while True:
             front = self.search.front
             headers, rows = trial_rows(front, self._last_layer, self.evaluator.original.baseline, self.settings.objectives)
-            width = self.console.rich.width - 4  # a wrapped line would break the menu's picture
+            width = self.console.rich.width - 4  # wrapped lines would break the menu's layout
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
             self.console.heading("Pareto front")
@@ -129,7 +129,7 @@ class Workbench:
             self._run_more()
 
     def _run_more(self) -> None:
-        text = questionary.text("How many more trials?", default="50", validate=is_count).ask()
+        text = questionary.text("How many additional trials?", default="50", validate=is_count).ask()
         if text is not None:
             self.run_trials(int(text))
 
@@ -155,14 +155,14 @@ class Workbench:
         overwrite = self.settings.overwrite
         directory = self.settings.save_directory
         if directory is None:
-            directory = questionary.path("Folder to save to:", only_directories=True).ask()
+            directory = questionary.path("Folder to save the model in:", only_directories=True).ask()
             if not directory:
                 return
-            target_of(self.settings, directory, overwrite=True)  # a file is no folder, whatever the answer
+            target_of(self.settings, directory, overwrite=True)  # raises for a file, which must not be replaced whatever the answer is
             try:
                 target_of(self.settings, directory, overwrite)
             except HereticError:
-                overwrite = questionary.confirm(f"{directory} is not empty. Replace it?", default=False).ask() or False
+                overwrite = questionary.confirm(f"{directory} is not empty. Overwrite it?", default=False).ask() or False
                 if not overwrite:
                     return
         check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
@@ -176,8 +176,8 @@ class Workbench:
             return
         private = self.settings.upload_repo_private
         if private is None:
-            private = select("Who may see it?", [("Everybody (public)", False), ("Only you (private)", True)])
-        token = get_token() or questionary.password("Access token of the hub (not stored):").ask()
+            private = select("Visibility of the repository?", [("Public", False), ("Private", True)])
+        token = get_token() or questionary.password("Hugging Face access token (not stored):").ask()
         if private is None or not token:
             return
         check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
@@ -185,21 +185,21 @@ class Workbench:
         self.console.message(f"Uploaded trial {trial.number} to {url}")
 
     def _compare(self, trial: FrozenTrial) -> None:
-        """Responses before and after for a few prompts, side by side."""
+        """Responses of the original and the edited model to a few prompts, side by side."""
         prompts = self.evaluator.bad_prompts[:COMPARED_PROMPTS]
         length = self.settings.max_response_length
         before = self.model.responses(prompts, length, description="Responses of the original")
         after = self.model.responses(prompts, length, self._ablation(trial), description=f"Responses of trial {trial.number}")
         describe = self.evaluator.original.rule.described
 
-        def told(text: str) -> str:
+        def with_verdict(text: str) -> str:
             return f"{describe(text, is_cut_off=True)}:\n{text.strip()}"
 
-        rows = [[p.user, told(b), told(a)] for p, b, a in zip(prompts, before, after, strict=True)]
+        rows = [[p.user, with_verdict(b), with_verdict(a)] for p, b, a in zip(prompts, before, after, strict=True)]
         self.console.columns("Before and after", ["Prompt", "Original", f"Trial {trial.number}"], rows)
 
     def _show_scores(self, trial: FrozenTrial) -> None:
-        """All figures of a trial, and the harmless prompts after which its words have moved most."""
+        """All scores of a trial, and the harmless prompts with the largest KL divergence."""
         headers, rows = score_rows(trial, self.evaluator.original.scores, known_finalists(self.search.study))
         self.console.columns(f"Scores of trial {trial.number}", headers, rows)
         moved = self.evaluator.most_moved(self._ablation(trial), MOVED_PROMPTS)
@@ -214,8 +214,10 @@ class Workbench:
         self.console.columns(f"Benchmarks, original and trial {trial.number}", HEADERS, [cells(row) for row in rows])
 
     def _chat(self, trial: FrozenTrial) -> None:
-        """A conversation with the edited model. Ctrl+C ends an answer, and at the question the chat."""
-        self.console.message("Chat with the edited model. Ctrl+C ends an answer; an empty line or Ctrl+C at the question goes back.")
+        """A conversation with the edited model. Ctrl+C stops a response; at the question it ends the chat."""
+        self.console.message(
+            "Chat with the edited model. Ctrl+C stops a response; an empty line or Ctrl+C at the prompt returns to the menu."
+        )
         system = prompt_messages(self.evaluator.bad_prompts[0])[:-1]
         messages: list[Message] = list(system)
         ablation = self._ablation(trial)
@@ -237,16 +239,16 @@ class Workbench:
 
 _ACTIONS = [
     ("Save to a folder", "save"),
-    ("Upload to the hub", "upload"),
+    ("Upload to Hugging Face", "upload"),
     ("Chat with the edited model", "chat"),
     ("Show responses before and after", "compare"),
-    ("Show its scores", "scores"),
+    ("Show all scores", "scores"),
     ("Run benchmarks before and after", "benchmark"),
     ("Choose another trial", "choose"),
     ("Run more trials", "more"),
     ("Leave", "leave"),
 ]
-_STRATEGIES = [("The whole model, edited exactly (merge)", "merge"), ("A small PEFT adapter (adapter)", "adapter")]
+_STRATEGIES = [("The full model, edited exactly (merge)", "merge"), ("A small PEFT adapter (adapter)", "adapter")]
 
 
 def _write(text: str) -> None:
@@ -255,8 +257,8 @@ def _write(text: str) -> None:
 
 
 def is_count(text: str) -> bool | str:
-    """True for a number of trials, else what to say."""
-    return (text.isdecimal() and int(text) > 0) or "A whole number above 0, please."
+    """True for a number of trials, else the message to show."""
+    return (text.isdecimal() and int(text) > 0) or "Enter an integer above 0."
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The stages of a run, one function each: what a run alone, a worker, and the scoring of another model have in common."""
+"""The stages of a run, one function each, shared by a run in one process, a worker, and the evaluation of another model."""
 
 import signal
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from optuna import Study
@@ -17,8 +17,8 @@ from ..config import Settings
 from ..console import Console
 from ..device import empty_cache
 from ..editing.completeness import remainder
-from ..editing.directions import mean_residual, parting_layer, refusal_directions, winsorize
-from ..errors import CheckpointError, DirectionError, GivenUp, HereticError, ReportError
+from ..editing.directions import mean_residual, refusal_directions, separating_layer, winsorize
+from ..errors import Aborted, CheckpointError, DirectionError, HereticError, ReportError
 from ..evaluator import Evaluator
 from ..loading.libraries import collector_paused
 from ..loading.load import load_model
@@ -37,7 +37,7 @@ from ..scoring.score_tables import Baseline
 from ..scoring.scorers import fingerprints
 from ..study.batching import BatchSize
 from ..study.checkpoint import Checkpoint, file_name, journal_path
-from ..study.failures import ONE_BY_ONE, tell_failure, traceback_of
+from ..study.failures import ONE_BY_ONE, traceback_of, warn_of_failure
 from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
 from ..study.front import front_of
 from ..study.learned_edits import LearnedEdits
@@ -45,7 +45,7 @@ from ..study.learned_search import lacks_learned_trials, learn_trials
 from ..study.search import Search
 from .answers import command_lines
 
-# Time that running trials have to finish after Ctrl+C.
+# How long running trials may take to finish after Ctrl+C.
 GRACE_SECONDS = 5
 
 
@@ -54,15 +54,13 @@ def load_all_prompts(settings: Settings, console: Console) -> Prompts:
     with console.task("Loading prompts"):
         prompts = load_all(settings)
     if set(prompts.good) == set(prompts.bad):
-        raise DirectionError(
-            "good_prompts and bad_prompts are the same, so nothing tells refused from answered prompts. Give different ones."
-        )
+        raise DirectionError("good_prompts and bad_prompts are the same, so they define no refusal direction. Give different ones.")
     console.message("Prompts: " + ", ".join(f"{len(found)} {name}" for name, found in prompts.of_study.items()))
     return prompts
 
 
 def scorer_identity(settings: Settings) -> dict[str, str]:
-    """Fingerprints of the scorers that are not built in; told here if one cannot be made, before anything heavy is loaded."""
+    """Fingerprints of the custom scorers. If one cannot be made, that is reported here, before anything heavy is loaded."""
     if not settings.scorers:
         return {}
 
@@ -87,20 +85,20 @@ def load_model_to_edit(settings: Settings, console: Console, name: str | None = 
 
 
 def _report_completeness(model: Model, console: Console) -> None:
-    """Tell where edits of weights cannot reach all of the residual stream."""
+    """Warn if edits of weights cannot reach everything that is written to the residual stream."""
 
     left = remainder(model.model, model.architecture)
-    does = "gates or weighs its stream in a way that no edit of weights can follow"
+    does = "gates or scales its residual stream in a way that no edit of weights can reproduce"
     if left.is_missed():
         share = max(left.channel, left.direction)
-        why = f"this model normalizes, {does}, or something that writes to it was not found"
+        why = f"this model normalizes or {does}, or a module that writes to it was not found"
     elif left.is_inexact(model.loaded.dtype):
         share, why = left.direction, f"this model {does}"
     else:
         return
     console.warning(
-        f"After an ablation of full strength {_percent(share)} of what a layer writes along a direction stays in the residual stream: "
-        f"{why}. Ablation works on it, but only approximately."
+        f"After an ablation at full strength, {_percent(share)} of what a layer writes along the direction remains in the residual stream: "
+        f"{why}. Ablation works on this model, but only approximately."
     )
 
 
@@ -109,7 +107,7 @@ def _percent(share: float) -> str:
 
 
 def check_lengths(settings: Settings, model: Model, prompts: Prompts) -> None:
-    """Raise `PromptError` where prompts with what follows them are too long for the model."""
+    """Raise `PromptError` if prompts, with the tokens generated after them, exceed the model's context length."""
     after = {
         "good_evaluation_prompts": (settings.kl_tokens, "kl_tokens"),
         "bad_evaluation_prompts": (settings.max_response_length, "max_response_length"),
@@ -137,22 +135,22 @@ def with_found_prefix(settings: Settings, console: Console, model: Model, prompt
 
 
 def measure(settings: Settings, console: Console, model: Model, prompts: Prompts, all_scorers: bool = False) -> MeasuredOriginal:
-    """What the original says to the evaluation prompts."""
+    """Baseline: the original's scores on the evaluation prompts."""
 
     original = measure_original(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
-    told = f"The original refuses {original.refusals} of {len(original.bad_prompts)} harmful evaluation prompts."
+    summary = f"The original refuses {original.refusals} of {len(original.bad_prompts)} harmful evaluation prompts."
     if n := original.baseline.degenerate:
-        told += f" {n} of its responses {'is' if n == 1 else 'are'} degenerate (empty, looping, broken off)."
-    console.message(told)
+        summary += f" {n} of its responses {'is' if n == 1 else 'are'} degenerate (empty, repetitive or cut short)."
+    console.message(summary)
     return original
 
 
 def compute_directions(settings: Settings, console: Console, model: Model, prompts: Prompts) -> int:
-    """Give the model its directions; the layer in which the two sets of prompts part."""
+    """Give the model its directions. Returns the first layer in which harmless and harmful prompts separate."""
 
     quantile = settings.winsorization_quantile
     sets = ((prompts.good, "Residuals of harmless prompts"), (prompts.bad, "Residuals of harmful prompts"))
-    # One set after the other: the model computes the residuals as they are taken.
+    # One set after the other: residuals are computed lazily, as they are consumed.
     batches: Iterable[Iterable[Tensor]] = (model.residuals(found, description) for found, description in sets)
     if settings.print_residual_geometry or settings.plot_residuals:
         batches = _show_residuals(settings, console, batches)
@@ -161,17 +159,17 @@ def compute_directions(settings: Settings, console: Console, model: Model, promp
         raise DirectionError("The residuals are not finite. Try another --dtypes, such as bfloat16 or float32.")
     directions = refusal_directions(good, bad, settings.orthogonalize_direction)
     if not directions[1:].any():
-        raise DirectionError("Harmless and harmful prompts give the same residuals in every layer, so there is no direction.")
+        raise DirectionError("Harmless and harmful prompts give the same residuals in every layer, so they define no direction.")
     model.use_directions(directions, settings.row_normalization)
-    return parting_layer(good, bad)
+    return separating_layer(good, bad)
 
 
 def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iterable[Tensor]]) -> list[Iterable[Tensor]]:
-    """Tell and draw how all residuals lie, as far as settings ask for it; the residuals, which are then held in memory."""
+    """Print the residual geometry and draw residual plots, if settings request it. Returns the residuals, now held in memory."""
 
     good, bad = (torch.cat([batch.cpu() for batch in part]) for part in batches)
     quantile = settings.winsorization_quantile
-    good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as the directions see them
+    good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as used for the directions
     if settings.print_residual_geometry:
         console.show(geometry_table(residual_geometry(good_seen, bad_seen), wraps=console.is_terminal))
     if settings.plot_residuals:
@@ -183,27 +181,27 @@ def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iter
     return [[good], [bad]]
 
 
-def search_shown(
+def search_with_view(
     console: Console,
     evaluator: Evaluator,
     search: Search,
     target: int,
     batch_size: BatchSize,
 ) -> bool:
-    """Run trials up to `target`, shown as they come; the first Ctrl+C ends it. Whether it was ended so."""
+    """Run trials up to `target`, showing each as it finishes. Returns whether Ctrl+C stopped the search."""
 
-    tell_failures(search, console, evaluator.settings)
+    report_failures(search, console, evaluator.settings)
     last_layer = len(evaluator.model.architecture.layers) - 1
     with StudyView(console, target, search.n_done, evaluator.original.baseline, last_layer, evaluator.settings.objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:
             view.say(
-                f"Stopping: running trials that are not finished in {GRACE_SECONDS} seconds are left to the next run. Ctrl+C again leaves "
+                f"Stopping: trials that do not finish within {GRACE_SECONDS} seconds are left to the next run. Press Ctrl+C again to leave "
                 "at once."
             )
 
-        with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
+        with stop_on_interrupt(note_stop) as should_stop, aborted_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
             search.run(
                 target,
                 evaluator.score_trials,
@@ -216,7 +214,7 @@ def search_shown(
             return should_stop()
 
 
-def learn_shown(
+def learn_with_messages(
     settings: Settings,
     console: Console,
     study: Study,
@@ -225,15 +223,15 @@ def learn_shown(
     evaluator: Evaluator,
     prompts: Prompts,
 ) -> bool:
-    """Learn the edits that the search begins after and that are missing, each shown when it is scored. Whether Ctrl+C ended it."""
+    """Learn the edits that are still missing before the search, showing each when it is scored. Returns whether Ctrl+C stopped it."""
 
     if not lacks_learned_trials(study, settings):
         return False
 
     def note_stop() -> None:
-        console.message("Stopping: what is being learned is left to the next run. Ctrl+C again leaves at once.")
+        console.message("Stopping: the edit being learned is left to the next run. Press Ctrl+C again to leave at once.")
 
-    with stop_on_interrupt(note_stop) as should_stop, given_up_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
+    with stop_on_interrupt(note_stop) as should_stop, aborted_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
         learn_trials(
             study,
             edits,
@@ -248,17 +246,17 @@ def learn_shown(
         return should_stop()
 
 
-def tell_failures(search: Search, console: Console, settings: Settings) -> None:
-    """Have a search tell of batches that crash and, if that is wanted, where a bug happened that failed a trial."""
+def report_failures(search: Search, console: Console, settings: Settings) -> None:
+    """Have a search warn of batches that crash and, with `debug`, print the traceback of a bug that failed a trial."""
 
-    search.on_crash = partial(tell_failure, console, ONE_BY_ONE, debug=settings.debug)
+    search.on_crash = partial(warn_of_failure, console, ONE_BY_ONE, debug=settings.debug)
     if settings.debug:
         search.on_bug = lambda number, error: console.message(f"Trial {number}:\n{traceback_of(error)}")
 
 
 @contextmanager
-def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Within, a pass of the model raises `GivenUp`, at the next of its layers, once `should_stop` has been true for so long."""
+def aborted_after(seconds: float, should_stop: Callable[[], bool], layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Context in which a forward pass raises `Aborted` at its next layer once `should_stop` has been true for `seconds`."""
     since: float | None = None
 
     def check(module: nn.Module, args: Any) -> None:
@@ -267,7 +265,7 @@ def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: Sequ
             return
         since = time.monotonic() if since is None else since
         if time.monotonic() - since >= seconds:
-            raise GivenUp
+            raise Aborted
 
     handles = [layer.register_forward_pre_hook(check) for layer in layers]
     try:
@@ -279,7 +277,7 @@ def given_up_after(seconds: float, should_stop: Callable[[], bool], layers: Sequ
 
 @contextmanager
 def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl+C makes the value entered return True, and the second raises `KeyboardInterrupt`."""
+    """Context in which the first Ctrl+C makes the yielded function return True, and the second raises `KeyboardInterrupt`."""
     pressed = False
 
     def handle(number: int, frame: object) -> None:
@@ -296,7 +294,7 @@ def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def no_trial(trials: Sequence[FrozenTrial]) -> int:
+def raise_for_no_trial(trials: Sequence[FrozenTrial]) -> NoReturn:
     reasons = [trial.user_attrs["failure"] for trial in trials if "failure" in trial.user_attrs]
     if not reasons:
         raise KeyboardInterrupt
@@ -306,7 +304,7 @@ def no_trial(trials: Sequence[FrozenTrial]) -> int:
 def rescore_finalists(
     settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator, prompts: Prompts, n_together: int
 ) -> None:
-    """Score the best of the front again and store what comes of it; the front stands whatever happens here."""
+    """Score the best trials of the front again and store the results. The front is kept even if this fails."""
 
     if not missing_finalists(checkpoint.study, settings):
         return
@@ -316,23 +314,23 @@ def rescore_finalists(
             checkpoint.study, settings, evaluator, prompts.final_good, prompts.final_bad, n_together, console, checkpoint.edits
         )
     except KeyboardInterrupt:
-        console.message("Interrupted: the finalists are not scored again.")
+        console.message("Interrupted: the finalists were not scored again.")
     except Exception as error:
-        tell_failure(console, "The finalists are not scored again", error, settings.debug)
+        warn_of_failure(console, "The finalists were not scored again", error, settings.debug)
         empty_cache()
     else:
         checkpoint.note(**{ATTRIBUTE: found})
 
 
 def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator | None) -> Path | None:
-    """Write the report, with responses of the finalists where there is an evaluator to take them; where it lies.
+    """Write the report, with responses of the finalists if there is an evaluator to generate them. Returns its path.
 
-    What goes wrong is told, and the run goes on: the study is what counts.
+    Failures are reported, and the run goes on: the study matters more.
     """
 
     if not settings.report:
         return None
-    # A study in a database has no file for the report to lie beside.
+    # A study in a database has no file that the report could be written next to.
     path = report_path(checkpoint.path if isinstance(checkpoint.path, Path) else journal_path(settings))
     try:
         if evaluator is not None:
@@ -340,7 +338,7 @@ def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, ev
     except CheckpointError:
         raise
     except Exception as error:
-        tell_failure(console, "The report has no new responses", error, settings.debug)
+        warn_of_failure(console, "The report contains no new responses", error, settings.debug)
         empty_cache()
     try:
         facts = facts_of(checkpoint.study)
@@ -353,7 +351,7 @@ def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, ev
         console.warning(str(error))
         return None
     except Exception as error:
-        tell_failure(console, "There is no report", error, settings.debug)
+        warn_of_failure(console, "No report was written", error, settings.debug)
         return None
     return path
 
@@ -368,8 +366,8 @@ def _take_samples(checkpoint: Checkpoint, evaluator: Evaluator) -> None:
     checkpoint.note(samples=take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept, kept_edits))
 
 
-def is_told(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> bool:
-    """Show the outcome where nobody is asked about it; whether that is all that is to be done."""
+def finish_without_asking(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> bool:
+    """Show the outcome if nobody will be asked about it. Returns whether nothing is left to do."""
     if settings.model_action is None and console.can_ask:
         return False
     show_outcome(settings, console, checkpoint, report)
@@ -377,7 +375,7 @@ def is_told(settings: Settings, console: Console, checkpoint: Checkpoint, report
 
 
 def show_outcome(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> None:
-    """The front, and the command lines that go on from there where no setting answers what to do with it."""
+    """Print the front and, if no setting says what to do with it, the command lines that continue from there."""
 
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
@@ -388,6 +386,6 @@ def show_outcome(settings: Settings, console: Console, checkpoint: Checkpoint, r
     if report is not None:
         console.message(f"Report: {report}")
     if settings.model_action is None:
-        console.message("To go on from here (the trial index is the number in the first column):")
+        console.message("To continue from here (the trial index is the number in the first column):")
         for line in command_lines(settings):
             console.message(f"  {line}")

@@ -1,1 +1,1 @@
-"""One study shared by several workers, on one host or many."""
+"""A study that several workers share, on one machine or several."""

@@ -1,4 +1,4 @@
-"""Which accelerators each worker gets: as few as one copy of the model needs, and as many workers as fit."""
+"""Assignment of accelerators to workers: as few per worker as a copy of the model needs, and as many workers as fit."""
 
 import math
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ from ..loading.load import stored_dtype
 from ..loading.source import ModelSource
 from .preparation import snapshot_folder
 
-# What a copy takes besides its weights: keys and values, activations, the logits of a batch, the libraries themselves.
+# Memory of a copy besides its weights: keys and values, activations, the logits of a batch, the libraries themselves.
 BESIDES_WEIGHTS = 1.2
 LIBRARY_BYTES = 2 * 2**30
-# nf4 with double quantization takes 0.516 bytes a parameter; embeddings and norms stay as they are.
+# nf4 with double quantization takes 0.516 bytes per parameter; embeddings and norms are not quantized.
 BYTES_IN_4_BIT = 0.6
 
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """Where a worker runs: indices of accelerators (none: the CPU), and its threads."""
+    """The devices of a worker: indices of accelerators (none: the CPU), and number of threads."""
 
     devices: tuple[int, ...]
     threads: int
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that put a model there: one device by its number, several by the memory that may be used of each."""
+        """The settings that place a model there: a single device by its index, several by a memory limit for each."""
         if not self.devices:
             return {}
         if len(self.devices) == 1:
@@ -47,7 +47,7 @@ def _kind() -> str:
 
 
 def stored_bytes(source: ModelSource) -> int:
-    """Bytes of the model's weight files, without downloading them. 0 where nobody can say."""
+    """Size of the model's weight files in bytes, without downloading them; 0 if unknown."""
     folder = snapshot_folder(source)
     files = [] if folder is None else [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".bin")]
     if source.is_local or files:
@@ -62,7 +62,7 @@ def stored_bytes(source: ModelSource) -> int:
 
 
 def copy_bytes(n_stored: int, config: PreTrainedConfig, settings: Settings) -> int:
-    """Memory that a working copy of a model takes whose files have `n_stored` bytes."""
+    """Memory in bytes that a running copy of a model with `n_stored` bytes of weight files needs."""
     stored = stored_dtype(config)
     n_parameters = n_stored / stored.itemsize
     if settings.quantization == "bnb_4bit":
@@ -74,11 +74,11 @@ def copy_bytes(n_stored: int, config: PreTrainedConfig, settings: Settings) -> i
     return int(weights * BESIDES_WEIGHTS) + LIBRARY_BYTES
 
 
-def group(need: int, free: list[int], workers: int | str) -> list[tuple[int, ...]]:
-    """The accelerators of each worker, by index. `need`: bytes of a copy; `free`: bytes free on each accelerator.
+def group_accelerators(need: int, free: list[int], workers: int | str) -> list[tuple[int, ...]]:
+    """The accelerators of each worker, by index. `need`: bytes of a copy; `free`: free bytes on each accelerator.
 
-    A copy gets as few accelerators as hold it, all of them where even they do not (parts of it then go to the CPU's memory). Where more
-    workers are asked for than there are such groups, they share. Raises `UsageError` where their memory does not suffice for that.
+    A copy gets as few accelerators as it fits on, or all of them if it fits on none (parts are then offloaded to the CPU). If more workers
+    are requested than there are such groups, they share groups. Raises `UsageError` if there is not enough memory for that.
     """
     n_devices = next((k for k in range(1, len(free)) if k * min(free) >= need), len(free))
     groups = [tuple(range(i, i + n_devices)) for i in range(0, len(free) - n_devices + 1, n_devices)]
@@ -94,12 +94,12 @@ def group(need: int, free: list[int], workers: int | str) -> list[tuple[int, ...
     return [groups[i % len(groups)] for i in range(int(workers))]
 
 
-def place(settings: Settings, source: ModelSource, config: PreTrainedConfig) -> list[WorkerPlace]:
-    """Where the workers of `settings.workers` run. On a CPU they divide its threads, and `auto` is one."""
+def place_workers(settings: Settings, source: ModelSource, config: PreTrainedConfig) -> list[WorkerPlace]:
+    """The devices of the workers of `settings.workers`. On a CPU, they divide its threads, and `auto` is one worker."""
     workers = settings.workers or 1
     if not torch.accelerator.is_available() or settings.device_map == "cpu":
         n = 1 if workers == "auto" else workers
         return [WorkerPlace((), max(1, torch.get_num_threads() // n))] * n
     free = [free_memory(torch.device(_kind(), i)) for i in range(torch.accelerator.device_count())]
-    groups = group(copy_bytes(stored_bytes(source), config, settings), free, workers)
+    groups = group_accelerators(copy_bytes(stored_bytes(source), config, settings), free, workers)
     return [WorkerPlace(devices, max(1, torch.get_num_threads() // len(groups))) for devices in groups]

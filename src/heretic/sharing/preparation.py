@@ -1,7 +1,7 @@
-"""What the first worker of a shared study finds out, kept with the study, so that all workers score trials by the same.
+"""The results of the first worker of a shared study, stored with the study, so that all workers score trials in the same way.
 
-Directions, prompts, response prefix and number format are an artifact of the study. Versions and hashes of the model's files say
-whether another worker's copy is the same.
+Directions, prompts, response prefix and dtype are an artifact of the study. Versions and hashes of the model's files tell whether another
+worker's copy is the same.
 """
 
 import json
@@ -23,17 +23,17 @@ from ..loading.source import ModelSource, fingerprint
 from ..prompts import Prompt, Prompts
 from ..utils import versions
 
-# Libraries that decide what a model computes and what is proposed next.
+# Libraries that affect what a model computes and which trials are proposed.
 LIBRARIES = ("torch", "transformers", "optuna")
 
-# The study's attribute that holds the artifact's id.
+# The study's attribute with the artifact's id.
 ATTRIBUTE = "preparation"
 FILE_NAME = "preparation.safetensors"
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """`directions (layer + 1, d)`, the prompts, and what the first worker's run found out."""
+    """`directions (layer + 1, d)`, the prompts, and other results of the first worker."""
 
     directions: Tensor
     prompts: Prompts
@@ -45,8 +45,8 @@ class Preparation:
     base_response_classes: dict[str, int] = field(default_factory=dict)
 
 
-def keep(preparation: Preparation, study: optuna.Study, store: Any) -> None:
-    """Store a preparation with a study. Where others were faster, theirs counts for those who have read it; all are the same."""
+def store_preparation(preparation: Preparation, study: optuna.Study, store: Any) -> None:
+    """Store a preparation with a study. If another worker was faster, some workers may have read that one; both are equal."""
     facts = {name: value for name, value in asdict(preparation).items() if name != "directions"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE_NAME
@@ -57,8 +57,8 @@ def keep(preparation: Preparation, study: optuna.Study, store: Any) -> None:
     study.set_user_attr(ATTRIBUTE, artifact_id)
 
 
-def kept(study: optuna.Study, store: Any) -> Preparation | None:
-    """The preparation of a study; None where nobody has made it yet. Raises `CheckpointError` where its file is gone."""
+def load_preparation(study: optuna.Study, store: Any) -> Preparation | None:
+    """The preparation of a study; None if there is none yet. Raises `CheckpointError` if its file is missing."""
     artifact_id = study.user_attrs.get(ATTRIBUTE)
     if artifact_id is None:
         return None
@@ -68,8 +68,8 @@ def kept(study: optuna.Study, store: Any) -> Preparation | None:
             download_artifact(artifact_store=store, artifact_id=artifact_id, file_path=str(path))
         except (KeyError, OSError, optuna.artifacts.exceptions.ArtifactNotFound) as error:
             raise CheckpointError(
-                f"The directions of the study, artifact {artifact_id}, are not in the storage. Trials along other ones cannot be "
-                "compared: put the file back, or begin another study."
+                f"The directions of the study, artifact {artifact_id}, are not in the storage. Trials with other directions could not "
+                "be compared: restore the file, or create another study."
             ) from error
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
@@ -79,12 +79,12 @@ def kept(study: optuna.Study, store: Any) -> Preparation | None:
 
 
 def own_versions() -> dict[str, str]:
-    """Versions of this program and the libraries that scores depend on, without the build, such as `+cpu`."""
+    """Versions of heretic and the libraries that scores depend on, without build tags such as `+cpu`."""
     return {"heretic": __version__, **{name: version.partition("+")[0] for name, version in versions(LIBRARIES).items()}}
 
 
 def snapshot_folder(source: ModelSource) -> str | None:
-    """The folder that holds a model's files: its own, or the cache's; None where none was fetched."""
+    """The folder with a model's files: its own, or that in the cache; None if nothing was downloaded."""
     if source.is_local:
         return source.path
     config = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
@@ -101,9 +101,9 @@ def file_hashes(source: ModelSource) -> dict[str, str]:
 
 
 def differences(facts: dict[str, Any], source: ModelSource) -> list[str]:
-    """What is not the same here as where the study began, in plain words.
+    """Differences between this machine and the one that created the study, in plain words.
 
-    The model is the same where its commit is; else where the files that hold its weights and configuration have the same hashes.
+    Models are the same if they have the same commit, or else if their weight and configuration files have the same hashes.
     """
     here = own_versions()
     found = [f"{name} is {here.get(name)} here and {there} there" for name, there in facts["versions"].items() if here.get(name) != there]
@@ -115,7 +115,7 @@ def differences(facts: dict[str, Any], source: ModelSource) -> list[str]:
         if name not in files:
             found += [f"the model's file {name} is missing here"]
         elif files[name] != there:
-            found += [f"the model's file {name} is another one here"]
+            found += [f"the model's file {name} is different here"]
     return found
 
 

@@ -1,4 +1,4 @@
-"""The search where several workers share a study: who may begin a trial, signs of life, and trials of workers that are lost."""
+"""The search in a shared study: which worker starts a trial, heartbeats, and trials of lost workers."""
 
 import math
 import threading
@@ -19,14 +19,14 @@ from ..evaluator import Score
 from ..study.batching import MAX_TRIALS_PER_BATCH
 from ..study.checkpoint import is_counted
 from ..study.search import Limit, ObjectiveValues, Scores, ScoreTrials, Search
-from .storage import WITHDRAWN, WORKER, SharedStorage, give_back, worker_identity
+from .storage import WITHDRAWN, WORKER, SharedStorage, requeue, worker_identity
 
-# How often a worker that has nothing to do looks whether there is something.
+# How often an idle worker looks for trials.
 IDLE_SECONDS = 0.5
 
 
 class SamplerByNumber(BaseSampler):  # type: ignore[misc]
-    """Gives every trial a sampler of its own, made from the trial's number, which no two workers share."""
+    """Creates a separate sampler for each trial, seeded with the trial's number, so that no two workers draw the same."""
 
     def __init__(self, make: Callable[[int], BaseSampler]) -> None:
         self._make = make
@@ -46,34 +46,34 @@ class SamplerByNumber(BaseSampler):  # type: ignore[misc]
         return self._sampler.sample_independent(study, trial, name, distribution)
 
 
-class Pulse:
-    """Records heartbeats of trials from a thread of its own, as long as the work on them moves: a worker that hangs must seem lost."""
+class Heartbeats:
+    """Records heartbeats of trials in a background thread while there is progress: a worker that hangs must count as lost."""
 
     def __init__(self, storage: SharedStorage) -> None:
         self._storage = storage
         self._last_step = time.monotonic()
 
-    def step(self, *_: object) -> None:
-        """Take note that the work has moved. Goes as a hook before every forward pass."""
+    def note_progress(self, *_: object) -> None:
+        """Note that there is progress. Used as a hook before every forward pass."""
         self._last_step = time.monotonic()
 
     @contextmanager
-    def beating(self, trials: Sequence[Trial]) -> Iterator[None]:
-        """Within, the trials' heartbeats are recorded."""
-        self.step()
+    def recording(self, trials: Sequence[Trial]) -> Iterator[None]:
+        """Context in which the trials' heartbeats are recorded."""
+        self.note_progress()
         over = threading.Event()
         interval = self._storage.get_heartbeat_interval()
 
-        def beat() -> None:
+        def record() -> None:
             while not over.wait(interval):
                 if time.monotonic() - self._last_step < self._storage.timeout:
                     for trial in trials:
                         try:
                             self._storage.record_heartbeat(trial._trial_id)
-                        except (UpdateFinishedTrialError, KeyError):  # given to somebody else meanwhile
+                        except (UpdateFinishedTrialError, KeyError):  # reassigned meanwhile
                             continue
 
-        thread = threading.Thread(target=beat, daemon=True)
+        thread = threading.Thread(target=record, daemon=True)
         thread.start()
         try:
             yield
@@ -83,43 +83,43 @@ class Pulse:
 
 
 class SharedSearch(Search):
-    """A `Search` whose study others work on at the same time. `storage` is the study's.
+    """A `Search` in a study that other workers share. `storage` is the study's.
 
-    Trials are drawn from whatever is finished, so a run cannot be repeated exactly; the startup trials can, since their samplers are
+    Proposals depend on which trials are finished, so a run cannot be repeated exactly. The startup trials can, since their samplers are
     seeded with their numbers.
     """
 
     def __init__(self, study: optuna.Study, storage: SharedStorage, *arguments: Any) -> None:
         super().__init__(study, storage.location, *arguments)
         self.storage = storage
-        self.pulse = Pulse(storage)
+        self.heartbeats = Heartbeats(storage)
         self.identity = worker_identity()
         self.study.sampler = SamplerByNumber(self._sampler)
 
-    def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
-        return []  # a lost worker's trials come back through `fail_stale_trials`
+    def _find_interrupted_trials(self) -> list[tuple[Trial, Ablation]]:
+        return []  # a lost worker's trials are requeued by `fail_stale_trials`
 
     def target(self, n_trials: int) -> int:
-        """How many trials there shall be: what the study says by now, as more may have been asked for."""
+        """The number of trials to reach, as the study says now: more may have been requested meanwhile."""
         target: int = self.study.user_attrs.get("target", n_trials)
         return target
 
     def _next_batch(self, n_trials: int, trials_per_batch: int) -> list[tuple[Trial, Ablation]] | None:
-        """As `Search._next_batch`, for `n_trials` or what the study's attribute `target` says, whoever finishes them; may be empty.
+        """Like `Search._next_batch`, up to the study's attribute `target` or `n_trials`, counting all workers' trials; may be empty.
 
-        Raises `CheckpointError` if the storage stays away or cannot be written.
+        Raises `CheckpointError` if the storage stays unreachable or cannot be written.
         """
         fail_stale_trials(self.study)
         trials, target = self.trials, self.target(n_trials)
         if sum(map(is_counted, trials)) >= target:
             return None
-        asked = self._ask_some(self._n_to_begin(trials, target, trials_per_batch), target)
+        asked = self._ask_some(self._n_to_start(trials, target, trials_per_batch), target)
         if not asked:
             time.sleep(IDLE_SECONDS)
         return asked
 
-    def _n_to_begin(self, trials: Sequence[FrozenTrial], target: int, trials_per_batch: int) -> int:
-        """How many trials this worker may begin: what is left shared among those at work, and together no more than a batch may hold."""
+    def _n_to_start(self, trials: Sequence[FrozenTrial], target: int, trials_per_batch: int) -> int:
+        """How many trials this worker may start: its share of the remaining ones, and no more in total than a batch may have."""
         n_waiting = sum(trial.state == TrialState.WAITING for trial in trials)
         n_free = max(0, target - sum(map(_is_live, trials))) + n_waiting
         at_work = {trial.system_attrs.get(WORKER) for trial in trials if trial.state == TrialState.RUNNING} - {None, self.identity}
@@ -127,16 +127,16 @@ class SharedSearch(Search):
         return min(trials_per_batch, math.ceil(n_free / n_workers), math.ceil(MAX_TRIALS_PER_BATCH / n_workers))
 
     def _ask_some(self, n: int, target: int) -> list[tuple[Trial, Ablation]]:
-        """Begin up to `n` trials; fewer where others were faster.
+        """Start up to `n` trials; fewer if other workers were faster.
 
-        Trials are created one after the other, so everybody agrees which `target` of those that count come first. One beyond them is
-        withdrawn: the study never has more than `target`.
+        Trials are created one after the other, so all workers agree which ones are within `target`. Those beyond are withdrawn, so the
+        study never has more than `target`.
         """
         asked = []
         for _ in range(n):
             try:
                 trial, ablation = self._ask(0)
-            except UpdateFinishedTrialError:  # taken for lost before it could say whose it is
+            except UpdateFinishedTrialError:  # counted as lost before it was marked as ours
                 continue
             before = sum(other.number < trial.number and _is_live(other) for other in self.trials)
             if before >= target:
@@ -146,7 +146,7 @@ class SharedSearch(Search):
         return asked
 
     def queue_first_trials(self) -> None:
-        """Queue the first trials that no trial of the study has tried; once, by one worker."""
+        """Queue the first trials that the study does not contain yet. Done once, by one worker."""
         tried = [trial.user_attrs.get("first_trial") for trial in self.trials]
         for fixed in self.first_trials:
             if fixed not in tried:
@@ -158,7 +158,7 @@ class SharedSearch(Search):
         return trial, self._draw(trial)
 
     def _withdraw(self, trial: Trial) -> bool:
-        """Close a trial of ours that shall not be finished. False where it is not ours any more."""
+        """Close a trial of ours that is not to be finished. Returns False if it is no longer ours."""
         try:
             self.storage.set_trial_system_attr(trial._trial_id, WITHDRAWN, True)
             self.study.tell(trial, state=TrialState.FAIL)
@@ -169,28 +169,28 @@ class SharedSearch(Search):
     def _score(self, asked: Sequence[tuple[Trial, Ablation]], score_trials: ScoreTrials, limit: Limit) -> Scores:
         trials = [trial for trial, _ in asked]
         try:
-            with self.pulse.beating(trials):
+            with self.heartbeats.recording(trials):
                 return super()._score(asked, score_trials, limit)
         except KeyboardInterrupt:
-            self._hand_back(trials)
+            self._requeue(trials)
             raise
 
     def _tell(self, trial: Trial, result: Score | Exception, seconds: float, objectives: ObjectiveValues) -> None:
         try:
             super()._tell(trial, result, seconds, objectives)
         except (UpdateFinishedTrialError, ValueError) as error:
-            # We were taken for lost, and somebody else tries it again: one of both results counts, and it is theirs.
+            # We counted as lost, and another worker repeats the trial: only its result counts.
             if not self.storage.get_trial(trial._trial_id).state.is_finished():
                 raise error
 
-    def _hand_back(self, trials: Sequence[Trial]) -> None:
-        """Let others do trials that this worker leaves; that costs them none of their attempts."""
+    def _requeue(self, trials: Sequence[Trial]) -> None:
+        """Requeue trials of a worker that leaves; this does not count as a failed attempt."""
         for trial in trials:
             frozen = self.storage.get_trial(trial._trial_id)
             if self._withdraw(trial):
-                give_back(self.study, frozen, counts=False)
+                requeue(self.study, frozen, counts=False)
 
 
 def _is_live(trial: FrozenTrial) -> bool:
-    """Whether a trial is done, being worked on, or waiting to be."""
+    """Whether a trial is done, running or queued."""
     return is_counted(trial) or not trial.state.is_finished()

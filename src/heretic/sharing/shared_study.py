@@ -1,4 +1,4 @@
-"""A study in a storage that others may be using at the same time, in the place of `Checkpoint`, which has its journal for itself."""
+"""A study in a shared storage. Replaces `Checkpoint`, which locks its journal."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from .storage import SharedStorage, artifact_store, is_file, open_storage
 
 
 def open_study(url: str, name: str, timeout: float, progress: Progress | None = None) -> optuna.Study:
-    """The study `name` in the storage `url`, for several workers. Raises `KeyError` where there is none."""
+    """The study `name` in the storage `url`, for several workers. Raises `KeyError` if it does not exist."""
     return optuna.load_study(study_name=name, storage=open_storage(url, timeout, progress))
 
 
@@ -26,7 +26,7 @@ def storage_of(study: optuna.Study) -> SharedStorage:
 
 
 class SharedCheckpoint(Checkpoint):
-    """The study in `settings.study_storage`. It is not locked, and never begun anew in its place: others may be at work on it."""
+    """The study in `settings.study_storage`. It is not locked and never replaced, since other workers may be using it."""
 
     def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
         super().__init__(settings)
@@ -35,10 +35,8 @@ class SharedCheckpoint(Checkpoint):
         self._timeout, self._progress = settings.worker_timeout, progress
 
     def __enter__(self) -> "SharedCheckpoint":
-        if self._begins_anew:
-            raise UsageError(
-                "A study in --study-storage is not begun anew in its place, since workers may be using it. Give another --study-name."
-            )
+        if self._is_restarted:
+            raise UsageError("A study in --study-storage cannot be restarted, since workers may be using it. Use another --study-name.")
         self._shared_storage = open_storage(self.url, self._timeout, self._progress)
         self.path = expand(self.url) if is_file(self.url) else self._shared_storage.location  # type: ignore[assignment]
         try:
@@ -52,33 +50,34 @@ class SharedCheckpoint(Checkpoint):
 
     @property
     def edits(self) -> LearnedEdits:
-        """Where the study's learned edits lie, for all workers."""
+        """The storage of the study's learned edits, for all workers."""
         return LearnedEdits(artifact_store(self.url, self._shared_storage))
 
     @property
     def exists(self) -> bool:
-        """Whether somebody has begun the study."""
+        """Whether the study has been created."""
         return self.found is not None
 
     def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
-        """Begin the study. Raises `CheckpointError` where somebody else does so at the same moment."""
+        """Create the study. Raises `CheckpointError` if another process creates it at the same time."""
         try:
             self.found = create_study(self._shared_storage, self.name, settings, identity)
         except DuplicatedStudyError as error:
             raise CheckpointError(
-                f"The study {self.path} was begun by another process just now. Give the same command again, or join it: heretic worker."
+                f"The study {self.path} has just been created by another process. Run the same command again, or join it with heretic "
+                "worker."
             ) from error
         return self.found
 
     def _refuse(self, differences: list[str]) -> None:
         if differences:
             raise CheckpointError(
-                f"The study {self.name!r} in {self.path} is another one: {'; '.join(differences)}. Give another --study-name."
+                f"The study {self.name!r} in {self.path} does not match this run: {'; '.join(differences)}. Use another --study-name."
             )
 
 
 def open_for_workers(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, Any]:
-    """A checkpoint's study opened for several workers, its storage's URL, and where its artifacts are kept."""
+    """A checkpoint's study opened for several workers, the URL of its storage, and its artifact store."""
     if isinstance(checkpoint, SharedCheckpoint):
         url = checkpoint.url
     else:

@@ -1,9 +1,9 @@
-"""Where a study lives that several processes work on, and what they need besides: patience, heartbeats, a place for artifacts.
+"""Storage of a study that several processes share, with retries, heartbeats and an artifact store.
 
-Optuna's storages hold the study: a journal file, a database, or Optuna's gRPC proxy. `SharedStorage` stands before any of them. It waits
-while the storage cannot be reached, and it gives Optuna's heartbeats (`BaseHeartbeat`, `fail_stale_trials`) to all of them, of which
-only databases have their own. Theirs overlook trials whose worker died before its first heartbeat, and compare clocks of two machines;
-here a trial is stale where its last sign of life has not changed for `timeout` seconds of the observer's own clock.
+The study is in one of Optuna's storages: a journal file, a database, or Optuna's gRPC proxy. `SharedStorage` wraps any of them. It retries
+while the storage cannot be reached, and it provides Optuna's heartbeats (`BaseHeartbeat`, `fail_stale_trials`) for all of them; only
+databases have their own. Those overlook trials whose worker died before its first heartbeat, and compare the clocks of two machines. Here,
+a trial is stale if its last heartbeat has not changed for `timeout` seconds of the observer's own clock.
 """
 
 import base64
@@ -38,20 +38,20 @@ from ..privacy import shown_location
 from ..study.checkpoint import JournalFile, JournalLock, journal_errors
 from ..utils import Progress, SilentProgress, format_duration
 
-# A storage that is away is waited for so long, and asked again so often.
-PATIENCE_SECONDS = 600.0
+# How long to wait for an unreachable storage, and how often to retry.
+MAX_WAIT_SECONDS = 600.0
 RETRY_SECONDS = 1.0
-# Heartbeats in the time after which a worker is taken for lost.
+# Heartbeats per timeout.
 HEARTBEATS_PER_TIMEOUT = 5
-# A trial says who works on it right after it was created; where it does not for so long, its worker died in between.
+# A trial is marked with its worker right after it is created. If the mark is missing for this long, the worker died in between.
 UNCLAIMED_SECONDS = 30.0
-# A trial that was lost with its worker is tried again so often.
+# How often a trial of a lost worker is retried.
 MAX_RETRIES = 3
 
-# System attributes of a trial: who works on it, its last sign of life, and that it was closed in favour of another.
+# System attributes of a trial: its worker, its last heartbeat, and that it was withdrawn.
 WORKER, HEARTBEAT, WITHDRAWN = "worker", "heartbeat", "withdrawn"
 
-# The smallest text column that a database gives to an attribute holds 64 KiB.
+# Databases store at least 64 KiB in an attribute's text column.
 PIECE_BYTES = 32 * 1024
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
@@ -67,9 +67,9 @@ def is_file(url: str) -> bool:
 
 
 def open_storage(url: str, timeout: float, progress: Progress | None = None) -> "SharedStorage":
-    """The storage that `url` stands for: a path, `postgresql://`, `mysql://` or `grpc://host:port`.
+    """Open the storage of a URL: a path, `postgresql://`, `mysql://` or `grpc://host:port`.
 
-    Raises `UsageError` for what is none of them, and `CheckpointError` where it cannot be opened.
+    Raises `UsageError` for any other URL, and `CheckpointError` if it cannot be opened.
     """
     location = shown_location(url)
     try:
@@ -105,7 +105,7 @@ def _open_url(url: str) -> BaseStorage:
             f"--study-storage {shown_location(url)}: give the path of a journal file, postgresql://..., mysql://... or grpc://host:port."
         )
     connect: dict[str, Any] = {"connect_timeout": 10}
-    if dialect.startswith("postgres"):  # so that a line that went dead is noticed
+    if dialect.startswith("postgres"):  # so that a dead connection is noticed
         connect |= {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
     full = url if "+" in scheme else f"{_DRIVERS[dialect]}://{rest}"
     _check_database_url(full)
@@ -116,15 +116,15 @@ def _grpc_address(url: str) -> tuple[str, int]:
     try:
         address = urlsplit(url)
         host, port = address.hostname, address.port
-    except ValueError:  # whose text may hold a part of a password
+    except ValueError:  # its text may contain a part of a password
         host = port = None
     if not host or not port:
-        raise UsageError(f"--study-storage {shown_location(url)}: a gRPC proxy is written as grpc://host:port.")
+        raise UsageError(f"--study-storage {shown_location(url)}: the URL of a gRPC proxy is grpc://host:port.")
     return host, port
 
 
 def _check_database_url(url: str) -> None:
-    """Raise `UsageError` for what is no address of a database; the parser's own errors may show a part of a password."""
+    """Raise `UsageError` for an invalid database URL. The parser's own errors may show a part of a password."""
     try:
         parsed = make_url(url)
         is_valid = "@" not in f"{parsed.host or ''}{parsed.database or ''}"
@@ -132,13 +132,13 @@ def _check_database_url(url: str) -> None:
         is_valid = False
     if not is_valid:
         raise UsageError(
-            f"--study-storage {shown_location(url)} is no address of a database. In its user name and password write %40 for @, %2F for / "
+            f"--study-storage {shown_location(url)} is not a valid database URL. In user name and password, write %40 for @, %2F for / "
             "and %3A for a colon."
         )
 
 
 def artifact_store(url: str, storage: "SharedStorage") -> Any:
-    """Where a study's artifacts are kept: a folder beside a journal file, else in the storage itself."""
+    """A study's artifact store: a folder next to a journal file, else in the storage itself."""
     if not is_file(url):
         return StorageArtifactStore(storage)
     folder = expand(url).with_name(f"{expand(url).name}.artifacts")
@@ -148,10 +148,10 @@ def artifact_store(url: str, storage: "SharedStorage") -> Any:
 
 
 class StorageArtifactStore:
-    """Optuna's `ArtifactStore` on a storage itself, for workers that share no folder.
+    """Optuna's `ArtifactStore` inside a storage, for workers that share no folder.
 
-    An artifact is a study of its own without trials, so that nobody who reads the real study's attributes carries it along. Its user
-    attributes hold the content in pieces, as base64.
+    An artifact is a separate study without trials, so that it is not loaded with the real study's attributes. Its user attributes contain
+    the content in base64 chunks.
     """
 
     def __init__(self, storage: BaseStorage) -> None:
@@ -182,17 +182,17 @@ class StorageArtifactStore:
 
 
 def worker_identity() -> str:
-    """This process, as trials name who works on them: host (and container), process id."""
+    """The identity of this process, with which its trials are marked: host (and container), process id."""
     return f"{_host()}:{os.getpid()}"
 
 
 def _host() -> str:
-    namespace = Path("/proc/self/ns/pid")  # containers may share a host name, but then not the numbers of processes
+    namespace = Path("/proc/self/ns/pid")  # containers may share a host name, but then their process ids are in different namespaces
     return f"{socket.gethostname()}/{namespace.stat().st_ino if namespace.exists() else 0}"
 
 
 def _is_gone(identity: str | None) -> bool:
-    """Whether a worker is known to have ended: it ran on this host, and there is no such process."""
+    """Whether a worker is known to have ended: it ran on this host, and the process does not exist."""
     if identity is None:
         return False
     host, _, pid = identity.rpartition(":")
@@ -204,14 +204,14 @@ def _is_gone(identity: str | None) -> bool:
         return True
 
 
-def give_back(study: optuna.Study, trial: FrozenTrial, counts: bool = True) -> None:
-    """Queue a lost trial to be tried again, as it was drawn; after `MAX_RETRIES` times it is recorded as failed.
+def requeue(study: optuna.Study, trial: FrozenTrial, counts: bool = True) -> None:
+    """Queue a lost trial again with the same parameters. After `MAX_RETRIES` times it is recorded as failed.
 
-    `trial` is a copy, which is changed. `counts`: this is one of the times.
+    `trial` is a copy and is modified. `counts`: whether this counts as one of the retries.
     """
-    if "failure" in trial.user_attrs:  # it was scored, and its worker was lost while it told so
+    if "failure" in trial.user_attrs:  # it was scored, and its worker was lost while recording that
         return
-    # Whoever takes it up is not the one who lost it, and scores it anew.
+    # The next worker marks it again, and scores it from the start.
     trial.system_attrs = {key: value for key, value in trial.system_attrs.items() if key not in (WORKER, HEARTBEAT, WITHDRAWN)}
     trial.user_attrs = {key: value for key, value in trial.user_attrs.items() if key in ("direction_index", "parameters", "first_trial")}
     n_before = len(RetryHeartbeatStaleTrialCallback.retry_history(trial))
@@ -222,26 +222,26 @@ def give_back(study: optuna.Study, trial: FrozenTrial, counts: bool = True) -> N
     elif n_before < MAX_RETRIES:
         RetryHeartbeatStaleTrialCallback()(study, trial)
     else:
-        failure = f"lost with its worker {n_before + 1} times"
+        failure = f"its worker was lost {n_before + 1} times"
         study.add_trial(create_trial(state=TrialState.FAIL, **drawn, user_attrs={**trial.user_attrs, "failure": failure}))
 
 
-def _patiently(name: str) -> Callable[..., Any]:
+def _with_retries(name: str) -> Callable[..., Any]:
     def call(self: "SharedStorage", *arguments: Any, **named: Any) -> Any:
-        return self.patiently(lambda: getattr(self.backend, name)(*arguments, **named))
+        return self.with_retries(lambda: getattr(self.backend, name)(*arguments, **named))
 
     return call
 
 
-# Everything that a storage can do, handed on to the backend.
-_Patient: Any = type("_Patient", (BaseStorage,), {name: _patiently(name) for name in BaseStorage.__abstractmethods__})
+# All operations of a storage, forwarded to the backend.
+_Retrying: Any = type("_Retrying", (BaseStorage,), {name: _with_retries(name) for name in BaseStorage.__abstractmethods__})
 
 
-class SharedStorage(_Patient, BaseHeartbeat):  # type: ignore[misc]
-    """Any of Optuna's storages, for several workers: waits while it is away, and knows trials whose worker is lost.
+class SharedStorage(_Retrying, BaseHeartbeat):  # type: ignore[misc]
+    """Wraps any of Optuna's storages for several workers: retries while it is unreachable, and detects trials of lost workers.
 
-    What fails for good, such as a full disk or `PATIENCE_SECONDS` without an answer, is a `CheckpointError`. An operation whose answer was
-    lost is done again: at worst a trial is created that nobody works on, and it is tried like one whose worker died.
+    Permanent failures, such as a full disk or `MAX_WAIT_SECONDS` without an answer, raise `CheckpointError`. An operation whose response
+    was lost is repeated. At worst this creates a trial without a worker, which is treated like one whose worker died.
     """
 
     def __init__(self, backend: BaseStorage, location: str, timeout: float, progress: Progress | None = None) -> None:
@@ -249,36 +249,36 @@ class SharedStorage(_Patient, BaseHeartbeat):  # type: ignore[misc]
         self.location = location
         self.timeout = timeout
         self.progress = progress or SilentProgress()
-        self._is_away = False
-        self._signs_of_life: dict[int, tuple[Any, float]] = {}
+        self._is_unreachable_now = False
+        self._heartbeats: dict[int, tuple[Any, float]] = {}
 
-    def patiently(self, operation: Callable[[], Any]) -> Any:
-        """The result of an operation, asked for again while the storage cannot be reached."""
+    def with_retries(self, operation: Callable[[], Any]) -> Any:
+        """The result of an operation, retried while the storage cannot be reached."""
         retrying = Retrying(
             retry=retry_if_exception(_is_unreachable),
-            stop=stop_after_delay(PATIENCE_SECONDS),
+            stop=stop_after_delay(MAX_WAIT_SECONDS),
             wait=wait_fixed(RETRY_SECONDS),
-            before_sleep=self._note_away,
+            before_sleep=self._note_unreachable,
             retry_error_callback=self._give_up,
         )
         with journal_errors(self.location, _PERMANENT):
             result = retrying(operation)
-        if self._is_away:
-            self._is_away = False
-            self._signs_of_life.clear()  # nobody could give one
+        if self._is_unreachable_now:
+            self._is_unreachable_now = False
+            self._heartbeats.clear()  # no heartbeats could be recorded
             self.progress.message(f"The study {self.location} can be reached again.")
         return result
 
-    def _note_away(self, attempt: RetryCallState) -> None:
-        if not self._is_away:
-            self._is_away = True
-            self.progress.warning(f"The study {self.location} cannot be reached and is waited for: {_reason(_error_of(attempt))}")
+    def _note_unreachable(self, attempt: RetryCallState) -> None:
+        if not self._is_unreachable_now:
+            self._is_unreachable_now = True
+            self.progress.warning(f"The study {self.location} cannot be reached; retrying: {_reason(_error_of(attempt))}")
 
     def _give_up(self, attempt: RetryCallState) -> NoReturn:
         error, waited = _error_of(attempt), attempt.seconds_since_start or 0.0
         raise CheckpointError(
-            f"The study {self.location} could not be reached for {format_duration(waited)}: {_reason(error)} What was finished "
-            "is kept: give the same command again."
+            f"The study {self.location} could not be reached for {format_duration(waited)}: {_reason(error)} Finished trials "
+            "are kept; run the same command again."
         ) from error
 
     def record_heartbeat(self, trial_id: int) -> None:
@@ -288,19 +288,19 @@ class SharedStorage(_Patient, BaseHeartbeat):  # type: ignore[misc]
         now, stale, signs = time.monotonic(), [], {}
         for trial in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
             sign = trial.system_attrs.get(HEARTBEAT)
-            before, since = self._signs_of_life.get(trial._trial_id, (sign, now))
+            before, since = self._heartbeats.get(trial._trial_id, (sign, now))
             signs[trial._trial_id] = sign, since if sign == before else now
             patience = self.timeout if WORKER in trial.system_attrs else min(self.timeout, UNCLAIMED_SECONDS)
             if now - signs[trial._trial_id][1] > patience or _is_gone(trial.system_attrs.get(WORKER)):
                 stale.append(trial._trial_id)
-        self._signs_of_life = signs
+        self._heartbeats = signs
         return stale
 
     def get_heartbeat_interval(self) -> int | None:
         return max(1, round(self.timeout / HEARTBEATS_PER_TIMEOUT))
 
     def get_heartbeat_stale_trial_callback(self) -> Callable[[optuna.Study, FrozenTrial], None]:
-        return give_back
+        return requeue
 
 
 def _error_of(attempt: RetryCallState) -> BaseException:
@@ -310,7 +310,7 @@ def _error_of(attempt: RetryCallState) -> BaseException:
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether an error means that the storage is away for now."""
+    """Whether an error means that the storage is temporarily unreachable."""
     if isinstance(error, OSError) and error.errno in _PERMANENT:
         return False
     lost = (
@@ -323,7 +323,7 @@ def _is_unreachable(error: BaseException) -> bool:
     )
     if isinstance(error, (OSError, *lost)):
         return True
-    # Drivers' own errors, where the connection broke outside a statement.
+    # Errors of the drivers, if the connection broke outside a statement.
     if type(error).__module__.startswith(("psycopg", "pymysql")) and type(error).__name__ in _LOST_CONNECTIONS:
         return True
     if isinstance(error, optuna.exceptions.StorageInternalError):
@@ -333,14 +333,14 @@ def _is_unreachable(error: BaseException) -> bool:
         return bool(error.connection_invalidated)
     grpc = sys.modules.get("grpc")
     if grpc is not None and isinstance(error, grpc.RpcError):
-        # "Cancelled": the proxy stopped in the middle of a call; "unknown": the database behind it is away.
+        # "Cancelled": the proxy stopped during a call; "unknown": the database behind it is unreachable.
         codes = grpc.StatusCode
         return error.code() in (codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED, codes.CANCELLED, codes.UNKNOWN)
     return False
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line, ending in a full stop."""
+    """The innermost cause in one line, ending with a full stop."""
     while error.__cause__ is not None:
         error = error.__cause__
     details = getattr(error, "details", None)  # of gRPC

@@ -1,4 +1,4 @@
-"""A worker: joins a study that is shared, works on its trials until all are done: by `heretic worker`, or as one of several on a host."""
+"""A worker: joins a shared study and runs its trials until all are done, as `heretic worker` or as one of several on a host."""
 
 import argparse
 import time
@@ -24,29 +24,29 @@ from ..scoring.measured import measure_original
 from ..session.stages import (
     check_lengths,
     compute_directions,
-    learn_shown,
+    learn_with_messages,
     load_model_to_edit,
     measure,
+    report_failures,
     scorer_identity,
-    search_shown,
+    search_with_view,
     stop_on_interrupt,
-    tell_failures,
     with_found_prefix,
 )
 from ..study.batching import BatchSize, automatic_trials_per_batch
-from ..study.checkpoint import NEVER_STORED, OF_ONE_RUN, SHARED, SPACE, kept_space
+from ..study.checkpoint import NEVER_STORED, PER_RUN, SHARED, SPACE, stored_or_new_space
 from ..study.learned_edits import LearnedEdits
 from ..study.space import SearchSpace, search_space
-from ..trust import require_consent, who_asks
-from .preparation import Preparation, differences, facts_of, keep, kept
+from ..trust import require_consent, terminal_ask
+from .preparation import Preparation, differences, facts_of, load_preparation, store_preparation
 from .shared_search import SharedSearch
 from .shared_study import open_study, storage_of
 from .storage import artifact_store
 from .workers import supervise
 
-# How often something that another worker has to do first is looked for.
+# How often to check whether the first worker is ready.
 POLL_SECONDS = 0.5
-# What a worker says for itself; everything else comes from the study.
+# Settings that each worker has for itself; all others come from the study.
 OWN = (
     "model",
     "device_map",
@@ -63,7 +63,7 @@ OWN = (
 
 @dataclass(frozen=True)
 class Joined:
-    """A worker that is ready: its model with directions, its evaluator, and the search it takes part in."""
+    """A worker that has joined a study: its model with directions, its evaluator, and its search."""
 
     settings: Settings
     model: Model
@@ -73,18 +73,18 @@ class Joined:
 
 
 def join(settings: Settings, console: Console, study: optuna.Study, store: Any, prepares: bool) -> Joined:
-    """Load the model and get ready to score trials of a shared study.
+    """Load the model and prepare to score trials of a shared study.
 
-    The worker that `prepares` computes the directions and all that the others must have alike; they wait for it. Raises
-    `CheckpointError` naming what is not the same here as there.
+    The worker that `prepares` computes the directions and everything else that all workers must share; the others wait for it. Raises
+    `CheckpointError` naming what differs here.
     """
-    source, ready = model_source(settings), kept(study, store)
+    source, ready = model_source(settings), load_preparation(study, store)
     if ready is not None and source.is_local:
-        _check(study, source)  # before a model that is another one is loaded
+        _check(study, source)  # before a wrong model is loaded
     if ready is None and prepares:
         model, evaluator, preparation = _prepare(settings, console, study)
         _learn(settings, console, study, store, evaluator, preparation)
-        keep(preparation, study, store)  # which the others wait for
+        store_preparation(preparation, study, store)  # the others wait for it
     else:
         wanted = None if ready is None else ready.dtype
         model = load_model_to_edit(settings if wanted is None else _in_dtype(settings, wanted), console)
@@ -97,8 +97,8 @@ def join(settings: Settings, console: Console, study: optuna.Study, store: Any, 
         original = measure_original(settings, model, ready.prompts.good_evaluation, ready.prompts.bad_evaluation, console)
         if original.refusals != ready.base_refusals:
             console.warning(
-                f"The original refuses {original.refusals} prompts here and {ready.base_refusals} where the study began: this device "
-                "rounds differently. Shares of refusals are taken of the latter."
+                f"The original refuses {original.refusals} prompts here and {ready.base_refusals} on the first worker: this device "
+                "rounds differently. The objective of refusals is normalized by the latter."
             )
             original = original.counting_from(ready.base_refusals)
         evaluator = Evaluator(settings, model, original, console)
@@ -120,7 +120,7 @@ def join(settings: Settings, console: Console, study: optuna.Study, store: Any, 
     )
     if ready is None:
         search.queue_first_trials()
-    model.model.register_forward_pre_hook(search.pulse.step)
+    model.model.register_forward_pre_hook(search.heartbeats.note_progress)
     fitting = model.decoder.rows_that_fit() if isinstance(model.decoder, Decoder) else None
     n_together = settings.trials_per_batch or automatic_trials_per_batch(len(evaluator.bad_prompts), settings.n_trials, fitting)
     return Joined(settings, model, evaluator, search, BatchSize(n_together if model.batches_trials else 1))
@@ -131,28 +131,28 @@ def _in_dtype(settings: Settings, dtype: str) -> Settings:
 
 
 def _learn(settings: Settings, console: Console, study: optuna.Study, store: Any, evaluator: Evaluator, preparation: Preparation) -> None:
-    """Learn the edits that are missing. Raises `KeyboardInterrupt` if the user ends that: what was learned is kept."""
+    """Learn the missing edits. Raises `KeyboardInterrupt` if the user stops that; edits learned so far are kept."""
     location = storage_of(study).location
-    if learn_shown(settings, console, study, LearnedEdits(store), location, evaluator, preparation.prompts):
+    if learn_with_messages(settings, console, study, LearnedEdits(store), location, evaluator, preparation.prompts):
         raise KeyboardInterrupt
 
 
 def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple[Model, Evaluator, Preparation]:
-    """Do as a run alone does until its search begins; what came of it is for the others as well."""
+    """Do everything that a single-process run does before its search, for all workers."""
     prompts = load_all(settings)
     identity = study.user_attrs["identity"]
     changed = [name for name, here in prompts.identity.items() if here != identity.get(name)]
     if changed:
-        raise CheckpointError(f"{changed[0]} are not those that the study began with.")
+        raise CheckpointError(f"{changed[0]} are not those that the study was created with.")
     model = load_model_to_edit(settings, console)
     check_lengths(settings, model, prompts)
     model = with_found_prefix(settings, console, model, prompts)
     original = measure(settings, console, model, prompts)
-    parting = compute_directions(settings, console, model, prompts)
+    separating_layer = compute_directions(settings, console, model, prompts)
     assert model.hooks is not None
     last_layer = len(model.architecture.layers) - 1
-    space = kept_space(study, search_space(settings, list(model.architecture.components), last_layer, parting))
-    console.message(space_text(space, parting, last_layer))
+    space = stored_or_new_space(study, search_space(settings, list(model.architecture.components), last_layer, separating_layer))
+    console.message(space_text(space, separating_layer, last_layer))
     preparation = Preparation(
         directions=model.hooks.directions,
         prompts=prompts,
@@ -168,9 +168,9 @@ def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple
 
 
 def _wait_for_preparation(study: optuna.Study, store: Any, console: Console) -> Preparation:
-    with console.task("Waiting for the directions, which the first worker computes"):
+    with console.task("Waiting for the first worker to compute the directions"):
         while True:
-            ready = kept(study, store)
+            ready = load_preparation(study, store)
             if ready is not None:
                 return ready
             time.sleep(POLL_SECONDS)
@@ -183,7 +183,7 @@ def _check(study: optuna.Study, source: ModelSource) -> None:
 
 
 def work(url: str, options: argparse.Namespace, console: Console) -> int:
-    """Join the study that the options of `heretic worker` name and work on its trials. Raises `HereticError`; returns the exit code."""
+    """Join the study that the options of `heretic worker` name and run its trials. Raises `HereticError`; returns the exit code."""
     study = _existing_study(url, options.study_name, console)
     settings = _settings_of(study, {name: value for name in OWN if (value := getattr(options, name)) is not None}, url, options)
     if settings.workers is not None:
@@ -191,7 +191,7 @@ def work(url: str, options: argparse.Namespace, console: Console) -> int:
         return 0
     joined = join(settings, console, study, artifact_store(url, storage_of(study)), prepares=False)
     console.heading(f"Search: {joined.search.target(settings.n_trials)} trials, {joined.search.n_done} done")
-    search_shown(console, joined.evaluator, joined.search, joined.search.target(settings.n_trials), joined.batch_size)
+    search_with_view(console, joined.evaluator, joined.search, joined.search.target(settings.n_trials), joined.batch_size)
     return 0
 
 
@@ -200,23 +200,23 @@ def _existing_study(url: str, name: str, console: Console) -> optuna.Study:
         study = open_study(url, name, Settings.model_fields["worker_timeout"].default, console)
     except KeyError as error:
         raise CheckpointError(
-            f"There is no study {name!r} in {shown_location(url)}. Begin it with heretic MODEL --study-storage, then let workers join."
+            f"There is no study {name!r} in {shown_location(url)}. Create it with heretic MODEL --study-storage, then let workers join."
         ) from error
     if not study.user_attrs.get(SHARED):
         raise CheckpointError(
-            f"The study {name!r} in {shown_location(url)} is worked on by one process alone. Begin it with --workers or --study-storage."
+            f"The study {name!r} in {shown_location(url)} was not created for several workers. Create it with --workers or --study-storage."
         )
     storage_of(study).timeout = study.user_attrs["settings"]["worker_timeout"]
     return study
 
 
 def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: argparse.Namespace) -> Settings:
-    """The study's settings, with what this worker says for itself."""
+    """The study's settings, with this worker's own ones."""
     stored = study.user_attrs["settings"]
-    # Whether to run a model's own code is decided on each machine; whoever can write to the storage must not decide it for others.
+    # Each machine decides whether to run a model's code; whoever can write to the storage must not decide it for others.
     here = {"device_map": "auto", "max_memory": None, "workers": options.workers, "study_storage": url, **own}
-    # The number of the trials is what it was made to be there; what is not of this version is left to validation to name.
-    kept_values = {name: value for name, value in stored.items() if name not in (*OF_ONE_RUN, *NEVER_STORED, *here)}
+    # The number of trials is that of the study; settings of other versions are reported by validation.
+    kept_values = {name: value for name, value in stored.items() if name not in (*PER_RUN, *NEVER_STORED, *here)}
     if "model" in own:
         kept_values.pop("demo", None)
     if isinstance(own.get("scorers"), dict):
@@ -227,19 +227,19 @@ def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: ar
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise UsageError(f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}.") from error
-    require_consent(f"The study {study.study_name!r}", settings, own, who_asks())
+    require_consent(f"The study {study.study_name!r}", settings, own, terminal_ask())
     identity = study.user_attrs["identity"]
     changed = [name for name, value in scorer_identity(settings).items() if identity.get(name) != value]
     if changed:
         raise CheckpointError(
-            f"This worker's trials could not be compared with the study's: {changed[0]} has another file here, or other settings, which a "
-            "study does not store. Give them with --scorers."
+            f"This worker's trials could not be compared with the study's: {changed[0]} has a different file or different settings here. A "
+            "study does not store settings of scorers; give them with --scorers."
         )
     return settings
 
 
 def run_supervised(order: Mapping[str, Any]) -> int:
-    """Be a worker of `workers.supervise`, which gave this order."""
+    """Run as a worker of `workers.supervise`, which sent this order."""
     if order["devices"]:
         torch.accelerator.set_device_index(order["devices"][0])
     else:
@@ -249,7 +249,7 @@ def run_supervised(order: Mapping[str, Any]) -> int:
     study = open_study(order["url"], order["name"], settings.worker_timeout, console)
     joined = join(settings, console, study, artifact_store(order["url"], storage_of(study)), order["prepares"])
     evaluator = joined.evaluator
-    tell_failures(joined.search, console, settings)
+    report_failures(joined.search, console, settings)
     with stop_on_interrupt(lambda: None) as should_stop:
         joined.search.run(
             settings.n_trials,

@@ -1,4 +1,4 @@
-"""Several workers on one host: each a process of its own, started, watched, restarted and stopped from here."""
+"""Several worker processes on one host, which are started, monitored, restarted and stopped from here."""
 
 import contextlib
 import json
@@ -27,23 +27,23 @@ from ..scoring.score_tables import Baseline
 from ..session.stages import stop_on_interrupt
 from ..study.checkpoint import is_counted
 from ..study.front import is_learned
-from .devices import WorkerPlace, place
+from .devices import WorkerPlace, place_workers
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of
 from .storage import WITHDRAWN, WORKER, worker_identity
 
 POLL_SECONDS = 0.3
-# A worker that ends again and again without finishing a trial is given up after so many starts.
+# A worker that repeatedly ends without finishing a trial is not restarted after this many starts.
 MAX_STARTS = 4
-# Workers that are told to leave get so long before they are killed.
+# Workers that are asked to stop are killed after this time.
 LEAVE_SECONDS = 10.0
 KEPT_LINES = 20
-# Interpreters read these before any program of ours could say something.
+# Read at process start, before heretic could set them.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 class Worker:
-    """One place for a worker, and the process that is at work there."""
+    """A worker's devices and its current process."""
 
     def __init__(self, number: int, placement: WorkerPlace, order: dict[str, Any], console: Console, tells_all: Callable[[], bool]) -> None:
         self.number = number
@@ -57,18 +57,18 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the process and tell it what to do."""
+        """Start the process and send it its order."""
         self.n_starts += 1
         self.lines.clear()
         threads = {name: str(self.placement.threads) for name in _THREADS} if not self.placement.devices else {}
         self.process = subprocess.Popen(
-            # -P: modules are not looked for in the working directory, where anything may lie.
+            # -P: do not import modules from the working directory, which may contain anything.
             [sys.executable, "-P", "-m", "heretic", "worker", "--supervised"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **threads, "PYTHONUNBUFFERED": "1"},
-            process_group=0,  # the terminal's Ctrl+C reaches the parent alone, which passes it on
+            process_group=0,  # Ctrl+C in the terminal only reaches the parent, which forwards it
         )
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
@@ -89,7 +89,7 @@ class Worker:
 
     @property
     def identity(self) -> str:
-        """As trials name it."""
+        """The identity with which its trials are marked."""
         assert self.process is not None
         return f"{worker_identity().rpartition(':')[0]}:{self.process.pid}"
 
@@ -98,7 +98,7 @@ class Worker:
         return self.process is not None and self.process.poll() is None
 
     def how_it_ended(self) -> str:
-        """In plain words, with the error it told."""
+        """A description in plain words, with the error that it printed."""
         assert self.process is not None and self._reader is not None
         self._reader.join(timeout=5)
         code = self.process.returncode
@@ -107,7 +107,7 @@ class Worker:
         return f"ended: {self.error().rstrip('.')}" if self.error() else f"ended with exit code {code}"
 
     def error(self) -> str:
-        """The errors it told, as it told them."""
+        """The errors that it printed."""
         return " ".join(line.removeprefix("Error: ") for line in self.lines if line.startswith("Error:"))
 
     def send(self, number: int) -> None:
@@ -116,7 +116,7 @@ class Worker:
                 self.process.send_signal(number)
 
     def close(self) -> None:
-        """Let go of a process that has ended, or end it."""
+        """Clean up a process that has ended, or terminate it."""
         if self.process is None:
             return
         if self.is_running:
@@ -128,7 +128,7 @@ class Worker:
 
 
 class Supervisor:
-    """Keeps the workers of a shared study at work until its trials are done."""
+    """Keeps the workers of a shared study running until its trials are done."""
 
     def __init__(self, console: Console, study: optuna.Study, workers: Sequence[Worker], target: Callable[[], int]) -> None:
         self.console = console
@@ -140,7 +140,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
-        """Within, the workers run; none is left afterwards, whatever happens."""
+        """Context in which the workers run. All have ended afterwards, whatever happens."""
         try:
             for worker in self.workers:
                 worker.start()
@@ -158,8 +158,8 @@ class Supervisor:
             worker.close()
 
     def watch(self, should_stop: Callable[[], bool], on_trial: Callable[[FrozenTrial, list[FrozenTrial], int], None]) -> None:
-        """Until all trials are done or `should_stop`, then until the workers have left. `on_trial` gets each new trial, all, and
-        how many are done."""
+        """Wait until all trials are done or `should_stop`, then until the workers have ended. `on_trial` is called with each new trial,
+        all trials, and the number done."""
         shown = {trial.number for trial in self._trials() if is_counted(trial)}
         told_to_stop = False
         while True:
@@ -184,10 +184,10 @@ class Supervisor:
         return self.study.get_trials(deepcopy=False)
 
     def _end_hung(self, trials: Sequence[FrozenTrial]) -> None:
-        """Kill workers that give no sign of life. Before anything is written: one that was stopped may hold the journal's lock."""
+        """Kill workers without heartbeats. This comes before any write, since a stopped process may hold the journal's lock."""
         stale = set(self.storage._get_stale_trial_ids(self.study._study_id))
         silent = {trial.system_attrs.get(WORKER) for trial in trials if trial._trial_id in stale}
-        # Others may have been faster to notice, and to take the trials.
+        # Other workers may have noticed first and requeued the trials.
         silent |= {
             trial.system_attrs.get(WORKER)
             for trial in trials
@@ -198,9 +198,9 @@ class Supervisor:
                 worker.send(signal.SIGKILL)
 
     def restart_ended(self) -> None:
-        """Start workers again that ended before their time; give those up for whom it is of no use.
+        """Restart workers that ended early, except those that keep failing.
 
-        Raises `HereticError` where none is left, or the directions will not come.
+        Raises `HereticError` if none is left, or if the directions cannot be computed.
         """
         for worker in self.workers:
             if worker.is_running or worker.number in self._given_up:
@@ -213,25 +213,25 @@ class Supervisor:
                 worker.n_starts = 0
             how = worker.how_it_ended()
             if worker.n_starts < MAX_STARTS and not (worker.n_starts and worker.error()):
-                self.console.warning(f"Worker {worker.number} {how}. Its trials go to others, and it is started again.")
+                self.console.warning(f"Worker {worker.number} {how}. Its trials are reassigned, and it is restarted.")
                 worker.start()
                 continue
             self._given_up.add(worker.number)
             if len(self._given_up) == len(self.workers) or ATTRIBUTE not in self.study.user_attrs:
                 raise HereticError(worker.error() or f"Worker {worker.number} {how}, as it did at {worker.n_starts - 1} earlier starts.")
-            self.console.warning(f"Worker {worker.number} {how}. It is not started again; {self._n_left()} go on.")
+            self.console.warning(f"Worker {worker.number} {how}. It is not restarted; {self._n_left()} continue.")
 
     def _n_left(self) -> int:
         return len(self.workers) - len(self._given_up)
 
 
 def supervise(settings: Settings, console: Console, study: optuna.Study, url: str, prepares: bool) -> None:
-    """Run `settings.workers` workers here until the study's trials are done or the user stops them; one view shows all of them.
+    """Run `settings.workers` workers until the study's trials are done or the user stops them, with one view for all of them.
 
-    `prepares`: the first of them computes the directions, if nobody has.
+    `prepares`: the first of them computes the directions if they do not exist yet.
     """
     source = dequantized_source(model_source(settings), console)
-    placements = place(settings, source, load_config(source))
+    placements = place_workers(settings, source, load_config(source))
     console.message(f"{len(placements)} workers: {describe(placements)}")
     study.set_user_attr("workers", max(len(placements), study.user_attrs.get("workers", 1)))
 
@@ -267,15 +267,15 @@ def supervise(settings: Settings, console: Console, study: optuna.Study, url: st
             view.trials = study.get_trials(deepcopy=False)
 
             def note_stop() -> None:
-                view.say("Stopping after the running trials. Ctrl+C again leaves at once.")
+                view.say("Stopping after the running trials. Press Ctrl+C again to leave at once.")
 
             with stop_on_interrupt(note_stop) as should_stop:
                 supervisor.watch(should_stop, view.show)
-    fail_stale_trials(study)  # those that were cut off
+    fail_stale_trials(study)  # interrupted ones
 
 
 def _wait_until_ready(supervisor: Supervisor, study: optuna.Study, is_ready: threading.Event) -> None:
-    """Until the directions are there; what the first worker says meanwhile is shown."""
+    """Wait for the directions, showing the output of the first worker."""
     while ATTRIBUTE not in study.user_attrs:
         supervisor.restart_ended()
         time.sleep(POLL_SECONDS)
@@ -283,7 +283,7 @@ def _wait_until_ready(supervisor: Supervisor, study: optuna.Study, is_ready: thr
 
 
 def describe(placements: Sequence[WorkerPlace]) -> str:
-    """Who runs where."""
+    """The workers and their devices in words."""
     if not placements[0].devices:
         return f"{placements[0].threads} {'thread' if placements[0].threads == 1 else 'threads'} each"
     return "; ".join("device " + " and ".join(map(str, placement.devices)) for placement in placements)

@@ -1,9 +1,9 @@
-"""The search: trials asked for, scored, told and kept."""
+"""The study: proposing, scoring and storing trials, and the Pareto front."""
 
 import warnings
 
 import optuna
 
-# What Optuna tells of every study and trial is told by us.
+# Progress of studies and trials is reported by heretic itself.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

@@ -1,4 +1,4 @@
-"""What a journal must hold to be one of ours: types and bounds of what is read from it, since anybody may have written it."""
+"""Validation of the attributes that are read from a journal, which anybody may have written: types and bounds."""
 
 import json
 from typing import Annotated, Any, Literal, Self
@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from ..settings_sources import as_written
 from .space import SearchSpace
 
-# Bounds beyond any study: without them a table of any size could be asked for.
+# Limits far above any real study: without them, a journal could cause tables of any size.
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Layer = Annotated[int, Field(ge=0, le=100_000)]
 
 
 class _Stored(BaseModel):
-    """Other attributes may stand beside the known ones: those of later versions, or of Optuna's own tools."""
+    """Unknown attributes are allowed: they may come from later versions or Optuna's own tools."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -48,7 +48,7 @@ class _Writer(_Stored):
 
 
 class _Learned(_Stored):
-    """What `learned_search` says of an edit. `edit` names a file: no path, whatever the journal says."""
+    """A learned edit, as stored by `learned_search`. `edit` is a file name and must not be a path."""
 
     edit: Annotated[str, Field(pattern=r"^[0-9a-f-]{36}$")]
     number: Count
@@ -73,7 +73,7 @@ class _Trial(_Figures):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.origin == "learned" and self.learned is None:
-            raise ValueError("it was learned, and does not say what")
+            raise ValueError("it was learned, but has no attribute learned")
         if self.origin == "search" and self.parameters is None:
             raise ValueError("it has no parameters")
         return self
@@ -85,7 +85,7 @@ class _Finalist(_Figures):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.failure is None and "degenerate" not in self.response_classes:
-            raise ValueError("it has neither classes of responses nor a failure")
+            raise ValueError("it has neither response classes nor a failure")
         return self
 
 
@@ -116,7 +116,7 @@ class _Samples(_Stored):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if any(len(texts) != len(self.prompts) for texts in (self.original, *self.trials.values())):
-            raise ValueError("there is not one response for each prompt")
+            raise ValueError("the numbers of responses and prompts differ")
         return self
 
 
@@ -136,7 +136,7 @@ class _Study(_Stored):
 
 
 def damage_of(study: optuna.Study) -> str | None:
-    """The first thing in a study that is not as this program writes it, in words; None if it is sound."""
+    """A description of the first invalid attribute of a study; None if all are valid."""
     if damage := _problem(_Study, study.user_attrs):
         return f"its {damage}"
     objectives = study.user_attrs.get("objectives", [])
@@ -159,7 +159,7 @@ def _failure(trial: FrozenTrial) -> str | None:
 
 def _problem(model: type[_Stored], attributes: dict[str, Any]) -> str | None:
     try:
-        model.model_validate_json(json.dumps(attributes))  # as JSON: there a list may be a pair, and nothing else is converted
+        model.model_validate_json(json.dumps(attributes))  # as JSON: then a list is accepted as a tuple, and nothing else is converted
     except ValidationError as error:
         problem = error.errors()[0]
         where = as_written(problem["loc"])

@@ -1,23 +1,23 @@
-"""How many trials share a pass where nothing is said: as many as memory holds, fewer where the first batches show that to be faster."""
+"""The automatic number of trials per pass: as many as fit in memory, or fewer if the first batches show that to be faster."""
 
 from collections.abc import Callable
 
 import torch
 
-# Rows that keep a device busy; more only make the sampler wait longer for results.
+# Rows that keep a device busy; more would only delay the sampler's feedback.
 CPU_ROWS = 400
 ACCELERATOR_ROWS = 1600
 MAX_TRIALS_PER_BATCH = 16
-# Of the trials asked for: asking for many before one is told makes a short search a random one.
+# Share of all trials: if a short search asks for many trials before it gets scores, it becomes a random search.
 SHARE_OF_TRIALS = 10
-# Half of the trials per batch must give so many times the tokens per second to be preferred: timings vary by less.
+# Half as many trials per batch are preferred if tokens per second grow by this factor, which exceeds timing noise.
 CLEARLY_FASTER = 1.2
 
 
 def automatic_trials_per_batch(n_prompts: int, n_trials: int, rows_that_fit: int | None = None) -> int:
-    """Trials per batch before anything has been measured: a power of two, so that a little more or less free memory changes nothing.
+    """Trials per batch before measuring: a power of two, so that small differences in free memory have no effect.
 
-    `n_trials` are asked for in all. `rows_that_fit`: responses whose keys and values memory holds (None: unknown).
+    `n_trials`: trials in total. `rows_that_fit`: responses whose keys and values fit in memory (None: unknown).
     """
     rows = ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS
     if rows_that_fit is not None:
@@ -27,10 +27,10 @@ def automatic_trials_per_batch(n_prompts: int, n_trials: int, rows_that_fit: int
 
 
 class BatchSize:
-    """Trials per batch, `value`, and the trying of fewer while trials are drawn at random and nothing depends on it.
+    """Trials per batch (`value`), tuned while trials are still drawn at random and do not depend on it.
 
-    `tokens()` counts the tokens computed so far (None: nothing is measured), the first `n_random` trials are drawn at random, and `settle`
-    is told the value that stays. Halving goes on as long as each half is clearly faster.
+    `tokens()` counts the tokens computed so far (None: no tuning), the first `n_random` trials are drawn at random, and `settle` is called
+    with the final value. It is halved as long as that is clearly faster.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class BatchSize:
         self._settle = settle
         self._n_tokens = 0 if tokens is None else tokens()
         self._n_batches = 0
-        self._rate_before = 0.0  # tokens per second with twice as many trials
+        self._rate_before = 0.0  # tokens per second with twice as many trials per batch
 
     def note(self, n_done: int, seconds: float) -> None:
-        """A batch is over: `n_done` trials are done in all, the batch took `seconds`."""
+        """Note that a batch ended after `seconds`, with `n_done` trials done in total."""
         if self._tokens is None:
             return
         n_tokens, self._n_tokens = self._tokens() - self._n_tokens, self._tokens()
         self._n_batches += 1
-        if self._n_batches == 1:  # allocators and kernels warm up in it
+        if self._n_batches == 1:  # warm-up of allocators and kernels
             return
         rate = n_tokens / max(seconds, 1e-9)
         if self._rate_before and rate < CLEARLY_FASTER * self._rate_before:

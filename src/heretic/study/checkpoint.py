@@ -1,4 +1,4 @@
-"""The study's journal on disk: which file, whose study, one process at a time, and what a torn write costs."""
+"""The study's journal on disk: its file, its identity, its lock, and repair of incomplete writes."""
 
 import contextlib
 import errno
@@ -28,15 +28,15 @@ from .learned_edits import LearnedEdits, artifact_folder
 from .space import SearchSpace
 
 STUDY_NAME = "heretic"
-# The study's attribute that says that several workers may work on it.
+# The study's attribute that says that several workers may share it.
 SHARED = "shared"
 # The study's attribute that holds its search space.
 SPACE = "search_space"
-# The study's attributes that say what it is.
+# The study's attributes that identify it.
 DESCRIBED = {"settings", "given", "identity"}
-# What Optuna raises where a journal holds something else than what it writes; it has no error of its own for this.
+# What Optuna raises if a journal contains something that it did not write; it has no exception class for this.
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError)
-# How the names of scorers begin in a study's identity.
+# Prefix of the names of scorers in a study's identity.
 SCORER = "the scorer "
 
 # Settings that define a study: trials scored under different ones cannot be compared.
@@ -64,13 +64,13 @@ DEFINING = (
     "bad_prompts",
     "good_evaluation_prompts",
     "bad_evaluation_prompts",
-    # These leave the scores as they are, but the samplers learn only from trials of one search space.
+    # These do not affect scores, but samplers learn only from trials of one search space.
     "parameters",
     "disabled_components",
 )
 
-# Settings that say what one run does with a study; a later run does not take them over.
-OF_ONE_RUN = (
+# Settings of one run with a study; a later run does not inherit them.
+PER_RUN = (
     "evaluate_model",
     "print_responses",
     "print_residual_geometry",
@@ -100,13 +100,13 @@ OF_ONE_RUN = (
     "study_name",
 )
 
-# Settings that let code run or choose a place to write to. A journal may be somebody else's, so it does not say them.
+# Settings that let code run or choose a place to write to. They are never taken from a journal, which may be from somebody else.
 NEVER_STORED = ("trust_remote_code", "trust_scorers", "study_checkpoint_dir")
 
 
-def taken_over(attributes: Mapping[str, Any], leave: Collection[str] = ()) -> dict[str, Any]:
-    """The stored settings of a study that a later run takes over, as plain data."""
-    left = {*OF_ONE_RUN, *NEVER_STORED, *leave}
+def inherited_settings(attributes: Mapping[str, Any], leave: Collection[str] = ()) -> dict[str, Any]:
+    """The stored settings of a study that a later run inherits, as plain data."""
+    left = {*PER_RUN, *NEVER_STORED, *leave}
     kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in left]
     return {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
 
@@ -126,12 +126,12 @@ class JournalLock:
 
 
 class JournalFile(JournalFileBackend):  # type: ignore[misc]
-    """Optuna's journal file, which a write that ends halfway leaves as it was: at once where the disk is full, and before the next
-    write where the writer was killed."""
+    """Optuna's journal file, in which incomplete writes are undone: at once if the disk is full, and before the next write if the writer
+    was killed."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with get_lock_file(self._lock):  # which may be taken twice
-            self._cut_torn_line()
+        with get_lock_file(self._lock):  # this lock is reentrant
+            self._cut_incomplete_line()
             size = Path(self._file_path).stat().st_size
             try:
                 super().append_logs(logs)
@@ -140,7 +140,7 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
                     os.truncate(self._file_path, size)
                 raise
 
-    def _cut_torn_line(self) -> None:
+    def _cut_incomplete_line(self) -> None:
         with Path(self._file_path).open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
             if size == 0 or (file.seek(-1, os.SEEK_END), file.read())[1] == b"\n":
@@ -160,10 +160,10 @@ def create_study(storage: BaseStorage, name: str, settings: Settings, identity: 
     return study
 
 
-def kept_space(study: optuna.Study, space: SearchSpace) -> SearchSpace:
-    """The space that the study began with; where it has none yet, `space`, which is then stored.
+def stored_or_new_space(study: optuna.Study, space: SearchSpace) -> SearchSpace:
+    """The search space that the study was created with; if it has none yet, `space`, which is then stored.
 
-    Kept, because the samplers learn only from trials of one space, and ranges that follow the model's residuals are computed anew.
+    Stored, because samplers learn only from trials of one space, and ranges that depend on the model's residuals would be computed again.
     """
     stored = study.user_attrs.get(SPACE)
     if stored is not None:
@@ -178,22 +178,22 @@ def journal_path(settings: Settings) -> Path:
 
 
 def file_name(model: str) -> str:
-    """A model's name as one of a file: every character but letters, digits, `_` and `-` becomes `--`."""
+    """A model's name as a file name: every character but letters, digits, `_` and `-` becomes `--`."""
     return "".join(c if c.isalnum() or c in "_-" else "--" for c in model)
 
 
 class Checkpoint:
     """An open journal and the study in it. Use as a context manager: while it is open, no other process can work on it.
 
-    Raises `CheckpointError` where the folder cannot be written, another process holds the study, or the file is damaged.
+    Raises `CheckpointError` if the folder cannot be written, another process has locked the study, or the file is damaged.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.path = journal_path(settings)
         self.lost_bytes = 0
-        self._begins_anew = settings.checkpoint_action == "restart"
+        self._is_restarted = settings.checkpoint_action == "restart"
         self._run_lock = FileLock(f"{self.path}.run.lock")
-        # What the journal holds; None before a study is begun.
+        # The study in the journal; None until there is one.
         self.found: optuna.Study | None = None
 
     def __enter__(self) -> "Checkpoint":
@@ -206,8 +206,8 @@ class Checkpoint:
                     f"Another process is working on the study {self.path}. Wait for it, or use another --study-checkpoint-dir."
                 ) from error
             try:
-                if self.path.exists() and not self._begins_anew:
-                    self._cut_torn_line()
+                if self.path.exists() and not self._is_restarted:
+                    self._cut_incomplete_line()
                     self.found = self._load()
             except BaseException:
                 self._run_lock.release()
@@ -219,7 +219,7 @@ class Checkpoint:
 
     @property
     def study(self) -> optuna.Study:
-        """The study at work. Raises `CheckpointError` if none was found or begun."""
+        """The open study. Raises `CheckpointError` if none was found or created."""
         if self.found is None:
             raise CheckpointError(f"There is no study in {self.path}.")
         return self.found
@@ -231,11 +231,11 @@ class Checkpoint:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the study was begun for several workers, which may come and go."""
+        """Whether the study was created for several workers, which may join and leave."""
         return self.found is not None and bool(self.found.user_attrs.get(SHARED))
 
-    def _cut_torn_line(self) -> None:
-        """Cut off what a killed writer left of a line. Under the lock of writers: who is just writing is waited for."""
+    def _cut_incomplete_line(self) -> None:
+        """Remove an incomplete last line that a killed writer left. Takes the writers' lock, so that a running write is waited for."""
         with get_lock_file(JournalLock(self.path)):
             content = self.path.read_bytes()
             kept = content[: content.rfind(b"\n") + 1]
@@ -250,7 +250,7 @@ class Checkpoint:
                 os.truncate(self.path, len(kept))
 
     def _load(self) -> optuna.Study | None:
-        """The study in the journal, where there is one; reading leaves the file as it is."""
+        """The study in the journal, or None. Reading does not change the file."""
         try:
             return optuna.load_study(study_name=STUDY_NAME, storage=self._storage())
         except KeyError:
@@ -266,15 +266,15 @@ class Checkpoint:
 
     def _damaged(self, damage: str) -> CheckpointError:
         return CheckpointError(
-            f"The study {self.path} is damaged: {damage}. Put a good copy in its place, or begin anew with --checkpoint-action restart "
+            f"The study {self.path} is damaged: {damage}. Replace it with an intact copy, or start over with --checkpoint-action restart "
             "(the file is kept)."
         )
 
     def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
-        """Begin a study, described by its settings. A journal that is there is kept beside it, unless no trial of ours was finished."""
+        """Create a study, described by its settings. An existing journal is renamed, unless it is ours and has no finished trial."""
         with journal_errors(self.path):
             if self.path.exists():
-                # Without a trial it is one whose making was cut off, whoever's it is.
+                # Without a trial, its creation was interrupted, whoever created it.
                 is_ours = self.found is not None and ("identity" in self.found.user_attrs or not self.found.get_trials(deepcopy=False))
                 if self.path.stat().st_size == 0 or (is_ours and not self.exists):
                     self.path.unlink()
@@ -287,49 +287,51 @@ class Checkpoint:
         return self.found
 
     def restored(self, settings: Settings, ask: Ask | None = None) -> Settings:
-        """The stored settings, with those that are given now on top.
+        """The stored settings, overridden by those that are given now.
 
-        Raises `CheckpointError` naming what must not differ, and `UsageError` where the two do not go together or the study names code
-        that the user does not agree to run.
+        Raises `CheckpointError` naming the settings that must not differ, and `UsageError` if the two do not fit together or the study
+        names code that the user does not agree to run.
         """
         attributes = self._attributes()
         if damage := damage_of(self.study):
             raise self._damaged(damage)
-        stored = taken_over(attributes)
+        stored = inherited_settings(attributes)
         given = settings.model_dump(mode="json", include=settings.model_fields_set) | {"study_storage": settings.study_storage}
         try:
             before = Settings.model_validate(stored)
         except ValidationError as error:
             raise CheckpointError(
-                f"The settings stored in {self.path} are not ones of this version: {_reason(error)}. Begin anew with "
+                f"The settings stored in {self.path} are not valid in this version: {_reason(error)}. Start over with "
                 "--checkpoint-action restart (the file is kept)."
             ) from error
-        if "refusal_rule" not in attributes["settings"]:  # versions before that setting had but one rule
+        if "refusal_rule" not in attributes["settings"]:  # earlier versions had only this rule
             before = before.model_copy(update={"refusal_rule": "markers"})
         try:
             result = Settings.model_validate({**stored, **given})
         except ValidationError as error:
-            raise UsageError(f"The settings given do not go with those stored in {self.path}: {_reason(error)}.") from error
+            raise UsageError(f"The given settings do not fit those stored in {self.path}: {_reason(error)}.") from error
         values = {name: (_meaning(getattr(before, name)), _meaning(getattr(result, name))) for name in DEFINING}
         differences = [f"{name} was {_shown(then)} and is now {_shown(now)}" for name, (then, now) in values.items() if then != now]
         if before.refusal_rule != result.refusal_rule and "refusal_rule" not in attributes["settings"]:
-            differences = ["it was begun by an earlier version, which judged responses by markers (--refusal-rule markers goes on so)"]
+            differences = [
+                "it was created by an earlier version, which judged responses by markers (continue it with --refusal-rule markers)"
+            ]
         self._refuse(differences)
         require_consent(f"The study {self.path}", result, given, ask)
         return result
 
-    def counts_otherwise(self, n_degenerate: int) -> str | None:
-        """A warning where trials of an earlier version are there, which counted degenerate responses as the original's forbid now."""
+    def degenerate_count_warning(self, n_degenerate: int) -> str | None:
+        """A warning if the study has trials of an earlier version, which counted all degenerate responses as refusals."""
         if not n_degenerate or not self.exists or "base_response_classes" in self._attributes():
             return None
         return (
-            "The trials of this study so far are of an earlier version, which counted every degenerate response as a refusal. "
-            f"{n_degenerate} of the original's are degenerate, which no longer counts against a trial: new trials look better than old "
-            "ones by up to that."
+            "The trials of this study so far are from an earlier version, which counted every degenerate response as a refusal. "
+            f"{n_degenerate} of the original's responses are degenerate; these prompts no longer count against a trial, so new trials "
+            "may have up to that many refusals fewer than old ones."
         )
 
     def check_identity(self, identity: dict[str, str]) -> None:
-        """Raise `CheckpointError` where the model's files or the prompts are no longer those of the study."""
+        """Raise `CheckpointError` if the model's files or the prompts are no longer those of the study."""
         stored = self._attributes()["identity"]
         changed = [name for name in identity if stored.get(name) != identity[name]]
         hint = " (or its settings, which are not stored: give them again)"
@@ -337,7 +339,7 @@ class Checkpoint:
 
     @property
     def edits(self) -> LearnedEdits:
-        """Where the study's learned edits lie."""
+        """The files of the study's learned edits."""
         return LearnedEdits.beside(self.path)
 
     @property
@@ -346,17 +348,17 @@ class Checkpoint:
         return 0 if self.found is None else sum(map(is_counted, self.found.get_trials(deepcopy=False)))
 
     def note(self, **attributes: Any) -> None:
-        """Store facts about the study that a later run shows without loading the model."""
+        """Store attributes of the study, so that a later run can show them without loading the model."""
         with journal_errors(self.path):
             for name, value in attributes.items():
                 if self.study.user_attrs.get(name) != value:
                     self.study.set_user_attr(name, value)
 
     def target(self, settings: Settings, n_done: int, is_new: bool) -> int:
-        """How many trials there shall be in all.
+        """How many trials the search is to have in total.
 
-        `n_trials`, or what an earlier run was told beyond that unless it is changed now; where those are done,
-        `n_additional_trials` more.
+        This is `n_trials`, or the larger number that an earlier run requested, unless `n_trials` is changed now. If those are done,
+        `n_additional_trials` are added.
         """
         target = settings.n_trials
         if not is_new and target == self._attributes()["settings"]["n_trials"]:
@@ -366,9 +368,9 @@ class Checkpoint:
         return target
 
     def trials_per_batch(self, settings: Settings, automatic: int) -> int:
-        """How many trials share a pass: what is set, else what the study began with, else the automatic choice, which is then stored.
+        """How many trials share a pass: as set, else as the study began, else the automatic choice, which is then stored.
 
-        Kept, because the sampler's proposals depend on it: without that a run could not be repeated.
+        Stored, because the sampler's proposals depend on it: otherwise a run could not be repeated.
         """
         stored = {} if self.found is None else self.found.user_attrs
         chosen: int = settings.trials_per_batch or stored.get("trials_per_batch") or automatic
@@ -376,31 +378,31 @@ class Checkpoint:
         return chosen
 
     def search_space(self, space: SearchSpace) -> SearchSpace:
-        """See `kept_space`."""
+        """See `stored_or_new_space`."""
         with journal_errors(self.path):
-            return kept_space(self.study, space)
+            return stored_or_new_space(self.study, space)
 
     def _attributes(self) -> dict[str, Any]:
         attributes = {} if self.found is None else self.found.user_attrs
         if not attributes.keys() >= DESCRIBED:
             raise CheckpointError(
-                f"The study {self.path} was not made by this program. Begin anew with --checkpoint-action restart (the file is kept)."
+                f"The study {self.path} was not created by heretic. Start over with --checkpoint-action restart (the file is kept)."
             )
         return attributes
 
     def _refuse(self, differences: list[str]) -> None:
         if differences:
             raise CheckpointError(
-                f"The study {self.path} is another one: {'; '.join(differences)}. Begin anew with --checkpoint-action restart "
+                f"The study {self.path} does not match this run: {'; '.join(differences)}. Start over with --checkpoint-action restart "
                 "(the old file is kept), or use another --study-checkpoint-dir."
             )
 
 
 def read_study(path: Path) -> tuple[optuna.Study, Settings]:
-    """The study in a journal and the settings it was made with, but its scorers. Raises `CheckpointError` where it is not one of ours."""
+    """The study in a journal and its settings, except its scorers. Raises `CheckpointError` if heretic did not create it."""
     try:
         content = path.read_bytes()
-        damage = _damage(content[: content.rfind(b"\n") + 1])  # a line that is just being written, or was cut off, is left out
+        damage = _damage(content[: content.rfind(b"\n") + 1])  # without an incomplete last line, which may be just being written
     except OSError as error:
         raise CheckpointError(f"The study {path} cannot be read: {error.strerror}.") from error
     if damage is not None:
@@ -409,27 +411,27 @@ def read_study(path: Path) -> tuple[optuna.Study, Settings]:
         storage = JournalStorage(JournalFile(str(path), lock_obj=JournalLock(path)))
         study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
         if not study.user_attrs.keys() >= DESCRIBED:
-            raise CheckpointError(f"The study {path} was not made by this program.")
+            raise CheckpointError(f"The study {path} was not created by heretic.")
         if damage := damage_of(study):
             raise CheckpointError(f"The study {path} is damaged: {damage}.")
-        return study, Settings.model_validate(taken_over(study.user_attrs, leave=["scorers"]))
+        return study, Settings.model_validate(inherited_settings(study.user_attrs, leave=["scorers"]))
     except KeyError as error:
-        raise CheckpointError(f"The study {path} was not made by this program.") from error
+        raise CheckpointError(f"The study {path} was not created by heretic.") from error
     except ValidationError as error:
-        raise CheckpointError(f"The settings stored in {path} are not ones of this version: {_reason(error)}.") from error
+        raise CheckpointError(f"The settings stored in {path} are not valid in this version: {_reason(error)}.") from error
     except _UNREADABLE as error:
         raise CheckpointError(f"The study {path} is damaged: {error}.") from error
 
 
 def _damage(content: bytes) -> str | None:
-    """Which line of a journal is the first that is no record."""
+    """A description of the first line of a journal that is not a record; None if all are."""
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             is_record = "op_code" in json.loads(line)
         except (ValueError, TypeError, RecursionError):
             is_record = False
         if not is_record:
-            return f"line {number} is no record"
+            return f"line {number} is not a record"
     return None
 
 
@@ -446,9 +448,9 @@ def _reason(error: ValidationError) -> str:
 
 
 def _meaning(value: Any) -> Any:
-    """What of a setting the scores depend on, and may be shown: what custom scorers are told is a part of the study's identity."""
+    """The part of a setting that scores depend on. The settings of custom scorers are left out: they are in the study's identity."""
     if isinstance(value, PromptSpecification):
-        return value.what_is_read
+        return value.without_plot_options
     if isinstance(value, dict) and any(isinstance(part, ScorerSpecification) and part.is_custom for part in value.values()):
         return {name: part.model_copy(update={"settings": {}}) if part.is_custom else part for name, part in value.items()}
     return value
@@ -460,9 +462,9 @@ def _shown(value: Any) -> str:
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Whether a trial of the search is done: complete, or failed for a reason that is recorded. One that was cut off is neither.
+    """Whether a trial of the search is done: complete, or failed for a recorded reason. Interrupted trials are neither.
 
-    Learned trials are counted for themselves.
+    Learned trials are counted separately.
     """
     if trial.user_attrs.get("origin") == "learned":
         return False
@@ -471,7 +473,7 @@ def is_counted(trial: FrozenTrial) -> bool:
 
 @contextlib.contextmanager
 def journal_errors(path: Path | str, only: Collection[int] | None = None) -> Iterator[None]:
-    """Turn the file system's errors (all, or those with the numbers in `only`) into a `CheckpointError` that says what is kept."""
+    """Turn file system errors (all, or those with the numbers in `only`) into a `CheckpointError` that says what to do."""
     try:
         yield
     except OSError as error:
@@ -480,6 +482,6 @@ def journal_errors(path: Path | str, only: Collection[int] | None = None) -> Ite
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "Free some space" if full else "Make it writable or set another --study-checkpoint-dir"
         raise CheckpointError(
-            f"The study {path} cannot be written: {error.strerror}. {remedy}, then give the same command again: it goes on from the "
+            f"The study {path} cannot be written: {error.strerror}. {remedy}, then run the same command again: it continues from the "
             "last finished trial."
         ) from error

@@ -1,4 +1,4 @@
-"""What is told of something that failed without which a run goes on, and whether it is a bug in heretic."""
+"""Messages about failures that do not end a run, and whether they are bugs in heretic."""
 
 import traceback
 
@@ -7,17 +7,17 @@ from ..errors import HereticError
 from ..privacy import without_token
 from ..utils import Progress, first_line
 
-# What a batch that crashed is told by.
-ONE_BY_ONE = "Trials are scored one by one, as scoring them together failed"
+# Warning about a batch that crashed.
+ONE_BY_ONE = "Trials are scored one by one, because scoring them together failed"
 
 
 def is_bug(error: BaseException) -> bool:
-    """Whether nothing foresaw an error: it is neither told in words of ours nor a want of memory."""
+    """Whether an error is unforeseen: neither a `HereticError` nor a lack of memory."""
     return not (isinstance(error, HereticError) or is_out_of_memory(error))
 
 
 def reason(error: BaseException) -> str:
-    """In one line why something failed. That of a bug says that it is one."""
+    """One line that says why something failed, and whether it is a bug in heretic."""
     if isinstance(error, HereticError):
         return str(error)
     text = without_token(first_line(f"{type(error).__name__}: {error}")).rstrip(".")
@@ -26,13 +26,13 @@ def reason(error: BaseException) -> str:
     return f"{text} (this is a bug in heretic; --debug shows where it happened)."
 
 
-def tell_failure(progress: Progress, what: str, error: BaseException, debug: bool) -> None:
-    """Warn that something failed without which the run goes on; with `debug`, where a bug happened."""
+def warn_of_failure(progress: Progress, what: str, error: BaseException, debug: bool) -> None:
+    """Warn about a failure that does not end the run; with `debug`, print the traceback of a bug."""
     progress.warning(f"{what}: {reason(error)}")
     if debug and is_bug(error):
         progress.message(traceback_of(error))
 
 
 def traceback_of(error: BaseException) -> str:
-    """Where an error happened, as Python tells it, without the user's access token."""
+    """The traceback of an error, without the user's access token."""
     return without_token("".join(traceback.format_exception(error)).rstrip())

@@ -1,8 +1,8 @@
-"""Finalists: trials of the front that are scored again when the search is over, by all scorers, on other or the same prompts.
+"""Finalists: trials of the front that are scored again after the search, by all scorers, on the same or other prompts.
 
-A front is chosen from many trials by their figures, so part of what it shows is luck of the prompts: intervals say how much that can be,
-other prompts (`final_bad_prompts`, `final_good_prompts`) and longer answers (`final_response_length`) take it out. What comes of it is
-kept in the study's user attribute `finalists`, since Optuna's finished trials take no more attributes.
+The front is selected from many trials by their scores, so these are partly luck. Intervals show by how much; other prompts
+(`final_bad_prompts`, `final_good_prompts`) and longer responses (`final_response_length`) avoid it. The results are stored in the study's
+user attribute `finalists`, since attributes cannot be added to finished trials in Optuna.
 """
 
 import math
@@ -18,7 +18,7 @@ from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..scoring.measured import measure_original
 from ..utils import Progress
-from .failures import ONE_BY_ONE, reason, tell_failure
+from .failures import ONE_BY_ONE, reason, warn_of_failure
 from .front import front_of
 from .learned_edits import LearnedEdits
 from .search import score_batch
@@ -27,7 +27,7 @@ ATTRIBUTE = "finalists"
 
 
 def final_settings(settings: Settings) -> Settings:
-    """The settings under which finalists are scored."""
+    """The settings for scoring finalists."""
     changes = {
         "max_response_length": settings.final_response_length or settings.max_response_length,
         "kl_tokens": settings.final_kl_tokens or settings.kl_tokens,
@@ -39,18 +39,18 @@ def final_settings(settings: Settings) -> Settings:
 
 
 def conditions(settings: Settings) -> dict[str, Any]:
-    """What figures of finalists depend on; those taken under other conditions are taken again."""
+    """What the scores of finalists depend on. If it changes, they are scored again."""
     names = ("max_response_length", "kl_tokens", "good_evaluation_prompts", "bad_evaluation_prompts")
     return final_settings(settings).model_dump(mode="json", include=set(names))
 
 
 def known_finalists(study: optuna.Study) -> dict[str, Any]:
-    """What is known of finalists: `trials` by number (as text), `base` of the original, `conditions`, numbers of prompts; or nothing."""
+    """The study's attribute `finalists`: `trials` by number (text), `base` (the original), `conditions`, numbers of prompts; or empty."""
     return dict(study.user_attrs.get(ATTRIBUTE, {}))
 
 
 def missing_finalists(study: optuna.Study, settings: Settings) -> list[FrozenTrial]:
-    """The finalists that have not been scored again under the settings' conditions."""
+    """The finalists that have not been scored again under the current conditions."""
     known = known_finalists(study)
     scored = known.get("trials", {}) if known.get("conditions") == conditions(settings) else {}
     return [trial for trial in front_of(study)[: settings.n_finalists] if str(trial.number) not in scored]
@@ -66,9 +66,9 @@ def score_finalists(
     progress: Progress,
     edits: LearnedEdits,
 ) -> dict[str, Any]:
-    """Score what is missing; the new content of the study's attribute, which the caller writes. `search` is what scored the search.
+    """Score the missing finalists. Returns the new value of the study's attribute. `search` is the evaluator of the search.
 
-    Raises `EvaluationError` where the original cannot be scored under these conditions. A trial that cannot be has a `failure`.
+    Raises `EvaluationError` if the original cannot be scored under these conditions. A trial that cannot be scored gets a `failure`.
     """
     missing = missing_finalists(study, settings)
     known = known_finalists(study)
@@ -76,13 +76,13 @@ def score_finalists(
     final, description = final_settings(settings), "Baseline of the finalists"
     original = measure_original(final, search.model, good_prompts, bad_prompts, progress, True, description, search.original)
     evaluator = Evaluator(final, search.model, original, progress)
-    tell_crash = partial(tell_failure, progress, ONE_BY_ONE, debug=settings.debug)
+    warn_of_crash = partial(warn_of_failure, progress, ONE_BY_ONE, debug=settings.debug)
     with progress.task("Scoring the finalists again", len(missing)) as advance:
         for batch in (missing[start : start + trials_per_batch] for start in range(0, len(missing), trials_per_batch)):
-            scores = score_batch(evaluator.score_trials, [edits.ablation_of(trial) for trial in batch], lambda kl: math.inf, tell_crash)
+            scores = score_batch(evaluator.score_trials, [edits.ablation_of(trial) for trial in batch], lambda kl: math.inf, warn_of_crash)
             for trial, score in zip(batch, scores, strict=True):
                 if isinstance(score, Exception):
-                    tell_failure(progress, f"Trial {trial.number} is not scored again", score, settings.debug)
+                    warn_of_failure(progress, f"Trial {trial.number} was not scored again", score, settings.debug)
                 trials[str(trial.number)] = {"failure": reason(score)} if isinstance(score, Exception) else score.described()
             advance(len(batch))
     return {

@@ -1,4 +1,4 @@
-"""Trials as they are told: their ablation, their figures, and the Pareto front of them."""
+"""Finished trials: their ablation, their scores, and the Pareto front."""
 
 import copy
 import math
@@ -14,14 +14,14 @@ from ..editing.ablation import Ablation, ComponentParameters, LearnedEdit
 
 
 def is_learned(trial: FrozenTrial) -> bool:
-    """Whether a trial's edit was learned, and not proposed by a sampler."""
+    """Whether a trial's edit was learned, not proposed by a sampler."""
     return bool(trial.user_attrs.get("origin") == "learned")
 
 
 def ablation_of(trial: FrozenTrial) -> Ablation:
-    """The ablation that a finished trial stands for, from its user attributes.
+    """The ablation of a finished trial, from its user attributes.
 
-    A learned one has its strengths and no directions, which is what screens show; `LearnedEdits.ablation_of` reads those.
+    A learned one has strengths but no directions, which is enough to display it; `LearnedEdits.ablation_of` reads the directions.
     """
     if is_learned(trial):
         writers = trial.user_attrs["learned"]["writers"]
@@ -31,19 +31,19 @@ def ablation_of(trial: FrozenTrial) -> Ablation:
 
 
 def search_view(study: optuna.Study) -> optuna.Study:
-    """The study as samplers and importances are to see it: without learned trials, which no sampler could have drawn."""
+    """The study without learned trials, for samplers and importances: no sampler could have drawn those."""
     view = copy.copy(study)
-    for name in ("get_trials", "_get_trials"):  # samplers use the second, which takes a cache
-        setattr(view, name, partial(_searched, getattr(study, name)))
+    for name in ("get_trials", "_get_trials"):  # samplers use the second one, which can use a cache
+        setattr(view, name, partial(_without_learned, getattr(study, name)))
     return view
 
 
-def _searched(get_trials: Callable[..., list[FrozenTrial]], *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+def _without_learned(get_trials: Callable[..., list[FrozenTrial]], *args: Any, **kwargs: Any) -> list[FrozenTrial]:
     return [trial for trial in get_trials(*args, **kwargs) if not is_learned(trial)]
 
 
 def learned_strengths(trial: FrozenTrial) -> dict[str, list[tuple[int, float, float]]]:
-    """By component, the layer, strength and cosine to the difference of means of each writer of a learned trial."""
+    """By component, the layer, strength and cosine to the difference of means of each edited module of a learned trial."""
     found: dict[str, list[tuple[int, float, float]]] = {}
     for writer in trial.user_attrs["learned"]["writers"]:
         found.setdefault(writer["component"], []).append((writer["layer"], writer["strength"], writer["cosine"]))
@@ -51,18 +51,18 @@ def learned_strengths(trial: FrozenTrial) -> dict[str, list[tuple[int, float, fl
 
 
 def components_of(trials: Sequence[FrozenTrial]) -> list[str]:
-    """The components that trials of a study edit. Learned ones lack those that no gradient reaches."""
+    """The components that trials of a study edit. Learned trials lack those without a gradient."""
     found = [learned_strengths(trial) if is_learned(trial) else trial.user_attrs["parameters"] for trial in trials]
     return list(max(found, key=len, default=[]))
 
 
 def is_finished(trial: FrozenTrial) -> bool:
-    """Whether a trial is complete and its refusals counted to the end."""
+    """Whether a trial is complete and all its refusals were counted."""
     return trial.state == TrialState.COMPLETE and not trial.user_attrs.get("bounded", False)
 
 
 def refusal_limit(trials: Sequence[FrozenTrial]) -> Callable[[float], float]:
-    """For a KL divergence, the fewest refusals that a finished trial has at no greater one: with more, a trial cannot be on the front."""
+    """For a KL divergence, the fewest refusals of a finished trial with at most this divergence. With more, a trial is dominated."""
     finished = [(t.user_attrs["kl_divergence"], t.user_attrs["refusals"]) for t in trials if is_finished(t)]
     return partial(_fewest, finished)
 
@@ -72,16 +72,16 @@ def _fewest(finished: Sequence[tuple[float, int]], kl: float) -> float:
 
 
 def score_of(trial: FrozenTrial, name: str) -> float:
-    """A trial's figure by a scorer's name. Raises `KeyError` where it has none."""
+    """A trial's score by a scorer's name. Raises `KeyError` if it has none."""
     value: float = trial.user_attrs[name] if name in trial.user_attrs else trial.user_attrs["scores"][name]
     return value
 
 
 def pareto_front(trials: Sequence[FrozenTrial], objectives: Objectives = DEFAULT_OBJECTIVES) -> list[FrozenTrial]:
-    """Complete trials that no other beats, best in the first objective first; of equals the first.
+    """Complete trials that no other dominates, best in the first objective first; of equal ones only the first.
 
-    With the usual two that is fewest refusals first, KL divergence strictly falling. Figures are compared as they are, not what the search
-    makes of them.
+    With the default objectives, that is fewest refusals first, with strictly falling KL divergence. Raw scores are compared, not the
+    objectives that the sampler sees.
     """
     signs = {"minimize": 1, "maximize": -1}
 
@@ -92,7 +92,7 @@ def pareto_front(trials: Sequence[FrozenTrial], objectives: Objectives = DEFAULT
     points: list[tuple[float, ...]] = []
     for trial in sorted(filter(is_finished, trials), key=key):
         point = key(trial)[:-1]
-        # Whoever beats a trial comes before it here.
+        # A trial that dominates another one comes before it here.
         if not any(all(a <= b for a, b in zip(other, point, strict=True)) for other in points):
             front.append(trial)
             points.append(point)
@@ -100,11 +100,11 @@ def pareto_front(trials: Sequence[FrozenTrial], objectives: Objectives = DEFAULT
 
 
 def front_of(study: optuna.Study) -> list[FrozenTrial]:
-    """The Pareto front of a study as it was searched for."""
+    """The Pareto front of a study for its own objectives."""
     return pareto_front(study.get_trials(deepcopy=False), objectives_of(study))
 
 
 def objectives_of(study: optuna.Study) -> Objectives:
-    """Names and directions of a study's objectives; the usual two where it does not say."""
+    """Names and directions of a study's objectives; the default ones if it does not have the attribute."""
     stored = study.user_attrs.get("objectives")
     return DEFAULT_OBJECTIVES if stored is None else tuple((name, direction) for name, direction in stored)

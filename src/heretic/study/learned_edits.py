@@ -1,7 +1,7 @@
-"""Where a study keeps the edits that were learned for it: files beside its journal (or in its storage), told of by its trials.
+"""Storage of a study's learned edits: files next to its journal (or in its storage), named in its trials.
 
-A learned trial has no parameters that a sampler could draw. Its user attribute `learned` names the file and says what screens show of the
-edit: each writer's strength, and how far its direction has turned. The file has the edit itself, and all that learning goes on from.
+A learned trial has no parameters that a sampler could draw. Its user attribute `learned` names the file and contains what is displayed of
+the edit: each edited module's strength, and how far its direction has turned. The file contains the edit and the state to resume learning.
 """
 
 import json
@@ -30,31 +30,31 @@ STATE = "state."
 
 
 def artifact_folder(journal: Path) -> Path:
-    """The folder of a journal's artifacts, beside it."""
+    """The folder of a journal's artifacts, next to it."""
     return journal.with_name(f"{journal.name}.artifacts")
 
 
 @dataclass(frozen=True)
 class State:
-    """What learning goes on from after a trial: tensors, and plain data."""
+    """The state to resume learning after a trial: tensors and plain data."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
 
 class LearnedEdits:
-    """The learned edits of a study in an artifact store of Optuna's. `store` None: there is no place for any."""
+    """The learned edits of a study in an Optuna artifact store. `store` None: edits cannot be stored."""
 
     def __init__(self, store: Any) -> None:
         self.store = store
 
     @classmethod
     def beside(cls, journal: Path) -> "LearnedEdits":
-        """Those of a journal on disk. The folder is made when the first is kept."""
+        """The learned edits of a journal on disk. The folder is created with the first edit."""
         return cls(FileSystemArtifactStore(artifact_folder(journal)))
 
     def keep(self, study: optuna.Study, edit: LearnedEdit, state: State) -> str:
-        """Store an edit with the state after it; the name that a trial tells it by. On the disk before this returns."""
+        """Store an edit with the state after it. Returns its name for the trial. It is flushed to the disk before this returns."""
         base = getattr(self.store, "_base_path", None)
         if base is not None:
             Path(base).mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class LearnedEdits:
         return artifact_id
 
     def load(self, trial: FrozenTrial) -> tuple[LearnedEdit, State]:
-        """The edit of a learned trial, and the state after it. Raises `CheckpointError` if its file is missing or is another."""
+        """The edit of a learned trial, and the state after it. Raises `CheckpointError` if its file is missing or invalid."""
         artifact_id = trial.user_attrs["learned"]["edit"]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / FILE_NAME
@@ -76,41 +76,41 @@ class LearnedEdits:
                 download_artifact(artifact_store=self.store, artifact_id=artifact_id, file_path=str(path))
                 with safe_open(path, "pt") as file:
                     metadata = file.metadata()
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
                 strengths, facts = json.loads(metadata["strengths"]), json.loads(metadata["facts"])
                 directions = {name.removeprefix("direction."): r for name, r in tensors.items() if name.startswith("direction.")}
                 _check(directions, strengths)
             except (KeyError, OSError, ValueError, TypeError, SafetensorError, ArtifactNotFound) as error:
                 raise CheckpointError(
-                    f"The edit of trial {trial.number} was learned. It lies beside the study as artifact {artifact_id}, which is missing "
-                    "or damaged. Put the file back, or choose another trial."
+                    f"The learned edit of trial {trial.number}, artifact {artifact_id} of the study, is missing or damaged. Restore the "
+                    "file, or choose another trial."
                 ) from error
         state = {name.removeprefix(STATE): tensor for name, tensor in tensors.items() if name.startswith(STATE)}
         return LearnedEdit(directions, strengths), State(state, facts)
 
     def ablation_of(self, trial: FrozenTrial) -> Ablation:
-        """The ablation that a trial stands for, whoever proposed it, with all that it takes to apply it."""
+        """The ablation of a sampled or learned trial, with everything needed to apply it."""
         return Ablation(None, {}, self.load(trial)[0]) if is_learned(trial) else ablation_of(trial)
 
 
 def _check(directions: Mapping[str, Tensor], strengths: Any) -> None:
-    """Raise `ValueError` if this is no edit: the file may be anybody's."""
+    """Raise `ValueError` if this is not a valid edit: anybody may have written the file."""
     if not isinstance(strengths, dict) or strengths.keys() != directions.keys():
-        raise ValueError("directions and strengths are not of the same writers")
+        raise ValueError("directions and strengths are not of the same modules")
     if not all(isinstance(strength, float) and math.isfinite(strength) for strength in strengths.values()):
-        raise ValueError("a strength is no finite number")
+        raise ValueError("a strength is not a finite number")
     if not all(r.dim() == 1 and r.dtype == torch.float32 and bool(r.isfinite().all()) for r in directions.values()):
-        raise ValueError("a direction is no finite vector")
+        raise ValueError("a direction is not a finite vector")
 
 
 def learned_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that were learned, in the order in which each begins where the one before it ended."""
+    """The learned trials, in the order in which they were learned from each other."""
     done = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)) if is_learned(trial)]
     return sorted(done, key=lambda trial: trial.user_attrs["learned"]["number"])
 
 
 def described(names: Sequence[tuple[str, str, int]], strengths: Sequence[float], turned: Sequence[float]) -> list[dict[str, Any]]:
-    """What screens show of an edit: for each writer (name, component, layer) its strength, and the cosine its direction has kept."""
+    """What is displayed of an edit: for each module (name, component, layer) its strength, and the cosine to its initial direction."""
     return [
         {"writer": name, "component": component, "layer": layer, "strength": round(strength, 4), "cosine": round(cosine, 4)}
         for (name, component, layer), strength, cosine in zip(names, strengths, turned, strict=True)

@@ -1,4 +1,4 @@
-"""The learned trials of a study: each learned from where the one before it ended, scored as any other, and told to the study at once."""
+"""The learned trials of a study: each continues from the one before, is scored like any other trial, and stored at once."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ..config import Settings
-from ..errors import GivenUp, LearningError
+from ..errors import Aborted, LearningError
 from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..utils import Progress
@@ -17,12 +17,12 @@ from .learned_edits import LearnedEdits, State, described, learned_trials
 from .learning import FIRST_ROUNDS, LATER_ROUNDS, ROUND_STEPS, Learner, Outcome, weights
 from .search import score_batch
 
-# The study's attribute that says why no edit could be learned.
+# The study's attribute with the reason why no edit could be learned.
 LEARNING_FAILED = "learning_failed"
 
 
 def lacks_learned_trials(study: optuna.Study, settings: Settings) -> bool:
-    """Whether learned trials are still to be made: not if that failed, nor in a study that knew of none, unless it is said now."""
+    """Whether learned trials are missing: not if learning failed, nor in a study of an earlier version, unless requested now."""
     is_known = "n_learned_trials" in {*study.user_attrs["settings"], *settings.model_fields_set}
     return is_known and LEARNING_FAILED not in study.user_attrs and len(learned_trials(study)) < settings.n_learned_trials
 
@@ -38,10 +38,11 @@ def learn_trials(
     on_trial: Callable[[FrozenTrial, Outcome], None] = lambda trial, outcome: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Learn what is missing of the learned trials from `prompts` (harmless, harmful).
+    """Learn the missing learned trials from `prompts` (harmless, harmful).
 
-    A trial that is cut off leaves nothing, and is learned again by the resume, the same way. If the model cannot be learned from, that is
-    told and noted in the study, and there are fewer trials. Raises `CheckpointError` if the study (at `location`) cannot be written.
+    An interrupted trial leaves nothing, and is learned again in the same way when the run is resumed. If edits cannot be learned for the
+    model, a warning is shown, the reason is stored in the study, and there are fewer trials. Raises `CheckpointError` if the study (at
+    `location`) cannot be written.
     """
     done, n_trials = learned_trials(study), settings.n_learned_trials
     components = [name for name in evaluator.model.architecture.components if name not in settings.disabled_components]
@@ -58,20 +59,20 @@ def learn_trials(
                 outcome = learner.learn(number, weight, advance, should_stop)
                 if outcome is None:
                     return
-                trial = _tell(study, edits, location, evaluator, learner, number, weight, outcome, start)
+                trial = _record_trial(study, edits, location, evaluator, learner, number, weight, outcome, start)
                 on_trial(trial, outcome)
                 if should_stop():
                     return
-    except GivenUp:  # Ctrl+C, and a model that takes long: what was not told is learned again by the resume
+    except Aborted:  # Ctrl+C and a slow model: a trial that was not stored is learned again when the run is resumed
         return
     except LearningError as error:
         which = "No more" if learned_trials(study) else "No"
-        progress.warning(f"{which} edits are learned: {error}. The search goes on without.")
+        progress.warning(f"{which} edits are learned: {error}. The search continues without them.")
         with journal_errors(str(location)):
             study.set_user_attr(LEARNING_FAILED, str(error))
 
 
-def _tell(
+def _record_trial(
     study: optuna.Study,
     edits: LearnedEdits,
     location: object,
@@ -82,7 +83,7 @@ def _tell(
     outcome: Outcome,
     start: float,
 ) -> FrozenTrial:
-    """Score the learner's edit, keep it, and add the trial to the study: whole or not at all."""
+    """Score the learner's edit, store it, and add the trial to the study atomically."""
     ablation = learner.ablation()
     assert ablation.learned is not None
     (score,) = score_batch(evaluator.score_trials, [ablation], lambda kl: float("inf"))

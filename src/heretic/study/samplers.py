@@ -1,4 +1,4 @@
-"""Optuna's samplers as this program uses them: made anew for every trial, from a seed that is the trial's own."""
+"""Optuna's samplers: a new one is created for every trial, seeded for that trial."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ N_EI_CANDIDATES = 128
 
 
 class SearchSampler(BaseSampler):  # type: ignore[misc]
-    """A sampler that sees the trials of the search alone."""
+    """A sampler that only sees trials of the search, not learned ones."""
 
     def __init__(self, sampler: BaseSampler) -> None:
         self._sampler = sampler
@@ -39,22 +39,22 @@ class SearchSampler(BaseSampler):  # type: ignore[misc]
 
 
 def check_sampler(name: SamplerName) -> None:
-    """Raise `UsageError` where what a sampler needs is not installed."""
+    """Raise `UsageError` if a package that the sampler needs is not installed."""
     if name == "gp" and importlib.util.find_spec("scipy") is None:
         raise UsageError('sampler = "gp" needs SciPy, which is not installed: pip install scipy, or choose another --sampler.')
 
 
 def make_sampler(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSampler:
-    """A sampler without a history of its own: what it proposes depends on the study's search and the seed alone.
+    """A sampler without internal state: its proposals depend only on the study's trials and the seed.
 
-    All of them begin with `n_startup_trials` random trials; for `nsgaii` those are the first generation, and the size of the others.
+    All of them start with `n_startup_trials` random trials; for `nsgaii`, this is the size of every generation.
     """
     return SearchSampler(_optunas(name, n_startup_trials, seed))
 
 
 def _optunas(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSampler:
     if name == "gp":
-        # The same parameters give the same scores; nothing is noise.
+        # The same parameters give the same scores: there is no noise.
         return GPSampler(n_startup_trials=n_startup_trials, deterministic_objective=True, warn_independent_sampling=False, seed=seed)
     if name == "nsgaii":
         return NSGAIISampler(population_size=max(2, n_startup_trials), seed=seed)
@@ -64,6 +64,6 @@ def _optunas(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSampler
         n_startup_trials=n_startup_trials,
         n_ei_candidates=N_EI_CANDIDATES,
         multivariate=True,
-        constant_liar=True,  # so that trials asked for together differ
+        constant_liar=True,  # so that trials proposed together differ
         seed=seed,
     )

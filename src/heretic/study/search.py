@@ -1,4 +1,4 @@
-"""The search: the loop that asks and tells, and the Pareto front. What a trial may look like is in `space.py`."""
+"""The search: Optuna's ask and tell loop, and the Pareto front. The search space is in `space.py`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..config import SamplerName
 from ..editing.ablation import Ablation
-from ..errors import GivenUp, HereticError
+from ..errors import Aborted, HereticError
 from ..evaluator import Score
 from ..parameters import FirstTrial
 from .batching import BatchSize
@@ -22,18 +22,18 @@ from .learned_edits import LearnedEdits
 from .samplers import make_sampler
 from .space import SearchSpace, fixed_parameters, suggest
 
-# For a KL divergence, how many refusals a trial may have to be worth finishing.
+# For a KL divergence, the number of refusals above which a trial is dominated and can be stopped.
 Limit = Callable[[float], float]
 Scores = Sequence[Score | Exception]
 ScoreTrials = Callable[[list[Ablation], Limit], Scores]
-# What the sampler is told of a score: a number for each objective.
+# The objective values of a score, as reported to the sampler.
 ObjectiveValues = Callable[[Score], Sequence[float]]
 
 
 def score_batch(
     score_trials: ScoreTrials, ablations: list[Ablation], limit: Limit, on_crash: Callable[[Exception], None] = lambda error: None
 ) -> Scores:
-    """Scores of a batch. If scoring it crashes, each trial is scored alone, so that only those that crash again fail."""
+    """Scores of a batch. If that crashes, each trial is scored separately, so that only those that crash again fail."""
     try:
         return score_trials(ablations, limit)
     except Exception as error:
@@ -44,10 +44,10 @@ def score_batch(
 
 
 class Search:
-    """Asks the study for trials and tells it their scores, batch after batch in the order asked.
+    """Asks the study for trials and tells it their scores, batch after batch, in the order asked.
 
-    The sampler is made anew for each trial, seeded with `seed` and the number of trials before it. So a resumed run goes on exactly as
-    it would have: trials that were cut off are scored as they were drawn, and the ones after them are drawn from the same history.
+    A new sampler is created for each trial, seeded with `seed` and the number of trials before it. So a resumed run continues exactly like
+    an uninterrupted one: interrupted trials are scored as drawn, and later ones are drawn from the same history.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Search:
         self.sampler = sampler
         self.edits = edits or LearnedEdits(None)
         self.first_trials = [fixed_parameters(point, space) for point in first_trials]
-        # Given why trials that were to be scored together are scored one by one, and what bug failed a trial.
+        # Called with the error of a crashed batch, and with the bug that failed a trial.
         self.on_crash: Callable[[Exception], None] = lambda error: None
         self.on_bug: Callable[[int, Exception], None] = lambda number, error: None
-        self._cut_off = self._find_cut_off_trials()
+        self._cut_off = self._find_interrupted_trials()
 
-    def _find_cut_off_trials(self) -> list[tuple[Trial, Ablation]]:
-        """Trials that an earlier process asked for and did not finish. Those that were not drawn to the end are closed."""
+    def _find_interrupted_trials(self) -> list[tuple[Trial, Ablation]]:
+        """Trials that an earlier process asked for and did not finish. Those without all parameters are closed."""
         found = []
         with journal_errors(self.path):
             for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -92,7 +92,7 @@ class Search:
 
     @property
     def n_done(self) -> int:
-        """How many trials of the search are done, as `is_counted` counts."""
+        """How many trials of the search are done, according to `is_counted`."""
         return sum(map(is_counted, self.trials))
 
     @property
@@ -105,7 +105,7 @@ class Search:
         return make_sampler(self.sampler, self.n_startup_trials, int(seed))
 
     def _next_first_trial(self) -> dict[str, float | str] | None:
-        """The next of the first trials that no trial of the study has tried."""
+        """The next of the first trials that the study does not contain yet."""
         tried = [trial.user_attrs.get("first_trial") for trial in self.trials if "parameters" in trial.user_attrs]
         return next((fixed for fixed in self.first_trials if fixed not in tried), None)
 
@@ -130,7 +130,7 @@ class Search:
         if isinstance(result, Score):
             try:
                 values = objectives(result)
-            except Exception as error:  # recorded like one in scoring: left unfinished, the trial would fail every resumed run anew
+            except Exception as error:  # recorded like an error in scoring: unfinished, the trial would fail again in every resumed run
                 result = error
         if isinstance(result, Exception) and is_bug(result):
             self.on_bug(trial.number, result)
@@ -155,11 +155,10 @@ class Search:
         should_stop: Callable[[], bool] = lambda: False,
         on_trial: Callable[[FrozenTrial], None] = lambda trial: None,
     ) -> None:
-        """Run until `n_trials` are done in all, `trials_per_batch` of them at a time, dominated ones stopped early if wished.
+        """Run until `n_trials` are done in total, `trials_per_batch` at a time, stopping dominated ones early if `stop_dominated`.
 
-        A batch is asked for when the one before is told. A trial that cannot be scored is recorded as failed, and the search goes on.
-        A batch that is given up (`GivenUp`) is scored first by the next call or process.
-        Raises `CheckpointError` if the study cannot be written.
+        A batch is asked for after the one before was told. A trial that cannot be scored is recorded as failed, and the search continues.
+        An aborted batch (`Aborted`) is scored first by the next call or process. Raises `CheckpointError` if the study cannot be written.
         """
         size = BatchSize(trials_per_batch) if isinstance(trials_per_batch, int) else trials_per_batch
         shown = {trial.number for trial in self.trials if is_counted(trial)}
@@ -179,14 +178,14 @@ class Search:
                 limit = refusal_limit(self.trials if stop_dominated else [])
                 try:
                     seconds = self._work(asked, score_trials, objectives, limit, show_new)
-                except GivenUp:
+                except Aborted:
                     self._cut_off = [*asked, *self._cut_off]
                     break
                 size.note(self.n_done, seconds)
         show_new()
 
     def _next_batch(self, n_trials: int, trials_per_batch: int) -> list[tuple[Trial, Ablation]] | None:
-        """The next trials to score, None if there are enough. A batch that was cut off is completed, as if it had not been."""
+        """The next trials to score; None if there are enough. An interrupted batch is completed as if it had not been interrupted."""
         index = self.n_done
         if index >= n_trials:
             return None
@@ -202,7 +201,7 @@ class Search:
         limit: Limit,
         on_told: Callable[[], None] = lambda: None,
     ) -> float:
-        """Score trials and tell their scores; the seconds that scoring them took."""
+        """Score trials and tell their scores. Returns the seconds that scoring took."""
         start = time.perf_counter()
         results = self._score(asked, score_trials, limit)
         seconds = time.perf_counter() - start

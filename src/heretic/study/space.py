@@ -1,4 +1,4 @@
-"""The search space of one model: the `parameters` of the settings, resolved for its components and its depth, and trials drawn from it."""
+"""The search space of a model: the setting `parameters`, resolved for its components and depth, and drawing trials from it."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,19 +10,19 @@ from ..editing.ablation import Ablation, ComponentParameters
 from ..errors import UsageError, did_you_mean
 from ..parameters import Choice, DirectionScope, FirstTrial, FractionChoice, FractionRange, Range, WeightChoice, quoted
 
-# In this order always: Optuna does not let the choices of a study change.
+# Always in this order: Optuna does not allow the choices of a study to change.
 DIRECTION_SCOPES: list[DirectionScope] = ["global", "per layer"]
-# What "auto" stands for where a model decides late: the refusal decision is strongest past the middle of the layers (Arditi et al. 2024),
-# edits work best in the upper ones. Where the prompts part in a lower layer, the range begins there (see bench/LOG.md).
+# "auto" for models that decide late: the refusal direction is strongest past the middle of the layers (Arditi et al. 2024), and edits work
+# best in the upper ones. If the prompts separate in a lower layer, the range begins there (see bench/LOG.md).
 USUAL = {"direction_index": (0.4, 0.9), "max_weight_position": (0.6, 1.0)}
-# Edits of MLPs may cost more than they give, so they can be left out: their strengths begin at 0 (see bench/LOG.md).
+# Edits of MLPs may cost more than they gain, so the search may leave them out: their strengths begin at 0 (see bench/LOG.md).
 USUAL_STRENGTH, MLP_STRENGTH = Range(low=0.8, high=1.5), Range(low=0.0, high=1.5)
 
 KERNEL = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
 
 
 class KernelSpace(BaseModel):
-    """What may be tried for the kernel of one component; `min_weight` is a fraction of `max_weight`."""
+    """The search space of one component's kernel; `min_weight` is a fraction of `max_weight`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,7 +33,7 @@ class KernelSpace(BaseModel):
 
 
 class SearchSpace(BaseModel):
-    """What may be tried on one model. Positions and distances are fractions of the last layer index."""
+    """The search space of one model. Positions and distances are fractions of the last layer index."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,18 +42,17 @@ class SearchSpace(BaseModel):
     components: dict[str, KernelSpace]
 
     def choices(self) -> dict[str, Choice]:
-        """Every float by the name that Optuna's trials have it under."""
+        """All numbers, by their parameter name in Optuna's trials."""
         index = {"direction_index": self.direction_index} if "global" in self.direction_scope else {}
         kernels = {f"{c}.{name}": getattr(kernel, name) for c, kernel in self.components.items() for name in KERNEL}
         return index | kernels
 
 
-def search_space(settings: Settings, components: Sequence[str], last_layer: int, parting_layer: int | None = None) -> SearchSpace:
-    """The space for a model with these components. Kernels reach over one layer at least, which in models of few layers is much.
+def search_space(settings: Settings, components: Sequence[str], last_layer: int, separating_layer: int | None = None) -> SearchSpace:
+    """The search space for a model with these components. Kernels cover at least one layer, also in models with few layers.
 
-    `parting_layer` is the one in which harmless and harmful prompts part (`directions.parting_layer`), which "auto" follows. Raises
-    `UsageError` where a setting names a component that the model does not have, where all are disabled, or where a first trial lies
-    outside.
+    `separating_layer` (`directions.separating_layer`) is used by "auto". Raises `UsageError` if a setting names a component that the model
+    does not have, if all are disabled, or if a first trial is outside the search space.
     """
     named = {f"parameters.{name}": names for name, names in settings.parameters.named_components().items()}
     for i, point in enumerate(settings.first_trials):
@@ -62,9 +61,9 @@ def search_space(settings: Settings, components: Sequence[str], last_layer: int,
         _check_components(setting, names, components)
     enabled = [component for component in components if component not in settings.disabled_components]
     if not enabled:
-        raise UsageError(f"disabled_components leaves nothing to edit: the model's components are {', '.join(components)}.")
+        raise UsageError(f"disabled_components disables all components of the model: {', '.join(components)}.")
     one_layer = 1 / max(last_layer, 1)
-    start = 1.0 if parting_layer is None else parting_layer * one_layer
+    start = 1.0 if separating_layer is None else separating_layer * one_layer
 
     def resolved(name: str, component: str | None = None) -> Choice:
         choice = settings.parameters.choice(name, component)
@@ -104,9 +103,9 @@ def _at_least(choice: Choice, least: float) -> Choice:
 
 
 def suggest(trial: Trial, space: SearchSpace) -> Ablation:
-    """Draw an ablation. Constants are no parameters of the trial.
+    """Draw an ablation. Constants do not become parameters of the trial.
 
-    The direction index is drawn in either scope, so that the search space stays the same for every trial.
+    The direction index is drawn in both scopes, so that all trials have the same search space.
     """
     scope = space.direction_scope[0]
     if len(space.direction_scope) > 1:
@@ -115,7 +114,7 @@ def suggest(trial: Trial, space: SearchSpace) -> Ablation:
     parameters = {}
     for component in space.components:
         kernel = {name: values[f"{component}.{name}"] for name in KERNEL}
-        # A fraction of max_weight until here, because multivariate TPE wants fixed ranges.
+        # A fraction of max_weight until here, because multivariate TPE needs fixed ranges.
         parameters[component] = ComponentParameters(**kernel | {"min_weight": kernel["min_weight"] * kernel["max_weight"]})
     return Ablation(values["direction_index"] if scope == "global" else None, parameters)
 
@@ -127,14 +126,14 @@ def _suggest_float(trial: Trial, name: str, choice: Choice) -> float:
 
 
 def fixed_parameters(point: FirstTrial, space: SearchSpace, setting: str = "first_trials") -> dict[str, float | str]:
-    """A first trial as Optuna's trial parameters; what is a constant in the space is left out.
+    """A first trial as parameters of an Optuna trial, without those that are constant in the search space.
 
-    Raises `UsageError` where a value is not one that the space allows.
+    Raises `UsageError` if a value is outside the search space.
     """
     fixed: dict[str, float | str] = {}
     if point.direction_scope is not None:
         if point.direction_scope not in space.direction_scope:
-            raise UsageError(f"{setting}.direction_scope is {point.direction_scope!r}, which parameters.direction_scope leaves out.")
+            raise UsageError(f"{setting}.direction_scope is {point.direction_scope!r}, which parameters.direction_scope does not contain.")
         if len(space.direction_scope) > 1:
             fixed["direction_scope"] = point.direction_scope
     for name, choice in space.choices().items():
@@ -146,7 +145,9 @@ def fixed_parameters(point: FirstTrial, space: SearchSpace, setting: str = "firs
         if not low <= value <= high:
             whose = f" of {component}" if component else ""
             allowed = f"from {low:g} to {high:g}" if high > low else f"{low:g} only"
-            raise UsageError(f"{setting}.{parameter} is {value:g}, but the search tries {allowed}{whose}. Change parameters.{parameter}.")
+            raise UsageError(
+                f"{setting}.{parameter} is {value:g}, but the search space{whose} is {allowed}. Change parameters.{parameter}."
+            )
         if high > low:
             fixed[name] = value
     return fixed
