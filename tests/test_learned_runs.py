@@ -426,20 +426,20 @@ def test_out_of_memory_makes_passes_smaller(taught: Learner, where: str, monkeyp
     monkeypatch.setattr(taught, "_pass_tokens", 4096)
     loss, usual = gradients(taught)
     sizes: list[int] = []
-    forward, backward = taught.model.logits_at_end, torch.autograd.backward
+    forward, backward = taught.model.packed_logits, torch.autograd.backward
 
-    def limited(rows: list[tuple[int, ...]], n: int) -> Tensor:
+    def limited(rows: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
         sizes.append(len(rows))
         if where == "forward" and len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(rows, n)
+        return forward(rows, counts)
 
     def too_late(loss: Tensor) -> None:
         backward(loss)
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(taught.model, "logits_at_end", limited)
+    monkeypatch.setattr(taught.model, "packed_logits", limited)
     if where == "backward":
         monkeypatch.setattr(torch.autograd, "backward", too_late)
     found, halved = gradients(taught)
@@ -454,14 +454,14 @@ def test_the_originals_pass_is_made_smaller_too(taught: Learner, monkeypatch: py
     monkeypatch.setattr(taught, "_checkpoints", False)
     terms = [taught._harmless(i, 1.0) for i in range(6)]
     expected = taught._original_logprobs(terms)
-    forward = taught.model.logits_at_end
+    forward = taught.model.packed_logits
 
-    def limited(rows: list[tuple[int, ...]], n: int) -> Tensor:
+    def limited(rows: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
         if len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(rows, n)
+        return forward(rows, counts)
 
-    monkeypatch.setattr(taught.model, "logits_at_end", limited)
+    monkeypatch.setattr(taught.model, "packed_logits", limited)
     for a, b in zip(taught._original_logprobs(terms), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
@@ -471,18 +471,18 @@ def test_a_single_prompt_that_does_not_fit(taught: Learner, monkeypatch: pytest.
     monkeypatch.setattr(taught, "_checkpoints", False)
     gradients(taught)  # so that the original's are known
 
-    def full(rows: list[tuple[int, ...]], n: int) -> Tensor:
+    def full(rows: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(taught.model, "logits_at_end", full)
+    monkeypatch.setattr(taught.model, "packed_logits", full)
     with pytest.raises(LearningError, match=r"^memory does not suffice for the gradient of a single prompt$"):
         gradients(taught)
 
 
 def test_a_gradient_that_is_not_finite(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taught, "_checkpoints", False)
-    forward = taught.model.logits_at_end
-    monkeypatch.setattr(taught.model, "logits_at_end", lambda rows, n: forward(rows, n) * torch.nan)
+    forward = taught.model.packed_logits
+    monkeypatch.setattr(taught.model, "packed_logits", lambda rows, counts: [logits * torch.nan for logits in forward(rows, counts)])
     before = taught.edit.state()
     with pytest.raises(LearningError, match=r"^the gradient of the loss \(nan\) is missing or not finite$"):
         taught.learn(0, 6.0, lambda n: None)

@@ -6,8 +6,9 @@ The loss of a step, over some harmless and some harmful prompts of those that th
 - harmful, with a weight: `-log(1 - p)`, where `p` is the probability of all refusals known to begin as some response does (`Openings`).
   They are taken from what the model says under the present edit, every few steps: an edit that only unlearns the refusals of the
   original learns to refuse in other words;
-- harmful: KL(original || edited) along answers, from their second token on, which holds them to what the original would write once it has
-  begun to answer. Answers are the original's own, begun with other first tokens than its likeliest, and the edited model's.
+- harmful: KL(original || edited) along answers, where the original is taken given that it does not refuse: tokens with which a refusal
+  begins are left out of its probabilities. So the edited model answers as the original would, if it did. Answers are the original's own,
+  begun with other first tokens than its likeliest, and the edited model's.
 
 Trials follow each other with falling weights, each from where the one before it ended, so that together they are a trade-off. A part of the
 prompts is kept back: its loss says when a trial is done, and which of its moments is the best.
@@ -17,6 +18,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,16 +40,16 @@ WEIGHTS = (6.0, 6.0, 3.0, 3.0, 1.5, 1.5, 0.7, 0.35)
 # Prompts of each kind in a step.
 STEP_PROMPTS = 8
 # Steps between two looks at what the model says by now, and at the prompts kept back.
-ROUND_STEPS = 6
+ROUND_STEPS = 10
 # Rounds of the first trial and of the others at most, and how many may pass without any gain.
-FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 4, 1, 2
+FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 3, 1, 2
 # How much slower the others learn: they begin at an edit that works.
 LATER_RATE = 0.7
 # Tokens of harmless answers that are held, and of responses to harmful prompts that are looked at.
-ANSWER_TOKENS, RESPONSE_TOKENS = 8, 28
+ANSWER_TOKENS, RESPONSE_TOKENS = 8, 24
 # Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
-ROUND_PROMPTS = 12
-KEPT_BACK, MOST_KEPT_BACK = 0.2, 16
+ROUND_PROMPTS = 8
+KEPT_BACK, MOST_KEPT_BACK = 0.2, 12
 # Harmful prompts at which the original's answers are begun with other words than its own, and how many first tokens are tried.
 BRANCH_PROMPTS, BRANCHES = 24, 4
 # Paths of a prompt that are remembered.
@@ -55,24 +57,23 @@ REMEMBERED_PATHS = 6
 # The chance that the latest path of a prompt is drawn, and not any of those remembered.
 LATEST = 0.6
 # Tokens in a pass: bounds its activations.
-PASS_TOKENS = {"cpu": 4096}
-PASS_TOKENS_ACCELERATOR = 16384
+PASS_TOKENS = {"cpu": 2048}
+PASS_TOKENS_ACCELERATOR = 8192
 # The share of free memory that the original's probabilities may take; others are computed again.
 REMEMBERED_SHARE = 0.1
 FEWEST_PROMPTS = 8
-FIRST_HELD, CONDITIONAL = 1, True
 
 
 @dataclass(frozen=True)
 class Parts:
     """The parts of the loss; one is left out only to measure what it is worth.
 
-    `along_answers`: harmless answers beyond their first token. `begun_answers`: answers to harmful prompts, once begun. `present_refusals`:
-    refusals of the present edit, and not only of the original.
+    `along_answers`: harmless answers beyond their first token. `original_answers`: answers to harmful prompts, as the original would give
+    them. `present_refusals`: refusals of the present edit, and not only of the original.
     """
 
     along_answers: bool = True
-    begun_answers: bool = True
+    original_answers: bool = True
     present_refusals: bool = True
 
 
@@ -219,9 +220,8 @@ class Learner:
         def loss(edited: Tensor, original: Tensor | None) -> Tensor:
             log_probability = self.openings.log_probability(tokens, edited, path.refuses)
             total = scale * weight * refusal_loss(log_probability) if torch.isfinite(log_probability) else edited.new_zeros(())
-            if original is not None and len(tokens) > FIRST_HELD and self.parts.begun_answers:
-                target = self.openings.without_refusals(tokens, original) if CONDITIONAL else original
-                total = total + scale * divergence(target[FIRST_HELD:], edited[FIRST_HELD:]).mean()
+            if original is not None and self.parts.original_answers:
+                total = total + scale * divergence(self.openings.without_refusals(tokens, original), edited).mean()
             return total
 
         return Term((*self._tokens(self.bad_prompts[path.prompt]), *tokens[:-1]), len(tokens), loss, not path.refuses)
@@ -252,27 +252,33 @@ class Learner:
         """Do the work, as many rows at a time as fit."""
         waiting = sorted(terms, key=lambda term: -len(term.tokens))
         while waiting:
-            n = max(1, self._pass_tokens // len(waiting[0].tokens))
+            n = self._rows_that_fit(waiting)
             part = waiting[:n] if self.model.pads else [term for term in waiting[:n] if len(term.tokens) == len(waiting[0].tokens)]
             try:
                 work(part)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._need_less(len(part), error)
+                self._need_less(part, error)
             else:
                 waiting = waiting[len(part) :]
                 continue
             empty_cache()
 
-    def _need_less(self, n_rows: int, error: BaseException) -> None:
+    def _rows_that_fit(self, waiting: Sequence[Term]) -> int:
+        """How many of these terms a pass may have, the longest first: packed, or padded to the first one's length."""
+        longest = len(waiting[0].tokens)
+        lengths = [len(term.tokens) if longest <= self.model.packed_length else longest for term in waiting]
+        return max(1, sum(total <= self._pass_tokens for total in accumulate(lengths)))
+
+    def _need_less(self, part: Sequence[Term], error: BaseException) -> None:
         """Keep fewer activations after memory has run out: layers are computed twice, then rows are halved."""
         if not self._checkpoints:
             self._checkpoints = True
-        elif n_rows == 1:
+        elif len(part) == 1:
             raise LearningError("memory does not suffice for the gradient of a single prompt") from error
         else:
-            self._pass_tokens = max(1, self._pass_tokens // 2)
+            self._pass_tokens = sum(len(term.tokens) for term in part) // 2
 
     def _pass(self, terms: Sequence[Term], originals: dict[Term, Tensor], learns: bool) -> float:
         assert self.model.hooks is not None
@@ -283,11 +289,9 @@ class Learner:
                 stack.enter_context(self.model.hooks.mapping(self.edit.maps()))
                 if self._checkpoints and learns:
                     stack.enter_context(checkpointed(self.model.architecture.layers))
-                n = max(term.n for term in terms)
-                logits = self.model.logits_at_end([term.tokens for term in terms], n)
                 losses = []
-                for term, own in zip(terms, logits, strict=True):
-                    edited = torch.log_softmax(own[n - term.n :].float(), dim=-1)
+                for term, logits in zip(terms, self._logits(terms), strict=True):
+                    edited = torch.log_softmax(logits.float(), dim=-1)
                     original = originals.get(term)
                     losses.append(term.loss(edited, None if original is None else original.to(edited.device)))
                 loss = torch.stack(losses).sum()
@@ -298,16 +302,22 @@ class Learner:
             raise
         return loss.item()
 
+    def _logits(self, terms: Sequence[Term]) -> list[Tensor]:
+        """Logits `(n, vocabulary)` at the end of each term."""
+        rows, counts = [term.tokens for term in terms], [term.n for term in terms]
+        if max(map(len, rows)) <= self.model.packed_length:
+            return self.model.packed_logits(rows, counts)
+        logits = self.model.logits_at_end(rows, max(counts))
+        return [own[len(own) - n :] for own, n in zip(logits, counts, strict=True)]
+
     def _original_logprobs(self, terms: Sequence[Term]) -> list[Tensor]:
         """Log-probabilities `(n, vocabulary)` of the original at the ends of the terms, float32 on the CPU."""
         found: dict[Term, Tensor] = {}
 
         def work(part: Sequence[Term]) -> None:
-            n = max(term.n for term in part)
             with torch.no_grad():
-                logits = self.model.logits_at_end([term.tokens for term in part], n)
-            for term, own in zip(part, logits, strict=True):
-                found[term] = torch.log_softmax(own[n - term.n :].float(), dim=-1).cpu()
+                for term, logits in zip(part, self._logits(part), strict=True):
+                    found[term] = torch.log_softmax(logits.float(), dim=-1).cpu()
 
         self._in_passes(terms, work)
         return [found[term] for term in terms]
