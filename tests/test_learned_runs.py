@@ -414,8 +414,8 @@ def taught() -> Learner:
 
 def gradients(learner: Learner) -> tuple[float, list[Tensor]]:
     learner.edit.optimizer.zero_grad()
-    terms = [learner._harmless(i, 0.1) for i in range(6)] + [learner._harmful(learner.paths[i][0], 2.0, 0.1) for i in range(6)]
-    loss = learner._total(terms, learns=True)
+    terms = [learner._harmless(i, 0.1) for i in range(6)] + [learner._harmful(learner.paths[i][0], 0.1) for i in range(6)]
+    loss = learner._total(terms, 2.0).weighted(2.0)
     return loss, [parameter.grad.clone() for parameter in (learner.edit.directions, learner.edit.strengths) if parameter.grad is not None]
 
 
