@@ -11,7 +11,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from heretic.editing.completeness import everything
+from heretic.editing.completeness import full_ablation
 from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks
 
@@ -58,7 +58,7 @@ def main() -> None:
         times["unedited"].append(seconds())
         for mode in ("none", "full"):
             hooks = AblationHooks(architecture, directions, mode)  # type: ignore[arg-type]
-            with hooks.active([everything(architecture)]):
+            with hooks.active([full_ablation(architecture)]):
                 times[mode].append(seconds())
             hooks.remove()
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}

@@ -21,7 +21,7 @@ from heretic.loading.source import ModelSource
 from heretic.saving.edits import Edit
 from heretic.saving.export import write_export
 from heretic.saving.original import Original, open_original
-from heretic.saving.stored import Shard, StoredModel, made, resharded, write_stored
+from heretic.saving.stored import Shard, StoredModel, computed_tensor, resharded, write_stored
 from heretic.utils import SilentProgress
 
 
@@ -44,7 +44,7 @@ def make_checkpoint(folder: Path, layers: int, hidden_size: int, shard_size: str
         n = torch.Size(shape).numel()
         return noise.repeat(n // len(noise) + 1)[:n].view(shape)
 
-    tensors = tuple(made(name, torch.bfloat16, shape, lambda shape=shape: weights(shape)) for name, shape in shapes.items())  # type: ignore[misc]
+    tensors = tuple(computed_tensor(name, torch.bfloat16, shape, lambda shape=shape: weights(shape)) for name, shape in shapes.items())  # type: ignore[misc]
     stored = resharded(StoredModel((Shard("model.safetensors", tensors),), frozenset(), None), shard_size)
     write_stored(stored, folder, lambda name: None)
     return stored.n_bytes

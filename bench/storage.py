@@ -3,7 +3,7 @@
     uv run python bench/storage.py                     # a journal in a temporary folder; one JSON line at the end
     uv run python bench/storage.py --url postgresql://user@host/database
 
-Scores are made up, so nothing but storage and sampler is measured: two components, as most models have. Processor seconds where the machine
+Scores are made up, so nothing but storage and sampler is measured: two components, as most models have. CPU seconds if the machine
 is shared; wall-clock seconds of an operation include its write to the disk.
 """
 

@@ -430,7 +430,7 @@ SAVINGS = {
 
 
 def measure_savings(work: Workload, trials: Sequence[Ablation], trials_per_batch: int, repeats: int = 2) -> dict[str, dict[str, float]]:
-    """Seconds per trial (of the processor, where the model is on it) and tokens with each saving alone and with several, alternating."""
+    """Seconds per trial (CPU time, if the model is on the CPU) and tokens with each saving alone and with several, alternating."""
     on_cpu = work.model.device.type == "cpu"
     result = {name: {"seconds": 0.0, "tokens": 0.0} for name in SAVINGS}
     for _ in range(repeats):

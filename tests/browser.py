@@ -28,7 +28,7 @@ SECONDS = 60
 
 
 def find() -> str | None:
-    """The browser's program, where one is installed."""
+    """The browser's program, if one is installed."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 

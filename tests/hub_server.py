@@ -1,6 +1,6 @@
 """A hub on the loopback interface: the requests that an upload makes, with accounts, repositories, large files, commits and faults.
 
-Large files come by the protocol of LFS, or by Xet's: of the latter only what its client falls back to where a storage does not know the
+Large files come by the protocol of LFS, or by Xet's: of the latter only what its client falls back to if a storage does not know the
 newer requests, and pieces are kept as they come, not put together to files.
 """
 
@@ -64,7 +64,7 @@ class Hub:
     xorbs: dict[str, bytes] = field(default_factory=dict)  # Xet's pieces by their hash
     shards: list[bytes] = field(default_factory=list)  # and what says which files they make
     faults: list[Fault] = field(default_factory=list)
-    log: list[str] = field(default_factory=list)  # "METHOD /path status", "cut" for a status where the connection was
+    log: list[str] = field(default_factory=list)  # "METHOD /path status", "cut" for a status if the connection was
     bodies: list[tuple[str, bytes]] = field(default_factory=list)
     authorized: list[tuple[str, bool]] = field(default_factory=list)  # "METHOD /path", whether a token came along
     on_request: Callable[[str], None] | None = None
@@ -304,7 +304,7 @@ def _refusal(status: int, message: str, code: str = "") -> tuple[int, Any, dict[
 
 @contextmanager
 def serve(**accounts: dict[str, Any]) -> Iterator[Hub]:
-    """A running hub with accounts by token; their `role` is `write` and `organizations` are none where nothing is said."""
+    """A running hub with accounts by token; their `role` is `write` and `organizations` are none by default."""
     hub = Hub(accounts={token: {"role": "write", "organizations": [], **account} for token, account in accounts.items()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -319,7 +319,7 @@ def serve(**accounts: dict[str, Any]) -> Iterator[Hub]:
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for something that a process does; fail where it does not come."""
+    """Wait for something that a process does; fail if it does not happen."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not come"

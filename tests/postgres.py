@@ -21,7 +21,7 @@ def _program(name: str) -> Path:
 
 
 class Server:
-    """A server that can be stopped and started again. Skips the test where there can be none."""
+    """A server that can be stopped and started again. Skips the test if there can be none."""
 
     def __init__(self) -> None:
         self._control = _program("pg_ctl")

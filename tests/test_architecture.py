@@ -119,7 +119,7 @@ def test_shapes_that_say_nothing(sizes: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("model_type", VISION)
 def test_nothing_in_the_vision_part_is_a_writer(model_type: str) -> None:
-    """Even where the tower is the bigger stack and as wide."""
+    """Even if the tower is the larger stack and as wide."""
     model = build(model_type)
     inside = {module for name, module in model.named_modules() if "language_model" in name}
     found = discover(model)
@@ -159,7 +159,7 @@ def unsupported(text: str, **where: str) -> str:
     [
         (
             "bert",
-            "it is an encoder, in which every token sees those after it; only decoders, which write text from left to right, can be "
+            "this is an encoder, in which tokens attend to later ones; only decoders, which generate text from left to right, can be "
             "edited.",
         ),
         ("florence2", "it is an encoder with a decoder; only decoders that stand alone can be edited."),
@@ -198,13 +198,15 @@ class Halves(nn.Module):
 def test_no_layers() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         discover(Stub(Halves))
-    assert str(caught.value) == unsupported("no list of decoder layers was found that take and give hidden states of size 8.", type="stub")
+    assert str(caught.value) == unsupported(
+        "no list of decoder layers was found that take and return hidden states of size 8.", type="stub"
+    )
 
 
 def test_layers_that_nothing_writes_to() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         discover(Stub(lambda: nn.LayerNorm(8)))
-    assert str(caught.value) == unsupported("in layer 0 of blocks nothing was found that writes to the residual stream.", type="stub")
+    assert str(caught.value) == unsupported("in layer 0 of blocks, no module was found that writes to the residual stream.", type="stub")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

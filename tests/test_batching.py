@@ -1,4 +1,4 @@
-"""How many trials share a pass where nothing is said."""
+"""The automatic number of trials per pass."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def test_as_many_as_rows_memory_and_trials_allow(
 
 
 def batches(rate: Callable[[int], float], value: int, n_random: int, n_trials: int) -> tuple[list[int], list[int]]:
-    """Trials in each batch where `rate` gives tokens per second, every trial has 100 tokens, and the first batch is slow."""
+    """Trials in each batch if `rate` gives tokens per second, every trial has 100 tokens, and the first batch is slow."""
     computed, settled = 0, list[int]()
     size = BatchSize(value, lambda: computed, n_random, settled.append)
     sizes, n_done = [], 0

@@ -73,7 +73,7 @@ def test_what_needs_the_extra_says_so(workplace: Path, heretic: Callable[..., Ou
     monkeypatch.setattr("heretic.session.answers.find_spec", lambda name: None)
     outcome = heretic("--model-action", "benchmark", "--trial-index", "0")
     assert outcome.code == 2 and outcome.err == (
-        "Error: model_action = benchmark needs the extra 'benchmark', of which lm_eval is not installed. Install it with: "
+        "Error: model_action = benchmark needs the extra 'benchmark', but lm_eval is not installed. Install it with: "
         "pip install 'heretic-llm[benchmark]' (in a clone: uv sync --extra benchmark).\n"
     )
 
@@ -130,7 +130,7 @@ class TestWithTheHarness:
 
     def test_a_folder_of_tasks_must_exist(self, workplace: Path, heretic: Callable[..., Outcome]) -> None:
         outcome = heretic("--model-action", "benchmark", "--trial-index", "0", "--benchmark-path", "nowhere")
-        assert outcome.code == 2 and outcome.err == "Error: benchmark_path: there is no folder nowhere. Check the path.\n"
+        assert outcome.code == 2 and outcome.err == "Error: benchmark_path: the folder nowhere does not exist. Check the path.\n"
 
     def test_errors_are_paired_where_examples_have_values(self) -> None:
         from heretic.scoring.benchmark import BenchmarkRow, cells, compare_results

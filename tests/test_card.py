@@ -470,7 +470,7 @@ def test_public_names(name: str, public: str | None, tmp_path: Path, monkeypatch
 
 
 def test_public_settings_keep_what_the_scores_depend_on() -> None:
-    """Texts stay to the letter, numbers and names too; only where things lie is cut."""
+    """Texts stay to the letter, numbers and names too; only paths are shortened."""
     chosen = Settings(
         model="/models/m", system_prompt="See /etc/motd at ../x", refusal_markers=["/sorry/", "../no"], max_memory={"0": "20GB"}
     )

@@ -161,7 +161,7 @@ def test_a_trial_without_its_score_is_an_error(heretic: Heretic, workplace: Path
 
 @pytest.fixture
 def small_disk(workplace: Path) -> Iterator[Path]:
-    """A file system of 24 KiB, where the system lets us make one."""
+    """A file system of 24 KiB, if the system lets us create one."""
     disk = workplace / "disk"
     disk.mkdir()
     mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "none", disk], check=False)

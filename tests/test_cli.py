@@ -50,10 +50,10 @@ def test_help_imports_nothing_heavy() -> None:
     ("arguments", "told"),
     [
         (["m", "--n-trails", "1"], "Unknown option --n-trails (did you mean --n-trials?)."),
-        (["./nowhere"], "There is no folder ./nowhere."),
+        (["./nowhere"], "The folder ./nowhere does not exist."),
         (["heretic/m", "--model-action", "save"], "--model-action save needs --trial-index"),
         (["compare", "m"], "heretic compare needs at least two models or studies"),
-        (["--export-from", "nowhere"], "There is no nowhere."),
+        (["--export-from", "nowhere"], "nowhere does not exist."),
         (["worker"], "heretic worker needs --study-storage"),
     ],
 )
@@ -128,14 +128,14 @@ def test_sources_that_are_no_model(heretic: Heretic, workplace: Path) -> None:
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text("{}")
     expected = {
-        "empty": "empty is no model folder: it has no config.json.",
-        "adapter": "adapter is no model folder: it has no config.json. It holds an adapter, not a model.",
-        "good.txt": "good.txt is a file. Give the folder that holds the model, a GGUF file, or a hub id.",
-        "./n": "There is no folder ./n. Check the path (a hub id has the form owner/name).",
-        "/no/such": "There is no folder /no/such. Check the path (a hub id has the form owner/name).",
-        "~nobody-of-this-name/m": "There is no folder ~nobody-of-this-name/m. Check the path (a hub id has the form owner/name).",
-        "modèle": "There is no folder modèle. Check the path (a hub id has the form owner/name).",
-        "a/b/c": "There is no folder a/b/c. Check the path (a hub id has the form owner/name).",
+        "empty": "empty is not a model folder: it has no config.json.",
+        "adapter": "adapter is not a model folder: it has no config.json. It contains an adapter, not a model.",
+        "good.txt": "good.txt is a file. Give the model's folder, a GGUF file, or a hub id.",
+        "./n": "The folder ./n does not exist. Check the path (a hub id has the form owner/name).",
+        "/no/such": "The folder /no/such does not exist. Check the path (a hub id has the form owner/name).",
+        "~nobody-of-this-name/m": "The folder ~nobody-of-this-name/m does not exist. Check the path (a hub id has the form owner/name).",
+        "modèle": "The folder modèle does not exist. Check the path (a hub id has the form owner/name).",
+        "a/b/c": "The folder a/b/c does not exist. Check the path (a hub id has the form owner/name).",
     }
     for name, message in expected.items():
         assert heretic("--model", name) == Outcome(1, "", f"Error: {message}\n")
@@ -164,21 +164,19 @@ def test_folders_whose_files_are_broken(heretic: Heretic, workplace: Path) -> No
     )
     config.write_text('{"model_type": "nonsense"}')
     assert told("broken").startswith(
-        "Error: The model broken is of a type that this version of transformers does not know. Update transformers. ("
+        "Error: The installed transformers does not support the type of the model broken. Update transformers. ("
     )
     config.write_text(json.dumps({**json.loads(Path("m/config.json").read_text()), "model_type": "x", "auto_map": {"AutoConfig": "x.Y"}}))
-    assert told("broken") == (
-        "Error: The model broken comes with its own Python code. Read it, and if you trust it, add --trust-remote-code.\n"
-    )
+    assert told("broken") == ("Error: The model broken needs its own Python code. Read it, and if you trust it, add --trust-remote-code.\n")
     shutil.copytree("m", "incomplete")
     Path("incomplete/model.safetensors").unlink()
     assert told("incomplete").startswith(
-        "Error: The model incomplete could not be loaded in any format. float32: Error no file named model.safetensors"
+        "Error: The model incomplete could not be loaded in any dtype. float32: Error no file named model.safetensors"
     )
     shutil.copytree("m", "cut")
     os.truncate("cut/model.safetensors", 5000)
     assert told("cut").startswith(
-        "Error: The model cut could not be loaded in any format. float32: Error while deserializing header: "
+        "Error: The model cut could not be loaded in any dtype. float32: Error while deserializing header: "
         "incomplete metadata, file not fully covered."
     )
     shutil.copytree("m", "speechless")
@@ -267,9 +265,11 @@ def test_prompts_that_cannot_be_used(heretic: Heretic, workplace: Path) -> None:
 
     same = "good_prompts and bad_prompts are the same, so they define no refusal direction. Give different ones."
     assert told("--bad-prompts.dataset", "good.txt") == f"Error: {same}\n"
-    assert told("--bad-prompts.dataset", "nothing.txt") == ("Error: bad_prompts: there is no file or folder nothing.txt. Check the path.\n")
+    assert told("--bad-prompts.dataset", "nothing.txt") == (
+        "Error: bad_prompts: the file or folder nothing.txt does not exist. Check the path.\n"
+    )
     assert told("--bad-prompts.split", "[9:]") == (
-        "Error: bad_prompts: bad.txt ([9:]) holds no prompts. Check the file, or the slice of the split.\n"
+        "Error: bad_prompts: bad.txt ([9:]) contains no prompts. Check the file, or the slice of the split.\n"
     )
     Path("latin.txt").write_bytes("où\nça\n".encode("latin-1"))
     assert told("--good-evaluation-prompts.dataset", "latin.txt") == (
@@ -277,11 +277,11 @@ def test_prompts_that_cannot_be_used(heretic: Heretic, workplace: Path) -> None:
     )
     Path("long.txt").write_text("hello\n" + "how " * 300)
     assert told("--bad-prompts.dataset", "long.txt").startswith(
-        "Error: bad_prompts: prompt 2 has 310 tokens, which with 1 new ones is more than the model's context of 256."
+        "Error: bad_prompts: prompt 2 has 310 tokens, which with 1 new ones exceeds the model's context length of 256."
     )
     assert told("--max-response-length", "250") == (
-        "Error: bad_evaluation_prompts: prompt 1 has 15 tokens, which with 250 new ones is more than the model's context of 256. "
-        "Shorten it, or lower max_response_length. It begins: 'how do i fix bread'\n"
+        "Error: bad_evaluation_prompts: prompt 1 has 15 tokens, which with 250 new ones exceeds the model's context length of 256. "
+        "Shorten it, or decrease max_response_length. It begins: 'how do i fix bread'\n"
     )
 
 
@@ -289,8 +289,8 @@ def test_a_model_that_refuses_nothing(heretic: Heretic, workplace: Path) -> None
     outcome = heretic("--refusal-markers", '["no such word"]')
     assert (outcome.code, outcome.err) == (
         1,
-        "Error: The model refuses none of the 5 harmful evaluation prompts, so there is nothing to remove. Perhaps it was never "
-        "trained to refuse, or it refuses in words that the rule does not know: look at its answers with --print-responses, and set "
+        "Error: The model refuses none of the 5 harmful evaluation prompts, so there is nothing to remove. It may not be trained to "
+        "refuse, or refuse in words that the rule does not know: check its responses with --print-responses, and set "
         "refusal_markers, system_prompt or bad_evaluation_prompts accordingly.\n",
     )
 
@@ -312,7 +312,7 @@ def test_a_model_whose_numbers_are_not_finite(heretic: Heretic, workplace: Path)
     outcome = heretic("--model", "nan")
     assert outcome.code == 1
     assert outcome.err.startswith(
-        "Error: The model nan could not be loaded in any format. float32: the test run gave logits that are not finite."
+        "Error: The model nan could not be loaded in any dtype. float32: the test run returned logits that are not finite."
     )
 
 
@@ -479,4 +479,4 @@ def test_an_encoding_that_lacks_a_character_does_not_end_the_run(workplace: Path
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     outcome = subprocess.run([script(), "--model", "modèle"], check=False, env=environment, capture_output=True)
     assert outcome.returncode == 1
-    assert outcome.stderr == b"Error: There is no folder mod?le. Check the path (a hub id has the form owner/name).\n"
+    assert outcome.stderr == b"Error: The folder mod?le does not exist. Check the path (a hub id has the form owner/name).\n"

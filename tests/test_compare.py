@@ -118,10 +118,10 @@ def test_a_model_that_gives_no_numbers_is_left_out(workplace: Path, heretic: Her
         (["m"], "heretic compare needs at least two models or studies: heretic compare A B [C...]"),
         (["m", "checkpoints/none.jsonl"], "The study checkpoints/none.jsonl does not exist. Check the path."),
         (["m", "checkpoints/none.jsonl:1"], "The study checkpoints/none.jsonl:1 does not exist. Check the path."),
-        (["m", "./nowhere"], "There is no folder ./nowhere. Check the path (a hub id has the form owner/name)."),
-        (["m", "m", "--model", "m"], "--model is not an option here: models and studies are named one after the other."),
+        (["m", "./nowhere"], "The folder ./nowhere does not exist. Check the path (a hub id has the form owner/name)."),
+        (["m", "m", "--model", "m"], "--model is not an option here: give models and studies as positional arguments."),
         (["m", "m", "--seeds", "1"], "Unknown option --seeds (did you mean --seed?). heretic --help lists all options."),
-        (["m", "checkpoints"], "checkpoints is no model folder: it has no config.json."),
+        (["m", "checkpoints"], "checkpoints is not a model folder: it has no config.json."),
         (
             ["m", "half"],
             "The adapter half does not say which model it belongs to: half/adapter_config.json has no base_model_name_or_path.",

@@ -128,7 +128,7 @@ COMMAND_LINES = {
     (): "No model is given. Try: heretic <model-id or folder>, or heretic --demo",
     ("--no-demo",): "No model is given. Try: heretic <model-id or folder>, or heretic --demo",
     ("",): "model is empty; give a hub id or a local path.",
-    ("a", "--model", "b"): "Two models are given, 'a' and --model 'b'; give one.",
+    ("a", "--model", "b"): "Two models are given, 'a' and --model 'b'; use one.",
     ("a", "b"): "Wrong usage: unrecognized arguments: b. heretic --help lists all options.",
     ("m", "-x"): "Wrong usage: unrecognized arguments: -x. heretic --help lists all options.",
     ("m", "--n-trials"): "Wrong usage: argument --n-trials: expected one argument. heretic --help lists all options.",

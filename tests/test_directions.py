@@ -102,7 +102,7 @@ def test_mix_at_the_only_layer() -> None:
 
 @pytest.mark.parametrize("index", [-0.01, 9.01])
 def test_mix_at_outside_the_layers(index: float) -> None:
-    with pytest.raises(ValueError, match=f"^direction_index {index} lies outside layers 0 to 9$"):
+    with pytest.raises(ValueError, match=f"^direction_index {index} is outside layers 0 to 9$"):
         mix_at(index, 10)
 
 

@@ -189,7 +189,8 @@ def test_logits_that_do_not_fit_beside_the_model(folder: Path, tmp_path: Path, m
     moved.record(model)
     n_bytes = sum(moved.n_positions) * model.model.get_input_embeddings().weight.shape[0] * 4
     told = (
-        f"The original's logits take {format_size(n_bytes)}, too much for memory. They are in a temporary file in {tmp_path / 'studies'}."
+        f"The original's logits take {format_size(n_bytes)}, too much for memory. "
+        f"They are stored in a temporary file in {tmp_path / 'studies'}."
     )
     assert recorder.messages == ([told] if place == "disk" else [])
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
@@ -213,8 +214,8 @@ def test_logits_that_fit_nowhere(folder: Path, tmp_path: Path, monkeypatch: pyte
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value) == (
-        f"The original's logits, with which trials are compared, take {size}. There is no room for them in memory, nor in {tmp_path}: "
-        "File too large. Give fewer good_evaluation_prompts, or lower kl_tokens."
+        f"The original's logits, which trials are compared with, take {size}. They fit neither in memory nor in {tmp_path}: "
+        "File too large. Use fewer good_evaluation_prompts, or decrease kl_tokens."
     )
 
 

@@ -188,7 +188,7 @@ def by_hand(made: Evaluator, ablation: Ablation | None) -> tuple[int, float]:
 
 
 def failures(responses: Sequence[str], before: Sequence[str]) -> int:
-    """Refusals, and empty responses where the original's are not empty."""
+    """Refusals, and empty responses if the original's are not empty."""
     return sum(
         any(marker in r for marker in MARKERS) or (not r.strip() and bool(b.strip())) for r, b in zip(responses, before, strict=True)
     )
@@ -249,7 +249,7 @@ def test_a_trial_that_overflows_has_no_score(tmp_path: Path) -> None:
     expected = made.score(ABLATIONS[0])
     error, score = made.score_trials([broken, ABLATIONS[0]])
     assert isinstance(error, TrialError)
-    assert str(error) == "the model gives logits that are not finite (NaN or infinite)"
+    assert str(error) == "the model returned logits that are not finite (NaN or infinite)"
     assert score.refusals == expected.refusals
     assert score.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-4)
     with pytest.raises(TrialError):
@@ -263,9 +263,9 @@ def test_a_model_that_refuses_nothing(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError) as caught:
         evaluator(save(tmp_path, model), refusal_markers=["zebra"])
     assert str(caught.value) == (
-        "The model refuses none of the 7 harmful evaluation prompts, so there is nothing to remove. Perhaps it was never trained to "
-        "refuse, or it refuses in words that the rule does not know: look at its answers with --print-responses, and set refusal_markers, "
-        "system_prompt or bad_evaluation_prompts accordingly."
+        "The model refuses none of the 7 harmful evaluation prompts, so there is nothing to remove. It may not be trained to "
+        "refuse, or refuse in words that the rule does not know: check its responses with --print-responses, and set "
+        "refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
     )
 
 
@@ -276,7 +276,7 @@ def test_an_original_that_cannot_be_scored(folder: Path) -> None:
     with pytest.raises(EvaluationError) as caught:
         measure_original(settings(folder), model, GOOD, BAD)
     assert str(caught.value) == (
-        "The original model cannot be scored: the model gives logits that are not finite (NaN or infinite). "
+        "The original model cannot be scored: the model returned logits that are not finite (NaN or infinite). "
         "Try another --dtypes, such as float32."
     )
 

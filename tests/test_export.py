@@ -71,7 +71,7 @@ def expected_direction(gain: np.ndarray | None = None) -> np.ndarray:
 def expected_tensors(
     original: Path, mode: str, post_norms: tuple[str, str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    """Every stored tensor of the original, edited where a writer's in float64; and the names of those."""
+    """Every stored tensor of the original, edited in float64 if it is a writer's; and the names of those."""
     before, edited = tensors_of(original), {}
     for name, tensor in before.items():
         path, _, kind = name.rpartition(".")
@@ -196,7 +196,7 @@ def test_an_original_without_generation_settings_gets_none(tmp_path: Path) -> No
 
 
 def test_a_processors_files_are_the_originals(tmp_path: Path) -> None:
-    """Also where the libraries that it needs for images are not installed."""
+    """Also if the libraries that it needs for images are not installed."""
     original, target = tmp_path / "original", tmp_path / "out"
     save_original(original, build("llava"))
     files = {"processor_config.json": '{"processor_class": "LlavaProcessor", "patch_size": 8}', "preprocessor_config.json": '{"size": 16}'}
@@ -435,7 +435,7 @@ def test_adapter_of_experts_that_peft_takes_for_others_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize("rank", [3, 32, 40])
 def test_adapter_of_mode_full(tmp_path: Path, original: Path, rank: int) -> None:
-    """What it misses is what it says it misses: nothing where the rank is the matrices' own or more."""
+    """What it misses is what it says it misses: nothing if the rank is the matrices' own or more."""
     recorder = Recorder()
     export(original, tmp_path / "merged", row_normalization="full")
     export(original, tmp_path / "adapter", "adapter", recorder, row_normalization="full", full_normalization_lora_rank=rank)

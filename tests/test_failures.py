@@ -52,8 +52,8 @@ def study() -> optuna.Study:
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("return float('nan')", "the objective of the scorer odd is nan, which is no finite number"),
-        ("return -float('inf')", "the objective of the scorer odd is -inf, which is no finite number"),
+        ("return float('nan')", "the objective of the scorer odd is nan, which is not a finite number"),
+        ("return -float('inf')", "the objective of the scorer odd is -inf, which is not a finite number"),
         ("return 'three'", "the objective of the scorer odd failed: ValueError: could not convert string to float: 'three'"),
         ("raise KeyError('mine')", "the objective of the scorer odd failed: KeyError: 'mine'"),
     ],
@@ -181,7 +181,7 @@ def test_finalists_that_do_not_fit_together_are_scored_one_by_one(
     ("error", "told"),
     [
         (NO_MEMORY, "memory ran out (OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB)."),
-        (ModelError("The model could not be loaded in any format."), "The model could not be loaded in any format."),
+        (ModelError("The model could not be loaded in any dtype."), "The model could not be loaded in any dtype."),
         (KeyError("mine"), "KeyError: 'mine' (this is a bug in heretic; --debug shows where it happened)."),
     ],
 )
@@ -211,7 +211,7 @@ def test_an_interrupted_check_leaves_the_saved_model(heretic: Heretic, workplace
 
 
 def test_a_process_that_is_killed_in_the_check_has_saved_the_model(heretic: Heretic, workplace: Path) -> None:
-    """As the system does it where memory is lacking."""
+    """As the system does it if memory runs out."""
     assert heretic(*ALONE).code == 0
     pid = os.fork()
     if pid == 0:

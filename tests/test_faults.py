@@ -151,7 +151,7 @@ def test_a_signal_at_any_moment(place: Path, fresh: Callable[[], None], number: 
 
 
 def own_disk(folder: Path, size: int) -> None:
-    """Mount a disk of a size in KiB that only this process and its children see. Raises `OSError` where that is not allowed."""
+    """Mount a disk of a size in KiB that only this process and its children see. Raises `OSError` if that is not allowed."""
     user, group = os.getuid(), os.getgid()
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
@@ -163,7 +163,7 @@ def own_disk(folder: Path, size: int) -> None:
 
 
 def in_a_fork(act: Callable[[], None]) -> str:
-    """What goes wrong in a process that acts; nothing where nothing does."""
+    """What goes wrong in a process that acts; nothing if nothing does."""
     report = Path("report.txt").absolute()
     report.unlink(missing_ok=True)
     pid = os.fork()

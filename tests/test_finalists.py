@@ -106,10 +106,10 @@ def test_what_is_missing_is_made_up_for(heretic: Heretic, workplace: Path) -> No
     assert "Search: 3 trials, 3 done" in outcome.out and len(known()["trials"]) >= 1
     before = known()
     outcome = heretic("--n-finalists", "2", "--final-response-length", "9")
-    assert "9 tokens at most" in outcome.out
+    assert "at most 9 tokens" in outcome.out
     assert known()["conditions"]["max_response_length"] == 9 != before["conditions"]["max_response_length"]
     outcome = heretic("--n-finalists", "2", "--final-response-length", "9")
-    assert "Loading m" not in outcome.out and "9 tokens at most" in outcome.out
+    assert "Loading m" not in outcome.out and "at most 9 tokens" in outcome.out
 
 
 def test_other_prompts_and_longer_answers(heretic: Heretic, workplace: Path) -> None:
@@ -274,7 +274,7 @@ def test_verdicts_beside_the_originals() -> None:
     classes = {"refusal": 9, "compliance": 86, "degenerate": 5}
     assert verdicts_text(attributes(response_classes=classes), original) == "9 of 100 refused (original 30), 5 degenerate (original 5)"
     classes = {"refusal": 7, "compliance": 90, "degenerate": 3}
-    told = attributes(response_classes=classes)  # 9 count: 7 refused, and 2 degenerate where the original's are not
+    told = attributes(response_classes=classes)  # 9 count: 7 refused, and 2 degenerate while the original's are not
     assert verdicts_text(told, original) == "7 of 100 refused (original 30), 3 degenerate (original 5; 2 new)"
     assert (refused(told), degenerate(told)) == ("7", "3 (2 new)")
     assert verdicts_text(attributes(response_classes=classes, bounded=True), original) == "about 9 of 100 refused (original 30)"
@@ -326,9 +326,9 @@ def test_tables_of_finalists_and_of_one_trial() -> None:
     assert rows[4] == ["KL divergence, median", "0.1000", "0.4000", "0.1000"]
     assert rows[-4] == ["Responses: degenerate (empty, repetitive or cut short)", "0", "", "2"]
     assert rows[-3:] == [
-        ["By their beginnings: refusal", "7", "", "7"],
-        ["By their beginnings: compliance", "93", "", "93"],
-        ["By their beginnings: degenerate (empty, repetitive or cut short)", "0", "", "0"],
+        ["Early verdicts: refusal", "7", "", "7"],
+        ["Early verdicts: compliance", "93", "", "93"],
+        ["Early verdicts: degenerate (empty, repetitive or cut short)", "0", "", "0"],
     ]
     # A trial of an earlier version has its two figures and nothing else.
     assert score_rows(trial(), {}, {})[1] == [["Refusals", "", "9", ""], ["KL divergence", "", "0.5000", ""]]

@@ -62,7 +62,7 @@ def test_a_whole_run(file: Path, heretic: Heretic) -> None:
     outcome = heretic("small.gguf", *SAVE)
     assert (outcome.code, outcome.err) == (0, ""), outcome
     told = re.search(
-        r"\nsmall\.gguf: the weights of small\.gguf are dequantized, in (\S+)\. What is saved is made from them, in bfloat16\.\n",
+        r"\nsmall\.gguf: the weights of small\.gguf are dequantized in (\S+)\. Saved models are made from these, in bfloat16\.\n",
         outcome.out,
     )
     assert told, outcome.out
@@ -102,40 +102,39 @@ def test_files_that_cannot_be_read(content: bytes) -> None:
     Path("junk.gguf").write_bytes(b"hello" * 100)
     assert refused("junk.gguf") == (
         "junk.gguf cannot be read as a GGUF file: it does not start with the GGUF magic bytes, so it is not a GGUF file. "
-        "Is it whole? Fetch it again."
+        "It may be incomplete: download it again."
     )
     for name, size in (("head", 5000), ("weights", len(content) * 3 // 4)):
         Path(f"{name}.gguf").write_bytes(content[:size])
         told = refused(f"{name}.gguf")
         assert told.startswith(f"{name}.gguf cannot be read as a GGUF file: ")
-        assert told.endswith(". Is it whole? Fetch it again.")
+        assert told.endswith(". It may be incomplete: download it again.")
     model = gguf_files.build()
     gguf_files.write(Path("other.gguf"), model, architecture="wavenet")
     assert refused("other.gguf") == (
-        "other.gguf holds a model of the architecture wavenet, which transformers cannot read from GGUF files. "
-        "Give the model that it was made from."
+        "other.gguf has the architecture wavenet, which transformers cannot read from GGUF files. Use the model that it was converted from."
     )
     gguf_files.write(Path("part.gguf"), model, parts=3)
     assert refused("part.gguf") == (
-        "part.gguf is one of 3 parts of a model. Join them with llama-gguf-split --merge, and give the file that it writes."
+        "part.gguf is one of 3 parts of a model. Join them with llama-gguf-split --merge, and use the resulting file."
     )
     gguf_files.write(Path("less.gguf"), model, leave_out="ffn_up")
     assert refused("less.gguf") == (
-        "less.gguf lacks weights that a model of its architecture (llama) has: model.layers.0.mlp.up_proj.weight and 1 more. "
-        "Give the model that it was made from."
+        "less.gguf lacks weights of its architecture (llama): model.layers.0.mlp.up_proj.weight and 1 more. "
+        "Use the model that it was converted from."
     )
 
 
 def test_a_folder_of_files(file: Path, heretic: Heretic) -> None:
     Path("files").mkdir()
     file.rename("files/small.gguf")
-    told = "It holds GGUF files; choose one with --gguf-file, such as small.gguf."
-    assert heretic("files") == Outcome(1, "", f"Error: files is no model folder: it has no config.json. {told}\n")
+    told = "It contains GGUF files; choose one with --gguf-file, such as small.gguf."
+    assert heretic("files") == Outcome(1, "", f"Error: files is not a model folder: it has no config.json. {told}\n")
     assert heretic("files", "--gguf-file", "big.gguf") == Outcome(
         1, "", "Error: The folder files has no file big.gguf. Check --gguf-file.\n"
     )
     Path("notes.txt").write_text("hello")
-    assert heretic("notes.txt").err == "Error: notes.txt is a file. Give the folder that holds the model, a GGUF file, or a hub id.\n"
+    assert heretic("notes.txt").err == "Error: notes.txt is a file. Give the model's folder, a GGUF file, or a hub id.\n"
     source = dequantized_source(model_source(Settings(model="files", gguf_file="small.gguf")), SilentProgress())
     assert (source.name, source.gguf, source.repository) == ("files", "small.gguf", None)
     assert Path(source.path, "model.safetensors").is_file()
@@ -152,7 +151,7 @@ def test_files_of_the_hub(file: Path, workplace: Path) -> None:
     with hub.serve(Path("files")) as address:
         outcomes = _with_hub(commands, address, workplace / "cache")
         fresh = _with_hub({"made": ["--export-from", "out", "--save-directory", "again"]}, address, workplace / "cache2")
-    told = "The model owner/tiny has no config.json that names its type. If it holds GGUF files, choose one with --gguf-file."
+    told = "The model owner/tiny has no config.json that names its type. If it has GGUF files, choose one with --gguf-file."
     assert (outcomes["none"].code, outcomes["none"].err) == (1, f"Error: {told}\n")
     assert outcomes["missing"].err == "Error: The model owner/tiny has no file big.gguf. Check --gguf-file.\n"
     assert (outcomes["works"].code, outcomes["works"].err) == (0, "")

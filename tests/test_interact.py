@@ -42,7 +42,7 @@ class Terminal:
             os.environ.pop("COLUMNS", None)
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
             process.run_and_exit(arguments)
-        # Ctrl+C makes a terminal drop what it has not shown yet, in the middle of a character where it likes.
+        # Ctrl+C makes a terminal drop what it has not shown yet, in the middle of a character wherever it likes.
         self.terminal = fdpexpect.fdspawn(terminal, encoding="utf-8", codec_errors="replace", timeout=60)
 
     def see(self, text: str) -> str:

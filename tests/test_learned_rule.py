@@ -7,7 +7,7 @@ import pytest
 import tiny
 from heretic.config import CHAIN_OF_THOUGHT_SKIPS, REFUSAL_MARKERS
 from heretic.decoding.rows import Row, TextWatch
-from heretic.scoring.learned_rule import LearnedRule, goes_in_a_circle
+from heretic.scoring.learned_rule import LearnedRule, repeats_itself
 from heretic.scoring.phrases import WINDOW, Phrases, Reading, beginning
 from heretic.scoring.responses import RefusalRule, counts_against
 
@@ -222,8 +222,8 @@ def test_what_goes_in_a_circle_is_not_taken_for_an_answer(judge: LearnedRule) ->
     assert judge.reading.score(beginning(circle, 60)) <= look.complies, "by its phrases alone it would be one"
     assert judge.early(circle) is None
     assert judge.judge(circle * 2, is_cut_off=True).kind == "degenerate"
-    assert goes_in_a_circle("a b a b a b a b") and not goes_in_a_circle("a b a b a")
-    assert not goes_in_a_circle("To bake bread you need flour, water, salt and a warm place.")
+    assert repeats_itself("a b a b a b a b") and not repeats_itself("a b a b a")
+    assert not repeats_itself("To bake bread you need flour, water, salt and a warm place.")
 
 
 def test_a_late_refusal_is_seen_in_the_whole_text_only(judge: LearnedRule) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs that learn edits: what the study holds, what is saved, what a kill costs, and what is told where nothing can be learned."""
+"""Whole runs that learn edits: what the study holds, what is saved, what a kill costs, and what is reported if nothing can be learned."""
 
 import json
 import os

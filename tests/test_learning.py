@@ -272,7 +272,7 @@ def test_what_was_learned_is_what_is_saved(kind: str, mode: RowNormalization, tm
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_of_a_refusal(dtype: torch.dtype) -> None:
-    """`-log(1 - 0.999 p)` in float64 from a billionth to certainty, where the slope `0.999 p / (1 - 0.999 p)` is still large and finite."""
+    """`-log(1 - 0.999 p)` in float64 from 1e-9 to certainty, at which the slope `0.999 p / (1 - 0.999 p)` is still large and finite."""
     p = np.array([1e-9, 1e-4, 0.1, 0.5, 0.9, 0.99, 0.9999, 1.0])
     log_p = torch.tensor(np.log(p), dtype=dtype, requires_grad=True)
     loss = refusal_loss(log_p)

@@ -287,7 +287,7 @@ def test_an_ablation_needs_directions(plain: Plain) -> None:
         load(plain.folder).first_token_logprobs(PROMPTS, ABLATIONS[0])
 
 
-NOT_FINITE = "the model gives logits that are not finite (NaN or infinite)"
+NOT_FINITE = "the model returned logits that are not finite (NaN or infinite)"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -425,7 +425,7 @@ def test_template_that_refuses_a_system_message(tmp_path: Path) -> None:
     more = [*MESSAGES, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "how"}]
     assert model.render(more) == "<user> you are a cat\n\nhello <end> <assistant> yes <end> <user> how <end> <assistant> "
     assert model.render(MESSAGES[1:]) == "<user> hello <end> <assistant> "
-    assert recorder.messages == ["The chat template takes no system message; the system prompt is put before the user's text."]
+    assert recorder.messages == ["The chat template rejects system messages; the system prompt is put before the user's text."]
     assert recorder.warnings == []
     # What the model is given is what the template makes of the folded message.
     reference = Plain(tmp_path)
@@ -438,8 +438,8 @@ def test_no_template(tmp_path: Path) -> None:
     model = load(save(tmp_path, build(), None), recorder)
     assert model.render(MESSAGES) == "you are a cat\n\nhello\n\n"
     assert recorder.warnings == [
-        "This model has no chat template: prompts are given as plain text, the system prompt before them. "
-        "Base models seldom refuse; an instruction-tuned one should have a template."
+        "This model has no chat template: prompts are passed as plain text after the system prompt. "
+        "Base models rarely refuse; an instruction-tuned model should have a template."
     ]
 
 
@@ -467,7 +467,7 @@ def test_prompts_longer_than_the_context(plain: Plain) -> None:
     with pytest.raises(PromptError) as caught:
         model.check_lengths([PROMPTS[0], long], "bad_prompts", 74)
     assert str(caught.value) == (
-        "bad_prompts: prompt 2 has 183 tokens, which with 74 new ones is more than the model's context of 256. Shorten it, or lower "
+        "bad_prompts: prompt 2 has 183 tokens, which with 74 new ones exceeds the model's context length of 256. Shorten it, or decrease "
         "max_response_length. It begins: 'the cat sat the cat sat the cat sat the cat sat the cat sat '"
     )
 
@@ -513,7 +513,7 @@ def test_number_formats_are_tried_in_order(tmp_path: Path) -> None:
     recorder = Recorder()
     loaded = load(save(tmp_path, model), recorder, dtypes=["float16", "float32", "bfloat16"])
     assert loaded.loaded.dtype == loaded.model.dtype == torch.float32
-    assert recorder.warnings == ["Loading in float16 failed: the test run gave logits that are not finite"]
+    assert recorder.warnings == ["Loading in float16 failed: the test run returned logits that are not finite"]
 
 
 def test_no_number_format_works(tmp_path: Path) -> None:
@@ -522,8 +522,8 @@ def test_no_number_format_works(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load(save(tmp_path, model), dtypes=["auto", "float16", "float32"])
     assert str(caught.value) == (
-        f"The model {tmp_path} could not be loaded in any format. float32: the test run gave logits that are not finite; "
-        "float16: the test run gave logits that are not finite."
+        f"The model {tmp_path} could not be loaded in any dtype. float32: the test run returned logits that are not finite; "
+        "float16: the test run returned logits that are not finite."
     )
 
 
@@ -558,6 +558,6 @@ def test_weights_that_are_not_in_the_files_are_told(plain: Plain, tmp_path: Path
     recorder = Recorder()
     load(folder, recorder)
     assert recorder.warnings == [
-        "Missing in the model's files and set at random: model.layers.0.mlp.up_proj.weight. "
-        "Are the files complete, and is it the right model type?"
+        "Missing in the model's files and randomly initialized: model.layers.0.mlp.up_proj.weight. "
+        "Check that the files are complete and the model type is right."
     ]

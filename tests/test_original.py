@@ -1,4 +1,4 @@
-"""An original on the hub: what an export needs beyond what loading fetched, and what happens where the hub does not answer."""
+"""An original on the hub: what an export needs beyond what loading fetched, and what happens if the hub does not answer."""
 
 import json
 import os

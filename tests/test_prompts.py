@@ -100,11 +100,11 @@ def test_dataset_folders(kind: str, datasets_folder: Path, monkeypatch: pytest.M
     assert told(kind, "train", "gaps") == f"bad_prompts: column 'gaps' of {kind} holds NoneType, not text (row 1)."
     assert told(kind, column="text") == (
         f"bad_prompts: {kind} is a dataset, which needs a split; set bad_prompts.split (a text file needs neither; check the path if "
-        "one was meant)."
+        "you meant one)."
     )
     assert told(kind, "train") == (
         f"bad_prompts: {kind} is a dataset, which needs a column; set bad_prompts.column (a text file needs neither; check the path if "
-        "one was meant)."
+        "you meant one)."
     )
 
 
@@ -112,10 +112,10 @@ def test_wrong_slices(datasets_folder: Path) -> None:
     Path("a.txt").write_text("a\nb\n")
     csv = str(datasets_folder / "csv")
     assert told("a.txt", "[x]") == (
-        "bad_prompts: '[x]' is no split of a.txt with a valid slice: Unrecognized instruction format: train[x]. Set bad_prompts.split."
+        "bad_prompts: '[x]' is not a split of a.txt with a valid slice: Unrecognized instruction format: train[x]. Set bad_prompts.split."
     )
-    assert told("a.txt", "[:1").startswith("bad_prompts: '[:1' is no split of a.txt with a valid slice")
-    assert told(str(datasets_folder / "dict"), "train[x]", "text").startswith("bad_prompts: 'train[x]' is no split of")
+    assert told("a.txt", "[:1").startswith("bad_prompts: '[:1' is not a split of a.txt with a valid slice")
+    assert told(str(datasets_folder / "dict"), "train[x]", "text").startswith("bad_prompts: 'train[x]' is not a split of")
     assert told(csv, "train[x]", "text") == (
         f"bad_prompts: the dataset {csv} cannot be loaded: Unrecognized instruction format: train[x]. {HELP}"
     )
@@ -123,12 +123,12 @@ def test_wrong_slices(datasets_folder: Path) -> None:
 
 def test_no_prompts(datasets_folder: Path) -> None:
     Path("a.txt").write_text("\n  \n")
-    assert told("a.txt") == "bad_prompts: a.txt holds no prompts. Check the file, or the slice of the split."
+    assert told("a.txt") == "bad_prompts: a.txt contains no prompts. Check the file, or the slice of the split."
     Path("a.txt").write_text("a\n")
-    assert told("a.txt", "[5:]") == "bad_prompts: a.txt ([5:]) holds no prompts. Check the file, or the slice of the split."
+    assert told("a.txt", "[5:]") == "bad_prompts: a.txt ([5:]) contains no prompts. Check the file, or the slice of the split."
     saved, csv = datasets_folder / "saved", datasets_folder / "csv"
     assert told(str(saved), "train[5:]", "text") == (
-        f"bad_prompts: {saved} (train[5:]) holds no prompts. Check the file, or the slice of the split."
+        f"bad_prompts: {saved} (train[5:]) contains no prompts. Check the file, or the slice of the split."
     )
     assert told(str(csv), "train[5:]", "text") == (
         f'bad_prompts: the dataset {csv} cannot be loaded: Instruction "train[5:]" corresponds to no data. {HELP}'
@@ -144,7 +144,7 @@ def test_files_that_are_not_utf8_text() -> None:
 
 def test_sources_that_are_not_there() -> None:
     for path in ("prompts.txt", "./prompts", "/nowhere/prompts", "~nobody-of-this-name/prompts.txt"):
-        expected = f"bad_prompts: there is no file or folder {path}. Check the path."
+        expected = f"bad_prompts: the file or folder {path} does not exist. Check the path."
         assert told(path) == expected or path.startswith("~")
     assert told("owner/name", "train", "text") == (
         f"bad_prompts: the dataset owner/name cannot be loaded: Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled). {HELP}"
@@ -160,9 +160,7 @@ def test_folders_and_files_that_are_no_dataset(folder: Path) -> None:
     assert told("d", "train", "text") == (
         "bad_prompts: the dataset d cannot be loaded: JSON parse error: Missing a closing quotation mark in string. in row 1. " + HELP
     )
-    assert told("d/train.jsonl") == (
-        "bad_prompts: d/train.jsonl is a data file; give the folder it lies in, with split and column, or a text file."
-    )
+    assert told("d/train.jsonl") == ("bad_prompts: d/train.jsonl is a data file; use its folder, with split and column, or a text file.")
     Path("broken").mkdir()
     Path("broken/state.json").write_text("{")
     assert told("broken", "train", "text") == (

@@ -182,6 +182,6 @@ def test_a_model_that_is_quantized_already(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_4bit(original)
     assert str(caught.value) == (
-        f"The files of {original} hold weights quantized by bitsandbytes, which cannot be edited. Give the model that they were made from "
-        "(its card names it); --quantization bnb_4bit searches it in as little memory, and what is saved has its full precision."
+        f"The weights of {original} are quantized by bitsandbytes, which cannot be edited. Use the model that it was quantized from (see "
+        "the card); --quantization bnb_4bit loads it in as little memory, and the saved model has full precision."
     )

@@ -86,7 +86,7 @@ def test_the_page_holds_what_the_study_holds() -> None:
     assert "<dd>20, 1 stopped early</dd>" in page
     assert page.count("<tr data-place=") == 6, "three trials in two tables"
     assert "per layer" in page and "0.50 (layer 3.5)" in page
-    assert "With flour." in page and "Sorry, no." in page and "No responses of this trial were kept." in page
+    assert "With flour." in page and "Sorry, no." in page and "No responses of this trial were stored." in page
 
     wide, narrow, *kernels, refusals, divergences = charts(page)
     for chart in (wide, narrow, refusals, divergences):
@@ -133,7 +133,7 @@ def test_a_study_without_the_newer_attributes_can_be_told() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
     study.add_trial(trial_of(0, 5, 0.0))
     page = render(facts_of(study))
-    assert "This study holds no responses." in page and "Too few trials to tell." in page
+    assert "This study has no stored responses." in page and "Too few trials to estimate importances." in page
     assert "95 % interval" not in page and len(charts(page)) == 4
 
 
@@ -287,7 +287,7 @@ def test_every_finished_run_leaves_a_report(workplace: Path, heretic: Callable[.
     for trial in front:
         assert samples["trials"][str(trial.number)] == [text.strip() for text in model.responses(prompts, 4, ablation_of(trial))]
 
-    # Once more without loading the model, where nothing was written, and not at all where it is not wanted.
+    # Again without loading the model if nothing was written, and not at all if it is turned off.
     report.unlink()
     again = heretic()
     assert again.code == 0 and "Responses of" not in again.out and report.is_file()
@@ -324,7 +324,7 @@ def test_plots_need_the_extra(workplace: Path, heretic: Callable[..., Outcome], 
     outcome = heretic("--report-plots")
     assert outcome.code == 2 and not Path("checkpoints").exists()
     assert outcome.err == (
-        "Error: report_plots needs the extra 'research', of which matplotlib is not installed. Install it with: "
+        "Error: report_plots needs the extra 'research', but matplotlib is not installed. Install it with: "
         "pip install 'heretic-llm[research]' (in a clone: uv sync --extra research).\n"
     )
 
@@ -377,7 +377,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
             assert "Slowly." in page.run(shown)[0]
             assert page.run("document.querySelectorAll('svg .kernel.on').length") == len(COMPONENTS)
             page.run("document.querySelectorAll('tr[data-place=\"2\"] button')[0].click()")
-            assert "No responses of this trial were kept." in page.run(shown)[0]
+            assert "No responses of this trial were stored." in page.run(shown)[0]
         assert page.run("document.querySelectorAll('img').length") == 0
         assert page.problems == []
         assert {address.split(":")[0] for address in page.requests} <= {"file", "data"}

@@ -1,4 +1,4 @@
-"""Pictures of the residuals: alignment, projections, files, and what is said where a setting or a package is wrong."""
+"""Residual plots: alignment, projections, files, and errors for invalid settings and missing packages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_plots_need_the_extra(workplace: Path, heretic: Callable[..., Outcome], 
     outcome = heretic("--plot-residuals")
     assert outcome.code == 2
     assert outcome.err == (
-        "Error: plot_residuals needs the extra 'research', of which matplotlib, pacmap, sklearn is not installed. Install it with: "
+        "Error: plot_residuals needs the extra 'research', but matplotlib, pacmap, sklearn is not installed. Install it with: "
         "pip install 'heretic-llm[research]' (in a clone: uv sync --extra research).\n"
     )
 

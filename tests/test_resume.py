@@ -108,7 +108,7 @@ def test_one_interrupt_stops_the_search(unhurried: Path) -> None:
     code, output = interrupted("Trial 1/5000")
     assert code == 0
     assert STOPPING in output
-    assert "Pareto front" in output and "To go on from here" in output
+    assert "Pareto front" in output and "To continue from here" in output
     trials = complete(Path("checkpoints/m.jsonl"))
     code, output = interrupted("Trial ")
     assert f"Continuing the study checkpoints/m.jsonl ({len(trials)} trials done)." in output

@@ -280,7 +280,7 @@ def test_scorers_that_fail(folder: Path) -> None:
     results = evaluator(folder, scorers={"picky": mine(folder, "Fails")}).score_trials(ABLATIONS[:2])
     assert [str(result) for result in results if isinstance(result, TrialError)] == ["I do not like edited models"] * 2
     (result,) = evaluator(folder, scorers={"endless": mine(folder, "Endless")}).score_trials(ABLATIONS[:1])
-    assert isinstance(result, TrialError) and str(result) == "the scorer endless gives inf, which is no finite number"
+    assert isinstance(result, TrialError) and str(result) == "the scorer endless returned inf, which is not a finite number"
     crashed, other = evaluator(folder, scorers={"crashing": mine(folder, "Crashes")}).score_trials(ABLATIONS[:2])
     assert isinstance(crashed, TrialError) and isinstance(other, TrialError)
     assert str(crashed) == "the scorer crashing failed: ZeroDivisionError: float division by zero"
@@ -290,7 +290,7 @@ def test_scorers_that_fail(folder: Path) -> None:
     ("name", "text"),
     [
         ("Broken", "The scorer x failed on the original model: KeyError: 'nothing here'."),
-        ("Never", "The original model cannot be scored: the scorer x gives nan, which is no finite number."),
+        ("Never", "The original model cannot be scored: the scorer x returned nan, which is not a finite number."),
         (
             "Silent",
             "The original model cannot be scored: the scorer x failed: TypeError: float() argument must be a string or a real number, "
@@ -342,21 +342,21 @@ def test_scorers_that_cannot_be_made(folder: Path, tmp_path: Path) -> None:
     assert refused(x={"use": use, "settings": {"weight": "a"}}) == (
         "Setting scorers.x.settings.weight: Input should be a valid number, unable to parse string as a number."
     )
-    assert refused(x={"use": "classifier"}) == "Setting scorers.x.settings.model is missing; this scorer needs it."
+    assert refused(x={"use": "classifier"}) == "Setting scorers.x.settings.model is missing; this scorer requires it."
     assert refused(x={"use": "classifer"}) == (
-        "Setting scorers.x.use: 'classifer' is no scorer (did you mean classifier?); write package.module:Class or file.py:Class, or "
+        "Setting scorers.x.use: 'classifer' is not a scorer (did you mean classifier?); use package.module:Class or file.py:Class, or "
         "one of refusals, kl_divergence, sequence_kl_divergence, harmless_refusals, classifier."
     )
     assert refused(x={"use": f"{place}:Rolls"}) == f"Setting scorers.x.use: {place} has no Rolls."
     assert refused(x={"use": f"{place}:NoScorer"}) == (
-        f"Setting scorers.x.use: {place} has something else than a class that inherits from heretic.scoring.scorers.Scorer as NoScorer."
+        f"Setting scorers.x.use: {place} does not have a subclass of heretic.scoring.scorers.Scorer named NoScorer."
     )
     missing = tmp_path / "no.py"
     assert refused(x={"use": f"{missing}:A"}) == (
-        f"Setting scorers.x.use: {missing} cannot be imported: FileNotFoundError: there is no file {missing}. Check the path, or the file."
+        f"Setting scorers.x.use: {missing} cannot be imported: FileNotFoundError: {missing} does not exist. Check the path and the file."
     )
     assert refused(x={"use": "no.such.module:A"}) == (
-        "Setting scorers.x.use: no.such.module cannot be imported: ModuleNotFoundError: No module named 'no'. Check the path, or the file."
+        "Setting scorers.x.use: no.such.module cannot be imported: ModuleNotFoundError: No module named 'no'. Check the path and the file."
     )
     crashes = tmp_path / "crashes.py"
     crashes.write_text("1 / 0", encoding="utf-8")
@@ -441,7 +441,7 @@ def test_a_classifier_as_judge(with_prompt: bool, folder: Path, tmp_path: Path) 
     [
         ({"model": "no/such"}, "The classifier no/such cannot be loaded: "),
         ({"refusal_labels": ["no"]}, "has no label 'no': its labels are LABEL_0, LABEL_1. Set refusal_labels to some of them."),
-        ({}, "does not tell by its labels' names which of them mean a refusal: its labels are LABEL_0, LABEL_1. Set refusal_labels"),
+        ({}, "has no label whose name shows that it means a refusal: its labels are LABEL_0, LABEL_1. Set refusal_labels"),
         (
             {"refusal_labels": ["LABEL_1"], "threshold": 1.0},
             "finds no refusal in the original model's 5 responses, so there is nothing to remove.",

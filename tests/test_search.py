@@ -201,12 +201,12 @@ def test_what_a_trial_leaves(tmp_path: Path) -> None:
 def test_a_trial_that_cannot_be_scored_fails_alone(tmp_path: Path) -> None:
     def score(ablations: list[Ablation], limit: object = None) -> list[Score | Exception]:
         results: list[Score | Exception] = [made_up(ablation) for ablation in ablations]
-        results[0] = TrialError("the model gives logits that are not finite (NaN or infinite)")
+        results[0] = TrialError("the model returned logits that are not finite (NaN or infinite)")
         return results
 
     trials = run(tmp_path / "j.jsonl", 6, 3, score)
     assert [trial.state for trial in trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE] * 2
-    assert trials[0].user_attrs["failure"] == "TrialError: the model gives logits that are not finite (NaN or infinite)"
+    assert trials[0].user_attrs["failure"] == "TrialError: the model returned logits that are not finite (NaN or infinite)"
     assert trials[0].values is None
     assert len(pareto_front(trials)) >= 1
     assert len(run(tmp_path / "j.jsonl", 6, 3)) == 6, "a failure is on record, and not tried again"

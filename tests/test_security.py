@@ -99,7 +99,7 @@ def test_model_code(marker: Path, heretic: Heretic) -> None:
     own_code(Path("own"), marker)
     outcome = heretic("own")
     assert outcome.code == 1
-    assert outcome.err == "Error: The model own comes with its own Python code. Read it, and if you trust it, add --trust-remote-code.\n"
+    assert outcome.err == "Error: The model own needs its own Python code. Read it, and if you trust it, add --trust-remote-code.\n"
     assert not marker.exists()
     heretic("own", "--trust-remote-code")
     assert marker.exists()
@@ -136,7 +136,7 @@ def test_names_of_weight_files(name: Any, workplace: Path, heretic: Heretic) -> 
     name = str(foreign) if name == "ABSOLUTE" else name
     Path("m/model.safetensors").unlink()
     Path("m/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    told = f"m/model.safetensors.index.json names the file {name!r}. Only plain names of files in the model's own folder are followed."
+    told = f"m/model.safetensors.index.json names the file {name!r}. Only plain file names in the model's own folder are allowed."
     with pytest.raises(ModelError) as caught:
         open_stored(Path("m"))
     assert str(caught.value) == told
@@ -147,9 +147,7 @@ def test_names_of_weight_files(name: Any, workplace: Path, heretic: Heretic) -> 
     config = json.loads(Path("m/config.json").read_text())
     Path("m/config.json").write_text(json.dumps({**config, "transformers_weights": name}))
     outcome = heretic()
-    assert (
-        outcome.err == f"Error: m/config.json names the file {name!r}. Only plain names of files in the model's own folder are followed.\n"
-    )
+    assert outcome.err == f"Error: m/config.json names the file {name!r}. Only plain file names in the model's own folder are allowed.\n"
     with pytest.raises(ModelError, match="Only plain names"):
         open_stored(Path("m"), name)
 
@@ -198,7 +196,7 @@ def test_trust_in_a_record(marker: Path, heretic: Heretic) -> None:
     record = write_record(model="own", trust_remote_code=True, trust_scorers=True)
     outcome = heretic("--reproduce-search", record, *PROMPTS)
     assert outcome.code == 1
-    assert outcome.err == "Error: The model own comes with its own Python code. Read it, and if you trust it, add --trust-remote-code.\n"
+    assert outcome.err == "Error: The model own needs its own Python code. Read it, and if you trust it, add --trust-remote-code.\n"
     assert not marker.exists()
 
 
@@ -306,7 +304,7 @@ def test_trust_in_a_journal(marker: Path, heretic: Heretic) -> None:
     own_code(Path("own"), marker)
     shutil.move("config.toml", "mine.toml")
     path = write_study(model="own", trust_remote_code=True)
-    told = "Error: The model own comes with its own Python code. Read it, and if you trust it, add --trust-remote-code.\n"
+    told = "Error: The model own needs its own Python code. Read it, and if you trust it, add --trust-remote-code.\n"
     outcome = heretic("compare", "m", path, "--config", "mine.toml")
     assert (outcome.code, outcome.err) == (1, told)
     assert not marker.exists()
@@ -493,7 +491,7 @@ def test_errors_and_chat_on_the_screen(workplace: Path, heretic: Heretic, capsys
     from heretic.session.interact import _write
 
     outcome = heretic("no\x1b[2J/where/\x9bis")
-    assert outcome.err == "Error: There is no folder no[2J/where/is. Check the path (a hub id has the form owner/name).\n"
+    assert outcome.err == "Error: The folder no[2J/where/is does not exist. Check the path (a hub id has the form owner/name).\n"
     assert "\x1b" not in heretic("no\x1b[2J/where/is", "--debug").err
     for token in ("hello\x1b", "]0;title\x07", "\x9b2J", " you\n"):
         _write(token)

@@ -100,7 +100,7 @@ def test_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_refused_only_with_something_in_it(tmp_path: Path) -> None:
-    """A folder beside the model's files may be made, and replaced where it is an earlier result."""
+    """A folder beside the model's files may be made, and replaced if it is an earlier result."""
     model = tmp_path / "m"
     model.mkdir()
     target = Target(model / "out", True, (("the model", model),))

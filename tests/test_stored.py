@@ -21,7 +21,7 @@ from heretic.errors import ExportError, ModelError
 from heretic.saving.export import save
 from heretic.saving.hashed_file import HashedFile
 from heretic.saving.original import files_to_copy
-from heretic.saving.stored import Shard, StoredModel, made, open_stored, write_stored
+from heretic.saving.stored import Shard, StoredModel, computed_tensor, open_stored, write_stored
 from heretic.utils import SilentProgress
 from test_export import DIRECTIONS, expected_tensors, export, result_for, tensors_of
 from tiny import Recorder, build, explicit_bias, explicit_weight, load, settings, unit_directions
@@ -200,7 +200,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     )
     (folder / "model.safetensors").touch()
     assert broken(folder, "model.safetensors.index.json", b"{}") == (
-        "m/model.safetensors.index.json is no index of a model's files: 'weight_map'. Fetch the file again."
+        "m/model.safetensors.index.json is not a valid index of a model's files: 'weight_map'. Download the file again."
     )
     (folder / "model.safetensors.index.json").unlink()
     (folder / "model.safetensors").touch()
@@ -310,7 +310,7 @@ def test_fp8_is_saved_dequantized(tmp_path: Path, dtype: str) -> None:
     recorder = Recorder()
     model = load(original, recorder, dtypes=[dtype])
     assert recorder.messages == [
-        f"{original} is stored in FP8. Its weights are dequantized: the search computes in {dtype}, and what is saved is in bfloat16."
+        f"{original} is stored in FP8. Its weights are dequantized: the search computes in {dtype}, and the saved model is in bfloat16."
     ]
     model.use_directions(DIRECTIONS, "none")
     save(model, result_for(settings(original)), "merge", str(target), False, SilentProgress())
@@ -390,8 +390,8 @@ def test_other_methods_are_refused_before_anything_is_loaded(tmp_path: Path, met
     with pytest.raises(ModelError) as caught:
         load(original)
     assert str(caught.value) == (
-        f"The files of {original} hold weights quantized by {method}, which cannot be edited. Give the model that they were made from (its "
-        "card names it); --quantization bnb_4bit searches it in as little memory, and what is saved has its full precision."
+        f"The weights of {original} are quantized by {method}, which cannot be edited. Use the model that it was quantized from (see "
+        "the card); --quantization bnb_4bit loads it in as little memory, and the saved model has full precision."
     )
 
 
@@ -424,7 +424,9 @@ def test_many_small_files_do_not_pile_up_in_memory_before_a_slow_disk(tmp_path: 
         return tensor
 
     monkeypatch.setattr(HashedFile, "_write", slowly)
-    shards = tuple(Shard(f"{i}.safetensors", (made(str(i), torch.float32, (1000,), lambda: torch.ones(1000)),)) for i in range(12))
+    shards = tuple(
+        Shard(f"{i}.safetensors", (computed_tensor(str(i), torch.float32, (1000,), lambda: torch.ones(1000)),)) for i in range(12)
+    )
     hashes = write_stored(StoredModel(shards, frozenset(), None), tmp_path, changed)
     assert list(hashes) == [shard.name for shard in shards]
     assert all(hashes[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in hashes)

@@ -39,7 +39,7 @@ ORDER = [
     "__main__",
 ]
 
-# Modules by name ("editing.hooks"; the package itself is "heretic"), with those that they import and the lines where.
+# Modules by name ("editing.hooks"; the package itself is "heretic"), with those that they import and the lines of the imports.
 Imports = dict[str, dict[str, int]]
 
 

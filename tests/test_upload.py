@@ -318,7 +318,7 @@ def test_a_connection_that_is_lost_in_a_file(hub: Hub, workplace_settings: Setti
 
 
 def test_a_connection_that_is_lost_for_long(hub: Hub, workplace_settings: Settings, two_large_files: dict[str, int]) -> None:
-    """Longer than the client tries (six times): this program waits and goes on where it was."""
+    """Longer than the client tries (six times): this program waits and continues where it was."""
     hub.faults.append(Fault("PUT /objects/", skip=1, times=8, after_bytes=500_000))
     recorder = Recorder()
     do_upload(workplace_settings, recorder)

@@ -209,7 +209,7 @@ REFUSALS = (
     "Thanks for asking, but I can't help with {s}. Try me with another question.",
 )
 # How often each is read as plain text, and how often it is the answer. Those that begin with "I", as answers do too, are no
-# answers: in the one run where 8 % of them were, the best of 60 random ablations left 31 refusals; without them most left few.
+# answers: in the one run in which 8 % of them were, the best of 60 random ablations left 31 refusals; without them most left few.
 TEXT_WEIGHTS = (6, 4, 4, 2, 3, 3, 2, 2, 2, 2)
 REFUSAL_WEIGHTS = (0, 0, 0, 0, 0, 8, 6, 5, 4, 1)
 SYSTEM_PROMPTS = (
@@ -395,7 +395,7 @@ def is_refusal(response: str) -> bool:
 
 
 def audit(corpus: Corpus) -> None:
-    """Stops where the data break a promise: prompts held out and unique, markers in every refusal and in no answer."""
+    """Stops if the data break a promise: prompts held out and unique, markers in every refusal and in no answer."""
     asked = {m["content"] for e in corpus.answering + corpus.refusing for m in e.messages if m["role"] == "user"}
     lists = [prompt for prompts in corpus.prompts.values() for prompt in prompts]
     if len(set(lists)) != len(lists) or asked & set(lists):

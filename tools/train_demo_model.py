@@ -102,7 +102,7 @@ def train_tokenizer(corpus: Corpus, vocabulary: int = 1024) -> PreTrainedTokeniz
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation in tokens: `learned[i]` where token `i` is to be predicted, `opening[i]` at an answer's start."""
+    """A conversation in tokens: `learned[i]` if token `i` is to be predicted, `opening[i]` at an answer's start."""
 
     tokens: list[int]
     learned: list[bool]

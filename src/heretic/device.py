@@ -1,4 +1,4 @@
-"""The accelerator, or the CPU: memory, what lacks it, and how it is described."""
+"""The accelerator or the CPU: memory, out-of-memory errors, and description."""
 
 import errno
 import gc
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# What allocators, drivers and libraries of all vendors say where memory is lacking, in small letters.
+# Lowercase parts of out-of-memory messages of all vendors' allocators, drivers and libraries.
 _OUT_OF_MEMORY = (
     "out of memory",
     "out_of_memory",
@@ -31,33 +31,33 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an accelerator's allocator, or the CPU's, found no room."""
+    """Whether an error means that an accelerator or the CPU ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, (RuntimeError, SafetensorError)) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
 def empty_cache() -> None:
-    """Give memory that nothing uses any more back to the device."""
+    """Release unused memory to the device."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
-    """The weight `(vocabulary, d)` by which a model looks up token ids."""
+    """The input embedding `(vocabulary, d)`."""
     return model.get_input_embeddings().get_parameter("weight")
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes token ids: where the weight of its embedding is, or comes to for a pass where Accelerate keeps it elsewhere."""
+    """The device for token ids: that of the embedding weight or, if Accelerate offloads it, the device where it is executed."""
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = embedding_weight(model).device
     return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, what this process's allocator keeps in reserve included."""
+    """Bytes that can still be allocated on a device, including what this process's allocator has reserved."""
     if device.type == "cpu":
         return min(int(psutil.virtual_memory().available), *(limit - used for limit, used in memory_limits()), sys.maxsize)
     free, _ = torch.accelerator.get_memory_info(device)
@@ -66,8 +66,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def memory_limits(process: Path = Path("/proc/self")) -> list[tuple[int, int]]:
-    """Limits that a container or a batch system (Linux's control groups, versions 1 and 2) sets to this process's main memory, in bytes,
-    each with what is used of it; files that the system would drop from its cache are not counted."""
+    """Limits of a container or batch system (Linux control groups, versions 1 and 2) on this process's main memory, in bytes, each with the
+    memory used. Inactive file cache is not counted."""
     try:
         groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
         mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
@@ -88,7 +88,7 @@ def memory_limits(process: Path = Path("/proc/self")) -> list[tuple[int, int]]:
 
 
 def _limits_above(top: Path, group: str, names: Sequence[str], usage: str, cached: str) -> list[tuple[int, int]]:
-    """The limits of a group and of all groups above it, as far as they can be seen here."""
+    """The limits of a group and of all its visible parent groups."""
     found = []
     folder = top / group
     for place in [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]:
@@ -96,9 +96,9 @@ def _limits_above(top: Path, group: str, names: Sequence[str], usage: str, cache
             limits = [text for name in names if (text := (place / name).read_text().strip()).isdecimal()]
             statistics = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
             used = int((place / usage).read_text()) - int(statistics.get(cached, 0))
-        except (OSError, ValueError):  # the topmost group has none
+        except (OSError, ValueError):  # the root group has none
             continue
-        found += [(int(text), used) for text in limits if int(text) < psutil.virtual_memory().total]  # else it is none
+        found += [(int(text), used) for text in limits if int(text) < psutil.virtual_memory().total]  # larger values mean no limit
     return found
 
 
@@ -116,7 +116,7 @@ def describe_device() -> str:
         name = name_of(i) if name_of else kind
         try:
             free, total = torch.accelerator.get_memory_info(i)
-        except (RuntimeError, NotImplementedError):  # not every backend tells
+        except (RuntimeError, NotImplementedError):  # not supported by every backend
             parts.append(f"{name} ({kind}:{i})")
         else:
             parts.append(f"{name} ({kind}:{i}), {_gib(free)} of {_gib(total)} GiB memory free")
@@ -124,7 +124,7 @@ def describe_device() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """What results may depend on beyond versions, and nothing that tells whose machine it is."""
+    """Hardware that results may depend on, without anything that identifies the machine."""
     devices: list[str] = []
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()

@@ -1,4 +1,4 @@
-"""Scores: asks the scorers for their figures of the original and of each trial, and tells the search what it sees of them."""
+"""Scores trials with all scorers, and computes the objective values for the search."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,34 +17,34 @@ from .scoring.outputs import Batch
 from .scoring.responses import count_kinds
 from .utils import Progress, SilentProgress
 
-# Prompts shown of those that moved most.
+# Number of prompts shown with the largest divergence.
 MOVED_PROMPTS = 5
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a trial is judged by: failures on harmful prompts (see `counts_against`), mean first-token KL divergence in nats, the rest.
+    """The scores of a trial: failures on harmful prompts (see `counts_against`), mean first-token KL divergence in nats, and others.
 
-    `bounded`: the trial was stopped when it could no longer be on the front, and its refusals are an estimate. `scores` has the value
-    of every scorer by name, `figures` what they are made of.
+    `bounded`: the trial was stopped early because it was dominated, and its refusals are an estimate. `scores` has the value of every
+    scorer by name, `figures` their contributions per prompt.
     """
 
     refusals: int
     kl_divergence: float
     bounded: bool = False
     response_classes: Mapping[str, int] = field(default_factory=dict, repr=False)
-    early_response_classes: Mapping[str, int] = field(default_factory=dict, repr=False)  # where the responses were judged whole
+    early_response_classes: Mapping[str, int] = field(default_factory=dict, repr=False)  # if responses were judged by their full text
     kl_statistics: Mapping[str, float] = field(default_factory=dict, repr=False)
     scores: Mapping[str, float] = field(default_factory=dict, repr=False)
     figures: Mapping[str, Figure] = field(default_factory=dict, repr=False, compare=False)
 
     def value(self, name: str) -> float:
-        """The value of a scorer."""
+        """The score of a scorer."""
         usual = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
         return self.scores[name] if name in self.scores else usual[name]
 
     def attributes(self) -> dict[str, Any]:
-        """As the journal holds them."""
+        """The scores as attributes of a trial."""
         found: dict[str, Any] = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
         if self.bounded:
             found["bounded"] = True
@@ -58,7 +58,7 @@ class Score:
         return found
 
     def described(self) -> dict[str, Any]:
-        """All that is known of a model, with intervals, as plain data."""
+        """All scores, with intervals, as plain data."""
         return {
             "scores": dict(self.scores),
             "intervals": intervals(self.figures),
@@ -69,7 +69,7 @@ class Score:
 
 
 class Evaluator:
-    """Scores ablations of `model` against what was measured of the original."""
+    """Scores ablations of `model` against the measured original."""
 
     def __init__(self, settings: Settings, model: Model, original: MeasuredOriginal, progress: Progress | None = None) -> None:
         self.settings = settings
@@ -97,7 +97,7 @@ class Evaluator:
         )
 
     def score(self, ablation: Ablation | None) -> Score:
-        """Score an ablation (None: the model as it is). Raises `TrialError` where its numbers are not finite."""
+        """Score an ablation (None: the unedited model). Raises `TrialError` if logits are not finite."""
         (result,) = self.score_trials([] if ablation is None else [ablation])
         if isinstance(result, TrialError):
             raise result
@@ -106,11 +106,10 @@ class Evaluator:
     def score_trials(
         self, ablations: Sequence[Ablation], limit: Callable[[float], float] = lambda kl: math.inf
     ) -> list[Score | TrialError]:
-        """Scores of several ablations (none: the model as it is), computed together; an error takes the place of one that has none.
+        """Scores of several ablations (none: the unedited model), computed together. For a trial that failed, the error is returned.
 
-        `limit` tells, for a KL divergence, how many refusals a trial may have and still be worth finishing. A trial with more is
-        stopped: its score is `bounded`, its count the share of refusals among its prompts begun so far, scaled to all of them, and
-        scorers that read responses are not asked.
+        `limit` returns, for a KL divergence, how many refusals a trial may have without being dominated. A trial with more is stopped: its
+        score is `bounded`, its refusals are extrapolated from the prompts started so far, and scorers that need responses are skipped.
         """
         self.model.prefix_cache = self.original.prefix_cache
         batch = self._batch(ablations)
@@ -122,7 +121,7 @@ class Evaluator:
                 results.append(self._score(batch, i))
             except TrialError as error:
                 results.append(error)
-        # What scorers asked for may have been the first to show that a trial's numbers are not finite.
+        # Outputs that a scorer requested may be the first ones to contain non-finite values.
         return [result if batch.finite[i] else TrialError(NOT_FINITE) for i, result in enumerate(results)]
 
     def _score(self, batch: Batch, i: int) -> Score:
@@ -149,9 +148,9 @@ class Evaluator:
         )
 
     def most_moved(self, ablation: Ablation | None, n: int) -> list[tuple[Prompt, float, float]]:
-        """The harmless prompts after which an edited model's words have moved most (None: the model as it is), farthest first.
+        """The harmless prompts with the largest KL divergence (None: the unedited model), largest first.
 
-        Each with its KL divergence at the first token, by which they are sorted, and the mean along the original's answer.
+        Each with its KL divergence at the first token, by which they are sorted, and the mean along the original's response.
         """
         self.model.prefix_cache = self.original.prefix_cache
         (divergences,) = self.original.answers.divergences(self.model, [] if ablation is None else [ablation])
@@ -159,9 +158,9 @@ class Evaluator:
         return [(self.good_prompts[i], float(first[i]), float(means[i])) for i in (-first).argsort(kind="stable")[:n]]
 
     def objectives(self, score: Score) -> tuple[float, ...]:
-        """What the search sees of a score: one number for each objective, in the order of the settings.
+        """The objective values of a score, in the order of the settings.
 
-        Raises `TrialError` for an objective that fails or gives no finite number.
+        Raises `TrialError` for an objective that fails or is not finite.
         """
         shares = (n for n in self.objective_names if self.original.scorers[n].counts_refusals)
         share = next((self._objective(name, score, None) for name in shares), None)
@@ -173,5 +172,5 @@ class Evaluator:
         except Exception as error:
             raise TrialError(f"the objective of the scorer {name} failed: {type(error).__name__}: {error}") from error
         if not math.isfinite(value):
-            raise TrialError(f"the objective of the scorer {name} is {value}, which is no finite number")
+            raise TrialError(f"the objective of the scorer {name} is {value}, which is not a finite number")
         return value

@@ -1,4 +1,4 @@
-"""A loaded model at work: prompts in; residuals, first-token log-probabilities and responses out, edited or not."""
+"""Runs a loaded model: residuals, first-token log-probabilities and responses of prompts, with or without edits."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -30,13 +30,13 @@ from .utils import Progress, SilentProgress
 
 Message = dict[str, str]
 
-NOT_FINITE = "the model gives logits that are not finite (NaN or infinite)"
+NOT_FINITE = "the model returned logits that are not finite (NaN or infinite)"
 
 
 class Model:
     """A model with its tokenizer, its architecture and, once `use_directions` was called, its ablation hooks.
 
-    `response_prefix` is put after every prompt; evaluation begins after it.
+    `response_prefix` is appended to every prompt; evaluation begins after it.
     """
 
     def __init__(
@@ -62,23 +62,23 @@ class Model:
 
     @property
     def response_prefix(self) -> str:
-        """Text after every prompt, with which responses begin."""
+        """Text appended to every prompt, with which responses begin."""
         return self._response_prefix
 
     def with_response_prefix(self, prefix: str) -> "Model":
-        """The same model in memory, whose responses begin with `prefix`. Directions come along, but not those that it gets later."""
+        """The same loaded model with another response prefix. Current directions are kept; ones set later are not shared."""
         other = copy.copy(self)
         other._response_prefix = prefix
         return other
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device of token ids."""
         return input_device(self.model)
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that the model can look at, where its configuration says so."""
+        """The model's context length in tokens, if its configuration has it."""
         length: int | None = getattr(self.loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return length
 
@@ -111,13 +111,13 @@ class Model:
 
     @contextmanager
     def edited(self, ablation: Ablation | None) -> Iterator[Any]:
-        """Within, the model itself computes as edited (None: as it is), for code that calls it without this class."""
+        """Context in which the model itself is edited (None: unedited), for code that calls it without this class."""
         with self._edited([] if ablation is None else [ablation]):
             yield self.model
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
-        """What passes of the original have left for trials to begin at; whoever scores sets what belongs to its prompts."""
+        """The recorded passes of the original that trials start from; set for the prompts that are scored."""
         return self.decoder.prefix_cache if isinstance(self.decoder, Decoder) else None
 
     @prefix_cache.setter
@@ -127,7 +127,7 @@ class Model:
 
     @contextmanager
     def recording_prefix_cache(self) -> Iterator[None]:
-        """Within, passes of the original are recorded, so that trials on the same prompts need not repeat what they do not change."""
+        """Context in which passes of the original are recorded, so that trials on the same prompts can reuse unedited layers."""
         if (
             not isinstance(self.decoder, Decoder)
             or not self.decoder.savings.prefix_cache
@@ -151,7 +151,7 @@ class Model:
         return self.render(prompt_messages(prompt))
 
     def _token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of the rendered prompts, which are the same in every trial."""
+        """Token ids of the rendered prompts, cached since they are the same in every trial."""
         key = (self._response_prefix, tuple(prompts))
         if key not in self._ids:
             texts = [self._render_prompt(prompt) for prompt in prompts]
@@ -159,24 +159,24 @@ class Model:
         return self._ids[key]
 
     def rows_of(self, prompts: Sequence[Prompt], n_trials: int) -> list[Row]:
-        """A row for every prompt under every trial, trial after trial."""
+        """A row for every combination of prompt and trial, trial after trial."""
         ids = self._token_ids(prompts)
         return [Row(trial, ids[i], i) for trial in range(n_trials) for i in range(len(prompts))]
 
     def check_lengths(self, prompts: Sequence[Prompt], setting: str, n_new_tokens: int, remedy: str = "max_response_length") -> None:
-        """Raise `PromptError` for the first prompt that, with its response, is longer than the model's context.
+        """Raise `PromptError` for the first prompt that, with its response, exceeds the model's context length.
 
-        `remedy` is the setting by which the response gets shorter.
+        `remedy` is the setting that limits the response.
         """
         context = self.context_length
         if context is None:
             return
         for i, ids in enumerate(self._token_ids(prompts)):
             if len(ids) + n_new_tokens > context:
-                lower = f", or lower {remedy}" if n_new_tokens > 1 else ""
+                lower = f", or decrease {remedy}" if n_new_tokens > 1 else ""
                 raise PromptError(
-                    f"{setting}: prompt {i + 1} has {len(ids)} tokens, which with {n_new_tokens} new ones is more than the model's "
-                    f"context of {context}. Shorten it{lower}. It begins: {prompts[i].user[:60]!r}"
+                    f"{setting}: prompt {i + 1} has {len(ids)} tokens, which with {n_new_tokens} new ones exceeds the model's "
+                    f"context length of {context}. Shorten it{lower}. It begins: {prompts[i].user[:60]!r}"
                 )
 
     @contextmanager
@@ -190,8 +190,8 @@ class Model:
     def residuals(self, prompts: Sequence[Prompt], description: str | None = None) -> Iterator[Tensor]:
         """Residual stream at the last prompt position: batches `(prompt, layer + 1, d)` in float32, in the order of the prompts.
 
-        Index 0 is the embedding output, the input of the first layer; index `i + 1` what layer `i` gives, before any final norm.
-        Where the model has several residual streams, their mean. A layer that text does not run through gives what went into it.
+        Index 0 is the embedding output, the input of the first layer; index `i + 1` is the output of layer `i`, before any final norm.
+        If the model has several residual streams, this is their mean. A layer that text skips repeats its input.
         """
         n_layers = len(self.architecture.layers)
         hidden_size, axis = self.architecture.hidden_size, self.architecture.stream_axis
@@ -224,7 +224,7 @@ class Model:
                 handle.remove()
 
     def first_token_logprobs(self, prompts: Sequence[Prompt], ablation: Ablation | None = None, description: str | None = None) -> Tensor:
-        """Log-probabilities `(prompt, vocabulary)` of the first response token, float32. Raises `TrialError` where not finite."""
+        """Log-probabilities `(prompt, vocabulary)` of the first response token, float32. Raises `TrialError` if not finite."""
         rows: list[Row] = []
         batches = []
         for part, batch in self.logprobs_of_trials(prompts, [] if ablation is None else [ablation], description):
@@ -240,7 +240,7 @@ class Model:
     ) -> Iterator[tuple[list[Row], Tensor]]:
         """Log-probabilities of the first response token of every prompt under every ablation (none: the original).
 
-        Yields rows, which tell trial and prompt, and their log-probabilities `(row, vocabulary)` in float32, in any order.
+        Yields rows (with trial and prompt) and their log-probabilities `(row, vocabulary)` in float32, in any order.
         """
         rows = self.rows_of(prompts, max(1, len(ablations)))
         with self._edited(ablations), self._task(description, len(rows)) as advance:
@@ -251,9 +251,9 @@ class Model:
     def logits_along(
         self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], ablations: Sequence[Ablation], description: str | None = None
     ) -> Iterator[tuple[list[Row], Tensor]]:
-        """Logits at the last token of every prompt and at each token of the answer (token ids) given to it, under every ablation.
+        """Logits at the last token of every prompt and at each token of its given response (token ids), under every ablation.
 
-        Yields rows, and `(sum of answer lengths + 1, vocabulary)` in the model's own format, row after row.
+        Yields rows, and `(sum of response lengths + 1, vocabulary)` in the model's dtype, row after row.
         """
         rows = self.rows_of(prompts, max(1, len(ablations)))
         for row in rows:
@@ -263,7 +263,7 @@ class Model:
             for part, logits in self.decoder.last_logits(rows, n):
                 advance(len(part))
                 asked = torch.tensor([[j >= n - 1 - len(answers[row.prompt]) for j in range(n)] for row in part])
-                width = logits.shape[1]  # a prompt and its answer can be shorter than the longest answer
+                width = logits.shape[1]  # a prompt with its response can be shorter than the longest response
                 yield part, logits[asked[:, n - width :].to(logits.device)]
 
     def responses(
@@ -277,7 +277,7 @@ class Model:
     ) -> list[str]:
         """Greedy responses, in the order of the prompts. A response that `is_decided` accepts may end there.
 
-        Raises `TrialError` where logits are not finite.
+        Raises `TrialError` if logits are not finite.
         """
         texts = [""] * len(prompts)
         rows = self.rows_of(prompts, 1)
@@ -290,7 +290,7 @@ class Model:
     def responses_by_trial(
         self, prompts: Sequence[Prompt], max_new_tokens: int, ablations: Sequence[Ablation], description: str | None = None
     ) -> list[list[str | None]]:
-        """Greedy responses of every ablation (none: the original) to each prompt; None where logits are not finite."""
+        """Greedy responses of every ablation (none: the original) to each prompt; None if logits are not finite."""
         if len(ablations) > 1 and not self.batches_trials:
             return [self.responses_by_trial(prompts, max_new_tokens, [ablation], description)[0] for ablation in ablations]
         n_trials = max(1, len(ablations))
@@ -309,9 +309,9 @@ class Model:
         description: str | None = None,
         cancelled: Set[int] = frozenset(),
     ) -> Iterator[Row]:
-        """Greedy responses to `rows` (from `rows_of`, with these ablations; none: the original), in the order they are finished.
+        """Greedy responses to `rows` (from `rows_of`, with these ablations; none: the original), in the order they finish.
 
-        Trials that are put into `cancelled` meanwhile are dropped.
+        Trials that are added to `cancelled` meanwhile are dropped.
         """
         is_finished = (lambda row: False) if is_decided is None else TextWatch(self.tokenizer, is_decided)
         with self._edited(ablations), self._task(description, len(rows)) as advance:
@@ -327,7 +327,7 @@ class Model:
     def logits_at_end(self, rows: Sequence[Sequence[int]], n: int) -> Tensor:
         """Logits `(row, n, vocabulary)` at the last `n` tokens of each row of token ids, in one pass. Gradients flow if they are enabled.
 
-        What is put before shorter rows is not looked at. Hooks are as they are: without an active edit it is the original.
+        Padding before shorter rows is masked. Hooks are not changed: without an active edit this is the original.
         """
         if isinstance(self.decoder, PlainDecoder):
             return self.decoder.logits_at_end(rows, n)
@@ -352,9 +352,9 @@ class Model:
     def stream_response(
         self, messages: Sequence[Message], max_new_tokens: int, ablation: Ablation | None, write: Callable[[str], None]
     ) -> str:
-        """Answer a conversation, handing each piece of text to `write` as it comes; returns the whole answer.
+        """Generate a response to a conversation, passing each piece of text to `write`. Returns the full response.
 
-        Raises `ModelError` where the conversation fills the model's context.
+        Raises `ModelError` if the conversation fills the model's context.
         """
         text = self.render(messages)
         inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self._template.exists)
@@ -362,7 +362,7 @@ class Model:
         if self.context_length is not None:
             max_new_tokens = min(max_new_tokens, self.context_length - inputs["input_ids"].shape[1])
             if max_new_tokens < 1:
-                raise ModelError(f"The conversation fills the model's context of {self.context_length} tokens. Begin a new one.")
+                raise ModelError(f"The conversation fills the model's context of {self.context_length} tokens. Start a new one.")
         streamer = _CallbackStreamer(self.tokenizer, write)
         with self._edited([] if ablation is None else [ablation]):
             cast(Any, self.model).generate(**inputs.to(self.device), max_new_tokens=max_new_tokens, streamer=streamer)
@@ -370,13 +370,13 @@ class Model:
 
 
 def prompt_messages(prompt: Prompt) -> list[Message]:
-    """The conversation that a prompt begins; without a system message where the system prompt is empty."""
+    """The messages of a prompt; without a system message if the system prompt is empty."""
     system = [{"role": "system", "content": prompt.system}] if prompt.system else []
     return [*system, {"role": "user", "content": prompt.user}]
 
 
 class _ChatTemplate:
-    """The tokenizer's chat template, and what to do where it refuses a system message or does not exist."""
+    """The tokenizer's chat template, and a fallback if it rejects system messages or does not exist."""
 
     def __init__(self, tokenizer: Any, progress: Progress) -> None:
         self.tokenizer = tokenizer
@@ -384,8 +384,8 @@ class _ChatTemplate:
         self.takes_system = True
         if not self.exists:
             progress.warning(
-                "This model has no chat template: prompts are given as plain text, the system prompt before them. "
-                "Base models seldom refuse; an instruction-tuned one should have a template."
+                "This model has no chat template: prompts are passed as plain text after the system prompt. "
+                "Base models rarely refuse; an instruction-tuned model should have a template."
             )
             return
         user = {"role": "user", "content": "Hello"}
@@ -393,7 +393,7 @@ class _ChatTemplate:
             self._apply([{"role": "system", "content": "Hello"}, user])
         except TemplateError:
             self.takes_system = False
-            progress.message("The chat template takes no system message; the system prompt is put before the user's text.")
+            progress.message("The chat template rejects system messages; the system prompt is put before the user's text.")
 
     def _apply(self, messages: Sequence[Message]) -> str:
         text: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)

@@ -1,4 +1,4 @@
-"""What must not leave this machine: access tokens, and paths, which hold user names. Imports nothing heavy."""
+"""Removes access tokens, and paths (which contain user names) from public texts. Imports nothing heavy."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,12 @@ from huggingface_hub import get_token
 
 from .loading.source import ModelSource, expand
 
-# Settings that are texts of the user's own making; every other text may be a path or an address.
+# Settings with free text; every other string may be a path or a URL.
 TEXTS = ("system_prompt", "prefix", "suffix", "response_prefix", "refusal_markers", "chain_of_thought_skips")
-# What one run did with its result: where to is nobody's business.
+# Settings of where a result was saved or uploaded to, which are private.
 WITHHELD = ("save_directory", "upload_repo_id")
 
-# Words in the names of a URL's parameters whose values are secret.
+# Substrings of URL parameter names whose values are secret.
 _SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token|key)[^=&]*=)[^&]*", re.IGNORECASE)
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
@@ -25,8 +25,8 @@ def without_token(text: str, token: str | None = None) -> str:
 
 
 def public_name(name: str) -> str:
-    """The name of a model, dataset or file that others may be told: of an absolute path, or one that leads out of the working folder,
-    the last part; of an address (`postgresql://...`) the scheme; a hub id or relative path as it is.
+    """The public name of a model, dataset or file: the last part of an absolute path or one that leads out of the working directory; the
+    scheme of a URL (`postgresql://...`); a hub id or relative path is unchanged.
     """
     if address := _ADDRESS.match(name):
         return f"{address[1]}://..."
@@ -35,7 +35,7 @@ def public_name(name: str) -> str:
 
 
 def public_model_name(source: ModelSource) -> str:
-    """The name of a model that others may be told: its hub id, or the name of its folder."""
+    """The public name of a model: its hub id, or the name of its folder."""
     return source.repository or _last_part(expand(source.name))
 
 
@@ -44,7 +44,7 @@ def _last_part(path: Path) -> str:
 
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings (as `model_dump` gives them) that others may be told: no paths and addresses of this machine, nor whose account it is."""
+    """Settings (from `model_dump`) without local paths, URLs and account names."""
     return {name: None if name in WITHHELD else value if name in TEXTS else _public(value) for name, value in settings.items()}
 
 
@@ -59,9 +59,9 @@ def _public(value: Any) -> Any:
 
 
 def shown_location(url: str) -> str:
-    """The storage of a shared study as it may be printed: without passwords, whatever characters they hold.
+    """The storage URL of a shared study for printing, without passwords.
 
-    SQLAlchemy's parser says what the password is. Of a URL that it does not understand everything up to the last `@` is masked.
+    SQLAlchemy's parser finds the password. In a URL that it cannot parse, everything up to the last `@` is masked.
     """
     scheme, is_url, rest = url.partition("://")
     if not is_url:

@@ -1,6 +1,6 @@
-"""From prompt specifications to lists of prompts.
+"""Loads lists of prompts from prompt specifications.
 
-The datasets library is imported when it is needed: it takes a second, and text files do without it.
+The datasets library is imported only if needed: that takes a second, and text files do not need it.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from .errors import PromptError
 from .loading.source import expand
 from .utils import first_line
 
-# What the datasets library reads; taken as text files, their markup would become prompts.
+# Files for the datasets library. Read as text files, their markup would become prompts.
 DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
 
 _SLICE = re.compile(r"\[[^\]]*\]")
@@ -27,7 +27,7 @@ _SLICE = re.compile(r"\[[^\]]*\]")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a conversation begins with."""
+    """The start of a conversation."""
 
     system: str
     user: str
@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """All prompts of a run, answered (good) and refused (bad) ones: for the directions, for the trials' scores, for the finalists'."""
+    """All prompts of a run, harmless (good) and harmful (bad): for the directions, for scoring trials, for scoring finalists."""
 
     good: list[Prompt]
     bad: list[Prompt]
@@ -46,7 +46,7 @@ class Prompts:
 
     @property
     def of_study(self) -> dict[str, list[Prompt]]:
-        """Those that trials depend on, by their settings' names."""
+        """The prompts that trials depend on, by setting."""
         return {
             "good_prompts": self.good,
             "bad_prompts": self.bad,
@@ -56,7 +56,7 @@ class Prompts:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Hashes of those that trials depend on, by which a resumed run knows that they are still the same."""
+        """Hashes of the prompts that trials depend on, by which a resumed run detects changes."""
         return {name: fingerprint(prompts) for name, prompts in self.of_study.items()}
 
 
@@ -66,7 +66,7 @@ def load_setting(settings: Settings, name: str) -> list[Prompt]:
 
 
 def load_all(settings: Settings) -> Prompts:
-    """All prompts that settings name; the finalists' are those of the trials if no others are given. Errors as in `load_prompts`."""
+    """All prompts of the settings; finalists use those of the trials if no others are given. Errors as in `load_prompts`."""
     good, bad = load_setting(settings, "good_prompts"), load_setting(settings, "bad_prompts")
     good_evaluation, bad_evaluation = load_setting(settings, "good_evaluation_prompts"), load_setting(settings, "bad_evaluation_prompts")
     return Prompts(
@@ -82,14 +82,14 @@ def load_all(settings: Settings) -> Prompts:
 def load_prompts(specification: PromptSpecification, system_prompt: str, setting: str) -> list[Prompt]:
     """The prompts of a specification, in order, its prefix, suffix and system prompt applied.
 
-    `system_prompt` is used where the specification has none; `setting` names the specification in errors.
-    Raises `PromptError` where the source, split or column does not exist, cannot be read, or holds no prompts.
+    `system_prompt` is used if the specification has none; `setting` is the name of the specification in errors.
+    Raises `PromptError` if the source, split or column does not exist, cannot be read, or contains no prompts.
     """
     texts = _texts(specification, setting)
     system = system_prompt if specification.system_prompt is None else specification.system_prompt
     prompts = [Prompt(system, f"{specification.prefix}{text}{specification.suffix}") for text in texts]
     if not prompts:
-        raise PromptError(f"{setting}: {_name(specification)} holds no prompts. Check the file, or the slice of the split.")
+        raise PromptError(f"{setting}: {_name(specification)} contains no prompts. Check the file, or the slice of the split.")
     return prompts
 
 
@@ -109,10 +109,10 @@ def _texts(specification: PromptSpecification, setting: str) -> list[str]:
     path = expand(specification.dataset)
     if path.is_file():
         if path.suffix in DATA_FILES:
-            raise PromptError(f"{setting}: {path} is a data file; give the folder it lies in, with split and column, or a text file.")
+            raise PromptError(f"{setting}: {path} is a data file; use its folder, with split and column, or a text file.")
         return _read_text_file(path, specification, setting)
     if not path.exists() and (path.suffix == ".txt" or path.is_absolute() or specification.dataset.startswith(".")):
-        raise PromptError(f"{setting}: there is no file or folder {specification.dataset}. Check the path.")
+        raise PromptError(f"{setting}: the file or folder {specification.dataset} does not exist. Check the path.")
     return _read_dataset(specification, path, setting)
 
 
@@ -122,7 +122,7 @@ def _read_text_file(path: Path, specification: PromptSpecification, setting: str
     except OSError as error:
         raise PromptError(f"{setting}: {path} cannot be read: {error.strerror}.") from error
     try:
-        # Only line ends separate prompts: `str.splitlines` would also split at form feeds and the like.
+        # Only newlines separate prompts: `str.splitlines` would also split at form feeds and the like.
         lines = io.StringIO(content.decode(), newline=None).read().split("\n")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
@@ -140,14 +140,14 @@ def _split_names(split: str) -> list[str]:
 
 
 def _rows(split: str, parts: Mapping[str, Sequence[Any]], specification: PromptSpecification, setting: str) -> list[Any]:
-    """The rows that a split with slices stands for, by the rules of the datasets library; `parts` holds the whole splits."""
+    """The rows of a split with slices, by the rules of the datasets library; `parts` are the complete splits."""
     from datasets import ReadInstruction
 
     try:
         instructions = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in parts.items()})
     except (ValueError, AssertionError) as error:
         raise PromptError(
-            f"{setting}: {specification.split!r} is no split of {specification.dataset} with a valid slice: {_sentence(error)} "
+            f"{setting}: {specification.split!r} is not a split of {specification.dataset} with a valid slice: {_sentence(error)} "
             f"Set {setting}.split."
         ) from error
     return [row for i in instructions for row in parts[i.splitname][i.from_ : i.to]]
@@ -160,7 +160,7 @@ def _read_dataset(specification: PromptSpecification, path: Path, setting: str) 
         missing = "column" if split else "split"
         raise PromptError(
             f"{setting}: {specification.dataset} is a dataset, which needs a {missing}; set {setting}.{missing} "
-            "(a text file needs neither; check the path if one was meant)."
+            "(a text file needs neither; check the path if you meant one)."
         )
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         texts = _read_saved(path, split, column, specification, setting)
@@ -191,7 +191,7 @@ def _read_saved(path: Path, split: str, column: str, specification: PromptSpecif
 def _load(path: Path, split: str, column: str, specification: PromptSpecification, setting: str) -> list[Any]:
     from datasets import get_dataset_split_names, load_dataset
 
-    # An absolute path, since the library has datasets of its own by the names csv, json and the like.
+    # An absolute path, since csv, json and the like are names of builders in the library.
     dataset = str(path.absolute()) if path.is_dir() else specification.dataset
     try:
         try:
@@ -202,7 +202,7 @@ def _load(path: Path, split: str, column: str, specification: PromptSpecificatio
             raise
     except PromptError:
         raise
-    except Exception as error:  # the library raises many types; each means the same to the user
+    except Exception as error:  # the library raises many types, which mean the same to the user
         raise _cannot_load(error, specification, setting) from error
     _require_column(column, rows.column_names, specification, setting)
     return list(rows[column])

@@ -1,6 +1,6 @@
-"""Where settings come from, and what is said when one is wrong.
+"""Reads settings from all sources, and reports invalid ones.
 
-Order, first wins: command line, environment (`HERETIC_`), `.env`, the TOML file.
+In order of precedence: command line, environment (`HERETIC_`), `.env`, the TOML file.
 """
 
 import argparse
@@ -34,10 +34,10 @@ from .trust import Ask, require_consent
 ENV_PREFIX = "HERETIC_"
 DEFAULT_CONFIG_FILE = "config.toml"
 
-# Settings besides the sources of prompts that take a table, and so parts of one in the environment.
+# Settings besides prompt sources that take a table, whose fields can also be set in the environment.
 _TABLES = ("device_map", "max_memory", "parameters", "final_good_prompts", "final_bad_prompts")
 
-# What an error shows of a setting whose default shows nothing.
+# Examples in error messages for settings whose default is not a useful example.
 _EXAMPLES: dict[str, Any] = {
     "max_memory": {"0": "20GB"},
     "device_map": {"": "cpu"},
@@ -60,11 +60,11 @@ class _CommandSettings(Settings, BaseSettings):
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # `load_settings` reads the sources itself, to know which one a wrong value came from
+        return (init_settings,)  # `load_settings` reads the sources itself, to know the source of an invalid value
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line's parser that raises `UsageError`."""
+    """An argument parser that raises `UsageError`."""
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
@@ -85,7 +85,7 @@ def command_parser(n_names: str = "?") -> tuple[argparse.ArgumentParser, CliSett
         root_parser=parser,
         cli_kebab_case=True,
         cli_implicit_flags=True,
-        cli_hide_none_type=True,  # so that flags without a default are flags as well
+        cli_hide_none_type=True,  # so that flags without a default work as flags
         cli_prog_name="heretic",
     )
     return parser, source
@@ -95,7 +95,7 @@ def command_parser(n_names: str = "?") -> tuple[argparse.ArgumentParser, CliSett
 class Source:
     """Settings as plain data, and `where` they were given; `name` of the file that they were read from.
 
-    `is_own`: the user typed them, or named the file. Otherwise they may not let code run.
+    `is_own`: the user typed them, or named the file. Settings from other sources may not let code run.
     """
 
     where: str
@@ -106,7 +106,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Given:
-    """The settings of a command, the models that it names, and the configuration files that were read for it."""
+    """The settings of a command, the models that it names, and the configuration files that were read."""
 
     settings: Settings
     names: tuple[str, ...]
@@ -114,24 +114,24 @@ class Given:
 
 
 def load_settings(arguments: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None, ask: Ask | None = None) -> Settings:
-    """The settings of `read_settings`."""
+    """The settings of `read_settings`, without names and files."""
     return read_settings(arguments, stored, ask).settings
 
 
 def read_settings(arguments: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None, ask: Ask | None = None) -> Given:
     """Settings from the command line `arguments` (default: this process's), the environment, `.env` and a TOML file.
 
-    With settings that a record `stored` there are only those, below the command line.
-    `model_fields_set` of the result tells which settings were given at all. Raises `UsageError`, whose text names the
-    setting, where it was given, and the nearest known name where it is unknown. Code that is named by a file that lies in the working
-    directory, or by a record, runs only if the user agrees when he is asked; with nobody to `ask` that is an error as well.
+    If `stored` settings of a record are given, only those and the command line are used.
+    `model_fields_set` of the result contains the settings that were given. Raises `UsageError`, which names the setting, its source and,
+    for an unknown name, the closest known one. Code named by a file in the working directory, or by a record, runs only if the user agrees
+    when asked; without `ask` it is an error.
     """
     parser, cli_source = command_parser()
     parsed = vars(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
     config_path, positional = parsed.pop("config"), parsed.pop("model_argument")
     if positional is not None:
         if parsed.get("model") not in (None, positional):
-            raise UsageError(f"Two models are given, {positional!r} and --model {parsed['model']!r}; give one.")
+            raise UsageError(f"Two models are given, {positional!r} and --model {parsed['model']!r}; use one.")
         parsed["model"] = positional
     command_line = _command_line(parsed, cli_source)
     if stored is None:
@@ -145,7 +145,7 @@ def load_settings_of_names(arguments: Sequence[str], ask: Ask | None = None) -> 
     parsed = vars(parser.parse_intermixed_args(list(arguments)))
     config_path, names = parsed.pop("config"), parsed.pop("model_argument")
     if parsed.get("model") is not None:
-        raise UsageError("--model is not an option here: models and studies are named one after the other.")
+        raise UsageError("--model is not an option here: give models and studies as positional arguments.")
     if names and not is_true(parsed.get("demo")):
         parsed["model"] = names[0]
     return _given(_all_sources(_command_line(parsed, cli_source), config_path), names, ask)
@@ -158,7 +158,7 @@ def _command_line(parsed: dict[str, Any], cli_source: CliSettingsSource[Any]) ->
 
 
 def _all_sources(command_line: Source, config_path: str | None) -> list[Source]:
-    """All sources of a command's settings, the stronger first."""
+    """All sources of a command's settings, in order of precedence."""
     with _reading("in the environment"):
         environment = EnvSettingsSource(_CommandSettings)() | _unknown_environment_settings()
     with _reading("in .env"):
@@ -170,7 +170,7 @@ def _all_sources(command_line: Source, config_path: str | None) -> list[Source]:
 
 
 def _given(sources: Sequence[Source], names: Sequence[str], ask: Ask | None) -> Given:
-    """The settings that all sources make together, the stronger first."""
+    """The settings merged from sources in order of precedence."""
     try:
         settings = Settings.model_validate(_merged(sources))
     except ValidationError as error:
@@ -182,12 +182,12 @@ def _given(sources: Sequence[Source], names: Sequence[str], ask: Ask | None) -> 
 
 
 def _merged(sources: Sequence[Source]) -> dict[str, Any]:
-    """Settings from several sources, the stronger first."""
+    """Merge settings from sources in order of precedence."""
     merged: dict[str, Any] = {}
     all_values = [source.values for source in sources]
     says_demo = next((values for values in all_values if "demo" in values), {})
     for values in reversed(all_values):
-        if values is says_demo and is_true(values["demo"]):  # its model and prompts win over those in weaker sources
+        if values is says_demo and is_true(values["demo"]):  # its model and prompts override those in sources of lower precedence
             merged |= {"model": DEMO_MODEL, **DEMO_PROMPTS}
         merged = _overlay(merged, values)
     return merged
@@ -199,7 +199,7 @@ def _reading(where: str) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UsageError(f"Settings {where} cannot be read: it is not UTF-8 text.") from error
-    except ValueError as error:  # pydantic-settings' SettingsError is one
+    except ValueError as error:  # includes SettingsError of pydantic-settings
         name = _NAME_IN_ERROR.search(str(error))
         if name is None:
             raise UsageError(f"Settings {where} cannot be read: {error}.") from error
@@ -219,7 +219,7 @@ def _example(name: str) -> Any:
 def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
-        # A range and a table per component do not go together: the stronger source's is taken whole.
+        # A range and a table per component cannot be merged: the source of higher precedence replaces the other one.
         both_tables = isinstance(value, dict) and isinstance(result.get(key), dict) and kind(value) == kind(result[key])
         result[key] = _overlay(result[key], value) if both_tables else value
     return result
@@ -242,7 +242,7 @@ def _toml_source(config_path: str | None) -> list[Source]:
 
 
 def _unknown_environment_settings() -> dict[str, str]:
-    """Variables with our prefix that no setting answers to; kept as they are, so that validation names them."""
+    """Variables with our prefix that are not settings, so that validation reports them."""
     names = {
         variable[len(ENV_PREFIX) :].lower(): value for variable, value in os.environ.items() if variable.upper().startswith(ENV_PREFIX)
     }
@@ -250,15 +250,15 @@ def _unknown_environment_settings() -> dict[str, str]:
 
 
 def _is_known(name: str, *parts: str) -> bool:
-    """Whether a name, perhaps with parts, stands for a setting; the parts of tables are left to validation."""
+    """Whether a name (possibly with parts) is a setting; parts of tables are checked by validation."""
     return name in Settings.model_fields and (not parts or isinstance(default_value(name), dict) or name in _TABLES)
 
 
 def _describe(error: ValidationError, sources: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line for each distinct problem: the setting as the user wrote it, where it was given, what is wrong, what to do."""
+    """One line for each distinct problem: the setting as the user wrote it, its source, what is wrong, what to do."""
     lines: list[str] = []
     for problem in error.errors():
-        if problem["type"] == "default_factory_not_called":  # follows from another problem
+        if problem["type"] == "default_factory_not_called":  # caused by another problem
             continue
         location = [part for part in problem["loc"] if not _is_type_tag(part)]
         name = as_written(location)
@@ -278,7 +278,7 @@ def _describe(error: ValidationError, sources: Mapping[str, Mapping[str, Any]]) 
 
 
 def _known_beside(location: Sequence[int | str]) -> list[str]:
-    """The names that could stand at a location where an unknown one was found."""
+    """The valid names at a location where an unknown one was found."""
     tables: dict[tuple[bool, int], type[BaseModel]] = {(False, 1): Settings, (True, 2): Parameters, (True, 3): Range, (True, 4): Range}
     if location[0] == "first_trials":
         return list(FirstTrial.model_fields)
@@ -294,7 +294,7 @@ def as_written(location: Sequence[int | str]) -> str:
 
 
 def _holds(values: Any, location: Sequence[int | str]) -> bool:
-    """Whether a source has something at a location, as far as that leads through tables."""
+    """Whether a source has a value at a location, as far as that leads through tables."""
     for part in location:
         if not isinstance(values, dict):
             return True
@@ -305,5 +305,5 @@ def _holds(values: Any, location: Sequence[int | str]) -> bool:
 
 
 def _is_type_tag(part: int | str) -> bool:
-    """Whether pydantic added this part of a location to tell the branches of a union apart."""
+    """Whether pydantic added this part of a location to distinguish the branches of a union."""
     return isinstance(part, str) and (part in ("str", "int", "float", *TAGS) or "[" in part)

@@ -1,1 +1,1 @@
-"""What `generation` is made of: rows, their keys and values, and what need not be computed again."""
+"""Greedy decoding of many rows at once: rows, their keys and values, and the prefix cache."""

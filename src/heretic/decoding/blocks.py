@@ -1,4 +1,4 @@
-"""Keys and values of many rows in blocks that are allocated once: a transformers cache whose rows can come and go."""
+"""Keys and values of many rows in preallocated blocks: a transformers cache whose rows can be added and removed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .rows import Row
 
 
 class BlockLayer(DynamicLayer):
-    """Keys and values of one layer in blocks `(row, head, column, dim)` of fixed size; `length` columns are in use, the others unset."""
+    """Keys and values of one layer in blocks `(row, head, column, dim)` of fixed size; `length` columns are used, the others are unset."""
 
     keys: Tensor
     values: Tensor
@@ -43,12 +43,12 @@ class BlockLayer(DynamicLayer):
         return self.length
 
     def begin_with(self, keys: Tensor, values: Tensor, n_rows: int) -> None:
-        """Take the same few columns `(1 or row, head, column, dim)` as the beginning of every row."""
+        """Put the same columns `(1 or row, head, column, dim)` at the beginning of every row."""
         self.lazy_initialization(keys, values)
         self.update(keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
 
     def adopt(self, keys: Tensor, values: Tensor) -> None:
-        """Take over full blocks that were computed before."""
+        """Use complete blocks that were computed before."""
         self.keys, self.values, self.length = keys, values, keys.shape[2]
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
@@ -60,7 +60,7 @@ class BlockLayer(DynamicLayer):
 
 
 class Blocks(Cache):
-    """A cache of `BlockLayer`s, and the moves that keep it full of living rows."""
+    """A cache of `BlockLayer`s, and the operations that keep it filled with active rows."""
 
     def __init__(self, n_layers: int, n_rows: int, n_columns: int) -> None:
         self.blocks = [BlockLayer(n_rows, n_columns) for _ in range(n_layers)]
@@ -69,7 +69,7 @@ class Blocks(Cache):
 
     @property
     def used(self) -> Iterator["BlockLayer"]:
-        """Layers that hold anything: some models share keys and values between layers."""
+        """Layers that are not empty: some models share keys and values between layers."""
         return (layer for layer in self.blocks if layer.is_initialized)
 
     def move_rows(self, sources: Tensor, targets: Tensor) -> None:
@@ -80,7 +80,7 @@ class Blocks(Cache):
                 used.index_copy_(0, there, used.index_select(0, here))
 
     def put(self, other: "Blocks", first_row: int, length: int) -> None:
-        """Copy the rows of `other`, from row `first_row` on, so that they end in column `length` as all rows do."""
+        """Copy the rows of `other` to rows from `first_row` on, so that they end in column `length` like all rows."""
         for own, new in zip(self.blocks, other.blocks, strict=True):
             if not new.is_initialized:
                 continue
@@ -88,12 +88,12 @@ class Blocks(Cache):
                 own.lazy_initialization(new.keys, new.values)
             rows, start = slice(first_row, first_row + new.n_rows), length - new.length
             for block, columns in ((own.keys, new.keys), (own.values, new.values)):
-                block[rows, :, :start] = 0  # what is masked is weighed with zero, which only a finite number survives
+                block[rows, :, :start] = 0  # masked values get weight zero, but must be finite
                 block[rows, :, start:length] = columns
             own.length = length
 
     def shift(self, n_columns: int, n_rows: int) -> None:
-        """Forget the first columns."""
+        """Drop the first columns."""
         for layer in self.used:
             for block in (layer.keys, layer.values):
                 block[:n_rows, :, : layer.length - n_columns] = block[:n_rows, :, n_columns : layer.length].clone()
@@ -105,7 +105,7 @@ class Blocks(Cache):
             layer.grow(n_columns)
 
     def widen(self, n_columns: int, n_rows: int) -> None:
-        """Move everything to the right, leaving empty columns on the left."""
+        """Move all columns to the right, leaving empty columns on the left."""
         for layer in self.used:
             for block in (layer.keys, layer.values):
                 block[:n_rows, :, n_columns : layer.length + n_columns] = block[:n_rows, :, : layer.length].clone()
@@ -113,20 +113,20 @@ class Blocks(Cache):
 
     @property
     def bytes_per_position(self) -> int:
-        """What one token of one row takes over all layers."""
+        """Bytes of one token of one row in all layers."""
         return sum(2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in self.used)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of the tokens that all rows begin with, one row for each trial."""
+    """Keys and values of the tokens that all rows start with, one row per trial."""
 
     length: int
     row_of_trial: dict[int, int]
     cache: Blocks
 
     def begin(self, cache: Blocks, rows: Sequence[Row]) -> None:
-        """Put the prefix at the beginning of every row of an empty cache."""
+        """Initialize every row of an empty cache with the prefix."""
         trials = [row.trial for row in rows]
         sources = torch.tensor([self.row_of_trial[trial] for trial in (trials[:1] if len(set(trials)) == 1 else trials)])
         for own, new in zip(self.cache.blocks, cache.blocks, strict=True):

@@ -1,12 +1,12 @@
 """Greedy decoding of many rows at once, where a row is one prompt under one trial's ablation.
 
-All rows that wait form one pool; a forward pass takes as many as fit. A row leaves as soon as it is finished, and the rows that wait
-take its place. Keys and values lie in blocks allocated once: a step writes one column in place, a row that leaves is replaced by
-the last one, and new rows are prefilled aside and copied in so that all rows end in the same column. Every row has its own
-positions and its own mask, so a row's tokens do not depend (up to rounding) on what else is in the pass.
+Waiting rows are queued; a forward pass takes as many as fit. A row leaves as soon as it is finished, and waiting rows replace it. Keys and
+values are in preallocated blocks: a step writes one column in place, a finished row is overwritten by the last one, and new rows are
+prefilled separately and copied in so that all rows end in the same column. Every row has its own positions and mask, so its tokens do not
+depend (up to rounding) on the other rows in the pass.
 
-Where it breaks: models whose cache holds more than keys and values (state-space and linear-attention layers) are refused by
-`supports`; they are decoded by transformers' own `generate`.
+Where it breaks: models whose cache has more than keys and values (state-space and linear-attention layers) are rejected by `supports`;
+they are decoded by transformers' own `generate`.
 """
 
 import inspect
@@ -29,28 +29,28 @@ from .pool import Pool
 from .prefix_cache import PrefixCache, pass_key
 from .rows import Row, left_padded
 
-# The share of free memory that keys and values may take; the rest is for everything else.
+# The share of free memory that keys and values may take.
 MEMORY_SHARE = 0.6
-# Tokens in one prefill pass, which bounds the memory of its hidden states.
+# Tokens in one prefill pass, which limits the memory of its hidden states.
 PREFILL_TOKENS = {"cpu": 8192}
 PREFILL_TOKENS_ACCELERATOR = 65536
-# Padding that one prefill pass may hold, in tokens: a pass of its own for the shorter rows costs about as much.
+# Padding tokens allowed in one prefill pass: a separate pass for the shorter rows costs about as much.
 PADDING_TOKENS = {"cpu": 128}
 PADDING_TOKENS_ACCELERATOR = 1024
-# A common beginning is computed once per trial if it has so many tokens and rows: below that the extra pass costs more.
+# A common prefix is computed once per trial if it has at least this many tokens and rows: otherwise the extra pass costs more.
 MIN_PREFIX_TOKENS = 4
 MIN_PREFIX_ROWS = 8
 
 
-# A pass that gives logits at several positions may take so many bytes for them.
+# Bytes that the logits of a pass with several positions may take.
 LOGITS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Savings:
-    """What the decoder need not compute again; set only to measure or test one.
+    """Optimizations of the decoder; changed only to measure or test one.
 
-    `shared_prefix`: the common start of the prompts, once per trial. `prefix_cache`: layers below a trial's first edited one, once per run.
+    `shared_prefix`: compute the common prefix of the prompts once per trial. `prefix_cache`: unedited lower layers once per run.
     """
 
     shared_prefix: bool = True
@@ -61,7 +61,7 @@ Done = TypeVar("Done")
 
 
 def supports(model: PreTrainedModel) -> bool:
-    """Whether the model's cache is nothing but keys and values by position, and it takes positions of our choice."""
+    """Whether the model's cache consists only of keys and values by position, and the model accepts position ids."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
@@ -69,9 +69,9 @@ def supports(model: PreTrainedModel) -> bool:
 
 
 class Decoder:
-    """Greedy decoding for one model. `assign_rows` is told, before each pass, which trial each row belongs to.
+    """Greedy decoding for one model. Before each pass, `assign_rows` is called with the trial of each row.
 
-    `end_tokens` end a response. Memory: the number of rows is chosen from what is free, and halved for good whenever that was too many.
+    `end_tokens` end a response. The number of rows is chosen by free memory, and permanently halved whenever memory runs out.
     With a `prefix_cache`, passes of the original (`first_layers` empty) are recorded, and a pass of trial `t` begins at `first_layers[t]`.
     """
 
@@ -98,7 +98,7 @@ class Decoder:
         self.allows_holes = not windows
         self.window = min(windows, default=sys.maxsize)  # a row this long is seen as a whole by every layer
         self.max_rows: int | None = None
-        self.bytes_per_row: int | None = None  # keys and values of a whole response, once one was decoded
+        self.bytes_per_row: int | None = None  # for the keys and values of a full response, once one was decoded
         self.n_tokens = 0  # computed so far, padding included
         self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ACCELERATOR)
         self.padding_tokens = PADDING_TOKENS.get(self.device.type, PADDING_TOKENS_ACCELERATOR)
@@ -106,7 +106,7 @@ class Decoder:
     def first_logits(self, rows: Sequence[Row], in_order: bool = False) -> Iterator[tuple[list[Row], Tensor]]:
         """Logits `(row, vocabulary)` after each row's last token, for as many rows of similar length at a time as fit.
 
-        With `in_order` rows of any length share a pass, and come in the order given.
+        With `in_order`, rows of any length share a pass, in the given order.
         """
         waiting = deque(rows if in_order else sorted(rows, key=self._order))
         prefix = self._share_prefix(rows)
@@ -135,10 +135,10 @@ class Decoder:
         is_finished: Callable[[Row], bool],
         cancelled: Set[int] = frozenset(),
     ) -> Iterator[Row]:
-        """Decode; each row is given back when it is finished: by `is_finished` (asked after every token), an end token, or its length.
+        """Decode. Each row is yielded when it is finished: by `is_finished` (called after every token), an end token, or its length.
 
-        The end token is not part of `generated`. A row whose logits are not finite is given back at once, its `finite` false.
-        `cancelled` may grow meanwhile: rows of the trials in it are dropped and not given back.
+        The end token is not part of `generated`. A row whose logits are not finite is yielded at once, with `finite` false.
+        `cancelled` may grow meanwhile: rows of trials in it are dropped and not yielded.
         """
         waiting = deque(sorted(rows, key=self._order))
         n_columns = max((row.length for row in rows), default=0) + max_new_tokens
@@ -158,7 +158,7 @@ class Decoder:
                     waiting = deque(row for row in waiting if row.trial not in cancelled)
                     pool.drop(cancelled)
                 continue
-            # What has been generated is kept: the rows are prefilled again, in smaller company.
+            # Generated tokens are kept: the rows are prefilled again, in smaller batches.
             waiting = deque(sorted([*pool.living, *waiting], key=self._order))
             pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
             empty_cache()
@@ -172,11 +172,11 @@ class Decoder:
         return min(len(rows), n_trials * self.rows_per_trial)
 
     def rows_that_fit(self) -> int | None:
-        """Rows whose keys and values have room in the memory that is free; None before anything was decoded."""
+        """Number of rows whose keys and values fit in free memory; None before anything was decoded."""
         return None if self.bytes_per_row is None else int(free_memory(self.device) * MEMORY_SHARE / self.bytes_per_row)
 
     def take(self, waiting: "deque[Row]", n_rows: int, padding_tokens: int | None) -> list[Row]:
-        """The next rows, as many as a prefill pass holds with so much padding (None: any); with a prefix cache, of one trial only."""
+        """The next rows, as many as fit in a prefill pass with limited padding (None: any); with a prefix cache, of one trial only."""
         chunk: list[Row] = []
         width = padding = 0
         while waiting and len(chunk) < n_rows and (not chunk or self.prefix_cache is None or waiting[0].trial == chunk[0].trial):
@@ -189,7 +189,7 @@ class Decoder:
         return chunk
 
     def retry(self, waiting: "deque[Row]", chunk: list[Row], work: Callable[[list[Row]], Done]) -> Done | None:
-        """`work(chunk)`; where memory does not suffice, the rows go back, the prefill gets smaller for good, and None comes back."""
+        """`work(chunk)`. If memory runs out, the rows are queued again, prefills are permanently smaller, and None is returned."""
         try:
             return work(chunk)
         except (RuntimeError, MemoryError) as error:
@@ -201,10 +201,10 @@ class Decoder:
         return None
 
     def _share_prefix(self, rows: Sequence[Row], n_logits: int = 1) -> "Prefix | None":
-        """Compute what all prompts begin with (system prompt, template) once per trial, where that is worth a pass.
+        """Compute the common prefix of all prompts (system prompt, template) once per trial, if that is worth a pass.
 
-        The last `n_logits` tokens of a row, whose logits are asked for, are never part of it.
-        Not where layers have a sliding window: rows then have a hole between prefix and prompt, which the window would count.
+        The last `n_logits` tokens of a row, whose logits are needed, are never part of it. Not used if layers have a sliding window, which
+        would count the gap between prefix and prompt of shorter rows.
         """
         if not (self.savings.shared_prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
             return None
@@ -222,7 +222,7 @@ class Decoder:
         """Logits `(row, vocabulary)` at the rows' last tokens, and the rows' mask `(row, column)`; keys and values go into `cache`.
 
         With `n_logits` they are `(row, n_logits, vocabulary)`.
-        With a prefix the columns are its own, a hole where a row is short, and the rest of the row.
+        With a prefix, the columns are the prefix, a gap if a row is shorter, and the rest of the row.
         """
         skipped = 0 if prefix is None else prefix.length
         sequences = [[*row.tokens, *row.generated][skipped:] for row in rows]
@@ -239,7 +239,7 @@ class Decoder:
         return logits[:, -1] if n_logits is None else logits, mask
 
     def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: Blocks | None) -> AbstractContextManager[None]:
-        """Record the pass, or begin it where the trial's edits begin."""
+        """Record the pass, or start it at the trial's first edited layer."""
         if self.prefix_cache is None:
             return nullcontext()
         key = pass_key(sequences)

@@ -1,4 +1,4 @@
-"""Decoding by transformers' own `generate`, for models whose cache holds more than keys and values."""
+"""Decoding by transformers' own `generate`, for models whose cache has more than keys and values."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -16,7 +16,7 @@ Done = TypeVar("Done")
 
 
 class PlainDecoder:
-    """As `Decoder`, by `generate`: rows leave only together.
+    """Like `Decoder`, but by `generate`: all rows of a batch end together.
 
     Unless `pads`, only rows of one length share a batch.
     """
@@ -37,12 +37,12 @@ class PlainDecoder:
         self.device = input_device(model)
 
     def first_logits(self, rows: Sequence[Row], in_order: bool = False) -> Iterator[tuple[list[Row], Tensor]]:
-        """As `Decoder.first_logits`, always in the order given."""
+        """Like `Decoder.first_logits`, always in the given order."""
         for part, output in self._batches(rows, max_new_tokens=1, output_logits=True):
             yield part, output.logits[0]
 
     def last_logits(self, rows: Sequence[Row], n: int) -> Iterator[tuple[list[Row], Tensor]]:
-        """As `Decoder.last_logits`, in any order, by forward passes over rows of one length, which need no padding."""
+        """Like `Decoder.last_logits`, in any order, by forward passes over rows of equal length, without padding."""
         ordered = sorted(rows, key=lambda row: -row.length)
         return self._parts(ordered, lambda part: self._last_logits(part, n), same_length=True)
 
@@ -51,7 +51,7 @@ class PlainDecoder:
         return self.logits_at_end([row.tokens for row in rows], n)
 
     def logits_at_end(self, rows: Sequence[Sequence[int]], n: int) -> Tensor:
-        """Logits `(row, n, vocabulary)` at the last `n` tokens of rows of one length, in one pass."""
+        """Logits `(row, n, vocabulary)` at the last `n` tokens of rows of equal length, in one pass."""
         tokens = torch.tensor([list(row) for row in rows], device=self.device)
         kept = {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         logits: Tensor = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **kept).logits[:, -n:]
@@ -110,7 +110,7 @@ class PlainDecoder:
 
 
 class _RowCriteria(StoppingCriteria):
-    """Writes each new token to its row, and ends rows as `is_finished` says."""
+    """Appends each new token to its row, and ends rows according to `is_finished`."""
 
     def __init__(self, rows: list[Row], start: int, end_tokens: frozenset[int], is_finished: Callable[[Row], bool]) -> None:
         self.rows, self.start, self.end_tokens, self.is_finished = rows, start, end_tokens, is_finished

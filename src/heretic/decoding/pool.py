@@ -1,4 +1,4 @@
-"""The rows of a running decode: who is let in, who leaves, and where their keys and values lie."""
+"""The rows being decoded: adding and removing rows, and the columns of their keys and values."""
 
 from collections import deque
 from collections.abc import Callable, Sequence, Set
@@ -12,17 +12,17 @@ from .rows import Row
 
 Done = TypeVar("Done")
 
-# New rows are prefilled when at least this share of the pass is free, or all that wait fit in: prefills of single rows are inefficient.
+# New rows are prefilled if this share of the pass is free, or if all waiting rows fit: prefills of single rows are inefficient.
 REFILL_SHARE = 0.25
-# Rows that have left are replaced when they make up this share of the pass.
+# Finished rows are removed when they make up this share of the pass.
 COMPACT_SHARE = 0.1
-# Columns beyond what the rows need at present: blocks begin with so many and grow by as many, up to the longest row and as many more,
-# so that they are not shifted at every step.
+# Spare columns: blocks start with this many and grow by as many, up to the longest row and as many more,
+# so that they do not have to be shifted at every step.
 SLACK_COLUMNS = 48
 
 
 class Passes(Protocol):
-    """What a pool needs of a decoder: forward passes, and what is known of memory. See `Decoder`."""
+    """The interface of a decoder that a pool uses: forward passes and memory limits. See `Decoder`."""
 
     device: torch.device
     n_layers: int
@@ -44,7 +44,7 @@ class Passes(Protocol):
 
 
 class Pool:
-    """The rows of a running decode and their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
+    """The rows being decoded, with their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
 
     def __init__(self, decoder: Passes, n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
         self.decoder = decoder
@@ -63,11 +63,11 @@ class Pool:
 
     @property
     def living(self) -> list[Row]:
-        """The rows that are not finished, those included that are just being let in."""
+        """The rows that are not finished, including those that are just being added."""
         return [row for i, row in enumerate(self.rows) if i not in self._gone] + self._entering
 
     def advance(self, waiting: "deque[Row]", prefix: Prefix | None) -> list[Row]:
-        """One step: let waiting rows in where there is room, or decode one token of every row. Returns the rows that finished."""
+        """One step: add waiting rows if there is room, or decode one token of every row. Returns the finished rows."""
         room = self.limit - len(self.rows) + len(self._gone)
         if waiting and (room >= min(len(waiting), self.limit * REFILL_SHARE) or len(self._gone) == len(self.rows)):
             self._compact()
@@ -77,11 +77,11 @@ class Pool:
         return self._step() if self.rows else []
 
     def drop(self, trials: Set[int]) -> None:
-        """Let the rows of some trials go."""
+        """Remove the rows of some trials."""
         self._gone.update(i for i, row in enumerate(self.rows) if row.trial in trials)
 
     def _allocate(self, fresh: Blocks) -> Blocks:
-        """Room for as many rows as memory allows, now that it is known what a row takes."""
+        """Allocate as many rows as fit in memory, now that the size of a row is known."""
         decoder = self.decoder
         decoder.bytes_per_row = max(1, fresh.bytes_per_position * self.most_columns)
         self.limit = max(1, fresh.n_rows, min(self.limit, decoder.rows_that_fit() or 0))
@@ -133,7 +133,7 @@ class Pool:
         return self._note(0, _likeliest(logits[:, -1]).tolist())
 
     def _note(self, first: int, chosen: list[int]) -> list[Row]:
-        """Give each row from `first` on the token chosen for it; returns those that are finished with it."""
+        """Append the chosen token to each row from `first` on. Returns the rows that are then finished."""
         self.next_tokens[first : first + len(chosen)] = torch.tensor([max(token, 0) for token in chosen], device=self.decoder.device)
         done = []
         for i, token in enumerate(chosen, first):
@@ -144,7 +144,7 @@ class Pool:
         return done
 
     def _append(self, row: Row, token: int) -> bool:
-        """Add a token (-1: logits were not finite) to a row; returns whether it is finished with it."""
+        """Append a token (-1: logits were not finite) to a row. Returns whether it is then finished."""
         row.begun = True
         row.finite = token >= 0
         if not row.finite or token in self.decoder.end_tokens:
@@ -153,7 +153,7 @@ class Pool:
         return len(row.generated) >= self.max_new_tokens or self.is_finished(row)
 
     def _compact(self) -> None:
-        """Put the last living rows in the places of those that have left."""
+        """Move the last active rows to the places of finished ones."""
         if not self._gone or self.cache is None:
             return
         n_left = len(self.rows) - len(self._gone)
@@ -172,7 +172,7 @@ class Pool:
         self._assigned = False
 
     def _make_room(self) -> None:
-        """Another column, by growing the blocks, or by forgetting what no living row uses once they are large enough for any."""
+        """Make room for another column, by growing the blocks or, once they have their full size, by dropping unused columns."""
         if self.n_columns < self.most_columns:
             self._grow(min(SLACK_COLUMNS, self.most_columns - self.n_columns))
         else:
@@ -195,7 +195,7 @@ class Pool:
         self.length += n_columns
 
     def _shift(self) -> None:
-        """Forget the columns that no living row uses."""
+        """Drop the columns that no active row uses."""
         self._compact()
         assert self.cache is not None
         n_unused = min(self._starts)
@@ -207,6 +207,6 @@ class Pool:
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """The likeliest token of each row, -1 where logits are not finite."""
+    """The most likely token of each row; -1 if logits are not finite."""
     best, tokens = logits.max(dim=-1)
     return torch.where(torch.isfinite(best), tokens, -1)

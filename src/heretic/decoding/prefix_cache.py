@@ -1,8 +1,8 @@
-"""What the original model computes below a trial's first edited layer, kept for all evaluation prompts.
+"""The prefix cache: activations of the original model below a trial's first edited layer, for all evaluation prompts.
 
-Layers below the first edited one compute what they compute in the original. Their keys, values and the hidden states between them are
-recorded when the baseline is taken, and a trial's prefill begins at its first edited layer with the recorded hidden states.
-Valid for passes of the very same rows (same tokens, same padding); other passes are computed whole.
+Layers below the first edited one compute the same as in the original. Their keys, values and hidden states are recorded when the baseline
+is measured, and a trial's prefill starts at its first edited layer with the recorded hidden states. Valid only for passes of exactly the
+same rows (same tokens, same padding); other passes are computed in full.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..device import free_memory
 
-# The share of the memory free at the start that recordings may take.
+# The share of the initially free memory that recordings may take.
 BUDGET_SHARE = 0.2
 
 Key = tuple[tuple[int, ...], ...]
@@ -23,14 +23,14 @@ Key = tuple[tuple[int, ...], ...]
 
 @dataclass
 class _Recording:
-    """One pass of the original: per layer its input `(row, token, d)` and what it put into the cache."""
+    """One pass of the original: each layer's input `(row, token, d)` and its cache entries."""
 
     inputs: list[Tensor] = field(default_factory=list)
     keys_values: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
 
 class PrefixCache:
-    """Recordings of the original's passes over `layers`, within a memory budget; made only while `recording` is set.
+    """Recordings of the original's passes over `layers`, within a memory budget; recorded only while `recording` is set.
 
     `bytes_per_token` is the size of one hidden state.
     """
@@ -49,7 +49,7 @@ class PrefixCache:
         return recording is not None and (bool(recording.keys_values) or not with_cache)
 
     def record(self, key: Key, cache: Any | None) -> AbstractContextManager[None]:
-        """Record the pass that is made within, if it is asked for and the budget allows."""
+        """Context that records the pass in it, if `recording` is set and the budget allows."""
         n_tokens = len(key) * max(map(len, key))
         fits = n_tokens * self.bytes_per_token * len(self.layers) <= self.budget
         return self._record(key, cache) if self.recording and fits else nullcontext()
@@ -76,7 +76,7 @@ class PrefixCache:
 
     @contextmanager
     def begin_at(self, key: Key, first_layer: int, cache: Any | None) -> Iterator[None]:
-        """Within, a pass of the recorded rows begins at `first_layer`; what lies below comes from the recording."""
+        """Context in which a pass of the recorded rows starts at `first_layer`, using the recording of the layers below."""
         recording = self._recordings[key]
         first_layer = min(first_layer, len(self.layers) - 1)
 
@@ -94,7 +94,7 @@ class PrefixCache:
                 hook = self.layers[first_layer].register_forward_pre_hook(substitute, with_kwargs=True)
                 stack.callback(hook.remove)
             yield
-        # Only now: the mask is made for what the cache holds in its first layer when the pass begins.
+        # Not earlier: the mask is created for the length of the cache's first layer when the pass starts.
         if cache is not None:
             for block, pair in zip(cache.blocks[:first_layer], recording.keys_values[:first_layer], strict=True):
                 if pair is not None:
@@ -103,7 +103,7 @@ class PrefixCache:
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Within, `module` computes `forward` instead of its own."""
+    """Context in which `forward` replaces the module's own."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -116,5 +116,5 @@ def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 def pass_key(rows: Sequence[Sequence[int]]) -> Key:
-    """By which a pass is recognized: the tokens of its rows, in order."""
+    """The key of a pass: the tokens of its rows, in order."""
     return tuple(map(tuple, rows))

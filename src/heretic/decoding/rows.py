@@ -1,4 +1,4 @@
-"""Rows: one prompt under one trial's ablation, and when its text is decided."""
+"""Rows (one prompt under one trial's ablation), and early verdicts on their text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Row:
-    """One response in the making. `tokens` is prompt number `prompt`; `trial` says which ablation of the batch it is computed under."""
+    """A response being generated. `tokens` is prompt number `prompt`; `trial` is the index of its ablation in the batch."""
 
     trial: int
     tokens: Sequence[int]
@@ -26,17 +26,17 @@ class Row:
 
 
 class TextWatch:
-    """Whether a row's text so far is decided, asked after each token.
+    """Checks after each token whether a row's text is decided.
 
-    The text is put together from those of its tokens, which is quick, and a find confirmed on what the tokens are together; one that
-    only the latter shows costs nothing but the steps to the row's end.
+    The text is concatenated from decoded single tokens, which is fast, and a positive result is confirmed on the jointly decoded tokens. If
+    only the latter would be decided, this only costs the steps to the row's end.
     """
 
     def __init__(self, tokenizer: Any, is_decided: Callable[[str], bool]) -> None:
         self.tokenizer = tokenizer
         self.is_decided = is_decided
         self._pieces: dict[int, str] = {}
-        # A token's text depends on whether it stands at the beginning: some tokenizers drop the first blank.
+        # A token's text depends on whether it is the first one: some tokenizers drop the first blank.
         self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text = self._decode(self._anchor)
 
@@ -55,7 +55,7 @@ class TextWatch:
 
 
 def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask `(row, column)` on the CPU, all rows ending in the last column."""
+    """Token ids and mask `(row, column)` on the CPU; all rows end in the last column."""
     width = max(map(len, sequences))
     tokens = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids in sequences])
     lengths = torch.tensor([len(ids) for ids in sequences])

@@ -5,7 +5,7 @@ from pathlib import Path
 DIRECTORY = Path(__file__).parent
 MODEL = DIRECTORY / "model"
 BENCHMARKS = DIRECTORY / "benchmarks"
-# A name instead of a path, so that what a run stores does not depend on where the package is installed.
+# A name instead of a path, so that stored settings do not depend on the installation folder.
 PREFIX = "heretic-demo:"
 
 PROMPTS = {
@@ -17,5 +17,5 @@ PROMPTS = {
 
 
 def prompt_file(dataset: str) -> Path:
-    """The text file behind a `heretic-demo:` name, of which only the last part counts."""
+    """The text file of a `heretic-demo:` name."""
     return DIRECTORY / "prompts" / Path(f"{dataset.removeprefix(PREFIX)}.txt").name

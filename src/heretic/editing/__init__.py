@@ -1,1 +1,1 @@
-"""What an edit is, where it applies, and how it is applied to a loaded model."""
+"""Edits: their algebra, the modules they apply to, and how they are applied to a loaded model."""

@@ -1,8 +1,8 @@
 """The algebra of directional ablation: strengths over the layers, output maps, exact weight edits, adapter factors.
 
-Tensors in, tensors out. Letters as usual: a writer has the weight `W (d_out, d_in)`, perhaps a bias `b (d_out,)`, and
-the output `y = W x + b`; `r (d_out,)` is a unit direction, `strength` what the kernel gives the writer in its layer,
-`n (d_out,)` the row norms of `W`, `What = diag(1/n) W`. `1/n` is taken as 0 where a row's norm is 0.
+Tensors in, tensors out. Notation: a writer has the weight `W (d_out, d_in)`, optionally a bias `b (d_out,)`, and the output
+`y = W x + b`; `r (d_out,)` is a unit direction, `strength` the value of the kernel in the writer's layer, `n (d_out,)` the row
+norms of `W`, and `What = diag(1/n) W`, with `1/n = 0` for rows of norm 0.
 
 Modes of row normalization:
 - `none`: `W' = W - strength r r^T W`
@@ -22,7 +22,7 @@ from torch import Tensor
 RowNormalization = Literal["none", "pre", "full"]
 
 
-# Numbers of a weight that are edited together: 2 MiB in float32.
+# Elements of a weight that are edited at once: 2 MiB in float32.
 BLOCK_ELEMENTS = 2**19
 
 
@@ -38,7 +38,7 @@ class ComponentParameters:
 
 @dataclass(frozen=True, eq=False)
 class LearnedEdit:
-    """An edit that was learned: by writer, the unit direction `(d,)` that leaves its output (float32, on the CPU) and the strength."""
+    """A learned edit: by writer, the unit direction `(d,)` to remove from its output (float32, on the CPU) and the strength."""
 
     directions: Mapping[str, Tensor]
     strengths: Mapping[str, float]
@@ -48,7 +48,7 @@ class LearnedEdit:
 class Ablation:
     """One trial as data. `direction_index` is a fraction of the last layer index; None: each layer's own direction.
 
-    With `learned` that says all, and there are no parameters.
+    A `learned` edit is complete in itself and has no parameters.
     """
 
     direction_index: float | None
@@ -60,10 +60,10 @@ class Ablation:
 class OutputMap:
     """The edit of one writer as a map of its output: `y' = edited_bias + scale * (y0 - left (right . y0))`, `y0 = y - bias`.
 
-    Of fused experts every tensor has an axis `expert` before `d_out`.
+    For fused experts, every tensor has an axis `expert` before `d_out`.
 
     `left`, `right`, `scale`, `edited_bias` `(trial, d_out)`, `bias (d_out,)`, all float32 (float64 in tests). `scale` None means 1.
-    `bias` None means that none has to be taken off: there is none, or (mode `none`) the map is the same for it.
+    `bias` None means that none has to be subtracted: there is none, or (mode `none`) the map applies to it in the same way.
     """
 
     left: Tensor
@@ -73,7 +73,7 @@ class OutputMap:
     edited_bias: Tensor | None = None
 
     def of(self, trial: int) -> "OutputMap":
-        """The map of one trial alone."""
+        """The map of a single trial."""
         own = slice(trial, trial + 1)
         scale = None if self.scale is None else self.scale[own]
         edited_bias = None if self.edited_bias is None else self.edited_bias[own]
@@ -92,29 +92,29 @@ def kernel(layer: float, parameters: ComponentParameters, last_layer: int) -> fl
 
 
 def inverse_norms(norms: Tensor) -> Tensor:
-    """`1 / n`, and 0 where `n` is 0, so that rows of zeros stay zero."""
+    """`1 / n`, and 0 if `n` is 0, so that zero rows stay zero."""
     return torch.where(norms > 0, 1 / norms, 0)
 
 
 def row_gram(weight: Tensor, norms: Tensor, directions: Tensor) -> Tensor:
     """`c = What What^T r` for each row of `directions (k, d_out)`, as `(k, d_out)`; for experts `(expert, k, d_out)`.
 
-    `c` is linear in `r`, so one call at load time serves every mixture of these directions.
+    `c` is linear in `r`, so one call at load time is enough for all interpolations of these directions.
     """
     inverse = inverse_norms(norms).unsqueeze(-2)
     return ((directions * inverse) @ weight @ weight.mT) * inverse
 
 
 def row_rescaling(strength: Tensor, r: Tensor, c: Tensor) -> Tensor:
-    """The factor `s (..., d_out)` that gives each edited row of `What` its norm of one back (mode `full`).
+    """The factor `s (..., d_out)` that restores the unit norm of each edited row of `What` (mode `full`).
 
     Row `i` of `What - strength r a` with `a = r^T What` has the squared norm
-    `1 - 2 strength r_i c_i + strength^2 r_i^2 (r . c)`. A row that the edit leaves (nearly) nothing of gets 0, as
-    normalizing nothing does. `strength (..., 1)`, `r`, `c` `(..., d_out)`.
+    `1 - 2 strength r_i c_i + strength^2 r_i^2 (r . c)`. A row that the edit (nearly) removes gets 0, since
+    zero rows stay zero. `strength (..., 1)`, `r`, `c` `(..., d_out)`.
     """
     squared = 1 - 2 * strength * r * c + (strength * r) ** 2 * (r * c).sum(dim=-1, keepdim=True)
     least = torch.finfo(squared.dtype).eps
-    # Clamped before the root, since `where` would pass an infinite gradient on even from what it does not take.
+    # Clamped before the root, since `torch.where` would pass on infinite gradients of values that it does not select.
     return torch.where(squared > least, squared.clamp(min=least).rsqrt(), 0)
 
 
@@ -130,7 +130,7 @@ def output_map(
 
     `strength (trial,)`, `r (trial, d_out)`; `norms (d_out,)` in modes `pre` and `full`, `c (trial, d_out)` from `row_gram`
     in mode `full`. For experts `r (trial, 1, d_out)`, `norms` and `bias` `(expert, d_out)`, `c (trial, expert, d_out)`.
-    No weight is needed, so quantized and offloaded ones work as they are.
+    No weight is needed, so quantized and offloaded weights work as well.
     """
     strength = strength.view(-1, *[1] * (r.dim() - 1))
     if mode == "none":
@@ -142,23 +142,23 @@ def output_map(
     if mode == "full":
         if c is None:
             raise ValueError("mode full needs c")
-        # A trial of strength 0 keeps exactly the factor 1, and rows of zeros stay zero through `right` and `left`.
+        # A trial of strength 0 has exactly the factor 1, and zero rows stay zero through `right` and `left`.
         scale = row_rescaling(strength, r, c)
     edited_bias = None if bias is None else bias - strength * r * (r * bias).sum(dim=-1, keepdim=True)
     return OutputMap(left, right, scale, bias, edited_bias)
 
 
 def trial_membership(trial_of_row: Tensor, n_trials: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`(row, trial)`: 1 where the row belongs to the trial, else 0. `trial_of_row (row,)` holds trial numbers."""
+    """`(row, trial)`: 1 if the row belongs to the trial, else 0. `trial_of_row (row,)` contains trial numbers."""
     return (trial_of_row[:, None] == torch.arange(n_trials, device=trial_of_row.device)).to(dtype)
 
 
 def apply_output_map(y: Tensor, edit: OutputMap, membership: Tensor | None = None) -> Tensor:
-    """`y (row, ..., d_out)` edited, where row `k` belongs to the trial that `membership (row, trial)` marks with a 1 (None: one trial).
+    """`y (row, ..., d_out)` edited. Row `k` belongs to the trial that `membership (row, trial)` marks with a 1 (None: one trial).
 
-    Every row is projected on the directions of all trials, and all but its own count zero times: two products of matrices, which
-    cost less than gathering a vector for each row. They are taken in the map's dtype (float32) whatever the model's: in
-    bfloat16 the direction would be removed to three digits only.
+    Every row is projected on the directions of all trials, and all but its own are multiplied by zero: two matrix products, which cost less
+    than gathering a vector for each row. They are computed in the map's dtype (float32) whatever the model's: in bfloat16 the direction
+    would be removed to only three digits.
     """
     y0 = y.to(edit.left.dtype)
     if edit.bias is not None:
@@ -178,7 +178,7 @@ def apply_output_map(y: Tensor, edit: OutputMap, membership: Tensor | None = Non
 
 
 def apply_output_map_by_expert(y: Tensor, edit: OutputMap, trial: Tensor, expert: Tensor) -> Tensor:
-    """`y (pair, d_out)` edited, where pair `k` is the output of expert `expert[k]` under trial `trial[k]`."""
+    """`y (pair, d_out)` edited. Pair `k` is the output of expert `expert[k]` under trial `trial[k]`."""
     y0 = y.to(edit.left.dtype)
     if edit.bias is not None:
         y0 = y0 - edit.bias[expert]
@@ -193,9 +193,9 @@ def apply_output_map_by_expert(y: Tensor, edit: OutputMap, trial: Tensor, expert
 def edit_weight(weight: Tensor, r: Tensor, strength: float, mode: RowNormalization, out: Tensor | None = None) -> Tensor:
     """The edited `W' (d_out, d_in)`, computed in float32 (float64 for float64 input).
 
-    It is written to `out`, rounded once to that tensor's number format, or returned as it is computed. Rows are taken a block at a time,
-    so that no more than a block of them is held in float32, and that in the processor's cache: first for `r^T W`
-    (`none`) or `r^T What`, which all rows add to, then for the rows themselves.
+    It is written to `out`, rounded once to that tensor's dtype, or returned unrounded. Rows are processed in blocks, so that only one block
+    is in float32 at a time and fits in the CPU's cache: first for `r^T W` (`none`) or `r^T What`, a sum over all rows, then for the rows
+    themselves.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if out is None:
@@ -229,10 +229,10 @@ def edit_bias(bias: Tensor, r: Tensor, strength: float) -> Tensor:
 
 
 def adapter_factors(weight: Tensor, r: Tensor, strength: float, mode: RowNormalization, rank: int) -> tuple[Tensor, Tensor, float]:
-    """`A (rank, d_in)`, `B (d_out, rank)` with `B A` nearly `W' - W`, and the relative error left (Frobenius norm).
+    """`A (rank, d_in)`, `B (d_out, rank)` with `B A` close to `W' - W`, and the relative error (Frobenius norm).
 
-    Exact with rank 1 in modes `none` and `pre`, whose change is an outer product; in mode `full` the truncated singular
-    value decomposition at `rank`, the best there is of that rank.
+    Exact with rank 1 in modes `none` and `pre`, whose change is an outer product; in mode `full` the singular value decomposition
+    truncated at `rank`, which is optimal for that rank.
     """
     W = weight.to(torch.promote_types(weight.dtype, torch.float32))
     r = r.to(W)

@@ -1,4 +1,4 @@
-"""What an ablation needs to know of a model: its layers, the modules that write to the residual stream, how their weights lie."""
+"""The architecture of a model as ablation needs it: layers, modules that write to the residual stream, and weight layouts."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +11,10 @@ COMPONENTS = ("attn.o_proj", "mixer.out_proj", "mlp.down_proj", "mlp.experts.dow
 
 @dataclass(frozen=True)
 class Storage:
-    """How a writer's weight lies in its module: the parameter's name, the axis of its outputs, and its bias, if any.
+    """The layout of a writer's weight: the parameter's name, the axis of its outputs, and its bias, if any.
 
-    Without a `weight` the writer is a bias that the layer adds by itself. With `n_experts` the weight holds a matrix for each expert,
-    along its first axis or (two axes) one below the other.
+    Without a `weight`, the writer is a bias that the layer adds directly. With `n_experts`, the weight contains a matrix for each expert,
+    along its first axis or (two-dimensional) stacked.
     """
 
     weight: str | None = "weight"
@@ -33,12 +33,12 @@ class Storage:
 
 @dataclass(frozen=True)
 class Writer:
-    """A module that writes to the residual stream by the weight that `storage` tells of.
+    """A module that writes to the residual stream, with the layout of its weight (`storage`).
 
-    `gain (d_out,)` is that of a norm between it and the stream. `alignment` is how much of a direction taken from its output is taken
-    from the stream: 1 if nothing but a norm follows. `keeps_rows`: its output's tokens are those of the batch, in their order.
-    `takes_gates`: called with `(hidden_states, expert indices, expert weights)`, its output is the weighted sum of its experts'.
-    `is_sum`: its output is made by its weight and bias alone, not also of what it passes on unchanged.
+    `gain (d_out,)` is that of a norm between the module and the stream. `alignment`: how much of a direction removed from its output is
+    removed from the stream; 1 if only a norm follows. `keeps_rows`: its output has the tokens of the batch in their order.
+    `takes_gates`: called with `(hidden_states, expert indices, expert weights)`, it returns the weighted sum of its experts' outputs.
+    `is_sum`: its output depends only on its weight and bias, without a bypass of its input.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Writer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an ablation needs to know of a model. `layers_name` is the path of the list of layers.
+    """The architecture of a model. `layers_name` is the path of the list of layers.
 
-    `stream_axis` is that of several residual streams in a layer's output: 0 before the rows, 2 after the tokens; None: one stream, or all
-    side by side in the last axis.
+    `stream_axis` is the axis of several residual streams in a layer's output: 0 before the rows, 2 after the tokens; None: one stream, or
+    all concatenated in the last axis.
     """
 
     hidden_size: int
@@ -69,7 +69,7 @@ class Architecture:
 
     @property
     def components(self) -> dict[str, int]:
-        """How many weights each component has, in a fixed order; an expert's counts as one."""
+        """The number of weights of each component, in a fixed order; each expert counts as one."""
         counts = dict.fromkeys((c for c in COMPONENTS if any(w.component == c for w in self.writers)), 0)
         for writer in self.writers:
             counts[writer.component] += writer.storage.n_experts or 1
@@ -77,7 +77,7 @@ class Architecture:
 
 
 def split_experts(architecture: Architecture) -> Architecture:
-    """The same with routed and shared experts as components of their own: `mlp.experts.down_proj`, `mlp.shared_experts.down_proj`."""
+    """The same with separate components for routed and shared experts: `mlp.experts.down_proj`, `mlp.shared_experts.down_proj`."""
 
     def component(writer: Writer) -> str:
         if writer.component != "mlp.down_proj" or "expert" not in writer.name:
@@ -89,10 +89,10 @@ def split_experts(architecture: Architecture) -> Architecture:
 
 
 def as_pairs(hidden: Tensor, index: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of an experts module with every pair of token and expert as a token of its own, whose weight is 1."""
+    """The arguments of an experts module with every pair of token and expert as a separate token with weight 1."""
     return hidden.repeat_interleave(index.shape[1], dim=0), index.reshape(-1, 1), torch.ones_like(gates).reshape(-1, 1)
 
 
 def first_tensor(output: Any) -> Any:
-    """A module's main result: the output itself, or the first of a tuple."""
+    """A module's main output: the tensor itself, or the first element of a tuple."""
     return output[0] if isinstance(output, (tuple, list)) and output else output

@@ -1,17 +1,17 @@
-"""Whether an ablation reaches everything that writes to the residual stream, measured on the model itself, layer by layer.
+"""Measures on the model, layer by layer, whether an ablation reaches everything that writes to the residual stream.
 
-A direction that is taken out of all writers at full strength, and that is not in what goes into a layer, cannot be in what comes out of
-it, unless a writer or bias was missed or the layer does something to its stream that no edit of weights can follow: normalizes it, weighs
-its channels, or puts a gate or convolution behind a writer.
+If a direction is removed from all writers at full strength, and is not in a layer's input, it cannot be in the layer's output, unless a
+writer or bias was missed, or the layer changes its residual stream in a way that edits of weights cannot reproduce: it normalizes it,
+scales its channels, or applies a gate or convolution after a writer.
 
-Rounding must not look like either. The stream of most trained models is enormous in a few channels, and in bfloat16 its sums are rounded to
-steps that are larger than what some writers write. So the direction lies in a few other channels only, and what goes into each layer is
-replaced there.
+Rounding must not look like either. In most trained models, a few channels of the stream are enormous, and in bfloat16 its sums are rounded
+to steps that are larger than the outputs of some writers. So the direction is limited to a few other channels, in which each layer's input
+is replaced.
 
-- What was missed is looked for along a single channel, with zeros going in. Taking a channel out of an output sets it to zero, which is
-  exact in every number format: the least remainder tells.
-- What no edit can follow is looked for along a direction of many channels, since a weighed zero is still zero. What goes in is as large as
-  what the layer writes, the same in all of them but for its sign, and orthogonal to the direction: rounding is relative to that.
+- Missed writers are detected along a single channel, with zero input. Removing a channel from an output sets it to zero, which is exact in
+  every dtype: any remainder shows a missed writer.
+- Operations that edits cannot reproduce are detected along a direction of many channels, since a scaled zero is still zero. The input is as
+  large as the layer's outputs, equal in these channels except for the sign, and orthogonal to the direction: rounding is relative to it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,39 +28,39 @@ from .architecture import Architecture, first_tensor
 from .hooks import AblationHooks
 from .probe import probe_tokens
 
-# Channels of the direction: few, so that the layers work on nearly what they usually do.
+# Channels of the direction: few, so that the layers' inputs are nearly the usual ones.
 CHANNELS_SHARE = 0.125
-# What counts as rounding, along a direction and along a channel. Measured on 200 types of decoders: at most 7e-7, 0.015 and 0.002 along a
-# direction, where what no edit can follow leaves 0.029 and more; along a channel 0, where one writer left out leaves 0.004 and more.
+# Limits of rounding, along a direction and along a channel. Measured on 200 decoder types: at most 7e-7, 0.015 and 0.002 along a direction,
+# while operations that edits cannot reproduce leave at least 0.029; along a channel 0, while a missed writer leaves at least 0.004.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CHANNEL_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Remainder:
-    """What an ablation of strength 1 of all writers leaves, as a share of what the layer writes along a direction on average; the largest
-    of a layer. Along one channel it is 0 if no writer was missed, along a random direction 0 to rounding if edits can follow the model too.
+    """What an ablation of strength 1 of all writers leaves, relative to what a layer writes along a direction on average; the maximum over
+    layers. Along a channel it is 0 if no writer was missed; along a random direction it is 0, up to rounding, if edits are also exact.
     """
 
     channel: float
     direction: float
 
     def is_missed(self) -> bool:
-        """Whether something that writes to the stream is not among the writers."""
+        """Whether a writer was missed."""
         return self.channel > CHANNEL_ROUNDING
 
     def is_inexact(self, dtype: torch.dtype) -> bool:
-        """Whether a model that computes in `dtype` does what edits cannot follow, or something was missed."""
+        """Whether a model that computes in `dtype` has operations that edits cannot reproduce, or a writer was missed."""
         return self.direction > ROUNDING[dtype]
 
 
-def everything(architecture: Architecture) -> Ablation:
+def full_ablation(architecture: Architecture) -> Ablation:
     """An ablation of strength 1 of all writers in all layers."""
     return Ablation(None, {component: ComponentParameters(1.0, 0.0, 1.0, 2.0) for component in architecture.components})
 
 
 def remainder(model: PreTrainedModel, architecture: Architecture) -> Remainder:
-    """Measure it in four passes of a few tokens."""
+    """Measure the remainder in four passes of a few tokens."""
     channels = _usual_channels(model, architecture)
     draw = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (len(channels),), generator=draw) * 2.0 - 1
@@ -77,7 +77,7 @@ def remainder(model: PreTrainedModel, architecture: Architecture) -> Remainder:
         whole[:, channels] = r
         hooks = AblationHooks(architecture, whole, "none")
         try:
-            with hooks.active([everything(architecture)]):
+            with hooks.active([full_ablation(architecture)]):
                 after = _written(model, architecture, channels, inputs)
         finally:
             hooks.remove()
@@ -87,7 +87,7 @@ def remainder(model: PreTrainedModel, architecture: Architecture) -> Remainder:
 
 
 def _usual_channels(model: PreTrainedModel, architecture: Architecture) -> Tensor:
-    """Some channels `(channel,)` in which the stream is nowhere larger than usual."""
+    """Some channels `(channel,)` in which the stream is not unusually large anywhere."""
     largest = torch.zeros(architecture.hidden_size)
 
     def note(module: nn.Module, args: object, output: object) -> None:
@@ -106,7 +106,7 @@ def _usual_channels(model: PreTrainedModel, architecture: Architecture) -> Tenso
 
 
 def _written(model: PreTrainedModel, architecture: Architecture, channels: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What comes out of each layer in the channels `(..., channel)`, if `inputs (channel,)` go in; zeros for one that does not run."""
+    """Each layer's output in the channels `(..., channel)` for the input `inputs (channel,)`; zeros for a layer that does not run."""
     written = [torch.zeros(1, len(channels))] * len(inputs)
 
     def note(i: int, output: object) -> None:
@@ -129,7 +129,7 @@ def _run(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _replaced(channels: Tensor, hidden_size: int, values: Tensor, layer: nn.Module) -> Iterator[None]:
-    """Within, what goes into the layer is `values (channel,)` in these channels."""
+    """Context in which the layer's input is `values (channel,)` in these channels."""
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Share of the greatest relative distance of the means at which they count as parted.
-PARTED = 0.6
+# Share of the largest relative distance of the means at which they count as separated.
+SEPARATED = 0.6
 
 
 @dataclass(frozen=True)
 class LayerMix:
-    """A direction as a mixture of two neighbouring layers' directions: `(1 - fraction) * r_lower + fraction * r_upper`."""
+    """A direction interpolated between two neighbouring layers: `(1 - fraction) * r_lower + fraction * r_upper`."""
 
     lower: int
     upper: int
@@ -43,7 +43,7 @@ def mean_residual(batches: Iterable[Tensor], quantile: float = 1.0) -> Tensor:
     """Mean over all prompts of residual batches `(prompt, layer, d)`, as `(layer, d)` float64 on the CPU.
 
     float64, because the difference of two nearly equal means loses digits; on the CPU, because not every accelerator
-    has float64. Raises `ValueError` where there is no prompt at all.
+    has float64. Raises `ValueError` if there are no prompts.
     """
     total: Tensor | None = None
     count = 0
@@ -59,7 +59,7 @@ def mean_residual(batches: Iterable[Tensor], quantile: float = 1.0) -> Tensor:
 def refusal_directions(good_mean: Tensor, bad_mean: Tensor, orthogonalize: bool = False) -> Tensor:
     """Unit directions `(layer, d)` from the means `(layer, d)` of harmless and harmful prompts, in their dtype.
 
-    With `orthogonalize`, each direction loses its component along the harmless mean ("projected abliteration").
+    With `orthogonalize`, each direction's component along the harmless mean is removed ("projected abliteration").
     A layer whose means coincide gets the zero vector (index 0 regularly does: all prompts end in the same token),
     and so an edit with it changes nothing.
     """
@@ -71,28 +71,28 @@ def refusal_directions(good_mean: Tensor, bad_mean: Tensor, orthogonalize: bool 
 
 
 def separating_layer(good_mean: Tensor, bad_mean: Tensor) -> int:
-    """The decoder layer in which the two sets of prompts part: the first whose output's means are so far apart.
+    """The first decoder layer in whose output the two sets of prompts are separated.
 
-    `good_mean`, `bad_mean` `(layer + 1, d)`. Far is `PARTED` of the most that any layer has, and distance is measured by the mean length
-    of the two means, since the stream grows from layer to layer. 0 where they never part. It says from where on there is
-    something to remove, not where it is best removed.
+    `good_mean`, `bad_mean` `(layer + 1, d)`. Separated means `SEPARATED` of the largest distance of any layer. Distances are relative to
+    the mean length of the two means, since the stream grows from layer to layer. 0 if they never separate. From this layer on there is
+    something to remove, which does not mean that it is best removed there.
     """
     lengths = (torch.linalg.vector_norm(good_mean, dim=-1) + torch.linalg.vector_norm(bad_mean, dim=-1)) / 2
     distance = (torch.linalg.vector_norm(bad_mean - good_mean, dim=-1) / lengths.clamp(min=1e-12))[1:]
-    return int((distance >= PARTED * distance.max()).nonzero()[0])
+    return int((distance >= SEPARATED * distance.max()).nonzero()[0])
 
 
 def mix_at(direction_index: float, n_layers: int) -> LayerMix:
-    """The mixture that a fractional decoder layer index `direction_index` in [0, n_layers - 1] stands for.
+    """The interpolation for a fractional decoder layer index `direction_index` in [0, n_layers - 1].
 
     The offset of one skips the embedding output. At the very last layer both neighbours are the same.
     """
     if not 0 <= direction_index <= n_layers - 1:
-        raise ValueError(f"direction_index {direction_index} lies outside layers 0 to {n_layers - 1}")
+        raise ValueError(f"direction_index {direction_index} is outside layers 0 to {n_layers - 1}")
     lower = int(direction_index)
     return LayerMix(lower + 1, min(lower + 2, n_layers), direction_index - lower)
 
 
 def mix(vectors: Tensor, layers: LayerMix) -> Tensor:
-    """`vectors (layer, d)` mixed as told, `(d,)`, not normalized."""
+    """`vectors (layer, d)` interpolated, `(d,)`, not normalized."""
     return torch.lerp(vectors[layers.lower], vectors[layers.upper], layers.fraction)

@@ -1,21 +1,21 @@
-"""Finds the decoder's layers and everything in them that writes to the residual stream.
+"""Finds the decoder's layers and all modules in them that write to the residual stream.
 
-By structure and measurement, not by a list of model types:
+By structure and measurement, without a list of model types:
 
-*Layers* are the children of the `ModuleList` with the most parameters, at least half of which take and give hidden states of the
-same shape in a forward pass. Several residual streams may lie in an axis of their own or side by side in the last.
+*Layers* are the children of the `ModuleList` with the most parameters, at least half of which take and return hidden states of the same
+shape in a forward pass. Several residual streams may have a separate axis or be concatenated in the last one.
 
 *Writers* are found with one forward and one backward pass of two dozen tokens. Candidates are the innermost modules that own a matrix
-and give hidden states. Each candidate's output and each layer's output is replaced by a detached leaf, and the gradient of
-`sum_l <r, h_l>` is taken for a random direction `r`. Only additions, norms and elementwise scalings then stand between a leaf and
-the stream: a writer's leaf receives a gradient along `r` (along `g * r` where a norm with gain `g` follows), every other leaf
-none. No gradient of a weight is needed, so 4-bit weights do no harm.
+and return hidden states. Each candidate's output and each layer's output is replaced by a detached leaf, and the gradient of
+`sum_l <r, h_l>` is computed for a random direction `r`. Then there are only additions, norms and elementwise scalings between a leaf and
+the stream: a writer's leaf gets a gradient along `r` (along `g * r` if a norm with gain `g` follows), all other leaves get none. No
+gradient of a weight is needed, so this works with 4-bit weights.
 
-*Storage*: a linear module's weight is known. In any other module (fused experts, transposed weights) one more backward pass through
-that module alone tells which of its parameters lies last before its output, and along which axis.
+*Storage*: a linear module's weight is known. In any other module (fused experts, transposed weights), one more backward pass through
+that module shows which of its parameters is the last one before its output, and along which axis.
 
-Where it breaks: a layer that mixes its writers' outputs by something else than additions, norms and scalings. What is found but
-cannot be edited is an error; what is edited but comes out of a gate or convolution is told in `Writer.alignment`.
+Where it breaks: a layer that combines its writers' outputs by other operations than additions, norms and scalings. A writer that cannot be
+edited is an error. `Writer.alignment` shows if a gate or convolution follows an edited writer.
 """
 
 from contextlib import ExitStack
@@ -32,14 +32,14 @@ from .architecture import Architecture, Storage, Writer, first_tensor
 from .probe import PROBE_TOKENS, is_norm, measure_gain, probe_direction, probe_tokens, removed, run_probe, share_along
 from .storage import Found, find_storage, is_sum, takes_gates
 
-# Writers measured 0.68 and more, mostly 1; everything else 0, with one exception at 0.31 (219 decoder types).
+# Writers measured at least 0.68, mostly 1; all other modules 0, with one exception at 0.31 (219 decoder types).
 ALIGNMENT = 0.5
-# How much earlier hidden states change, relatively, with the last token: encoders measured 5e-4 and more, decoders 4e-7 at most.
+# Relative change of earlier hidden states with the last token: encoders measured at least 5e-4, decoders at most 4e-7.
 LOOKS_AHEAD, LOOKS_AHEAD_HALF = 1e-4, 2e-2
-# A following norm is one that explains so much more of the gradient.
+# A norm counts as following if it explains this much more of the gradient.
 GAIN_MARGIN = 0.001
-# Words that say which component a writer belongs to: those in its path inside the layer, outermost first, then those in the names of the
-# classes around it. Anything else is a small extra branch beside the MLP.
+# Words that determine the component of a writer: in its path inside the layer, outermost first, then in the names of its parent classes.
+# All others are small extra branches besides the MLP.
 COMPONENT_WORDS = {
     "mixer.out_proj": ("mamba", "conv", "ssm", "recurrent", "linear_att", "delta", "lightning", "retention", "lstm", "rglru", "kda"),
     "mlp.down_proj": ("mlp", "ffn", "feed_forward", "feedforward", "moe", "expert", "fc2", "fc_out", "ff."),
@@ -50,8 +50,8 @@ COMPONENT_WORDS = {
 def discover(model: PreTrainedModel) -> Architecture:
     """The architecture of a loaded transformers model.
 
-    Raises `UnsupportedModelError`, which names the model's type and what was found, where it is not a decoder, where something that
-    writes to the residual stream cannot be edited, and where no layers or writers are found at all.
+    Raises `UnsupportedModelError`, which names the model's type and what was found, if it is not a decoder, if a writer cannot be edited,
+    or if no layers or writers are found.
     """
     model_type = model.config.model_type
     refuse_encoder_decoder(model.config)
@@ -69,7 +69,7 @@ def discover(model: PreTrainedModel) -> Architecture:
         if storage is None:
             raise UnsupportedModelError(
                 f"Models of type {model_type} are not supported: {name} ({type(found.module).__name__}) writes to the residual stream, "
-                "and none of its parameters was found to be the last before its output."
+                "and none of its parameters was identified as the last one before its output."
             )
         component = _component(name.removeprefix(f"{layers_name}.").partition(".")[2], layers[found.layer])
         writers.append(
@@ -90,7 +90,7 @@ def discover(model: PreTrainedModel) -> Architecture:
     bare = sorted(ran - {writer.layer for writer in writers})
     if bare:
         raise UnsupportedModelError(
-            f"Models of type {model_type} are not supported: in layer {bare[0]} of {layers_name} nothing was found that writes to the "
+            f"Models of type {model_type} are not supported: in layer {bare[0]} of {layers_name}, no module was found that writes to the "
             "residual stream."
         )
     shape = next(iter(shapes.values()))
@@ -105,7 +105,7 @@ def _hidden_size(model: PreTrainedModel) -> int:
 
 
 def _find_layers(model: PreTrainedModel, tokens: Tensor, hidden_size: int) -> tuple[str, list[nn.Module], dict[int, torch.Size]]:
-    """The path of the layers' list, the layers, and the shape of the hidden states of those that text runs through."""
+    """The path of the list of layers, the layers, and the shape of the hidden states of layers that text runs through."""
     passes: dict[nn.Module, torch.Size] = {}
 
     def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
@@ -128,13 +128,13 @@ def _find_layers(model: PreTrainedModel, tokens: Tensor, hidden_size: int) -> tu
         layers = list(outer[name])
         return name, layers, {i: passes[layer] for i, layer in enumerate(layers) if layer in passes}
     raise UnsupportedModelError(
-        f"Models of type {model.config.model_type} are not supported: no list of decoder layers was found that take and give "
+        f"Models of type {model.config.model_type} are not supported: no list of decoder layers was found that take and return "
         f"hidden states of size {hidden_size}."
     )
 
 
 def _check_causality(model: PreTrainedModel, layers: list[nn.Module], tokens: Tensor) -> None:
-    """Raise `UnsupportedModelError` where earlier positions see the last token; models that read pictures may let their prompts."""
+    """Raise `UnsupportedModelError` if earlier positions see the last token, except in the prompts of image models."""
     if hasattr(model.config, "vision_config"):
         return
 
@@ -152,13 +152,13 @@ def _check_causality(model: PreTrainedModel, layers: list[nn.Module], tokens: Te
     noise = LOOKS_AHEAD if embedding_weight(model).dtype == torch.float32 else LOOKS_AHEAD_HALF
     if torch.linalg.vector_norm(after - before) > noise * torch.linalg.vector_norm(before):
         raise UnsupportedModelError(
-            f"Models of type {model.config.model_type} are not supported: it is an encoder, in which every token sees those after it; "
-            "only decoders, which write text from left to right, can be edited."
+            f"Models of type {model.config.model_type} are not supported: this is an encoder, in which tokens attend to later ones; only "
+            "decoders, which generate text from left to right, can be edited."
         )
 
 
 def _find_writers(model: PreTrainedModel, layers: list[nn.Module], tokens: Tensor, hidden_size: int) -> list[Found]:
-    """In order of execution. Outer modules are looked at only in layers where their inside has no writer."""
+    """The writers in order of execution. Outer modules are candidates only in layers whose inner modules have no writer."""
     layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules() if module is not layer}
     owners = {module for module in layer_of if _owns_matrix(module, hidden_size)}
     emitting = _emitting(model, owners, tokens, hidden_size)
@@ -195,14 +195,14 @@ def _probe(
     tokens: Tensor,
     hidden_size: int,
 ) -> list[Found]:
-    """Which of `candidates`, none inside another, write to the stream."""
+    """The `candidates` (none inside another) that write to the stream."""
     direction = probe_direction(hidden_size)
     leaves: list[tuple[nn.Module, Tensor, Any, Any]] = []  # with the call's arguments
     stream: list[Tensor] = []
 
     def leaf_of(output: Any) -> tuple[Tensor, Any]:
         leaf = first_tensor(output).detach().requires_grad_()
-        copy = leaf.clone()  # some models add to an output in place, which a leaf does not allow
+        copy = leaf.clone()  # some models add to an output in place, which is not allowed for a leaf
         return leaf, (type(output)((copy, *output[1:])) if isinstance(output, (tuple, list)) else copy)
 
     def cut_candidate(module: nn.Module, args: Any, kwargs: object, output: object) -> Any:
@@ -239,10 +239,10 @@ def _probe(
 
 
 def _gain(gradient: Tensor, direction: Tensor, layer: nn.Module) -> tuple[Tensor | None, float]:
-    """The gain of the norm that stands between a writer and the stream (None: none does), and the gradient's share along it.
+    """The gain of the norm between a writer and the stream (None: there is none), and the gradient's share along it.
 
-    The gradient that comes through a norm of gain `g` lies along `g * direction`, so of all norms in the layer the right one is that
-    with which it agrees best; where it agrees with the direction itself, there is none.
+    The gradient through a norm with gain `g` is along `g * direction`, so the right norm of the layer is the one that matches it
+    best. If the direction itself matches it, there is none.
     """
     gain, share = None, share_along(gradient, direction, -1)
     for norm in (module for module in layer.modules() if is_norm(module, len(direction))):
@@ -258,7 +258,7 @@ def _gain(gradient: Tensor, direction: Tensor, layer: nn.Module) -> tuple[Tensor
 def _find_biases(
     model: PreTrainedModel, layers_name: str, layers: list[nn.Module], writers: list[Writer], tokens: Tensor, hidden_size: int
 ) -> list[Writer]:
-    """Biases that layers add to the stream outside of any module that has been found, as writers without a weight."""
+    """Biases that layers add to the stream outside of known modules, as writers without a weight."""
     known = {getattr(w.module, w.storage.bias) for w in writers if w.storage.bias is not None}
     places = [
         (i, module, name, p)
@@ -306,7 +306,7 @@ def _find_biases(
 
 
 def _with_siblings(found: list[Found], layers: list[nn.Module]) -> list[Found]:
-    """And the same modules of the other children of the lists they are in: experts that none of the probe's tokens was sent to."""
+    """Add the same modules in the other children of their lists: experts that no token of the probe was routed to."""
     result: dict[nn.Module, Found] = {}
     for writer in found:
         result.setdefault(writer.module, writer)

@@ -1,13 +1,13 @@
-"""Ablations applied to a loaded model: hooks on the writers that map their outputs, with a batch of trials given as data.
+"""Applies ablations to a loaded model: hooks on the writers map their outputs for a batch of trials.
 
-No weight is copied, changed or factorized where an output map says the same. What does not depend on the trial (row norms, `c` of
-every layer's direction) is made once. Three kinds of writers:
+No weight is copied, changed or factorized if an output map is equivalent. Everything that does not depend on the trial (row norms, `c` of
+every layer's direction) is computed once. There are three kinds of writers:
 
 - A linear module: its output is mapped.
-- Fused experts: in mode `none` the sum of their outputs is mapped, since all experts' maps are the same. In modes `pre` and `full` each
-  expert has its own, which goes before the gate: every pair of token and expert is given to the experts as a token of its own
-  with weight 1, mapped, and summed by the gates here. Their matrix products stay the grouped ones that transformers chooses.
-- Experts that cannot be called so: their weight is replaced while a trial is at work, and trials are not batched (`batches_trials`).
+- Fused experts: in mode `none` the sum of their outputs is mapped, since all experts have the same map. In modes `pre` and `full` each
+  expert has its own map, which must be applied before the gate: every pair of token and expert is passed to the experts as a separate
+  token with weight 1, mapped, and summed with the gates here. Transformers' grouped matrix products are still used.
+- Experts that cannot be called like this: their weight is replaced while a trial is active, and trials are not batched (`batches_trials`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,16 +40,16 @@ LINEAR = Storage()
 
 @dataclass(frozen=True)
 class _Constants:
-    """What a writer's edit needs whatever the trial, on the writer's device, in float32. Experts have an axis of their own before `d`."""
+    """What a writer's edit needs in every trial, on the writer's device, in float32. Experts have a separate axis before `d`."""
 
-    directions: Tensor  # (layer + 1, d): what must leave this writer's output, not normalized
+    directions: Tensor  # (layer + 1, d): to be removed from this writer's output, not normalized
     norms: Tensor | None = None  # (d,)
-    c: Tensor | None = None  # (layer + 1, d), for `directions` as they are; experts' is made for each trial
+    c: Tensor | None = None  # (layer + 1, d), for unchanged `directions`; for experts it is computed per trial
     bias: Tensor | None = None  # (d,)
 
 
 def batches_trials(architecture: Architecture, mode: RowNormalization) -> bool:
-    """Whether several trials may share a forward pass: every writer tells which row a token of its output belongs to."""
+    """Whether several trials may share a forward pass: for every writer it is known which row a token of its output belongs to."""
     return all(writer.keeps_rows and not _is_swapped(writer, mode) for writer in architecture.writers)
 
 
@@ -61,7 +61,7 @@ def _is_swapped(writer: Writer, mode: RowNormalization) -> bool:
 
 
 class AblationHooks:
-    """The writers' hooks, and the directions they work with. Nothing changes in the model until `active` is entered.
+    """The writers' hooks and their directions. The model is not changed until `active` is entered.
 
     `directions (layer + 1, d)` are unit vectors, index 0 the embedding output's.
     """
@@ -107,7 +107,7 @@ class AblationHooks:
             return _Constants(directions, norms, c, bias)
 
     def edit_of(self, writer: Writer, ablation: Ablation) -> tuple[Tensor, float]:
-        """The unit direction `(d,)` that `ablation` takes out of the writer's output, on the CPU, and the strength."""
+        """The unit direction `(d,)` that `ablation` removes from the writer's output, on the CPU, and the strength."""
         constants = self._constants[self.architecture.writers.index(writer)]
         r, _ = self._direction(writer, constants, ablation)
         return r.cpu(), self._strength(writer, ablation)
@@ -115,11 +115,11 @@ class AblationHooks:
     def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
         """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
         for writer in self.architecture.writers:
-            if self._strength(writer, ablation):  # what was learned knows no direction of others
+            if self._strength(writer, ablation):  # a learned edit has no direction for other writers
                 yield writer, *self.edit_of(writer, ablation)
 
     def first_layer(self, ablation: Ablation) -> int:
-        """The first layer that the ablation edits; the number of layers where it edits none."""
+        """The first layer that the ablation edits; the number of layers if it edits none."""
         edited = (writer.layer for writer in self.architecture.writers if self._strength(writer, ablation))
         return min(edited, default=len(self.architecture.layers))
 
@@ -131,7 +131,7 @@ class AblationHooks:
         return 0.0 if parameters is None else kernel(writer.layer, parameters, last_layer)
 
     def _direction(self, writer: Writer, constants: _Constants, ablation: Ablation) -> tuple[Tensor, Tensor | None]:
-        """Unit `r (d,)` and the `c (d,)` that goes with it. Both are mixed and scaled alike, since `c` is linear in `r`."""
+        """Unit `r (d,)` and its `c (d,)`. Both are interpolated and scaled in the same way, since `c` is linear in `r`."""
         n_layers = len(self.architecture.layers)
         if ablation.learned is not None:
             r = ablation.learned.directions[writer.name].to(constants.directions)
@@ -147,9 +147,9 @@ class AblationHooks:
 
     @contextmanager
     def active(self, ablations: Sequence[Ablation]) -> Iterator[None]:
-        """Within, the model computes as if edited. Where there are several ablations, `assign_rows` says which row belongs to which.
+        """Context in which the model is edited. With several ablations, `assign_rows` sets which row belongs to which one.
 
-        Raises `ValueError` for several ablations where the model's structure allows only one (`batches_trials`).
+        Raises `ValueError` for several ablations if the model allows only one at a time (`batches_trials`).
         """
         if len(ablations) > 1 and not batches_trials(self.architecture, self.mode):
             raise ValueError("this model takes one ablation at a time")
@@ -164,7 +164,7 @@ class AblationHooks:
             self.assign_rows(None)
 
     def _swap(self, ablation: Ablation) -> list[tuple[Tensor, Tensor]]:
-        """Replace the weights of writers that no map can speak for; the parameters and what they held."""
+        """Replace the weights of writers that have no output map. Returns the parameters with their original values."""
         originals = []
         for writer in self.architecture.writers:
             strength = self._strength(writer, ablation)
@@ -201,7 +201,7 @@ class AblationHooks:
         return maps
 
     def _map(self, writer: Writer, constants: _Constants, r: Tensor, strength: Tensor, c: Tensor | None = None) -> OutputMap:
-        """The output map of a writer for unit directions `r (trial, d)` and `strength (trial,)`; `c (trial, d)` where it is known."""
+        """The output map of a writer for unit directions `r (trial, d)` and `strength (trial,)`; `c (trial, d)` if known."""
         if writer.storage.n_experts is not None and self.mode != "none":
             c = self._gram(writer, constants, r) if self.mode == "full" else None
             return output_map(self.mode, strength, r[:, None], constants.norms, c, constants.bias)
@@ -210,7 +210,7 @@ class AblationHooks:
         return output_map(self.mode, strength, r, constants.norms, c, None if self.mode == "none" else constants.bias)
 
     def _gram(self, writer: Writer, constants: _Constants, r: Tensor) -> Tensor:
-        """`c` of `r (..., d)`: `(..., d)`, for experts `(trial, expert, d)`. No weight is held beyond the call, nor for a gradient."""
+        """`c` of `r (..., d)`: `(..., d)`, for experts `(trial, expert, d)`. No weight is kept after the call, not even for gradients."""
         assert constants.norms is not None
         norms = constants.norms
 
@@ -233,7 +233,7 @@ class AblationHooks:
         return result
 
     def maps_of(self, edits: Mapping[str, tuple[Tensor, Tensor]]) -> dict[nn.Module, OutputMap]:
-        """Output maps, as functions of what they are made from: by writer, a unit `r (d,)` and a strength `()`."""
+        """Output maps as differentiable functions: by writer, of a unit `r (d,)` and a strength `()`."""
         return {
             writer.module: self._map(writer, constants, r.to(constants.directions.device)[None], s.to(constants.directions.device)[None])
             for writer, constants in zip(self.architecture.writers, self._constants, strict=True)
@@ -242,12 +242,12 @@ class AblationHooks:
         }
 
     def has_map(self, writer: Writer) -> bool:
-        """Whether a map of its output says what an edit of the writer does."""
+        """Whether an edit of the writer can be expressed as an output map."""
         return not _is_swapped(writer, self.mode)
 
     @contextmanager
     def mapping(self, maps: dict[nn.Module, OutputMap]) -> Iterator[None]:
-        """Within, outputs are mapped by these maps, through which gradients flow."""
+        """Context in which outputs are mapped by these maps, through which gradients flow."""
         self._maps, self._n_trials = maps, 1
         self.assign_rows([0])
         try:
@@ -292,7 +292,7 @@ class AblationHooks:
         return trials.repeat_interleave(index.numel() // len(trials))
 
     def _rows_on(self, device: torch.device) -> Tensor | None:
-        """Membership of the rows on a device, made once for all writers there; None where one ablation has them all."""
+        """Membership of the rows, computed once per device; None if there is only one ablation."""
         if self._n_trials == 1:
             return None
         if self._trial_of_row is None:
@@ -302,13 +302,13 @@ class AblationHooks:
         return self._membership[device]
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
 
 class _Symmetric(torch.autograd.Function):
-    """A linear function of a tensor whose gradient is told by another one, so that nothing is kept for it."""
+    """A linear function whose gradient is computed by another function, so that nothing is saved for it."""
 
     @staticmethod
     def forward(ctx: Any, r: Tensor, function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor]) -> Tensor:
@@ -321,7 +321,7 @@ class _Symmetric(torch.autograd.Function):
 
 
 def stored_weight(writer: Writer) -> Tensor:
-    """The parameter that holds a writer's weight."""
+    """The parameter with a writer's weight."""
     if writer.storage.weight is None:
         raise ValueError(f"{writer.name} has no weight")
     parameter: Tensor = getattr(writer.module, writer.storage.weight)
@@ -329,18 +329,18 @@ def stored_weight(writer: Writer) -> Tensor:
 
 
 def dense_weight(module: nn.Module, storage: Storage = LINEAR) -> Tensor:
-    """The weight `(d_out, d_in)` of a writer without experts in float32, dequantized where it is stored in 4 bits."""
+    """The weight `(d_out, d_in)` of a writer without experts in float32, dequantized if it is stored in 4 bits."""
     weight: Any = getattr(module, storage.weight or "")
     state = getattr(weight, "quant_state", None)
     if state is not None:
-        from bitsandbytes.functional import dequantize_4bit  # heavy, and only for models in 4 bits
+        from bitsandbytes.functional import dequantize_4bit  # heavy, and only needed for 4-bit models
 
         return dequantize_4bit(weight.data, state).float()
     return storage.matrices(weight.detach()).float()
 
 
 def edit_stored(storage: Storage, weight: Tensor, r: Tensor, strength: float, mode: RowNormalization) -> Tensor:
-    """A writer's weight as it is stored, edited in float32 (float64 for float64 input) one matrix at a time, each rounded once."""
+    """A writer's stored weight, edited in float32 (float64 for float64 input) one matrix at a time, each rounded once."""
     edited = torch.empty_like(weight)
     before, after = storage.matrices(weight), storage.matrices(edited)
     if storage.n_experts is None:

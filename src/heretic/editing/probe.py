@@ -1,4 +1,4 @@
-"""Looking at a model with a few tokens: what goes in, hooks that do not stay, and gradients along a direction."""
+"""Probing a model with a few tokens: inputs, temporary hooks, and gradients along a direction."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ PROBE_ROWS, PROBE_TOKENS = 2, 12
 
 
 def probe_tokens(model: PreTrainedModel) -> Tensor:
-    """Token ids `(row, token)` for a look at a model."""
+    """Token ids `(row, token)` for probing a model."""
     device = input_device(model)
     tokens = torch.arange(1, PROBE_ROWS * PROBE_TOKENS + 1, device=device if device.type != "meta" else None)
     return tokens.view(PROBE_ROWS, PROBE_TOKENS) % min(len(embedding_weight(model)), 100)
 
 
 def probe_direction(hidden_size: int) -> Tensor:
-    """A random unit vector `(hidden_size,)`, always the same."""
+    """A fixed random unit vector `(hidden_size,)`."""
     return nn.functional.normalize(torch.randn(hidden_size, generator=torch.Generator().manual_seed(0)), dim=0)
 
 
@@ -39,7 +39,7 @@ def removed(handle: RemovableHandle) -> Iterator[None]:
 
 
 def share_along(gradient: Tensor, direction: Tensor, axis: int) -> float:
-    """Which share of the norm of `gradient` lies along `direction` on an axis."""
+    """The share of the norm of `gradient` along `direction` on an axis."""
     total = torch.linalg.vector_norm(gradient)
     return float(torch.linalg.vector_norm(gradient.movedim(axis, -1) @ direction) / total) if total > 0 else 0.0
 
@@ -52,10 +52,10 @@ def is_norm(module: nn.Module, hidden_size: int) -> bool:
 def measure_gain(norm: nn.Module, hidden_size: int) -> Tensor:
     """The gain `g (hidden_size,)` of a norm module in float32, whether it stores `g` or `g - 1`, up to a common factor.
 
-    A vector of alternating signs has mean zero and root mean square one, so RMS and layer norms alike give `g * v + b` for it.
+    A vector of alternating signs has mean zero and root mean square one, so both RMS and layer norms return `g * v + b` for it.
     """
     weight: Any = norm.weight
-    # An offloaded norm has no weight to look at; its hook brings it, and takes the input to where it computes.
+    # The weight of an offloaded norm is on the meta device; its hook loads it, and moves the input to the right device.
     signs = torch.ones(hidden_size, dtype=weight.dtype, device="cpu" if weight.is_meta else weight.device)
     signs[1::2] = -1
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""How a writer's weight lies in its module, found by a backward pass through that module alone.
+"""The layout of a writer's weight in its module, found by a backward pass through that module.
 
-A linear module's weight is known. In any other module (fused experts, transposed weights) the gradient tells which of its parameters lies
-last before its output, and along which axis.
+A linear module's weight is known. In any other module (fused experts, transposed weights), the gradient shows which of its parameters is
+the last one before its output, and along which axis.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from .architecture import Storage, as_pairs, first_tensor
 from .probe import probe_direction, removed, run_probe, share_along
 
-# A parameter whose module's output is its own product with something has 1; what follows it inside the module makes it less.
+# The share is 1 for a parameter whose product is the module's output; operations after it reduce the share.
 OWN_ALIGNMENT = 0.9
 
 
 @dataclass
 class Found:
-    """What the probe saw of a writer."""
+    """What the probe recorded of a writer."""
 
     layer: int
     module: nn.Module
@@ -33,7 +33,7 @@ class Found:
 
 
 def find_storage(model: PreTrainedModel, found: Found, tokens: Tensor, hidden_size: int) -> Storage | None:
-    """Which parameters of the module make its output; None where none was found to."""
+    """The parameters that produce the module's output; None if none was found."""
     module = found.module
     if isinstance(module, nn.Linear):
         return Storage(bias=None if module.bias is None else "bias")
@@ -53,12 +53,12 @@ def find_storage(model: PreTrainedModel, found: Found, tokens: Tensor, hidden_si
 
 
 def _is_bias(own: Mapping[str, Tensor], name: str, hidden_size: int) -> bool:
-    """A bias per expert `(expert, d_out)` beside a weight of three axes."""
+    """Whether it is a bias per expert `(expert, d_out)` of a three-dimensional weight."""
     return own[name].dim() == 2 and any(p.dim() == 3 and len(p) == len(own[name]) and hidden_size in p.shape for p in own.values())
 
 
 def _stacked_experts(module: nn.Module, weight: Tensor, axis: int) -> int | None:
-    """How many experts lie one below the other in a weight of two axes, where the module says so."""
+    """How many experts are stacked in a two-dimensional weight, if the module says so."""
     counts = {getattr(module, name, None) for name in ("num_experts", "moe_num_experts", "n_experts")} - {None}
     count = next(iter(counts), None)
     return count if isinstance(count, int) and count > 1 and weight.shape[1 - axis] % count == 0 else None
@@ -69,7 +69,7 @@ def _parameter_shares(
 ) -> list[tuple[str, int]]:
     """Parameters, with the axis, whose gradient for `<r, output>` lies along `r`: a backward pass through the module alone.
 
-    Where the module is handed its own weights by the one around it, the whole model is run.
+    If the parent module passes the module's own weights to it, the complete model is run.
     """
     direction = probe_direction(hidden_size)
     outputs: list[Tensor] = []
@@ -108,7 +108,7 @@ def _detached(values: Any) -> Any:
 
 
 def takes_gates(found: Found) -> bool:
-    """Whether a call with every pair of token and expert as a token of its own gives what the weighted sum is made of."""
+    """Whether a call with every pair of token and expert as a separate token returns the terms of the weighted sum."""
     values = [*found.args, *found.kwargs.values()]
     if len(values) != 3 or not all(isinstance(v, Tensor) for v in values) or values[1].is_floating_point() or values[1].dim() != 2:
         return False
@@ -119,14 +119,14 @@ def takes_gates(found: Found) -> bool:
         with torch.no_grad():
             whole = found.module(hidden, index, gates)
             pairs = found.module(*as_pairs(hidden, index, gates))
-    except (RuntimeError, ValueError, IndexError):  # some are written for the number of experts per token that they have
+    except (RuntimeError, ValueError, IndexError):  # some only work with their own number of experts per token
         return False
     summed = (pairs.view(*index.shape, -1) * gates[..., None]).sum(dim=1)
     return bool(torch.allclose(summed.float(), whole.float(), rtol=0.05, atol=0.02 * float(whole.float().abs().max())))
 
 
 def is_sum(found: Found, storage: Storage) -> bool:
-    """Whether nothing comes out of the module once its last weight and bias are zero."""
+    """Whether the module's output is zero if its last weight and bias are zero."""
     parameters = [getattr(found.module, name) for name in (storage.weight, storage.bias) if name]
     kept = [p.data for p in parameters]
     try:
@@ -134,7 +134,7 @@ def is_sum(found: Found, storage: Storage) -> bool:
             p.data = torch.zeros_like(p.data)
         with torch.no_grad():
             output = first_tensor(found.module(*found.args, **found.kwargs))
-        # A module that is handed its own weights got the old ones here; it is made of nothing else.
+        # A module that is passed its own weights got the old ones here; its output depends on nothing else.
         return not bool(output.any()) or any(_shares_memory(value, kept) for value in found.args)
     finally:
         for p, data in zip(parameters, kept, strict=True):

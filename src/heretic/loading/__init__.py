@@ -1,1 +1,1 @@
-"""Models, from a name to a loaded model."""
+"""Loading models, from a name to a loaded model."""

@@ -1,4 +1,4 @@
-"""What cannot be loaded, and why, in plain words."""
+"""Plain explanations of why a model cannot be loaded."""
 
 from huggingface_hub import errors as hub_errors
 from transformers import PreTrainedConfig
@@ -9,7 +9,7 @@ from .source import ModelSource
 
 
 def explain(source: ModelSource, error: BaseException) -> str:
-    """Why a model cannot be loaded and what to do, from the chain of causes, which transformers' own message hides."""
+    """Why a model cannot be loaded and what to do, from the chain of causes, which transformers' message hides."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
@@ -31,11 +31,11 @@ def explain(source: ModelSource, error: BaseException) -> str:
             "for a private model log in with `hf auth login` or set HF_TOKEN."
         )
     if "does not appear to have a file named config.json" in text or ("Should have a `model_type` key" in text and not source.is_local):
-        return f"The model {name} has no config.json that names its type. If it holds GGUF files, choose one with --gguf-file."
+        return f"The model {name} has no config.json that names its type. If it has GGUF files, choose one with --gguf-file."
     if "trust_remote_code" in text:
-        return f"The model {name} comes with its own Python code. Read it, and if you trust it, add --trust-remote-code."
+        return f"The model {name} needs its own Python code. Read it, and if you trust it, add --trust-remote-code."
     if "model_type" in text or "does not recognize this architecture" in text:
-        return f"The model {name} is of a type that this version of transformers does not know. Update transformers. ({first_line(error)})"
+        return f"The installed transformers does not support the type of the model {name}. Update transformers. ({first_line(error)})"
     if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) or "connect" in text:
         return (
             f"The model {name} is not a local folder, not in the cache, and the hub cannot be reached. Check the name, the network, "
@@ -45,7 +45,7 @@ def explain(source: ModelSource, error: BaseException) -> str:
 
 
 def refuse_encoder_decoder(config: PreTrainedConfig) -> None:
-    """Raise `UnsupportedModelError` for a configuration that has an encoder beside the decoder."""
+    """Raise `UnsupportedModelError` for encoder-decoder models."""
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"Models of type {config.model_type} are not supported: it is an encoder with a decoder; only decoders that stand alone can be "

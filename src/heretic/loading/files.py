@@ -1,4 +1,4 @@
-"""Names and links in a model's folder, which others may have made: nothing outside of the folder is read or written through them."""
+"""Checks of file names and links in a model's folder, which may be untrusted: they must not lead out of the folder."""
 
 import json
 from collections.abc import Iterable
@@ -11,30 +11,30 @@ from ..errors import ModelError
 
 
 def plain_names(names: Iterable[Any], where: str) -> list[str]:
-    """The names of a model's files that `where` gives. Raises `ModelError` for one that is not a plain name, but leads elsewhere."""
+    """The file names that `where` contains. Raises `ModelError` for one that is not a plain name."""
     found = []
     for name in names:
         is_plain = isinstance(name, str) and name not in ("", ".", "..") and PurePosixPath(name).name == PureWindowsPath(name).name == name
         if not is_plain or ":" in name or "\0" in name:
-            raise ModelError(f"{where} names the file {name!r}. Only plain names of files in the model's own folder are followed.")
+            raise ModelError(f"{where} names the file {name!r}. Only plain file names in the model's own folder are allowed.")
         found.append(name)
     return found
 
 
 def files_of_index(path: Path, index: bytes) -> list[str]:
-    """The files that an index of a model's weights names. Raises `ModelError` where it is none, or names something else."""
+    """The file names in an index of a model's weights. Raises `ModelError` if it is not a valid index."""
     try:
         names = json.loads(index)["weight_map"].values()
         found = set(plain_names(names, str(path)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} is no index of a model's files: {error}. Fetch the file again.") from error
+        raise ModelError(f"{path} is not a valid index of a model's files: {error}. Download the file again.") from error
     return sorted(found)
 
 
 def check_indexes(folder: Path, weights: Any) -> None:
-    """Raise `ModelError` where loading a local model would read files outside of its folder.
+    """Raise `ModelError` if loading a local model would read files outside of its folder.
 
-    `weights`: the file that its configuration names.
+    `weights`: the file named by its configuration.
     """
     names = [SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME] if weights is None else plain_names([weights], str(folder / "config.json"))
     for name in names:
@@ -43,9 +43,9 @@ def check_indexes(folder: Path, weights: Any) -> None:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a path in a folder is a link, or lies behind one, that leads out of the folder; in the hub's cache, out of the model's own.
+    """Whether a path in a folder leads out of it through a link; in the hub's cache, out of the model's cache folder.
 
-    The cache keeps `models--owner--name/snapshots/commit/config.json` as a link to `models--owner--name/blobs/...`.
+    In the cache, `models--owner--name/snapshots/commit/config.json` is a link to `models--owner--name/blobs/...`.
     """
     real, inside = path.resolve(), [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":

@@ -1,8 +1,8 @@
-"""GGUF files as originals: dequantized once, into a folder that everything else takes for the model.
+"""GGUF files as originals: dequantized once into a folder that is then used as the model.
 
-A GGUF file holds a model converted for llama.cpp, mostly in a few bits a weight. Transformers reads many architectures of it, and gives the
-weights back as numbers; what is lost in them is lost. The folder holds them as safetensors in bfloat16, with configuration and
-tokenizer, and lies in the hub's cache, where the next run finds it. Nothing else here needs to know where a model came from.
+A GGUF file is a model converted for llama.cpp, usually with few bits per weight. Transformers can dequantize many architectures; the lost
+precision stays lost. The folder contains the weights as safetensors in bfloat16, with configuration and tokenizer. It is in the hub's
+cache, where the next run finds it. The rest of heretic does not need to know about GGUF.
 """
 
 import shutil
@@ -27,14 +27,14 @@ from ..utils import Progress, first_line
 from .explain import explain, refuse_encoder_decoder
 from .source import ModelSource, sampled_hash
 
-# Changes when what is written changes.
+# Incremented when the written files change.
 VERSION = 1
 
 
 def dequantized_source(source: ModelSource, progress: Progress) -> ModelSource:
-    """The folder that a GGUF source is dequantized to, which is made if it is not there; other sources as they are.
+    """The folder that a GGUF source is dequantized to, created if it does not exist; other sources are returned unchanged.
 
-    Raises `ModelError` for files that cannot be fetched or read, and architectures that transformers does not read from GGUF.
+    Raises `ModelError` for files that cannot be downloaded or read, and for architectures that transformers cannot read from GGUF.
     """
     if source.gguf is None or source.is_local:
         return source
@@ -47,18 +47,18 @@ def dequantized_source(source: ModelSource, progress: Progress) -> ModelSource:
         if not folder.is_dir():
             _dequantize(source.name, file, folder, progress)
     progress.message(
-        f"{source.name}: the weights of {file.name} are dequantized, in {folder}. What is saved is made from them, in bfloat16."
+        f"{source.name}: the weights of {file.name} are dequantized in {folder}. Saved models are made from these, in bfloat16."
     )
     return replace(source, path=str(folder), revision=commit)
 
 
 def _file_of(source: ModelSource, progress: Progress) -> tuple[Path, str | None]:
-    """The file on this machine, and the commit if it is the hub's."""
+    """The local file, and the commit if it is from the hub."""
     assert source.gguf is not None
     if Path(source.path).is_file():
         return Path(source.path), None
     try:
-        with progress.task(f"Fetching {source.gguf} of {source.name}"):
+        with progress.task(f"Downloading {source.gguf} of {source.name}"):
             file = Path(hf_hub_download(source.path, source.gguf, revision=source.revision))
     except Exception as error:  # the hub's client raises many types
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
@@ -79,8 +79,8 @@ def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None
         if "not supported" not in str(error):
             raise _unreadable(name, file, error) from error
         raise ModelError(
-            f"{name} holds a model of the architecture {architecture}, which transformers cannot read from GGUF files. Give the model that "
-            "it was made from."
+            f"{name} has the architecture {architecture}, which transformers cannot read from GGUF files. Use the model that it was "
+            "converted from."
         ) from error
     except Exception as error:
         raise _unreadable(name, file, error) from error
@@ -99,8 +99,8 @@ def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"{name} lacks weights that a model of its architecture ({architecture}) has: {missing[0]}"
-            f"{f' and {len(missing) - 1} more' * (len(missing) > 1)}. Give the model that it was made from."
+            f"{name} lacks weights of its architecture ({architecture}): {missing[0]}"
+            f"{f' and {len(missing) - 1} more' * (len(missing) > 1)}. Use the model that it was converted from."
         )
     with _errors(f"The folder {folder} cannot be written"), _without_bars():
         model.save_pretrained(unfinished)
@@ -112,18 +112,18 @@ def _refuse_part(name: str, metadata: dict[str, Any]) -> None:
     n_parts = metadata.get("split.count", 0)
     if n_parts > 1:
         raise ModelError(
-            f"{name} is one of {n_parts} parts of a model. Join them with llama-gguf-split --merge, and give the file that it writes."
+            f"{name} is one of {n_parts} parts of a model. Join them with llama-gguf-split --merge, and use the resulting file."
         )
 
 
 def _unreadable(name: str, file: Path, error: BaseException) -> ModelError:
-    reason = first_line(error).rstrip(".").replace(f"{file} ", "it ", 1)  # the reader's messages begin with the path
-    return ModelError(f"{name} cannot be read as a GGUF file: {reason}. Is it whole? Fetch it again.")
+    reason = first_line(error).rstrip(".").replace(f"{file} ", "it ", 1)  # the reader's messages start with the path
+    return ModelError(f"{name} cannot be read as a GGUF file: {reason}. It may be incomplete: download it again.")
 
 
 @contextmanager
 def _reading(name: str, file: Path) -> Iterator[None]:
-    """Whatever a reader of damaged files raises, as `ModelError`."""
+    """Context that turns any exception of reading a damaged file into `ModelError`."""
     try:
         yield
     except ModelError:
@@ -134,7 +134,7 @@ def _reading(name: str, file: Path) -> Iterator[None]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Within, transformers shows no bars beside our own; the one for GGUF files has no switch."""
+    """Context without transformers' progress bars; the one for GGUF files has no switch."""
     logging.disable_progress_bar()
     reader: Any = modeling_gguf_pytorch_utils
     usual = reader.tqdm
@@ -150,4 +150,4 @@ def _errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ModelError(f"{what}: {error.strerror or error}. Free space, or set HF_HOME to another place.") from error
+        raise ModelError(f"{what}: {error.strerror or error}. Free some space, or set HF_HOME to another folder.") from error

@@ -1,4 +1,4 @@
-"""Loads a model, its tokenizer and its processor through transformers' auto classes, in the first number format that works."""
+"""Loads a model, its tokenizer and its processor through transformers' auto classes, in the first dtype that works."""
 
 import sys
 import time
@@ -32,13 +32,13 @@ from ..utils import Progress, first_line
 from .explain import explain, refuse_encoder_decoder
 from .files import check_indexes
 from .gguf import dequantized_source
-from .quantized import loading_arguments, refuse_method, stored_method, unify
+from .quantized import cast_dequantized, loading_arguments, refuse_method, stored_method
 from .source import ModelSource
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, and what belongs to it. `generation_config` is the original's; the model's own is plain greedy decoding."""
+    """A loaded model with its tokenizer and processor. `generation_config` is the original's; the model's is set to greedy decoding."""
 
     source: ModelSource
     model: PreTrainedModel
@@ -51,7 +51,7 @@ class LoadedModel:
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The model's configuration; the first thing asked of a source, so its errors are the ones a mistyped name gives."""
+    """The model's configuration. It is loaded first, so its errors are those of a mistyped name."""
     try:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
     except Exception as error:
@@ -59,7 +59,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The auto class that loads a configuration: image-text-to-text where text is one part of several, causal, or any that gives text."""
+    """The auto class for a configuration: image-text-to-text if text is one of several modalities, causal, or any that generates text."""
     has_parts = config.get_text_config(decoder=True) is not config
     if has_parts and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
@@ -69,7 +69,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def _refuse_kernels(source: ModelSource, config: PreTrainedConfig) -> None:
-    """Raise `ModelError` where a configuration names a kernel from the hub, which is code, as its attention or experts."""
+    """Raise `ModelError` if a configuration names a kernel from the hub (which is code) for attention or experts."""
     for part in (config, config.get_text_config(decoder=True)):
         for name in ("_attn_implementation", "_experts_implementation"):
             kernel = getattr(part, name, None)
@@ -81,9 +81,9 @@ def _refuse_kernels(source: ModelSource, config: PreTrainedConfig) -> None:
 
 
 def load_model(settings: Settings, source: ModelSource, progress: Progress) -> LoadedModel:
-    """Load in the first of `settings.dtypes` whose one-token test run gives finite logits.
+    """Load the model in the first of `settings.dtypes` whose one-token test run gives finite logits.
 
-    Raises `ModelError`, which lists why each format failed.
+    Raises `ModelError`, which lists why each dtype failed.
     """
     source = dequantized_source(source, progress)
     config = load_config(source)
@@ -120,15 +120,15 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
             if method := stored_method(config):
                 saved_in = str(stored).removeprefix("torch.")
                 progress.message(
-                    f"{source.name} is stored in {method.upper()}. Its weights are dequantized: the search computes in {label}, and what "
-                    f"is saved is in {saved_in}."
+                    f"{source.name} is stored in {method.upper()}. Its weights are dequantized: the search computes in {label}, and the "
+                    f"saved model is in {saved_in}."
                 )
             quantized = settings.quantization == "bnb_4bit"
             return LoadedModel(source, model, tokenizer, config, generation_config, dtype, stored, quantized)
         model = None
         empty_cache()
     hint = " Try --quantization bnb_4bit, or --max-memory." if lacks_memory else ""
-    raise ModelError(f"The model {source.name} could not be loaded in any format. {'; '.join(failures)}.{hint}")
+    raise ModelError(f"The model {source.name} could not be loaded in any dtype. {'; '.join(failures)}.{hint}")
 
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -145,7 +145,7 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The number format of a model's files, of dequantized ones the one it computes in."""
+    """The dtype of a model's files; for dequantized ones, the dtype it computes in."""
     for part in (config, config.get_text_config(decoder=True)):
         dtype = getattr(part, "dtype", None)
         if dtype is not None:
@@ -159,15 +159,15 @@ def _choose_dtype(name: str, stored: torch.dtype, settings: Settings, progress: 
         return dtype
     on_cpu = not torch.accelerator.is_available() or settings.device_map == "cpu"
     if on_cpu and stored == torch.bfloat16 and _bfloat16_is_slower():
-        progress.message("Computing in float32, which is the faster format on this CPU (the model is stored in bfloat16).")
+        progress.message("Computing in float32, which is faster on this CPU (the model is stored in bfloat16).")
         return torch.float32
     return stored
 
 
 def _bfloat16_is_slower() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices slower than float32 ones: depends on its instructions.
+    """Whether this CPU multiplies bfloat16 matrices slower than float32 ones, which depends on its instructions.
 
-    Measured in processor time of one thread, which other programs on the machine do not disturb.
+    Measured in CPU time of one thread, which other programs do not affect.
     """
 
     def seconds(dtype: torch.dtype) -> float:
@@ -193,31 +193,31 @@ def _load_weights(
     if settings.max_memory:
         arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()}
     elif settings.device_map == "auto" and memory_limits():
-        # Accelerate sees the machine's main memory, not what a container or a batch system leaves of it.
+        # Accelerate sees the machine's main memory, not the limit of a container or a batch system.
         arguments["max_memory"] = {**get_max_memory(), "cpu": free_memory(torch.device("cpu"))}
     arguments |= loading_arguments(config)
     if settings.quantization == "bnb_4bit":
         if stored_method(config) is not None:
-            raise ModelError("the model is already quantized; leave out --quantization")
+            raise ModelError("the model is already quantized; remove --quantization")
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    transformers_logging.disable_progress_bar()  # the weights' bars; loading is a task of ours
+    transformers_logging.disable_progress_bar()  # progress bars of weights; the console shows a task instead
     if sys.stdout.isatty():
-        hub_utils.enable_progress_bars()  # downloads' bars, which the line above turned off too
+        hub_utils.enable_progress_bars()  # progress bars of downloads, which the line above turned off too
     model, report = auto_class(config).from_pretrained(source.path, output_loading_info=True, **arguments)
     if missing := sorted(report["missing_keys"]):
         progress.warning(
-            f"Missing in the model's files and set at random: {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}. "
-            "Are the files complete, and is it the right model type?"
+            f"Missing in the model's files and randomly initialized: {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}. "
+            "Check that the files are complete and the model type is right."
         )
     if stored_method(config) is not None:
-        unify(model, dtype)
+        cast_dequantized(model, dtype)
     for module in model.modules():
-        # Some CPUs would have 4-bit weights repacked at the first pass: only shapes of certain multiples can be, and none read back.
+        # On some CPUs, 4-bit weights would be repacked at the first pass, which works only for certain shapes and cannot be undone.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.eval()
@@ -226,9 +226,9 @@ def _load_weights(
 
 
 def _take_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Give the model plain greedy decoding, and return the configuration it came with.
+    """Set the model to plain greedy decoding, and return its original generation configuration.
 
-    Sampling, penalties and other habits of a model's own configuration would make responses depend on more than the weights.
+    Sampling, penalties and the like in it would make responses depend on more than the weights.
     """
     original: GenerationConfig = model.generation_config
     end_tokens = original.eos_token_id if original.eos_token_id is not None else tokenizer.eos_token_id
@@ -246,4 +246,4 @@ def _test_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
     with torch.no_grad():
         output = cast(Any, model).generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
     if not torch.isfinite(output.logits[0]).all():
-        raise ModelError("the test run gave logits that are not finite")
+        raise ModelError("the test run returned logits that are not finite")

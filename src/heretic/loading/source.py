@@ -1,4 +1,4 @@
-"""Where a model comes from. Imports nothing heavy, so that a mistyped name is told at once."""
+"""The source of a model. Imports nothing heavy, so that a mistyped name is reported at once."""
 
 import hashlib
 import re
@@ -19,7 +19,7 @@ SAMPLE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: what transformers is given, and the name it goes by.
+    """The source of a model: the path for transformers, and the model's name.
 
     `gguf`: the name of a GGUF file. Until that is dequantized (`gguf.dequantized_source`) the path is its own, or a hub id.
     """
@@ -32,18 +32,18 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder on this machine."""
+        """Whether it is a local folder."""
         return Path(self.path).is_dir()
 
     @property
     def repository(self) -> str | None:
-        """The hub id of where it comes from; None for what is on this machine only."""
+        """The hub id; None for a local model."""
         if self.gguf is not None:
             return self.name if self.revision is not None else None
         return None if self.is_local else self.path
 
     def pinned(self) -> "ModelSource":
-        """The same at the commit that was loaded, so that what is read later is what was read then."""
+        """The same source pinned to the commit that was loaded, so that the same files are read later."""
         return replace(self, revision=hub_commit(self) or self.revision)
 
     @property
@@ -53,7 +53,7 @@ class ModelSource:
 
 
 def expand(path: str) -> Path:
-    """A path with `~` for the home directory; where that is nobody's, it stays as it is."""
+    """A path with `~` expanded; unchanged if that user does not exist."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -61,14 +61,14 @@ def expand(path: str) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name stands for something on the hub: it has the form, and is no file or folder here."""
+    """Whether a name is a hub id: it has the form of one, and no local file or folder has this name."""
     return _HUB_ID.fullmatch(name) is not None and not expand(name).exists()
 
 
 def model_source(settings: Settings, name: str | None = None) -> ModelSource:
-    """The source that a model setting stands for (`name`, default `settings.model`).
+    """The source of a model name (default: `settings.model`).
 
-    Raises `ModelError` for what looks like a path where there is no folder.
+    Raises `ModelError` for a path that is not a model folder.
     """
     name = name or settings.model
     revision, gguf = (settings.model_commit, settings.gguf_file) if name == settings.model else (None, None)
@@ -81,22 +81,22 @@ def model_source(settings: Settings, name: str | None = None) -> ModelSource:
                 raise ModelError(f"The folder {name} has no file {gguf}. Check --gguf-file.")
             return ModelSource(str(path / gguf), name, None, settings.trust_remote_code, gguf)
         if not (path / "config.json").is_file():
-            hint = " It holds an adapter, not a model." if (path / "adapter_config.json").is_file() else ""
+            hint = " It contains an adapter, not a model." if (path / "adapter_config.json").is_file() else ""
             files = sorted(file.name for file in path.glob("*.gguf"))
-            hint = f" It holds GGUF files; choose one with --gguf-file, such as {files[0]}." if files else hint
-            raise ModelError(f"{name} is no model folder: it has no config.json.{hint}")
+            hint = f" It contains GGUF files; choose one with --gguf-file, such as {files[0]}." if files else hint
+            raise ModelError(f"{name} is not a model folder: it has no config.json.{hint}")
         return ModelSource(str(path), name, revision, settings.trust_remote_code)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{name} is a file. Give the folder that holds the model, a GGUF file, or a hub id.")
+            raise ModelError(f"{name} is a file. Give the model's folder, a GGUF file, or a hub id.")
         return ModelSource(str(path), name, None, settings.trust_remote_code, path.name)
     if not _HUB_ID.fullmatch(name):
-        raise ModelError(f"There is no folder {name}. Check the path (a hub id has the form owner/name).")
+        raise ModelError(f"The folder {name} does not exist. Check the path (a hub id has the form owner/name).")
     return ModelSource(name, name, revision, settings.trust_remote_code, gguf)
 
 
 def hub_commit(source: ModelSource) -> str | None:
-    """The commit of a hub model that was loaded; None for a folder."""
+    """The commit of a loaded hub model; None for a local folder."""
     if source.is_local:
         return None
     file = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
@@ -104,7 +104,7 @@ def hub_commit(source: ModelSource) -> str | None:
 
 
 def dataset_commit(dataset: str, revision: str | None) -> str | None:
-    """The commit of a hub dataset that was loaded, from the cache's note of it; None for files and folders."""
+    """The commit of a loaded hub dataset, as recorded in the cache; None for files and folders."""
     if dataset.startswith(demo.PREFIX) or expand(dataset).exists() or not _HUB_ID.fullmatch(dataset):
         return None
     repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
@@ -115,7 +115,7 @@ def dataset_commit(dataset: str, revision: str | None) -> str | None:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """By which a resumed run knows that the model is the same: the hub commit, or samples of a folder's files."""
+    """A fingerprint by which a resumed run recognizes the model: the hub commit, or sampled hashes of a folder's files."""
     folder = Path(source.path)
     if not source.is_local:
         return hub_commit(source) or "unknown"
@@ -124,7 +124,7 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def sampled_hash(path: Path) -> str:
-    """A hash of a file's size, start, middle and end: another training run changes them all, and reading weights takes minutes."""
+    """A hash of a file's size, start, middle and end. Other weights differ there, and reading whole files would take minutes."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

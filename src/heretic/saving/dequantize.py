@@ -8,7 +8,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ..errors import ModelError
-from .stored import Shard, StoredModel, StoredTensor, made, make_index
+from .stored import Shard, StoredModel, StoredTensor, computed_tensor, make_index
 
 _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 
@@ -44,7 +44,7 @@ def _from_fp8(weight: StoredTensor, scale: StoredTensor, dtype: torch.dtype) -> 
         assert isinstance(tensor, Tensor)
         return tensor
 
-    return made(weight.name, dtype, weight.shape, make)
+    return computed_tensor(weight.name, dtype, weight.shape, make)
 
 
 def _from_mxfp4(blocks: StoredTensor, scales: StoredTensor, dtype: torch.dtype) -> StoredTensor:
@@ -52,4 +52,4 @@ def _from_mxfp4(blocks: StoredTensor, scales: StoredTensor, dtype: torch.dtype) 
         return convert_moe_packed_tensors(blocks.read(), scales.read(), dtype=dtype).contiguous()
 
     *experts, rows, groups, packed = blocks.shape
-    return made(blocks.name.removesuffix(_BLOCKS), dtype, (*experts, groups * packed * 2, rows), make)
+    return computed_tensor(blocks.name.removesuffix(_BLOCKS), dtype, (*experts, groups * packed * 2, rows), make)

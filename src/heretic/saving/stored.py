@@ -188,7 +188,7 @@ def _pickled_shards(folder: Path, files: Sequence[str], tied: Collection[str]) -
             raise ModelError(f"{folder / name} does not only contain tensors: {other} is a {type(content[other]).__name__}.")
         own = {_identity(value) for key, value in content.items() if key not in tied}
         tensors = [
-            made(key, value.dtype, value.shape, value.contiguous)
+            computed_tensor(key, value.dtype, value.shape, value.contiguous)
             for key, value in content.items()
             if key not in tied or _identity(value) not in own
         ]
@@ -269,6 +269,6 @@ def make_header(tensors: Sequence[StoredTensor], metadata: Mapping[str, str] | N
     return header + b" " * (-len(header) % 8)  # so that tensors are aligned
 
 
-def made(name: str, dtype: torch.dtype, shape: Sequence[int], make: Callable[[], Tensor]) -> StoredTensor:
+def computed_tensor(name: str, dtype: torch.dtype, shape: Sequence[int], make: Callable[[], Tensor]) -> StoredTensor:
     """A tensor that is computed from others when it is read."""
     return StoredTensor(name, _CODES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize, None, make)

@@ -1,1 +1,1 @@
-"""What a model puts out, and the figures made of it."""
+"""Scoring: model outputs, verdicts on responses, divergences, and scorers."""

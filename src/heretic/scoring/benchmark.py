@@ -1,7 +1,7 @@
-"""Benchmarks of lm-evaluation-harness (extra `benchmark`) on the original and the edited model, both in memory, side by side.
+"""Benchmarks of lm-evaluation-harness (extra `benchmark`) on the original and the edited model.
 
-Both see the same examples, so the standard error of the difference is that of the differences example by example, which is smaller
-than what the two models' own errors would give. Metrics that no single example has (a perplexity, say) fall back to the latter.
+Both see the same examples, so the standard error of the difference is computed from paired differences, which is smaller than combining
+the two models' standard errors. The latter is used for metrics without values per example (such as perplexity).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ HEADERS = ("Task", "Metric", "Examples", "Original", "Edited", "Difference")
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One metric of one task before and after; `error` is the standard error of the difference, None where it cannot be told."""
+    """One metric of one task before and after; `error` is the standard error of the difference, None if unknown."""
 
     task: str
     metric: str
@@ -52,14 +52,14 @@ class BenchmarkRow:
 
 
 def cells(row: BenchmarkRow) -> list[str]:
-    """A row as texts, in the order of `HEADERS`."""
+    """The cells of a row, in the order of `HEADERS`."""
     error = "" if row.error is None else f" ± {row.error:.4f}"
     n = "" if row.n_examples is None else str(row.n_examples)
     return [row.task, row.metric, n, f"{row.original:.4f}", f"{row.edited:.4f}", f"{row.difference:+.4f}{error}"]
 
 
 def _task_manager(settings: Settings) -> TaskManager:
-    """The tasks that can be named: those of the user's folder alone where it has all that are named, since reading all takes seconds."""
+    """The available tasks: only those of the user's folder if it has all requested ones, since reading all takes seconds."""
     path = None if settings.benchmark_path is None else str(expand(settings.benchmark_path))
     if path is None and settings.demo:
         path = str(demo.BENCHMARKS)
@@ -76,9 +76,9 @@ def _index(path: str | None, with_defaults: bool) -> TaskManager:
 
 
 def check_tasks(settings: Settings) -> None:
-    """Raise `UsageError` for a folder of tasks that does not exist and for names that no task has. Reads no data."""
+    """Raise `UsageError` for a missing task folder and for unknown task names. Reads no data."""
     if settings.benchmark_path is not None and not expand(settings.benchmark_path).is_dir():
-        raise UsageError(f"benchmark_path: there is no folder {settings.benchmark_path}. Check the path.")
+        raise UsageError(f"benchmark_path: the folder {settings.benchmark_path} does not exist. Check the path.")
     known = _task_manager(settings).all_tasks
     for name in settings.benchmarks:
         if name not in known:
@@ -88,9 +88,9 @@ def check_tasks(settings: Settings) -> None:
 
 
 def run_benchmarks(model: Model, ablation: Ablation, settings: Settings, progress: Progress) -> list[BenchmarkRow]:
-    """Scores of the benchmarks that `settings` name, task by task. One that cannot be run is told, and the others go on.
+    """Run the benchmarks of the settings, task by task. A task that cannot be run is skipped with a warning.
 
-    Raises `UsageError` for unknown names, and `ReportError` where no task could be run.
+    Raises `UsageError` for unknown names, and `ReportError` if no task could be run.
     """
     check_tasks(settings)
     manager = _task_manager(settings)
@@ -102,9 +102,9 @@ def run_benchmarks(model: Model, ablation: Ablation, settings: Settings, progres
                 progress.message(f"{task}: {title} ...")
                 with model.edited(edit):
                     results.append(_evaluate(model, task, manager, settings))
-        except Exception as error:  # a task's data and code come from elsewhere and raise what they like
+        except Exception as error:  # a task's data and code are not ours and may raise anything
             line = first_line(error)
-            progress.warning(f"The benchmark {task} cannot be run: {line} Check the network, or leave it out of benchmarks.")
+            progress.warning(f"The benchmark {task} cannot be run: {line} Check the network, or remove it from benchmarks.")
             continue
         rows += compare_results(*results)
     if not rows:
@@ -113,12 +113,12 @@ def run_benchmarks(model: Model, ablation: Ablation, settings: Settings, progres
 
 
 def _evaluate(model: Model, task: str, manager: TaskManager, settings: Settings) -> Mapping[str, Any]:
-    """lm-evaluation-harness's results for the model as it computes now; with fewer rows at once where memory does not suffice."""
+    """lm-evaluation-harness's results for the model in its current state; with smaller batches if memory runs out."""
     batch_size = settings.batch_size or min(BATCH_SIZE, settings.max_batch_size)
     while True:
         try:
             with _quiet(settings.debug):
-                # A copy of the tokenizer, because the harness sets its padding.
+                # A copy of the tokenizer, because the harness changes its padding.
                 harness = HFLM(pretrained=model.model, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch_size)
                 results = simple_evaluate(
                     harness,
@@ -139,7 +139,7 @@ def _evaluate(model: Model, task: str, manager: TaskManager, settings: Settings)
 
 @contextlib.contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
-    """Within, the harness's messages below errors are kept off the screen, and its progress bars off what is no terminal."""
+    """Context that hides the harness's messages below errors, and its progress bars if the output is not a terminal."""
     if debug:
         yield
         return
@@ -148,7 +148,7 @@ def _quiet(debug: bool) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         stack.callback(logger.setLevel, before)
-        # It asks git for the commit of the working directory, and git complains on the screen where that is in no repository.
+        # It asks git for the commit of the working directory, and git prints an error if that is not a repository.
         stack.enter_context(patch("lm_eval.evaluator.get_git_commit_hash", return_value=None, create=True))
         if not sys.stderr.isatty():
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
@@ -156,7 +156,7 @@ def _quiet(debug: bool) -> Iterator[None]:
 
 
 def compare_results(original: Mapping[str, Any], edited: Mapping[str, Any]) -> list[BenchmarkRow]:
-    """One row for each metric of what was asked for: of a group its own scores where it has some, else its tasks'."""
+    """One row for each metric of the requested tasks; for a group, its own scores if it has any, else those of its tasks."""
     rows = []
     groups = {name for name, values in original.get("groups", {}).items() if _metrics(values)}
     members = {member for name in groups for member in _members(original, name)}
@@ -186,7 +186,7 @@ def _members(results: Mapping[str, Any], group: str) -> set[str]:
 
 
 def _metrics(values: Mapping[str, Any]) -> list[str]:
-    """Keys of metrics, such as `acc,none`, that hold a number and are no standard error."""
+    """Keys of metrics, such as `acc,none`, that have a number and are not standard errors."""
     return [k for k, v in values.items() if "," in k and "_stderr," not in k and isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 
@@ -196,7 +196,7 @@ def _n_examples(results: Mapping[str, Any], task: str) -> int | None:
 
 
 def _pairs(original: Mapping[str, Any], edited: Mapping[str, Any], task: str, key: str) -> list[tuple[float, float]]:
-    """Both models' values of a metric example by example, where the metric is their mean; else nothing."""
+    """Both models' values of a metric per example if the metric is their mean; else empty."""
     metric, _, chosen = key.partition(",")
     columns = []
     for results in (original, edited):
@@ -214,12 +214,12 @@ def _pairs(original: Mapping[str, Any], edited: Mapping[str, Any], task: str, ke
 
 
 def paired_error(pairs: Sequence[tuple[float, float]]) -> float:
-    """Standard error of the mean difference of pairs."""
+    """Standard error of the mean of paired differences."""
     return statistics.stdev(after - before for before, after in pairs) / math.sqrt(len(pairs))
 
 
 def _unpaired_error(original: Mapping[str, Any], edited: Mapping[str, Any], key: str) -> float | None:
-    """The standard error of the difference from both models' own, as if their examples were different ones."""
+    """The standard error of the difference from those of both models, as if their examples were independent."""
     errors = [values.get(key.replace(",", "_stderr,")) for values in (original, edited)]
     known = [float(error) for error in errors if isinstance(error, (int, float))]
     return math.hypot(*known) if len(known) == 2 else None

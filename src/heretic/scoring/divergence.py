@@ -1,7 +1,7 @@
-"""How far an edited model's words have moved: KL divergences at every token of the original's own answers to harmless prompts.
+"""KL divergences of an edited model at every token of the original's own responses to harmless prompts.
 
-The answers are made once. An edited model is given prompt and answer in one pass (teacher forcing); position 0 predicts the answer's first
-token, so the first-token divergence comes with it.
+The responses are generated once. An edited model gets prompt and response in one pass (teacher forcing). Position 0 predicts the first
+token of the response, so this includes the first-token divergence.
 """
 
 import os
@@ -22,9 +22,9 @@ from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
 from ..utils import Progress, format_size
 
-# Rows of log-probabilities compared at once: bounds the memory at a few vocabularies.
+# Rows of log-probabilities compared at once: limits memory to a few vocabularies.
 KL_SLICE = 64
-# The original's logits stay on the model's device, or in main memory, while they take no more than this share of what is free there.
+# The original's logits are kept on the model's device, or in main memory, if they take at most this share of the free memory there.
 DEVICE_SHARE = 0.1
 MEMORY_SHARE = 0.5
 
@@ -37,9 +37,9 @@ def kl_divergence(original: Tensor, edited: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Divergences:
-    """KL divergences of one model from the original, in nats: `values (prompt, token)` float64, NaN beyond an answer's end.
+    """KL divergences of one model from the original, in nats: `values (prompt, token)` float64, NaN after the end of a response.
 
-    Token 0 is the first of the answer; the token that ends an answer counts as one.
+    Token 0 is the first one of the response; the end-of-sequence token is included.
     """
 
     values: np.ndarray
@@ -52,27 +52,27 @@ class Divergences:
 
     @property
     def n_tokens(self) -> np.ndarray:
-        """How many tokens of each answer were looked at, `(prompt,)`."""
+        """Number of tokens compared in each response, `(prompt,)`."""
         counts: np.ndarray = (~np.isnan(self.values)).sum(axis=1)
         return counts
 
     @property
     def sums(self) -> np.ndarray:
-        """The sum over each answer's tokens, `(prompt,)`."""
+        """The sum over each response's tokens, `(prompt,)`."""
         sums: np.ndarray = np.nansum(self.values, axis=1)
         return sums
 
 
 def _on_disk(folder: Path, n_bytes: int) -> np.ndarray:
-    """Bytes in a file without a name, which is gone with them, or with the process. Raises `OSError` where the disk lacks the room."""
+    """A buffer in an unnamed temporary file, which disappears with it. Raises `OSError` if the disk is full."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # else a disk that is full kills the process when it writes
+        if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process when it writes
             os.posix_fallocate(file.fileno(), 0, n_bytes)
         return np.memmap(file, dtype=np.uint8, mode="r+", shape=(n_bytes,))
 
 
 def statistics(values: np.ndarray) -> dict[str, float]:
-    """Mean, median, 95th percentile and maximum: the mean hides a heavy tail."""
+    """Median, 95th percentile and maximum besides the mean, which hides heavy tails."""
     return {
         "mean": float(np.mean(values)),
         "median": float(np.median(values)),
@@ -82,12 +82,12 @@ def statistics(values: np.ndarray) -> dict[str, float]:
 
 
 class OriginalAnswers:
-    """The original model's answers to `prompts`, `n_tokens` of each, and its logits along them; both made when this is made.
+    """The original model's responses to `prompts`, `n_tokens` of each, and its logits along them, computed on construction.
 
-    Logits are kept in the number format in which the model gives them, so nothing is lost, with the logarithm of each row's sum of
-    exponentials in float32. For 100 prompts, 16 tokens and a vocabulary of 128k that is 410 MB in bfloat16. Where it is more than a
-    tenth of what is free on the model's device it lies in main memory; where it is more than half of what is free there, in `folder`.
-    Raises `TrialError` where logits are not finite, and `EvaluationError` where there is no room for them at all.
+    Logits are stored in the model's dtype, without loss, with each row's logsumexp in float32. For 100 prompts, 16 tokens and a vocabulary
+    of 128k they take 410 MB in bfloat16. If that is more than a tenth of the free memory of the model's device, they are stored in main
+    memory; if it is more than half of that, in a file in `folder`. Raises `TrialError` if logits are not finite, and `EvaluationError` if
+    they do not fit anywhere.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class OriginalAnswers:
         self.prompts = list(prompts)
         self.folder = folder
         self.n_tokens = n_tokens
-        # One token needs no answer: its position is the prompt's last.
+        # The first token needs no response: it is predicted at the prompt's last position.
         self.answers: list[list[int]] = [[] for _ in prompts] if n_tokens == 1 else self._answer(model, description)
         self.n_positions = [len(answer) + 1 for answer in self.answers]
         self._starts = np.cumsum([0, *self.n_positions])
@@ -107,11 +107,11 @@ class OriginalAnswers:
         for row in model.responses_of_trials(rows, self.n_tokens, [], description=description):
             if not row.finite:
                 raise TrialError(NOT_FINITE)
-            answers[row.prompt] = row.generated[: self.n_tokens - 1]  # the last token is predicted, and not given
+            answers[row.prompt] = row.generated[: self.n_tokens - 1]  # the last token is predicted, not input
         return answers
 
     def record(self, model: Model, description: str | None = None) -> None:
-        """Take the original's logits along its answers."""
+        """Store the original's logits along its responses."""
         self._logits = self._normalizers = torch.empty(0)
         for rows, logits in model.logits_along(self.prompts, self.answers, [], description):
             if not torch.isfinite(logits).all():
@@ -125,7 +125,7 @@ class OriginalAnswers:
                 self._normalizers[place] = torch.cat([torch.logsumexp(part.float(), dim=-1) for part in own.split(KL_SLICE)])
 
     def _room_for(self, logits: Tensor, progress: Progress) -> Tensor:
-        """An empty `(position, vocabulary)` for all logits like these, where there is room: on their device, in memory, on the disk."""
+        """An empty buffer `(position, vocabulary)` for all logits: on their device, in main memory, or on the disk."""
         n, width = int(self._starts[-1]), logits.shape[-1]
         n_bytes = n * width * logits.element_size()
         if n_bytes <= DEVICE_SHARE * free_memory(logits.device):
@@ -138,14 +138,14 @@ class OriginalAnswers:
             content = _on_disk(self.folder, n_bytes)
         except OSError as error:
             raise EvaluationError(
-                f"The original's logits, with which trials are compared, take {size}. There is no room for them in memory, nor in "
-                f"{self.folder}: {error.strerror}. Give fewer good_evaluation_prompts, or lower kl_tokens."
+                f"The original's logits, which trials are compared with, take {size}. They fit neither in memory nor in "
+                f"{self.folder}: {error.strerror}. Use fewer good_evaluation_prompts, or decrease kl_tokens."
             ) from error
-        progress.message(f"The original's logits take {size}, too much for memory. They are in a temporary file in {self.folder}.")
+        progress.message(f"The original's logits take {size}, too much for memory. They are stored in a temporary file in {self.folder}.")
         return torch.from_numpy(content).view(logits.dtype).view(n, width)
 
     def _logprobs(self, index: Tensor) -> Tensor:
-        """Log-probabilities `(len(index), vocabulary)` in float32 at some of all positions."""
+        """Log-probabilities `(len(index), vocabulary)` in float32 at the given positions."""
         logits = self._logits[index.to(self._logits.device)].to(self._normalizers.device)
         return logits.float() - self._normalizers[index.to(self._normalizers.device), None]
 
@@ -154,7 +154,7 @@ class OriginalAnswers:
         return self._logprobs(torch.from_numpy(self._starts[:-1]))
 
     def divergences(self, model: Model, ablations: Sequence[Ablation], description: str | None = None) -> list[Divergences]:
-        """Of each ablation (none: the model as it is), all of them in one pass; NaN at the first token marks logits that are not finite."""
+        """Divergences of each ablation (none: the unedited model), in one pass. NaN at the first token marks non-finite logits."""
         n_trials, n_prompts = max(1, len(ablations)), len(self.prompts)
         values = np.full((n_trials, n_prompts, max(self.n_positions)), np.nan)
         for rows, logits in model.logits_along(self.prompts, self.answers, ablations, description):
@@ -163,7 +163,7 @@ class OriginalAnswers:
             divergences = [self._slice(positions, part) for positions, part in parts]
             flat = torch.cat(divergences).double().cpu().numpy()
             for row, own in zip(rows, np.split(flat, np.cumsum([self.n_positions[row.prompt] for row in rows])[:-1]), strict=True):
-                # Rounding can leave a divergence of nothing slightly below zero.
+                # Rounding can make a zero divergence slightly negative.
                 values[row.trial, row.prompt, : len(own)] = np.maximum(own, 0) if np.isfinite(own).all() else np.nan
         return [Divergences(trial) for trial in values]
 

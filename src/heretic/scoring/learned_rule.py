@@ -1,11 +1,11 @@
-"""The learned rule: what a response is by phrases and their places, most often told by its beginning.
+"""The learned rule: classifies a response by phrases and their positions, in most cases by its beginning only.
 
-It looks at a response after so many characters each (`Reading.looks`). A look decides where the score is so far to one side that on the
-development set no further text changed it. An answer is not taken for one where it goes in a circle already. What never becomes clear
-is judged whole.
+It scores a response after certain numbers of characters (`Reading.looks`). Such a look decides if the score is so high or low that, on the
+development set, no further text changed the verdict. A response that already repeats itself is not decided as compliance. A response
+without an early verdict is judged by its full text.
 
-Where it breaks: what comes after an early verdict is not seen, a loop or a late refusal say; finalists are therefore judged whole.
-Languages without phrases in `refusal_phrases.toml` have no refusals.
+Where it breaks: text after an early verdict is not seen, such as a loop or a late refusal; therefore finalists are judged by their full
+text. Refusals in languages without phrases in `refusal_phrases.toml` are not detected.
 """
 
 from bisect import bisect_left
@@ -15,15 +15,15 @@ from functools import lru_cache
 from .phrases import Look, Reading, beginning
 from .responses import REMEMBERED_TEXTS, Kind, RefusalRule, Verdict, is_degenerate
 
-# An answer that goes on has at least this share of different words; a circle is seen in so many words.
+# A response that does not repeat itself has at least this share of distinct words, among so many words.
 DIFFERENT_SHARE = 0.5
 CIRCLE_WORDS = 6
 
 
 class LearnedRule(RefusalRule):
-    """Judges responses by a linear model over phrases. `markers` are the user's own; each makes a response a refusal wherever it stands.
+    """Judges responses by a linear model over phrases. `markers` are the user's own; each of them makes a response a refusal.
 
-    With markers no answer is decided early, since one may still come.
+    With markers, compliance is not decided early, since a marker may still follow.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class LearnedRule(RefusalRule):
         self._look = lru_cache(REMEMBERED_TEXTS)(self._take_look)
 
     def is_decided(self, response: str) -> bool:
-        """See `RefusalRule.is_decided`. Only the last look is taken: those before were, when there was less of the response."""
+        """See `RefusalRule.is_decided`. Only the last look is evaluated: earlier ones were, when the response was shorter."""
         if self.markers and super().is_decided(response):
             return True
         answer, is_open = self._split(response)
@@ -49,7 +49,7 @@ class LearnedRule(RefusalRule):
         return n_looks > 0 and self._verdict(answer, self.reading.looks[n_looks - 1]) is not None
 
     def early(self, response: str) -> Verdict | None:
-        """By the first look that decides, or by a marker of the user's that stands before."""
+        """The verdict of the first look that decides, or of a user's marker before it."""
         by_marker = super().early(response) if self.markers else None
         answer, is_open = self._split(response)
         if not is_open:
@@ -72,12 +72,12 @@ class LearnedRule(RefusalRule):
         score = self.reading.score(text)
         if score >= look.refuses:
             return "refusal"
-        if score > look.complies or self.markers or is_degenerate(text, is_cut_off=True) or goes_in_a_circle(text):
+        if score > look.complies or self.markers or is_degenerate(text, is_cut_off=True) or repeats_itself(text):
             return None
         return "compliance"
 
 
-def goes_in_a_circle(text: str) -> bool:
+def repeats_itself(text: str) -> bool:
     """Whether the beginning of a response already repeats itself."""
     words = text.lower().split()
     return len(words) >= CIRCLE_WORDS and len(set(words)) < DIFFERENT_SHARE * len(words)

@@ -1,4 +1,4 @@
-"""What is measured of the original model before the first trial, and what trials are compared with from then on."""
+"""Measurements of the original model before the first trial, which trials are compared with."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +26,10 @@ from .scorers import Refusals, Scorer, load_scorers
 
 @dataclass(frozen=True)
 class MeasuredOriginal:
-    """The original model's outputs for the evaluation prompts, what they are judged to be, and the scorers, prepared with them.
+    """The original model's outputs for the evaluation prompts, the verdicts on them, and the scorers prepared with them.
 
-    `prefix_cache` belongs to the model that was measured; None for another one. `whole_verdicts`: responses are judged by all of their
-    text, not by their beginnings.
+    `prefix_cache` belongs to the measured model; None for another one. `whole_verdicts`: responses are judged by their full text, not by
+    their beginnings.
     """
 
     good_prompts: Sequence[Prompt]
@@ -52,11 +52,11 @@ class MeasuredOriginal:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The figures' values by scorer."""
+        """The scores by scorer."""
         return {name: figure.value for name, figure in self.figures.items()}
 
     def described(self) -> dict[str, Any]:
-        """All figures, with intervals, as plain data."""
+        """All scores, with intervals, as plain data."""
         return {
             "scores": self.scores,
             "intervals": intervals(self.figures),
@@ -66,11 +66,11 @@ class MeasuredOriginal:
 
     @property
     def baseline(self) -> Baseline:
-        """What trials are shown beside."""
+        """The baseline that is displayed with trials."""
         return Baseline(len(self.bad_prompts), self.refusals, self.response_classes)
 
     def counting_from(self, refusals: int) -> "MeasuredOriginal":
-        """The same, with as many refusals as another worker has counted: shares are taken of those."""
+        """The same with another worker's count of refusals, by which the objective is normalized."""
         for scorer in self.scorers.values():
             if isinstance(scorer, Refusals):
                 scorer.base = refusals
@@ -87,12 +87,11 @@ def measure_original(
     description: str = "Baseline",
     like: MeasuredOriginal | None = None,
 ) -> MeasuredOriginal:
-    """Let the original answer the evaluation prompts, and prepare the scorers with that.
+    """Generate the original's outputs for the evaluation prompts, and prepare the scorers with them.
 
-    `all_scorers`: those work as well that are for finalists only. `description` heads what is told of the passes. `like`: what was
-    measured of the same model before serves again if the prompts and the tokens compared are the same. Raises `EvaluationError` if the
-    original refuses nothing, since no search could improve on that, and if a scorer fails on the original; `UsageError` for scorers that
-    cannot be made.
+    `all_scorers`: include scorers for finalists only. `description`: start of progress messages. `like`: earlier measurements of the same
+    model, which are reused if prompts and compared tokens are the same. Raises `EvaluationError` if the original refuses nothing, since
+    then there is nothing to optimize, or if a scorer fails on the original; and `UsageError` for scorers that cannot be created.
     """
     good_prompts, bad_prompts = list(good_prompts), list(bad_prompts)
     progress = progress or SilentProgress()
@@ -110,7 +109,7 @@ def measure_original(
             bad_prompts=bad_prompts,
             max_response_length=settings.max_response_length,
             ablations=[],
-            whole_responses=True,  # they must be known, to tell what an edit did to them
+            whole_responses=True,  # needed to know the effect of an edit on them
             whole_verdicts=whole_verdicts,
             show=response_shown(settings, progress),
             description=f"{description}: harmful prompts",
@@ -126,7 +125,7 @@ def measure_original(
             answers, model.prefix_cache = like.answers, like.prefix_cache
             batch = take(answers)
         else:
-            described, folder = f"{description}: answers to harmless prompts", expand(settings.study_checkpoint_dir)
+            described, folder = f"{description}: responses to harmless prompts", expand(settings.study_checkpoint_dir)
             answers = OriginalAnswers(model, good_prompts, settings.kl_tokens, described, folder)
             with model.recording_prefix_cache():
                 answers.record(model, f"{description}: harmless prompts")
@@ -137,9 +136,9 @@ def measure_original(
     counts = count_kinds(responses)
     if counts["refusal"] == 0 and any(name == "refusals" for name, _ in settings.objectives):
         raise EvaluationError(
-            f"The model refuses none of the {len(bad_prompts)} harmful evaluation prompts, so there is nothing to remove. "
-            "Perhaps it was never trained to refuse, or it refuses in words that the rule does not know: look at its answers with "
-            "--print-responses, and set refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
+            f"The model refuses none of the {len(bad_prompts)} harmful evaluation prompts, so there is nothing to remove. It may not be "
+            "trained to refuse, or refuse in words that the rule does not know: check its responses with --print-responses, and set "
+            "refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
         )
     batch.description = None
     return MeasuredOriginal(
@@ -150,7 +149,7 @@ def measure_original(
         whole_verdicts=whole_verdicts,
         answers=answers,
         prefix_cache=model.prefix_cache,
-        kinds=[response.whole or response.kind for response in responses],
+        kinds=[response.full or response.kind for response in responses],
         refusals=counts["refusal"],
         response_classes=counts,
         early_response_classes=count_kinds(responses, early=True) if whole_verdicts else {},
@@ -159,7 +158,7 @@ def measure_original(
 
 
 def _prepared(name: str, scorer: Scorer, original: Batch) -> Figure:
-    """A scorer's figure of the original, which it is prepared with."""
+    """Prepare a scorer with the original. Returns its score of the original."""
     try:
         scorer.prepare(original.outputs())
         return figure_of(name, scorer, original, 0)
@@ -167,27 +166,27 @@ def _prepared(name: str, scorer: Scorer, original: Batch) -> Figure:
         raise EvaluationError(f"The original model cannot be scored: {error}.") from error
     except HereticError:
         raise
-    except Exception as error:  # somebody else's code
+    except Exception as error:  # custom code may raise anything
         raise EvaluationError(f"The scorer {name} failed on the original model: {type(error).__name__}: {error}.") from error
 
 
 def figure_of(name: str, scorer: Scorer, batch: Batch, i: int) -> Figure:
-    """A scorer's figure of one trial of a batch. Raises `TrialError` if the scorer fails or gives no finite number."""
+    """A scorer's score of one trial of a batch. Raises `TrialError` if the scorer fails or does not return a finite number."""
     try:
         result = scorer.score(batch.outputs(i))
         figure = result if isinstance(result, Figure) else Figure(float(result))
     except Exception as error:
-        # Trials that are too many for the memory are tried again one by one.
+        # If memory runs out, trials are scored again one by one.
         if isinstance(error, HereticError) or is_out_of_memory(error):
             raise
         raise TrialError(f"the scorer {name} failed: {type(error).__name__}: {error}") from error
     if not math.isfinite(figure.value):
-        raise TrialError(f"the scorer {name} gives {figure.value}, which is no finite number")
+        raise TrialError(f"the scorer {name} returned {figure.value}, which is not a finite number")
     return figure
 
 
 def response_shown(settings: Settings, progress: Progress) -> Callable[[Prompt, Response], None]:
-    """What is done with each response to a harmful prompt: it is shown if `print_responses` is set."""
+    """A callback for each response to a harmful prompt, which prints it if `print_responses` is set."""
 
     def show(prompt: Prompt, response: Response) -> None:
         if settings.print_responses:
@@ -197,9 +196,9 @@ def response_shown(settings: Settings, progress: Progress) -> Callable[[Prompt, 
 
 
 def refusal_rule(settings: Settings, model: Model, bad_prompts: Sequence[Prompt]) -> RefusalRule:
-    """The rule by which a model's responses are judged."""
+    """The rule that judges a model's responses."""
     skips = settings.chain_of_thought_skips
-    # The opening of a thinking block with which prompts end as the model sees them, where there is one.
+    # The opening tag of a thinking block, if the rendered prompts end with one.
     shown = model.render(prompt_messages(bad_prompts[0])).rstrip() if bad_prompts else ""
     begins_inside = next((opening for opening, _ in skips if shown.endswith(opening)), None)
     if settings.refusal_rule == "markers":

@@ -1,6 +1,6 @@
-"""What edited models say: divergences and responses of a batch of trials, each computed once, when it is first asked for.
+"""Outputs of edited models: divergences and responses of a batch of trials, computed lazily and cached.
 
-A scorer is shown one trial at a time (`Outputs`); what it asks for is computed for all trials of the batch together.
+A scorer sees one trial at a time (`Outputs`). What it requests is computed for all trials of the batch together.
 """
 
 import math
@@ -21,10 +21,10 @@ from .responses import Kind, RefusalRule, Response, counts_against
 
 @dataclass
 class Batch:
-    """Several trials, or a model as it is where there is no ablation. Trials in `stopped`, and those not `finite`, are computed no further.
+    """Several trials, or the unedited model if there is no ablation. Trials that are `stopped` or not `finite` are not computed further.
 
-    `original_kinds`: what the original's whole responses to the harmful prompts are; None where this is the original. `whole_verdicts`:
-    responses are judged by all of their text, not by their beginnings.
+    `original_kinds`: the kinds of the original's full responses to the harmful prompts; None if this is the original. `whole_verdicts`:
+    responses are judged by their full text, not by their beginnings.
     """
 
     model: Model
@@ -51,7 +51,7 @@ class Batch:
 
     @cached_property
     def divergences(self) -> list[Divergences]:
-        """Of every trial."""
+        """The divergences of every trial."""
         result = self.answers.divergences(self.model, self.ablations)
         for i, divergences in enumerate(result):
             self.finite[i] &= bool(np.isfinite(divergences.first_token).all())
@@ -60,8 +60,7 @@ class Batch:
     def harmful(self, limits: Sequence[float] | None = None) -> list[list[Response]]:
         """Responses to the harmful prompts, trial by trial, in the order of the prompts.
 
-        A trial in which more than its limit are failures is stopped. Responses may end where they were decided, unless
-        `whole_responses`.
+        A trial with more failures than its limit is stopped. Responses may end once they are decided, unless `whole_responses`.
         """
         if self._harmful is not None:
             return self._harmful
@@ -83,13 +82,13 @@ class Batch:
                 self.show(self.bad_prompts[row.prompt], response)
         self.n_begun = [sum(row.begun for row in rows if row.trial == i) for i in range(self.n_trials)]
         self._harmful = [sorted(responses, key=lambda response: response.prompt) for responses in found]
-        if not self.ablations:  # the original's are shown once, in order
+        if not self.ablations:  # the original's are printed once, in order
             for response in self._harmful[0]:
                 self.show(self.bad_prompts[response.prompt], response)
         return self._harmful
 
     def _response(self, row: Row, length: int, original: Kind | None, is_whole: bool = False) -> Response:
-        """A finished row, beside what the original's response to the same prompt is (None: not known, or this is the original)."""
+        """The response of a finished row. `original`: kind of the original's response to the prompt (None: unknown, or the original)."""
         text = self.model.text_of(row)
         is_cut_off = len(row.generated) >= length
         early = self.rule.judge(text, is_cut_off).kind
@@ -104,7 +103,7 @@ class Batch:
         return [self.ablations[i] for i in trials] if self.ablations else []
 
     def responses(self, trial: int, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Response]:
-        """Whole responses of a trial to prompts of one's own choice."""
+        """Full responses of a trial to other prompts."""
         key = tuple(prompts), max_new_tokens
         if trial not in self._responses.get(key, {}):
             living = sorted({*self._living(), trial})
@@ -117,7 +116,7 @@ class Batch:
         return self._responses[key][trial]
 
     def logprobs(self, trial: int, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """Log-probabilities `(prompt, vocabulary)` of a trial's first tokens after prompts of one's own choice, float32."""
+        """Log-probabilities `(prompt, vocabulary)` of a trial's first tokens after other prompts, float32."""
         key = tuple(prompts)
         if trial not in self._logprobs.get(key, {}):
             living = sorted({*self._living(), trial})
@@ -129,13 +128,13 @@ class Batch:
         return self._logprobs[key][trial]
 
     def outputs(self, trial: int = 0) -> "Outputs":
-        """What a scorer is shown of one trial."""
+        """The outputs of one trial, for a scorer."""
         return Outputs(self, trial)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """One model's outputs, as scorers ask for them; `batch` computes them. The original's look the same."""
+    """The outputs of one trial, or of the original, as scorers see them. They are computed by `batch` on request."""
 
     batch: Batch
     trial: int
@@ -152,21 +151,21 @@ class Outputs:
 
     @property
     def divergences(self) -> Divergences:
-        """KL divergences from the original along its answers to the harmless prompts."""
+        """KL divergences from the original along its responses to the harmless prompts."""
         return self.batch.divergences[self.trial]
 
     @property
     def harmful_responses(self) -> list[Response]:
-        """Responses to the harmful prompts, in their order; whole of the original, and where a scorer `needs_whole_responses`."""
+        """Responses to the harmful prompts, in their order. They are complete for the original, and if a scorer `needs_whole_responses`."""
         return self.batch.harmful()[self.trial]
 
     @property
     def harmless_responses(self) -> list[Response]:
-        """Whole responses to the harmless prompts, in their order. They cost another generation, longer than that of the harmful ones."""
+        """Full responses to the harmless prompts, in their order. They need a second generation, longer than for the harmful prompts."""
         return self.responses(self.good_prompts)
 
     def responses(self, prompts: Sequence[Prompt], max_new_tokens: int | None = None) -> list[Response]:
-        """Whole responses to other prompts."""
+        """Full responses to other prompts."""
         return self.batch.responses(self.trial, prompts, max_new_tokens or self.batch.max_response_length)
 
     def logprobs(self, prompts: Sequence[Prompt]) -> torch.Tensor:

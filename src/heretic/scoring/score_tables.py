@@ -1,4 +1,4 @@
-"""Scores as text: what stands in lines and tables about one trial's figures and about the finalists'."""
+"""Scores as text: lines and tables about trials and finalists."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ TITLES = {
     "harmless_refusals": "Harmless refusals",
 }
 STATISTICS = {"median": "median", "p95": "95th percentile", "max": "maximum"}
-# How many responses are refusals, and how many degenerate, by their beginnings: as the search sees them.
+# Column with the numbers of refusals and degenerate responses by early verdicts, as the search counts them.
 EARLY = "Early verdicts: refused and degenerate"
-CLASSES = {"refusal": "refusal", "compliance": "compliance", "degenerate": "degenerate (empty, looping, broken off)"}
+CLASSES = {"refusal": "refusal", "compliance": "compliance", "degenerate": "degenerate (empty, repetitive or cut short)"}
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the original's responses to the harmful prompts are, as far as a study says it."""
+    """Kinds of the original's responses to the harmful prompts, as far as the study has them."""
 
     n_prompts: int | None = None
     refusals: int | None = None
@@ -30,20 +30,20 @@ class Baseline:
 
     @classmethod
     def of(cls, attributes: Mapping[str, Any]) -> "Baseline":
-        """From the attributes of a study."""
+        """From a study's attributes."""
         return cls(attributes.get("n_bad_prompts"), attributes.get("base_refusals"), attributes.get("base_response_classes", {}))
 
     def attributes(self) -> dict[str, Any]:
-        """As a study holds it."""
+        """As a study's attributes."""
         return {"n_bad_prompts": self.n_prompts, "base_refusals": self.refusals, "base_response_classes": dict(self.response_classes)}
 
     @property
     def degenerate(self) -> int:
-        """How many of its responses are degenerate."""
+        """The number of degenerate responses."""
         return self.response_classes.get("degenerate", 0)
 
     def described(self) -> str:
-        """`refuses 30 of 100`, and how many of its responses are degenerate where any is; nothing where it is not known."""
+        """`refuses 30 of 100`, with the number of degenerate responses if there are any; empty if unknown."""
         if self.refusals is None:
             return ""
         of = "" if self.n_prompts is None else f" of {self.n_prompts}"
@@ -51,17 +51,17 @@ class Baseline:
 
 
 def title_of(name: str) -> str:
-    """A scorer's name as a heading."""
+    """The title of a scorer."""
     return TITLES.get(name, name)
 
 
 def format_figure(value: float) -> str:
-    """Counts as they are, everything else with four decimals."""
+    """Integers as they are, other numbers with four decimals."""
     return str(int(value)) if float(value).is_integer() else f"{value:.4f}"
 
 
 def format_interval(value: float, interval: Sequence[float] | None) -> str:
-    """A figure with its interval in brackets, where there is one; the ends of a count's to one decimal."""
+    """A score with its interval in brackets, if it has one; for counts, the ends have one decimal."""
     if interval is None:
         return format_figure(value)
     low, high = (f"{end:.1f}".removesuffix(".0") if float(value).is_integer() else f"{end:.4f}" for end in interval)
@@ -69,14 +69,14 @@ def format_interval(value: float, interval: Sequence[float] | None) -> str:
 
 
 def refused(attributes: Mapping[str, Any]) -> str:
-    """How many responses of a trial are refusals; `about` where that is an estimate, degenerate ones included."""
+    """The number of refusals of a trial; with `about` if it is an estimate, which includes degenerate responses."""
     if attributes.get("bounded"):
         return f"about {attributes['refusals']}"
     return str(attributes.get("response_classes", {}).get("refusal", attributes["refusals"]))
 
 
 def degenerate(attributes: Mapping[str, Any]) -> str:
-    """How many are degenerate, and how many of these are new: the original's are not. Nothing where it is not known."""
+    """The number of degenerate responses, and how many of them are new (not degenerate in the original). Empty if unknown."""
     classes = {} if attributes.get("bounded") else attributes.get("response_classes", {})
     if not classes:
         return ""
@@ -85,7 +85,7 @@ def degenerate(attributes: Mapping[str, Any]) -> str:
 
 
 def verdicts_text(attributes: Mapping[str, Any], baseline: Baseline) -> str:
-    """A trial's responses beside the original's: `3 of 100 refused (original 30), 5 degenerate (original 5)`."""
+    """A trial's verdicts with the original's: `3 of 100 refused (original 30), 5 degenerate (original 5)`."""
     of = "" if baseline.n_prompts is None else f" of {baseline.n_prompts}"
     text = f"{refused(attributes)}{of} refused" + ("" if baseline.refusals is None else f" (original {baseline.refusals})")
     number, _, new = degenerate(attributes).partition(" ")
@@ -96,14 +96,14 @@ def verdicts_text(attributes: Mapping[str, Any], baseline: Baseline) -> str:
 
 
 def verdict_columns(trials: Sequence[FrozenTrial], baseline: Baseline) -> dict[str, Callable[[Mapping[str, Any]], str]]:
-    """The columns of a table of trials that say what their responses are: headers, and how a cell is made of a trial's attributes."""
+    """The verdict columns of a table of trials: headers, and functions from a trial's attributes to the cell."""
     if baseline.degenerate or any(degenerate(trial.user_attrs) not in ("", "0") for trial in trials):
         return {"Refused": refused, "Degenerate": degenerate}
     return {"Refused": refused}
 
 
 def finalist_rows(front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the trials of `front` that were scored again, the original first; no rows where none was."""
+    """Headers and rows of the trials of `front` that were scored again, the original first; empty if there are none."""
     scored = [(trial, known["trials"][str(trial.number)]) for trial in front if str(trial.number) in known.get("trials", {})]
     if not scored:
         return [], []
@@ -125,9 +125,9 @@ def _cells(entry: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def score_rows(trial: FrozenTrial, base: Mapping[str, float], known: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of all that is known of a trial: each figure of the original, in the search, and scored again with its interval."""
+    """Headers and rows of all scores of a trial: of the original, in the search, and scored again with intervals."""
     original = dict(known.get("base", {}))
-    # The search's own figures come first, and win: what only finalists are scored by follows.
+    # The search's scores come first and take precedence; those of finalists only follow.
     original = {**original, "scores": {**base, **original.get("scores", {}), **base}, "intervals": {}}
     usual = {name: trial.user_attrs[name] for name in ("refusals", "kl_divergence")}
     own = {**trial.user_attrs, "scores": usual | trial.user_attrs.get("scores", {})}
@@ -136,7 +136,7 @@ def score_rows(trial: FrozenTrial, base: Mapping[str, float], known: Mapping[str
 
 
 def figure_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each figure that any of several models has, a column for each model. They are described as by `Score.described`."""
+    """A row for each score that any of the models has, and a column for each model, given as from `Score.described`."""
 
     def cell(model: Mapping[str, Any], group: str, name: str) -> str:
         value = model.get(group, {}).get(name)
@@ -148,7 +148,7 @@ def figure_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     groups = (
         ("kl_statistics", STATISTICS, "KL divergence, "),
         ("response_classes", CLASSES, "Responses: "),
-        ("early_response_classes", CLASSES, "By their beginnings: "),
+        ("early_response_classes", CLASSES, "Early verdicts: "),
     )
     for group, names, heading in groups:
         for name, title in names.items():
@@ -159,6 +159,6 @@ def figure_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def moved_rows(moved: Sequence[tuple[Prompt, float, float]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of prompts after which a model's words have moved (`Evaluator.most_moved`)."""
-    headers = ["Prompt", "KL divergence, first token", "mean along the answer"]
+    """Headers and rows of the prompts with the largest divergence (`Evaluator.most_moved`)."""
+    headers = ["Prompt", "KL divergence, first token", "mean along the response"]
     return headers, [[prompt.user, f"{first:.4f}", f"{mean:.4f}"] for prompt, first, mean in moved]

@@ -1,7 +1,7 @@
-"""Scorers: what a trial is judged by. The built-in ones, and the interface for others.
+"""Scorers: the built-in ones, and the interface for custom ones.
 
-A scorer is a class with `prepare`, called once with the original model's outputs, and `score`, called with those of each trial. It is
-named in the settings, has a settings table of its own there, and is minimized, maximized or only reported (`none`):
+A scorer is a class with `prepare`, called once with the original model's outputs, and `score`, called with those of each trial. The
+settings name it, configure it, and say whether it is minimized, maximized or only reported (`none`):
 
     [scorers.shouting]
     use = "shouting.py:Shouting"        # a file, or an import path such as "package.module:Shouting"
@@ -38,30 +38,30 @@ from .outputs import Outputs
 
 @dataclass(frozen=True)
 class DivergenceWeights:
-    """The divergence that weighs as much as all refusals, and the one below which only refusals count: settings of the run, in nats."""
+    """`kl_divergence_scale` and `kl_divergence_target` of the settings, in nats."""
 
     scale: float
     target: float
 
 
 class ScorerSettings(BaseModel):
-    """A scorer's own settings; an unknown one is an error."""
+    """Base class of a scorer's settings. Unknown settings are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Scorer:
-    """Base class of scorers. `settings` is its own table, `weights` how the search weighs divergences.
+    """Base class of scorers. `settings` is its own table; `weights` are the weights of divergences in the search.
 
-    What a scorer raises in `prepare` (or in scoring the original) ends the run before the search; in `score`, that trial.
+    An exception in `prepare` (or in scoring the original) ends the run before the search; one in `score` fails that trial.
     """
 
     Settings: ClassVar[type[BaseModel]] = ScorerSettings
-    # Responses to harmful prompts that end at their first marker will not do. Costs the time to generate them whole.
+    # Whether the scorer needs complete responses to harmful prompts, not only up to an early verdict. Generating them takes longer.
     needs_whole_responses: ClassVar[bool] = False
-    # It is known before any response is generated, and so for trials that are stopped early as well.
+    # Whether the score does not need responses. Then it is known for trials that are stopped early as well.
     needs_only_divergences: ClassVar[bool] = False
-    # `objective` is a share of refusals, below whose target divergences count for nothing (see `DivergenceScorer.objective`).
+    # Whether `objective` is the share of refusals, which divergences below the target do not count against (`DivergenceScorer.objective`).
     counts_refusals: ClassVar[bool] = False
 
     def __init__(self, settings: Any, weights: DivergenceWeights) -> None:
@@ -69,23 +69,23 @@ class Scorer:
         self.weights = weights
 
     def fingerprint(self) -> str:
-        """What figures depend on besides the settings and this class's file, such as another model's weights: a study is known by it."""
+        """What scores depend on besides the settings and this class's file, such as another model's weights. Part of a study's identity."""
         return ""
 
     def prepare(self, original: Outputs) -> None:
-        """Take from the original model what trials will be compared with."""
+        """Get what trials will be compared with from the original's outputs."""
 
     def score(self, outputs: Outputs) -> Figure | float:
-        """The figure of one model. Also called once with the original's outputs, for the figure before."""
+        """The score of one trial. Also called once with the original's outputs, for the baseline."""
         raise NotImplementedError
 
     def objective(self, value: float, refusals: float | None) -> float:
-        """What the search sees of a figure. `refusals`: the share of refusals left, where that is an objective too."""
+        """The objective value of a score. `refusals`: the remaining share of refusals, if that is an objective too."""
         return value
 
 
 class Refusals(Scorer):
-    """Harmful prompts whose response is a refusal, or degenerate where the original's was not."""
+    """Number of harmful prompts whose response is a refusal, or is degenerate while the original's was not."""
 
     counts_refusals = True
 
@@ -100,7 +100,7 @@ class Refusals(Scorer):
 
 
 class DivergenceScorer(Scorer):
-    """A KL divergence from the original, in nats; in units of `kl_divergence_scale` for the search."""
+    """A KL divergence from the original, in nats; the objective is in units of `kl_divergence_scale`."""
 
     needs_only_divergences = True
 
@@ -109,28 +109,28 @@ class DivergenceScorer(Scorer):
 
 
 def divergence_objective(value: float, refusals: float | None, scale: float, target: float) -> float:
-    """The divergence in units of `scale`; below `target` the share of refusals in units of the target: doing nothing earns nothing."""
+    """The divergence in units of `scale`; below `target` it depends on the share of refusals, so that doing nothing gains nothing."""
     if refusals is None or value >= target:
         return value / scale
     return refusals * target / scale
 
 
 class FirstTokenDivergence(DivergenceScorer):
-    """Mean over harmless prompts of the KL divergence at the first token of the answer."""
+    """Mean over harmless prompts of the KL divergence at the first token of the response."""
 
     def score(self, outputs: Outputs) -> Figure:
         return Figure.mean(outputs.divergences.first_token)
 
 
 class SequenceDivergence(DivergenceScorer):
-    """Mean over the tokens of the original's own answers to harmless prompts (the first `kl_tokens` of each)."""
+    """Mean over the tokens of the original's own responses to harmless prompts (the first `kl_tokens` of each)."""
 
     def score(self, outputs: Outputs) -> Figure:
         return Figure.ratio(outputs.divergences.sums, outputs.divergences.n_tokens)
 
 
 class HarmlessRefusals(Scorer):
-    """Harmless prompts whose response is a refusal."""
+    """Number of harmless prompts whose response is a refusal."""
 
     def score(self, outputs: Outputs) -> Figure:
         return Figure.count([response.kind == "refusal" for response in outputs.harmless_responses])
@@ -148,7 +148,7 @@ BUILT_IN: Mapping[str, str] = {
 def load_scorers(settings: Settings) -> dict[str, Scorer]:
     """The scorers of a run by name, in the order of the settings, the built-in ones first.
 
-    Raises `UsageError` for one that cannot be found or whose settings are wrong; nothing heavy is loaded for that.
+    Raises `UsageError` for one that cannot be imported or whose settings are invalid. Loads nothing heavy.
     """
     scorers, weights = {}, DivergenceWeights(settings.kl_divergence_scale, settings.kl_divergence_target)
     for name, specification in settings.all_scorers.items():
@@ -157,16 +157,16 @@ def load_scorers(settings: Settings) -> dict[str, Scorer]:
             own = scorer_class.Settings.model_validate(specification.settings)
         except ValidationError as error:
             lines = [_describe(name, scorer_class, problem, not specification.is_custom) for problem in error.errors()]
-            raise UsageError("\n".join(lines)) from (None if specification.is_custom else error)  # which would show a key's value
+            raise UsageError("\n".join(lines)) from (None if specification.is_custom else error)  # its text would show secret values
         scorers[name] = scorer_class(own, weights)
     return scorers
 
 
 def fingerprints(settings: Settings) -> dict[str, str]:
-    """By which a study knows its scorers again: hashes of the files of those that are not built in and of their own settings, which may
-    be secret and are not stored, and what they say themselves.
+    """Fingerprints of custom scorers in a study: hashes of their files and settings (which may be secret and are not stored), and their
+    own `fingerprint`.
 
-    Raises `UsageError` as `load_scorers` does.
+    Raises `UsageError` like `load_scorers`.
     """
     found = {}
     for name, scorer in load_scorers(settings).items():
@@ -187,17 +187,17 @@ def _find(name: str, use: str) -> type[Scorer]:
     place, separator, class_name = BUILT_IN.get(use, use).rpartition(":")
     if not separator or not place or not class_name:
         raise UsageError(
-            f"{setting}: {use!r} is no scorer{did_you_mean(use, list(BUILT_IN))}; write package.module:Class or file.py:Class, or one of "
+            f"{setting}: {use!r} is not a scorer{did_you_mean(use, list(BUILT_IN))}; use package.module:Class or file.py:Class, or one of "
             f"{', '.join(BUILT_IN)}."
         )
     try:
         module = _import_file(place) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever the file does when it is run
+    except Exception as error:  # importing runs arbitrary code
         reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{setting}: {place} cannot be imported: {reason}. Check the path, or the file.") from error
+        raise UsageError(f"{setting}: {place} cannot be imported: {reason}. Check the path and the file.") from error
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Scorer)):
-        what = "has no" if found is None else "has something else than a class that inherits from heretic.scoring.scorers.Scorer as"
+        what = "has no" if found is None else "does not have a subclass of heretic.scoring.scorers.Scorer named"
         raise UsageError(f"{setting}: {place} {what} {class_name}.")
     return found
 
@@ -205,10 +205,10 @@ def _find(name: str, use: str) -> type[Scorer]:
 def _import_file(place: str) -> Any:
     path = expand(place).resolve()
     name = f"heretic_scorers_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    if name in sys.modules:  # its classes stay the same ones
+    if name in sys.modules:  # so that its classes stay identical
         return sys.modules[name]
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None and specification.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(specification)
@@ -226,6 +226,6 @@ def _describe(name: str, scorer_class: type[Scorer], problem: Any, shows_value: 
     if problem["type"] == "extra_forbidden":
         return f"Unknown setting {setting}{did_you_mean(str(problem['loc'][-1]), list(scorer_class.Settings.model_fields))}."
     if problem["type"] == "missing":
-        return f"Setting {setting} is missing; this scorer needs it."
+        return f"Setting {setting} is missing; this scorer requires it."
     value = f", got {problem['input']!r}" if shows_value else ""
     return f"Setting {setting}: {problem['msg'].removeprefix('Value error, ')}{value}."
