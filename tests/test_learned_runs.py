@@ -54,7 +54,7 @@ bad_evaluation_prompts.dataset = "bad_evaluation.txt"
 """
 # One learned trial, and no search.
 ONE = ["--n-trials", "0", "--n-startup-trials", "0", "--n-learned-trials", "1"]
-TWO_ROUNDS = {"FIRST_ROUNDS": 2, "LATER_ROUNDS": 1}
+TWO_ROUNDS = {"FIRST_ROUNDS": 2, "LATER_ROUNDS": 1, "MOST_LATER_ROUNDS": 1}
 
 
 def write_study(folder: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_study_tells_of_learned_trials(finished: Path) -> None:
         assert isinstance(attributes["refusals"], int) and isinstance(attributes["kl_divergence"], float)
         assert trial.values[0] == attributes["refusals"] / N_EVALUATED
         own = attributes["learned"]
-        assert (own["number"], own["weight"], own["steps"]) == (number, [6.0, 0.35][number], [2, 1][number] * learning.ROUND_STEPS)
+        assert (own["number"], own["weight"], own["steps"]) == (number, [12.0, 0.7][number], [2, 1][number] * learning.ROUND_STEPS)
         names = [f"model.layers.{i}.{name}" for i in range(8) for name in ("self_attn.o_proj", "mlp.down_proj")]
         assert [writer["writer"] for writer in own["writers"]] == names
         assert [writer["layer"] for writer in own["writers"]] == [i for i in range(8) for _ in range(2)]
@@ -477,6 +477,33 @@ def test_a_single_prompt_that_does_not_fit(taught: Learner, monkeypatch: pytest.
     monkeypatch.setattr(taught.model, "packed_logits", full)
     with pytest.raises(LearningError, match=r"^memory does not suffice for the gradient of a single prompt$"):
         gradients(taught)
+
+
+@pytest.mark.parametrize(("refusing", "n_rounds", "kept"), [((0.1,), 1, 0), ((0.4, 0.1), 2, 1), ((0.4, 0.3, 0.5), 3, 1)])
+def test_a_trial_that_gets_worse_goes_on(
+    taught: Learner, refusing: tuple[float, ...], n_rounds: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later trial ends once it is no worse than where it began, at its own weight of the refusals, or after three rounds."""
+    losses = iter(refusing)
+    seen: list[dict[str, Tensor]] = []
+
+    def kept_back() -> learning.Losses:
+        seen.append(taught.edit.state())
+        return learning.Losses(0.1, next(losses))
+
+    def step(weight: float, rng: object, rate: float) -> None:
+        taught.edit.strengths.data += 0.001
+
+    before = taught.edit.state()
+    monkeypatch.setattr(taught, "_reached", learning.Losses(0.2, 0.2))  # with weight 2: 0.6, as 0.1 + 2 * 0.25 would be
+    monkeypatch.setattr(taught, "_kept_back_losses", kept_back)
+    monkeypatch.setattr(taught, "_step", step)
+    advanced: list[int] = []
+    outcome = taught.learn(1, 2.0, advanced.append)
+    assert outcome is not None and outcome.n_steps == n_rounds * learning.ROUND_STEPS == len(seen) * learning.ROUND_STEPS
+    assert outcome.loss == pytest.approx(0.1 + 2 * refusing[kept]) and torch.equal(taught.edit.strengths, seen[kept]["strengths"])
+    assert sum(advanced) == learning.LATER_ROUNDS * learning.ROUND_STEPS  # what was announced
+    taught.edit.restore(before)
 
 
 def test_a_gradient_that_is_not_finite(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
