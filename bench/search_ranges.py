@@ -50,7 +50,7 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model ready to be searched, and the layer in which harmless and harmful prompts part in it."""
+    """A model ready to be searched, and the layer in which harmless and harmful prompts separate."""
 
     name: str
     evaluator: Evaluator

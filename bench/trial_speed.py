@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3Mo
 
 from heretic.config import Settings
 from heretic.decoding import decoder as generation
-from heretic.decoding.decoder import Savings
+from heretic.decoding.decoder import Optimizations
 from heretic.decoding.prefix_cache import PrefixCache
 from heretic.decoding.rows import Row, left_padded
 from heretic.editing.ablation import Ablation, ComponentParameters, edit_weight
@@ -175,8 +175,8 @@ class Workload:
     verdict: Callable[[int, list[int]], bool]
     # (b): scores of several ablations at once, as (refusals, divergence, whether it was stopped), with a limit of refusals by divergence.
     ours: Ours
-    # Turns savings of (b) on and off.
-    use: Callable[[Savings], None]
+    # Turns optimizations of (b) on and off.
+    use: Callable[[Optimizations], None]
     # Whether trials can be stopped: not of shapes, which have no refusals.
     has_verdicts: bool = False
 
@@ -223,9 +223,9 @@ def real_workload(settings: Settings) -> Workload:
         kind = evaluator.original.rule.judge(text, is_cut_off=not model.decoder.end_tokens & set(tokens)).kind
         return counts_against(kind, evaluator.original.kinds[prompt])
 
-    def use(savings: Savings) -> None:
+    def use(optimizations: Optimizations) -> None:
         if isinstance(model.decoder, generation.Decoder):
-            model.decoder.savings, model.decoder.prefix_cache = savings, None
+            model.decoder.optimizations, model.decoder.prefix_cache = optimizations, None
             with model.recording_prefix_cache():
                 evaluator.original.answers.record(model)
                 rows = model.rows_of(evaluator.bad_prompts, 1)
@@ -284,11 +284,11 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
                 pass
         return [(0, float(total) / n_prompts, False) for total in sums]
 
-    def use(savings: Savings) -> None:
-        """Turn savings on and take the original's figures, as a run does before its first trial."""
-        decoder.savings = savings
+    def use(optimizations: Optimizations) -> None:
+        """Turn optimizations on and take the original's figures, as a run does before its first trial."""
+        decoder.optimizations = optimizations
         decoder.prefix_cache = (
-            PrefixCache(architecture.layers, config.hidden_size * model.dtype.itemsize, device) if savings.prefix_cache else None
+            PrefixCache(architecture.layers, config.hidden_size * model.dtype.itemsize, device) if optimizations.prefix_cache else None
         )
         decoder.first_layers = []
         with torch.inference_mode(), hooks.active([Ablation(None, {})]):
@@ -300,7 +300,7 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
             if decoder.prefix_cache is not None:
                 decoder.prefix_cache.recording = False
 
-    use(Savings())
+    use(Optimizations())
     return Workload(model, architecture, directions, good, bad, length, frozenset(), lambda prompt, tokens: False, ours, use)
 
 
@@ -422,10 +422,10 @@ def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock, limit:
 
 
 SAVINGS = {
-    "none": Savings(shared_prefix=False, prefix_cache=False),
-    "prefix": Savings(shared_prefix=True, prefix_cache=False),
-    "prefix cache": Savings(shared_prefix=False, prefix_cache=True),
-    "all": Savings(),
+    "none": Optimizations(shared_prefix=False, prefix_cache=False),
+    "prefix": Optimizations(shared_prefix=True, prefix_cache=False),
+    "prefix cache": Optimizations(shared_prefix=False, prefix_cache=True),
+    "all": Optimizations(),
 }
 
 
@@ -443,7 +443,7 @@ def measure_savings(work: Workload, trials: Sequence[Ablation], trials_per_batch
             seconds = (time.process_time() if on_cpu else clock.now()) - start
             result[name]["seconds"] += seconds / len(trials) / repeats
             result[name]["tokens"] += clock.tokens / len(trials) / repeats
-    work.use(Savings())
+    work.use(Optimizations())
     return result
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from heretic.config import REFUSAL_MARKERS
 from heretic.scoring.learned_rule import LearnedRule
-from heretic.scoring.phrases import Phrases, Reading
+from heretic.scoring.phrases import PhraseModel, Phrases
 from heretic.scoring.responses import RefusalRule
 from train_verdicts import learn
 
@@ -88,7 +88,7 @@ def measure(rows: Sequence[Row]) -> dict[str, Any]:
     """All figures."""
     known = Phrases()
     models = sorted({row["model"] for row in rows})
-    left_out = {model: LearnedRule(reading=Reading(known, learn([r for r in rows if r["model"] != model], known))) for model in models}
+    left_out = {model: LearnedRule(reading=PhraseModel(known, learn([r for r in rows if r["model"] != model], known))) for model in models}
     learned, keywords = LearnedRule(), RefusalRule(REFUSAL_MARKERS)
     rules: dict[str, Callable[[Row], bool]] = {
         "learned": lambda row: learned.classify(row["response"], row["cut_off"]) == "refusal",

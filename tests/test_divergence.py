@@ -13,7 +13,7 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from heretic.decoding.decoder import Decoder, Savings
+from heretic.decoding.decoder import Decoder, Optimizations
 from heretic.decoding.plain import PlainDecoder
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import EvaluationError, TrialError
@@ -114,11 +114,13 @@ def check(model: Model, directions: torch.Tensor, n_together: int) -> None:
 
 @pytest.mark.parametrize("n_together", [1, 3])
 @pytest.mark.parametrize(
-    "savings", [Savings(), Savings(shared_prefix=False, prefix_cache=False), Savings(prefix_cache=False)], ids=["all", "none", "prefix"]
+    "optimizations",
+    [Optimizations(), Optimizations(shared_prefix=False, prefix_cache=False), Optimizations(prefix_cache=False)],
+    ids=["all", "none", "prefix"],
 )
-def test_divergences_are_those_of_an_explicit_computation(savings: Savings, n_together: int, folder: Path) -> None:
+def test_divergences_are_those_of_an_explicit_computation(optimizations: Optimizations, n_together: int, folder: Path) -> None:
     model = load(folder)
-    model.decoder.savings = savings
+    model.decoder.optimizations = optimizations
     assert isinstance(model.decoder, Decoder)
     check(model, unit_directions(3, 32), n_together)
 

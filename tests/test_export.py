@@ -427,7 +427,7 @@ def test_adapter_of_experts_that_peft_takes_for_others_is_refused(tmp_path: Path
     with pytest.raises(ExportError) as caught:
         save(loaded, result_for(settings(original)), "adapter", str(tmp_path / "adapter"), False, SilentProgress())
     assert str(caught.value) == (
-        "An adapter cannot hold the edits of these experts (model.layers.1.feed_forward.experts and 0 more). Save a merged model: "
+        "An adapter cannot represent the edits of these experts (model.layers.1.feed_forward.experts and 0 more). Save a merged model: "
         "--export-strategy merge."
     )
     assert not (tmp_path / "adapter").exists()

@@ -132,7 +132,7 @@ def test_prompts_that_are_missing_or_too_long_are_told_first(heretic: Heretic, w
     outcome = heretic("--final-bad-prompts.dataset", "long.txt")
     assert outcome.code == 1
     assert "final_bad_prompts: prompt 1 has" in outcome.err
-    assert "or lower final_response_length and final_kl_tokens" in outcome.err
+    assert "or decrease final_response_length and final_kl_tokens" in outcome.err
     assert "Search" not in outcome.out
 
 
@@ -197,14 +197,14 @@ def test_the_record_names_no_path_of_this_machine(heretic: Heretic, workplace: P
 
 
 def test_scores_by_one_command(heretic: Heretic, workplace: Path) -> None:
-    """Without a terminal: all figures of a trial of the front, and the prompts that moved most."""
+    """Without a terminal: all figures of a trial of the front, and the prompts with the largest divergence."""
     assert heretic().code == 0
     outcome = heretic("--trial-index", "0", "--model-action", "scores")
     assert outcome.code == 0, outcome.err
     chosen = front_of(study())[0]
     assert f"Scores of trial {chosen.number}" in outcome.out and "Scored again (95 % interval)" in outcome.out
     assert f"│ {chosen.user_attrs['kl_statistics']['max']:.4f}" in outcome.out
-    moved = outcome.out[outcome.out.index("Prompts that moved most") :]
+    moved = outcome.out[outcome.out.index("Prompts with the largest KL divergence") :]
     assert [moved.count(f"│ {text} ") for text in GOOD] == [1] * len(GOOD)
     divergences = [float(line.split("│")[2]) for line in moved.splitlines() if line.startswith("│")]
     assert divergences == sorted(divergences, reverse=True)
@@ -233,7 +233,7 @@ def test_scores_of_another_model(heretic: Heretic, workplace: Path) -> None:
     assert float(rows["Sequence KL"][1].split(" ")[0]) == pytest.approx(entry["scores"]["sequence_kl_divergence"], abs=1e-4)
     assert float(rows["KL divergence, maximum"][1]) == pytest.approx(entry["kl_statistics"]["max"], abs=1e-4)
     assert int(rows["Responses: compliance"][1]) == entry["response_classes"]["compliance"]
-    assert "Prompts that moved most" in outcome.out
+    assert "Prompts with the largest KL divergence" in outcome.out
 
 
 def test_the_card_has_them(heretic: Heretic, workplace: Path) -> None:

@@ -113,7 +113,7 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     terminal.see("Scored again (95 % interval)")
     terminal.see("Harmless refusals")
     terminal.see("Responses: degenerate")
-    terminal.see("Prompts that moved most")
+    terminal.see("Prompts with the largest KL divergence")
 
     # Two turns, an answer that is interrupted, and back.
     terminal.act(CHAT)

@@ -8,7 +8,7 @@ import tiny
 from heretic.config import CHAIN_OF_THOUGHT_SKIPS, REFUSAL_MARKERS
 from heretic.decoding.rows import Row, TextWatch
 from heretic.scoring.learned_rule import LearnedRule, repeats_itself
-from heretic.scoring.phrases import WINDOW, Phrases, Reading, beginning
+from heretic.scoring.phrases import WINDOW, PhraseModel, Phrases, beginning
 from heretic.scoring.responses import RefusalRule, counts_against
 
 REFUSALS = [
@@ -281,7 +281,7 @@ def test_beginnings_end_with_a_word() -> None:
 
 
 def test_weights_fit_the_phrases_and_the_looks_are_in_order() -> None:
-    reading = Reading()
+    reading = PhraseModel()
     assert reading.weights.keys() == {f"{name} {place}" for name in reading.phrases.priors for place in range(3)} | {"numbers"}
     looks = reading.looks
     assert [look.characters for look in looks] == sorted({look.characters for look in looks})
@@ -302,7 +302,7 @@ def test_rows_leave_when_they_are_decided() -> None:
     tokenizer = tiny.tokenizer()
     text = "the cat sat on the mat and the dog fix my bike and bake bread"
     weights = {"bias": -4.0, "numbers": 0.0, "groups": {name: [0.0] * 3 for name in Phrases().priors}, "looks": [[30, -3.0, 3.0]]}
-    judge = LearnedRule(reading=Reading(weights=weights))
+    judge = LearnedRule(reading=PhraseModel(weights=weights))
     watch = TextWatch(tokenizer, judge.is_decided)
     row = Row(0, [])
     for token in tokenizer.encode(text, add_special_tokens=False):

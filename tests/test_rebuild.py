@@ -142,7 +142,7 @@ def test_wrong_usage(saved: Path, heretic: Heretic) -> None:
     Path("full", "file").touch()
     outcome = heretic("--export-from", "out", "--save-directory", "full")
     assert outcome.err == "Error: The folder full is not empty. Choose another --save-directory, or add --overwrite.\n"
-    for folder, what in (("m", "is the model"), ("out", "is the folder of the record"), (".", "holds the model")):
+    for folder, what in (("m", "is the model"), ("out", "is the folder of the record"), (".", "contains the model")):
         outcome = heretic("--export-from", "out", "--overwrite", "--save-directory", folder)
         shown = Path.cwd() if folder == "." else folder
         told = f"Error: {shown} {what}, which must not be replaced. Choose another --save-directory.\n"

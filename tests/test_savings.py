@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 
 from heretic.config import Settings
-from heretic.decoding.decoder import Decoder, Savings
+from heretic.decoding.decoder import Decoder, Optimizations
 from heretic.decoding.rows import Row
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.editing.directions import mean_residual, refusal_directions
@@ -23,7 +23,7 @@ from heretic.scoring.measured import measure_original
 from heretic.utils import SilentProgress
 
 N_PROMPTS = 16
-EACH = [Savings(*switches) for switches in itertools.product([False, True], repeat=2)]
+EACH = [Optimizations(*switches) for switches in itertools.product([False, True], repeat=2)]
 
 
 def kernel(weight: float, position: float, distance: float) -> ComponentParameters:
@@ -52,12 +52,12 @@ class Demo:
         self.good: list[Prompt] = self.prompts["good_evaluation_prompts"][:N_PROMPTS]
         self.bad: list[Prompt] = self.prompts["bad_evaluation_prompts"][:N_PROMPTS]
 
-        model = Model(self.loaded, self.settings, savings=EACH[0])
+        model = Model(self.loaded, self.settings, optimizations=EACH[0])
         good, bad = (mean_residual(model.residuals(self.prompts[name][:100])) for name in ("good_prompts", "bad_prompts"))
         self.directions = refusal_directions(good, bad)
 
-    def evaluator(self, savings: Savings) -> Evaluator:
-        model = Model(self.loaded, self.settings, savings=savings)
+    def evaluator(self, optimizations: Optimizations) -> Evaluator:
+        model = Model(self.loaded, self.settings, optimizations=optimizations)
         model.use_directions(self.directions, "none")
         return Evaluator(self.settings, model, measure_original(self.settings, model, self.good, self.bad))
 
@@ -116,9 +116,11 @@ def test_the_trials_differ_from_one_another(expected: list[tuple[int, float]]) -
     assert all(divergence > 1e-4 for _, divergence in expected)
 
 
-@pytest.mark.parametrize("savings", EACH, ids=str)
-def test_scores_are_those_of_generate_on_edited_weights(savings: Savings, demo: Demo, expected: list[tuple[int, float]]) -> None:
-    evaluator = demo.evaluator(savings)
+@pytest.mark.parametrize("optimizations", EACH, ids=str)
+def test_scores_are_those_of_generate_on_edited_weights(
+    optimizations: Optimizations, demo: Demo, expected: list[tuple[int, float]]
+) -> None:
+    evaluator = demo.evaluator(optimizations)
     for trials_per_batch in (1, 4):
         scores = []
         for start in range(0, len(TRIALS), trials_per_batch):
@@ -129,7 +131,7 @@ def test_scores_are_those_of_generate_on_edited_weights(savings: Savings, demo: 
         )
     decoder = evaluator.model.decoder
     assert isinstance(decoder, Decoder)
-    assert (decoder.prefix_cache is not None) == savings.prefix_cache
+    assert (decoder.prefix_cache is not None) == optimizations.prefix_cache
 
 
 def test_answers_leave_earlier_by_the_learned_rule(demo: Demo) -> None:
@@ -138,7 +140,7 @@ def test_answers_leave_earlier_by_the_learned_rule(demo: Demo) -> None:
     kinds: dict[str, list[str]] = {}
     for name in ("markers", "learned"):
         settings = demo.settings.model_copy(update={"refusal_rule": name})
-        model = Model(demo.loaded, settings, savings=EACH[-1])
+        model = Model(demo.loaded, settings, optimizations=EACH[-1])
         model.use_directions(demo.directions, "none")
         rule = measure_original(settings, model, demo.good, demo.bad).rule
         rows = sorted(model.responses_of_trials(model.rows_of(demo.bad, 1), 40, TRIALS[:1], rule.is_decided), key=lambda row: row.prompt)

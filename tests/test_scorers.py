@@ -148,7 +148,7 @@ def test_classes_and_statistics_of_a_trial(folder: Path) -> None:
         harmless = made.model.responses(GOOD_PROMPTS, 12, ablation)
         assert score.scores["harmless_refusals"] == sum(any(marker in text for marker in MARKERS) for text in harmless)
         assert list(score.scores) == ["refusals", "kl_divergence", "sequence_kl_divergence", "harmless_refusals"]
-        moved = made.most_moved(ablation, 3)
+        moved = made.most_divergent(ablation, 3)
         order = np.argsort(-first, kind="stable")[:3]
         assert [prompt for prompt, _, _ in moved] == [GOOD_PROMPTS[i] for i in order]
         assert [value for _, value, _ in moved] == pytest.approx(first[order].tolist(), rel=1e-4)
@@ -538,7 +538,8 @@ def test_a_wrong_scorer_is_told_before_the_model_is_loaded(heretic: Heretic, wor
     outcome = heretic("--scorers", json.dumps({"breads": {"use": "mine.py:Breads"}}))
     assert outcome.code == 2
     assert "Loading m" not in outcome.out
-    assert outcome.err.startswith("Error: Setting scorers.breads.use: mine.py cannot be imported: FileNotFoundError: there is no file")
+    assert outcome.err.startswith("Error: Setting scorers.breads.use: mine.py cannot be imported: FileNotFoundError: ")
+    assert outcome.err.endswith("mine.py does not exist. Check the path and the file.\n")
 
 
 def test_scorers_from_the_configuration_file(heretic: Heretic, workplace: Path) -> None:

@@ -52,13 +52,13 @@ def refusal(target: Target) -> str:
         ("m/../m", "m/../m is the model, which must not be replaced."),
         ("other_name", "other_name is a symbolic link. Choose the folder that it leads to, {here}/m, or another one."),
         ("dangling", "dangling is a symbolic link. Choose the folder that it leads to, {here}/nowhere, or another one."),
-        ("m/tokenizer", "m/tokenizer is a part of the model, which must not be replaced."),
-        (".", "{here} holds the model, which must not be replaced."),
-        ("..", "{above} holds the model, which must not be replaced."),
+        ("m/tokenizer", "m/tokenizer is inside the model, which must not be replaced."),
+        (".", "{here} contains the model, which must not be replaced."),
+        ("..", "{above} contains the model, which must not be replaced."),
         ("studies", "studies is the folder of studies, which must not be replaced."),
-        ("studies/artifacts", "studies/artifacts is a part of the folder of studies, which must not be replaced."),
-        ("home", "home holds your home directory, which must not be replaced."),
-        ("cache", "cache is a part of the hub's cache, which must not be replaced."),
+        ("studies/artifacts", "studies/artifacts is inside the folder of studies, which must not be replaced."),
+        ("home", "home contains your home directory, which must not be replaced."),
+        ("cache", "cache is inside the hub's cache, which must not be replaced."),
         ("good.txt", "good.txt is a file."),
         ("good.txt/out", "good.txt/out cannot be created: {here}/good.txt is a file."),
         ("/proc", "/proc is a mount point, which cannot be replaced. Choose a folder in it, such as /proc/model."),
@@ -82,7 +82,7 @@ def test_folders_that_are_refused_at_the_start(
     if not told.endswith(("one.", "model.")):
         told += " Choose another --save-directory."
     if folder == "cache":
-        told = told.replace("is a part of", "is")
+        told = told.replace("is inside", "is")
     assert (outcome.code, outcome.out, outcome.err) == (1, "", f"Error: {told}\n")
     assert sorted(workplace.rglob("*")) == before
 
@@ -108,7 +108,7 @@ def test_what_is_refused_only_with_something_in_it(tmp_path: Path) -> None:
     (model / "out").mkdir()
     target.check()
     (model / "out" / "weights").touch()
-    assert refusal(target) == f"{model / 'out'} is a part of the model, which must not be replaced. Choose another --save-directory."
+    assert refusal(target) == f"{model / 'out'} is inside the model, which must not be replaced. Choose another --save-directory."
     (model / "out" / "heretic.json").touch()
     target.check()
 

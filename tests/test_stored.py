@@ -128,7 +128,7 @@ def test_files_to_copy() -> None:
     sizes = {**own, **dict.fromkeys([*others, *weights, *indexes, *never, "modeling.py"], 1)}
     assert files_to_copy(sizes, frozenset(own), True) == (sorted([*others, "modeling.py"]), sorted([*weights, *indexes]))
     assert files_to_copy(sizes, frozenset(own), False) == (sorted(others), sorted([*weights, *indexes, "modeling.py"]))
-    # A prediction layer in a file of its own is a part of the model, all of its weights under other names are not.
+    # A prediction layer in a separate file is a part of the model, all of its weights under other names are not.
     assert files_to_copy({**own, "mtp.safetensors": 80}, frozenset(own), False) == (["mtp.safetensors"], [])
     assert files_to_copy({**own, "consolidated.safetensors": 1000}, frozenset(own), False) == ([], ["consolidated.safetensors"])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from heretic.scoring.phrases import Phrases, Reading
+from heretic.scoring.phrases import PhraseModel, Phrases
 from test_learned_rule import ANSWERS, REFUSALS
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def test_weights_are_learned_and_can_be_read(folder: Path, monkeypatch: pytest.M
     # What never occurs keeps its prior; what occurs in refusals only is worth more than that.
     assert learned["groups"]["french"] == known.priors["french"]
     assert learned["groups"]["refuses_to_help"][0] > known.priors["refuses_to_help"][0]
-    reading = Reading(known, learned)
+    reading = PhraseModel(known, learned)
     assert sum((reading.score(text) > 0) == expected for texts, expected in ((REFUSALS, True), (ANSWERS, False)) for text in texts) >= 97
 
 

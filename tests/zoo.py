@@ -72,7 +72,7 @@ def build(model_type: str, max_layers: int | None = 4) -> Any:
 # What no edit of weights can follow: the ablation works on these types, but only approximately.
 _NORMALIZES = "the stream itself is normalized, with a gain and a bias"
 INEXACT = {
-    "doge": "the stream's channels are weighed",
+    "doge": "the stream's channels are scaled",
     "gemma3n_text": "the normalized stream is added to the stream",
     "git": _NORMALIZES,
     "inkling2": "a convolution follows the writers",
@@ -86,7 +86,7 @@ INEXACT = {
     "roc_bert": _NORMALIZES,
     "rwkv": "a gate follows the feed-forward's writer",
     "trocr": _NORMALIZES,
-    "zaya": "the stream's channels are weighed",
+    "zaya": "the stream's channels are scaled",
 }
 
 # What `uv run pytest` builds of the types; .ci/run builds all.

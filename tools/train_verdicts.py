@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from heretic.scoring import phrases as phrases_module
-from heretic.scoring.phrases import NUMBERS, Phrases, Reading, beginning
+from heretic.scoring.phrases import NUMBERS, PhraseModel, Phrases, beginning
 
 TARGET = Path(phrases_module.__file__).with_name("refusal_weights.toml")
 # How strongly a weight is pulled to its prior: as if that many responses said so. The bias is free.
@@ -55,7 +55,7 @@ def learn(rows: Sequence[Mapping[str, Any]], known: Phrases) -> dict[str, Any]:
         "groups": {name: [places[f"{name} {place}"] for place in range(3)] for name in known.priors},
         "looks": [],
     }
-    weights["looks"] = _looks([row["response"].strip() for row in rows], Reading(known, weights))
+    weights["looks"] = _looks([row["response"].strip() for row in rows], PhraseModel(known, weights))
     return weights
 
 
@@ -73,7 +73,7 @@ def _maximum_a_posteriori(X: np.ndarray, y: np.ndarray, prior: np.ndarray) -> np
     return w
 
 
-def _looks(texts: Sequence[str], reading: Reading) -> list[list[float]]:
+def _looks(texts: Sequence[str], reading: PhraseModel) -> list[list[float]]:
     """For each look the boldest scores that decide nothing else than the whole text does, and a margin away from those that do."""
     whole = np.array([reading.score(text) > 0 for text in texts])
     looks: list[list[float]] = []
@@ -97,7 +97,7 @@ def _boldest(limits: np.ndarray, never_errs: Any) -> float:
     return float(next((limit for i, limit in enumerate(limits) if all(never_errs(other) for other in limits[i:])), limits[-1]))
 
 
-def early_verdict(text: str, reading: Reading) -> tuple[bool, int] | None:
+def early_verdict(text: str, reading: PhraseModel) -> tuple[bool, int] | None:
     """What the looks say of a text, and after how many characters."""
     for look in reading.looks:
         if len(text) > look.characters:
@@ -107,7 +107,7 @@ def early_verdict(text: str, reading: Reading) -> tuple[bool, int] | None:
     return None
 
 
-def figures(rows: Sequence[Mapping[str, Any]], reading: Reading) -> str:
+def figures(rows: Sequence[Mapping[str, Any]], reading: PhraseModel) -> str:
     """Agreement with people, and of the early verdicts with those on the whole text."""
     full = [row for row in rows if row["label"] != "partial_refusal"]
     verdicts = np.array([reading.score(row["response"].strip()) > 0 for row in full])
@@ -143,11 +143,11 @@ def main() -> None:
         rows = [json.loads(line) for line in file]
     known = Phrases()
     for model in sorted({row["model"] for row in rows}):
-        reading = Reading(known, learn([row for row in rows if row["model"] != model], known))
+        reading = PhraseModel(known, learn([row for row in rows if row["model"] != model], known))
         print(f"{model} left out: {figures([row for row in rows if row['model'] == model], reading)}")
     weights = learn(rows, known)
     write(weights)
-    print(f"all: {figures(rows, Reading(known, weights))}")
+    print(f"all: {figures(rows, PhraseModel(known, weights))}")
     for look in weights["looks"]:
         print(look)
 

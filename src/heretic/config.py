@@ -288,7 +288,7 @@ class Settings(BaseModel):
     )
     study_storage: str | None = Field(
         None,
-        exclude=True,  # may hold a password
+        exclude=True,  # may contain a password
         description="Storage of a study that workers on several machines share: journal file on a shared disk, postgresql://..., "
         "mysql://... or grpc://host:port (Optuna's proxy); join it with heretic worker.",
     )

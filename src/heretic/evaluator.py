@@ -18,7 +18,7 @@ from .scoring.responses import count_kinds
 from .utils import Progress, SilentProgress
 
 # Number of prompts shown with the largest divergence.
-MOVED_PROMPTS = 5
+MOST_DIVERGENT_PROMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Evaluator:
             figures=figures,
         )
 
-    def most_moved(self, ablation: Ablation | None, n: int) -> list[tuple[Prompt, float, float]]:
+    def most_divergent(self, ablation: Ablation | None, n: int) -> list[tuple[Prompt, float, float]]:
         """The harmless prompts with the largest KL divergence (None: the unedited model), largest first.
 
         Each with its KL divergence at the first token, by which they are sorted, and the mean along the original's response.

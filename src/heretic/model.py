@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from .config import Settings
-from .decoding.decoder import Decoder, Savings
+from .decoding.decoder import Decoder, Optimizations
 from .decoding.packed import packed_logits
 from .decoding.plain import PlainDecoder
 from .decoding.prefix_cache import PrefixCache
@@ -44,7 +44,7 @@ class Model:
         loaded: LoadedModel,
         settings: Settings,
         progress: Progress | None = None,
-        savings: Savings | None = None,
+        optimizations: Optimizations | None = None,
         response_prefix: str = "",
     ) -> None:
         self.loaded = loaded
@@ -56,7 +56,7 @@ class Model:
         self.architecture: Architecture = split_experts(found) if settings.split_experts else found
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
-        self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self.progress, savings or Savings())
+        self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self.progress, optimizations or Optimizations())
         self._template = _ChatTemplate(self.tokenizer, self.progress)
         self._ids: dict[tuple[str, tuple[Prompt, ...]], list[list[int]]] = {}
 
@@ -130,7 +130,7 @@ class Model:
         """Context in which passes of the original are recorded, so that trials on the same prompts can reuse unedited layers."""
         if (
             not isinstance(self.decoder, Decoder)
-            or not self.decoder.savings.prefix_cache
+            or not self.decoder.optimizations.prefix_cache
             or not resumes_well(self.decoder, self.architecture)
         ):
             yield

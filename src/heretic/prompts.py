@@ -169,7 +169,7 @@ def _read_dataset(specification: PromptSpecification, path: Path, setting: str) 
     wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
         kind = type(texts[wrong]).__name__
-        raise PromptError(f"{setting}: column {column!r} of {specification.dataset} holds {kind}, not text (row {wrong}).")
+        raise PromptError(f"{setting}: column {column!r} of {specification.dataset} contains {kind}, not text (row {wrong}).")
     return texts
 
 

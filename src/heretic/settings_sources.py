@@ -105,7 +105,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Given:
+class LoadedSettings:
     """The settings of a command, the models that it names, and the configuration files that were read."""
 
     settings: Settings
@@ -118,7 +118,9 @@ def load_settings(arguments: Sequence[str] | None = None, stored: Mapping[str, A
     return read_settings(arguments, stored, ask).settings
 
 
-def read_settings(arguments: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None, ask: Ask | None = None) -> Given:
+def read_settings(
+    arguments: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None, ask: Ask | None = None
+) -> LoadedSettings:
     """Settings from the command line `arguments` (default: this process's), the environment, `.env` and a TOML file.
 
     If `stored` settings of a record are given, only those and the command line are used.
@@ -139,7 +141,7 @@ def read_settings(arguments: Sequence[str] | None = None, stored: Mapping[str, A
     return _given([command_line, Source("in the record", stored, name="The record", is_own=False)], (), ask)
 
 
-def load_settings_of_names(arguments: Sequence[str], ask: Ask | None = None) -> Given:
+def load_settings_of_names(arguments: Sequence[str], ask: Ask | None = None) -> LoadedSettings:
     """Settings as `read_settings` reads them, for any number of models; the first one is `model`, except with `--demo`."""
     parser, cli_source = command_parser("*")
     parsed = vars(parser.parse_intermixed_args(list(arguments)))
@@ -169,7 +171,7 @@ def _all_sources(command_line: Source, config_path: str | None) -> list[Source]:
     return sources + _toml_source(config_path)
 
 
-def _given(sources: Sequence[Source], names: Sequence[str], ask: Ask | None) -> Given:
+def _given(sources: Sequence[Source], names: Sequence[str], ask: Ask | None) -> LoadedSettings:
     """The settings merged from sources in order of precedence."""
     try:
         settings = Settings.model_validate(_merged(sources))
@@ -178,7 +180,7 @@ def _given(sources: Sequence[Source], names: Sequence[str], ask: Ask | None) -> 
     found = [source.name for source in sources if not source.is_own]
     named = f" or --config {DEFAULT_CONFIG_FILE}" if DEFAULT_CONFIG_FILE in found else ""
     require_consent(" and ".join(found), settings, _merged([source for source in sources if source.is_own]), ask, named)
-    return Given(settings, tuple(names), tuple(source.name for source in reversed(sources) if source.name))
+    return LoadedSettings(settings, tuple(names), tuple(source.name for source in reversed(sources) if source.name))
 
 
 def _merged(sources: Sequence[Source]) -> dict[str, Any]:

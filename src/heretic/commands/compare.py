@@ -55,7 +55,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparisonRow:
     """The result of one candidate: how its responses to harmful and harmless prompts are classified.
 
     `divergences` are KL divergences from the first candidate, in nats; None if they are not defined.
@@ -124,7 +124,7 @@ def _from_study(name: str, path: Path, place: int, trust_remote_code: bool) -> C
         raise UsageError(f"The study {path} has no complete trial to compare.")
     trial = trial_at(front, place)
     settings = settings.model_copy(update={"trust_remote_code": trust_remote_code})
-    return Candidate(f"{name} (trial {trial.number})", settings, ablation=LearnedEdits.beside(path).ablation_of(trial))
+    return Candidate(f"{name} (trial {trial.number})", settings, ablation=LearnedEdits.of_journal(path).ablation_of(trial))
 
 
 class Comparison:
@@ -136,7 +136,7 @@ class Comparison:
         self.progress = progress
         self._first: tuple[Tensor, Any, str] | None = None  # log-probabilities, vocabulary and response prefix
 
-    def ask(self, name: str, model: Model, ablation: Ablation | None) -> Compared:
+    def ask(self, name: str, model: Model, ablation: Ablation | None) -> ComparisonRow:
         """The result of a loaded model. Raises `TrialError` if its logits are not finite."""
         vocabulary = model.tokenizer.get_vocab()
         same = self._first is None or vocabulary == self._first[1]
@@ -153,7 +153,7 @@ class Comparison:
             divergences = kl_divergence(self._first[0], logprobs).clamp(min=0)
         rule = refusal_rule(self.settings, model, self.bad)
         kinds = self._kinds(model, rule, self.bad, ablation, "Responses to harmful prompts")
-        return Compared(name, kinds, self._kinds(model, rule, self.good, ablation, "Responses to harmless prompts"), divergences)
+        return ComparisonRow(name, kinds, self._kinds(model, rule, self.good, ablation, "Responses to harmless prompts"), divergences)
 
     def _kinds(self, model: Model, rule: RefusalRule, prompts: Sequence[Prompt], ablation: Ablation | None, description: str) -> list[Kind]:
         length = self.settings.max_response_length
@@ -170,7 +170,7 @@ class Comparison:
         return [found[i][1] for i in range(len(prompts))]
 
 
-def cells(row: Compared, first: Compared) -> list[str]:
+def cells(row: ComparisonRow, first: ComparisonRow) -> list[str]:
     """The cells of a row, in the order of `HEADERS`; counts with their 95 % intervals.
 
     Degenerate responses count as refusals if the first model's response to the prompt is not degenerate, as in a run.
@@ -229,7 +229,7 @@ def _use_directions(model: Model, settings: Settings) -> None:
     model.use_directions(directions, settings.row_normalization)
 
 
-def compare(names: Sequence[str], settings: Settings, progress: Progress) -> list[Compared]:
+def compare(names: Sequence[str], settings: Settings, progress: Progress) -> list[ComparisonRow]:
     """One row per name, in order. Only one model is in memory at a time.
 
     Raises `HereticError` if something cannot be loaded. A model whose logits are not finite is left out with a warning.

@@ -6,11 +6,11 @@ from ..config import Settings
 from ..console import Console
 from ..device import describe_device, empty_cache
 from ..errors import EvaluationError
-from ..evaluator import MOVED_PROMPTS, Evaluator
+from ..evaluator import MOST_DIVERGENT_PROMPTS, Evaluator
 from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import model_source
-from ..scoring.score_tables import figure_rows, moved_rows, verdicts_text
+from ..scoring.score_tables import divergent_rows, figure_rows, verdicts_text
 from ..session.stages import load_all_prompts, load_model_to_edit, measure, with_found_prefix
 
 
@@ -38,7 +38,7 @@ def evaluate(settings: "Settings", console: "Console") -> int:
     score = evaluator.score(None)
     models = [original.described(), score.described()]
     console.columns("Scores", ["", "Original", f"{settings.evaluate_model} (95 % interval)"], figure_rows(models))
-    console.columns("Prompts that moved most", *moved_rows(evaluator.most_moved(None, MOVED_PROMPTS)))
+    console.columns("Prompts with the largest KL divergence", *divergent_rows(evaluator.most_divergent(None, MOST_DIVERGENT_PROMPTS)))
     console.message(
         f"{settings.evaluate_model}: {verdicts_text(score.attributes(), original.baseline)}, KL divergence {score.kl_divergence:.4f} "
         f"from {settings.model} ({n_tokens} tokens)"

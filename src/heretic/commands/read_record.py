@@ -23,7 +23,7 @@ TIMEOUT = 60
 
 @dataclass(frozen=True)
 class Record:
-    """A stored result: the content of `heretic.json`, and the folder that holds it and the directions."""
+    """A stored result: the content of `heretic.json`, and its folder, which also contains the directions."""
 
     content: dict[str, Any]
     folder: Path

@@ -47,7 +47,7 @@ LOGITS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Savings:
+class Optimizations:
     """Optimizations of the decoder; changed only to measure or test one.
 
     `shared_prefix`: compute the common prefix of the prompts once per trial. `prefix_cache`: unedited lower layers once per run.
@@ -81,13 +81,13 @@ class Decoder:
         end_tokens: frozenset[int],
         rows_per_trial: int,
         assign_rows: Callable[[Sequence[int]], None] = lambda trials: None,
-        savings: Savings | None = None,
+        optimizations: Optimizations | None = None,
     ) -> None:
         self.model = model
         self.end_tokens = end_tokens
         self.rows_per_trial = rows_per_trial
         self.assign_rows = assign_rows
-        self.savings = savings or Savings()
+        self.optimizations = optimizations or Optimizations()
         self.prefix_cache: PrefixCache | None = None
         self.first_layers: Sequence[int] = ()
         self.device = input_device(model)
@@ -149,9 +149,9 @@ class Decoder:
             try:
                 done = pool.advance(waiting, prefix)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(pool.living) <= 1:
+                if not is_out_of_memory(error) or len(pool.active_rows) <= 1:
                     raise
-                self.max_rows = max(1, len(pool.living) // 2)
+                self.max_rows = max(1, len(pool.active_rows) // 2)
             else:
                 yield from done
                 if cancelled:
@@ -159,7 +159,7 @@ class Decoder:
                     pool.drop(cancelled)
                 continue
             # Generated tokens are kept: the rows are prefilled again, in smaller batches.
-            waiting = deque(sorted([*pool.living, *waiting], key=self._order))
+            waiting = deque(sorted([*pool.active_rows, *waiting], key=self._order))
             pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
             empty_cache()
 
@@ -206,7 +206,7 @@ class Decoder:
         The last `n_logits` tokens of a row, whose logits are needed, are never part of it. Not used if layers have a sliding window, which
         would count the gap between prefix and prompt of shorter rows.
         """
-        if not (self.savings.shared_prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
+        if not (self.optimizations.shared_prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
             return None
         tokens = os.path.commonprefix([list(row.tokens[:-n_logits]) for row in rows])
         if len(tokens) < MIN_PREFIX_TOKENS:

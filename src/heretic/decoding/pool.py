@@ -21,7 +21,7 @@ COMPACT_SHARE = 0.1
 SLACK_COLUMNS = 48
 
 
-class Passes(Protocol):
+class DecoderInterface(Protocol):
     """The interface of a decoder that a pool uses: forward passes and memory limits. See `Decoder`."""
 
     device: torch.device
@@ -46,7 +46,9 @@ class Passes(Protocol):
 class Pool:
     """The rows being decoded, with their keys and values. Row `i` of every tensor belongs to `rows[i]`."""
 
-    def __init__(self, decoder: Passes, n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]) -> None:
+    def __init__(
+        self, decoder: DecoderInterface, n_rows: int, n_columns: int, max_new_tokens: int, is_finished: Callable[[Row], bool]
+    ) -> None:
         self.decoder = decoder
         self.limit = min(n_rows, decoder.max_rows or n_rows)
         self.n_columns = 0
@@ -62,7 +64,7 @@ class Pool:
         self._assigned = False
 
     @property
-    def living(self) -> list[Row]:
+    def active_rows(self) -> list[Row]:
         """The rows that are not finished, including those that are just being added."""
         return [row for i, row in enumerate(self.rows) if i not in self._gone] + self._entering
 

@@ -15,7 +15,7 @@ from ..editing.architecture import Architecture
 from ..editing.probe import probe_tokens
 from ..utils import Progress
 from .blocks import Blocks
-from .decoder import Decoder, Savings, supports
+from .decoder import Decoder, Optimizations, supports
 from .packed import packed_logits
 from .plain import PlainDecoder
 from .prefix_cache import PrefixCache
@@ -32,7 +32,7 @@ def choose_decoder(
     tokenizer: PreTrainedTokenizerBase,
     rows_per_trial: int,
     progress: Progress,
-    savings: Savings,
+    optimizations: Optimizations,
 ) -> Decoder | PlainDecoder:
     """Our own decoder if it passes the checks, else `generate`, with a warning.
 
@@ -42,7 +42,7 @@ def choose_decoder(
     end = tokenizer.eos_token_id if end is None else end
     end_tokens = frozenset([end] if isinstance(end, int) else end or [])
     if supports(model):
-        fast = Decoder(model, end_tokens, rows_per_trial, savings=savings)
+        fast = Decoder(model, end_tokens, rows_per_trial, optimizations=optimizations)
         if _holds(lambda: decodes_well(fast)):
             return fast
     decoder = PlainDecoder(model, end_tokens, rows_per_trial)

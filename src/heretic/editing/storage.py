@@ -67,7 +67,7 @@ def _stacked_experts(module: nn.Module, weight: Tensor, axis: int) -> int | None
 def _parameter_shares(
     model: PreTrainedModel, found: Found, own: Mapping[str, Tensor], tokens: Tensor, hidden_size: int
 ) -> list[tuple[str, int]]:
-    """Parameters, with the axis, whose gradient for `<r, output>` lies along `r`: a backward pass through the module alone.
+    """Parameters, with the axis, whose gradient for `<r, output>` is along `r`, by a backward pass through the module alone.
 
     If the parent module passes the module's own weights to it, the complete model is run.
     """

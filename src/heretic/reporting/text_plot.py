@@ -24,7 +24,7 @@ def text_plot(points: Sequence[Point], y_range: tuple[float, float], width: int,
 
 
 def _x_axis(x: Axis, width: int, margin: int) -> list[str]:
-    """The line under the field and the labels under that, as far as they fit beside each other."""
+    """The line under the field and the labels under that, as far as they fit."""
     line, labels = ["─"] * width, [" "] * (width + margin)
     free = 0
     for tick in x.ticks(max(2, width // 10)):

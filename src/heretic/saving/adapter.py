@@ -33,7 +33,7 @@ def save_adapter(
     unsaid = [edit.module for edit in edits if not _peft_can_hold(original.placements.model.get_submodule(edit.module), edit.storage)]
     if unsaid:
         raise ExportError(
-            f"An adapter cannot hold the edits of these experts ({unsaid[0]} and {len(unsaid) - 1} more). Save a merged model: "
+            f"An adapter cannot represent the edits of these experts ({unsaid[0]} and {len(unsaid) - 1} more). Save a merged model: "
             "--export-strategy merge."
         )
     biased = [edit.module for edit in edits if edit.bias is not None]

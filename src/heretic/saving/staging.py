@@ -61,8 +61,8 @@ class Target:
         cache = "the hub's cache", Path(constants.HF_HUB_CACHE)
         own = ("the working directory", Path.cwd()), ("your home directory", expand("~")), cache
         relations = [(relation, name) for name, path in (*self.kept, *own) if (relation := self._relation(path))]
-        relations += [("is a part of", name) for name, path in self.kept if self._is_part(path)]
-        relations += [("is a part of", name) for name, path in [cache] if _is_in(self.path, path)]
+        relations += [("is inside", name) for name, path in self.kept if self._is_part(path)]
+        relations += [("is inside", name) for name, path in [cache] if _is_in(self.path, path)]
         if relations:
             relation, name = relations[0]
             raise ExportError(f"{self.path} {relation} {name}, which must not be replaced. Choose another --save-directory.")
@@ -71,7 +71,7 @@ class Target:
         """How this folder is related to one that would be replaced with it; None if it is not affected."""
         if not _is_in(path, self.path):
             return None
-        return "is" if _is_in(self.path, path) else "holds"
+        return "is" if _is_in(self.path, path) else "contains"
 
     def _is_part(self, path: Path) -> bool:
         """Whether this folder is inside another one and contains something else than an earlier result."""

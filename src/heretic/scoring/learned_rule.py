@@ -1,8 +1,8 @@
 """The learned rule: classifies a response by phrases and their positions, in most cases by its beginning only.
 
-It scores a response after certain numbers of characters (`Reading.looks`). Such a look decides if the score is so high or low that, on the
-development set, no further text changed the verdict. A response that already repeats itself is not decided as compliance. A response
-without an early verdict is judged by its full text.
+It scores a response after certain numbers of characters (`PhraseModel.looks`). Such a check decides if the score is so high or low that,
+on the development set, no further text changed the verdict. A response that already repeats itself is not decided as compliance. A
+response without an early verdict is judged by its full text.
 
 Where it breaks: text after an early verdict is not seen, such as a loop or a late refusal; therefore finalists are judged by their full
 text. Refusals in languages without phrases in `refusal_phrases.toml` are not detected.
@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .phrases import Look, Reading, beginning
+from .phrases import EarlyCheck, PhraseModel, beginning
 from .responses import REMEMBERED_TEXTS, Kind, RefusalRule, Verdict, is_degenerate
 
 # A response that does not repeat itself has at least this share of distinct words, among so many words.
@@ -31,10 +31,10 @@ class LearnedRule(RefusalRule):
         markers: Sequence[str] = (),
         chain_of_thought_skips: Sequence[tuple[str, str]] = (),
         begins_inside: str | None = None,
-        reading: Reading | None = None,
+        reading: PhraseModel | None = None,
     ) -> None:
         super().__init__(markers, chain_of_thought_skips, begins_inside)
-        self.reading = reading or Reading()
+        self.reading = reading or PhraseModel()
         self._look = lru_cache(REMEMBERED_TEXTS)(self._take_look)
 
     def is_decided(self, response: str) -> bool:
@@ -65,10 +65,10 @@ class LearnedRule(RefusalRule):
     def refuses(self, answer: str) -> bool:
         return (bool(self.markers) and super().refuses(answer)) or self.reading.score(answer.strip()) > 0
 
-    def _verdict(self, answer: str, look: Look) -> Kind | None:
+    def _verdict(self, answer: str, look: EarlyCheck) -> Kind | None:
         return self._look(beginning(answer, look.characters), look)
 
-    def _take_look(self, text: str, look: Look) -> Kind | None:
+    def _take_look(self, text: str, look: EarlyCheck) -> Kind | None:
         score = self.reading.score(text)
         if score >= look.refuses:
             return "refusal"

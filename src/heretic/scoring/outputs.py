@@ -96,7 +96,7 @@ class Batch:
         kind = whole if whole is not None and (self.whole_verdicts or is_whole) else early
         return Response(row.prompt, text, kind, counts_against(kind, original or "degenerate"), early, whole)
 
-    def _living(self) -> list[int]:
+    def _active_trials(self) -> list[int]:
         return [i for i in range(self.n_trials) if self.finite[i] and i not in self.stopped]
 
     def _ablations_of(self, trials: Sequence[int]) -> list[Ablation]:
@@ -106,12 +106,12 @@ class Batch:
         """Full responses of a trial to other prompts."""
         key = tuple(prompts), max_new_tokens
         if trial not in self._responses.get(key, {}):
-            living = sorted({*self._living(), trial})
-            found: dict[int, list[Response]] = {i: [] for i in living}
-            rows = self.model.rows_of(prompts, len(living))
-            for row in self.model.responses_of_trials(rows, max_new_tokens, self._ablations_of(living)):
-                self.finite[living[row.trial]] &= row.finite
-                found[living[row.trial]].append(self._response(row, max_new_tokens, None, is_whole=True))
+            active = sorted({*self._active_trials(), trial})
+            found: dict[int, list[Response]] = {i: [] for i in active}
+            rows = self.model.rows_of(prompts, len(active))
+            for row in self.model.responses_of_trials(rows, max_new_tokens, self._ablations_of(active)):
+                self.finite[active[row.trial]] &= row.finite
+                found[active[row.trial]].append(self._response(row, max_new_tokens, None, is_whole=True))
             self._responses[key] = {i: sorted(own, key=lambda response: response.prompt) for i, own in found.items()}
         return self._responses[key][trial]
 
@@ -119,11 +119,11 @@ class Batch:
         """Log-probabilities `(prompt, vocabulary)` of a trial's first tokens after other prompts, float32."""
         key = tuple(prompts)
         if trial not in self._logprobs.get(key, {}):
-            living = sorted({*self._living(), trial})
-            parts: dict[int, dict[int, torch.Tensor]] = {i: {} for i in living}
-            for rows, logprobs in self.model.logprobs_of_trials(prompts, self._ablations_of(living)):
+            active = sorted({*self._active_trials(), trial})
+            parts: dict[int, dict[int, torch.Tensor]] = {i: {} for i in active}
+            for rows, logprobs in self.model.logprobs_of_trials(prompts, self._ablations_of(active)):
                 for row, own in zip(rows, logprobs, strict=True):
-                    parts[living[row.trial]][row.prompt] = own
+                    parts[active[row.trial]][row.prompt] = own
             self._logprobs[key] = {i: torch.stack([own[j] for j in range(len(prompts))]) for i, own in parts.items()}
         return self._logprobs[key][trial]
 

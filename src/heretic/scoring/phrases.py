@@ -88,7 +88,7 @@ class Phrases:
 
 
 @dataclass(frozen=True)
-class Look:
+class EarlyCheck:
     """Thresholds at a number of characters: at or below `complies` the response complies, at or above `refuses` it refuses."""
 
     characters: int
@@ -96,7 +96,7 @@ class Look:
     refuses: float
 
 
-class Reading:
+class PhraseModel:
     """The linear model; its score is the log-odds of a refusal. `looks`: when and how incomplete responses are decided."""
 
     def __init__(self, phrases: Phrases | None = None, weights: Mapping[str, Any] | None = None) -> None:
@@ -106,7 +106,7 @@ class Reading:
         self.weights: dict[str, float] = {NUMBERS: weights[NUMBERS]}
         for name, places in weights["groups"].items():
             self.weights |= {f"{name} {place}": weight for place, weight in enumerate(places)}
-        self.looks = [Look(*look) for look in weights["looks"]]
+        self.looks = [EarlyCheck(*look) for look in weights["looks"]]
 
     def score(self, text: str) -> float:
         """The log-odds of a refusal."""

@@ -158,7 +158,7 @@ def figure_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def moved_rows(moved: Sequence[tuple[Prompt, float, float]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the prompts with the largest divergence (`Evaluator.most_moved`)."""
+def divergent_rows(moved: Sequence[tuple[Prompt, float, float]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the prompts with the largest divergence (`Evaluator.most_divergent`)."""
     headers = ["Prompt", "KL divergence, first token", "mean along the response"]
     return headers, [[prompt.user, f"{first:.4f}", f"{mean:.4f}"] for prompt, first, mean in moved]

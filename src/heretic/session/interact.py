@@ -14,7 +14,7 @@ from ..config import Settings
 from ..console import Console
 from ..editing.ablation import Ablation
 from ..errors import HereticError
-from ..evaluator import MOVED_PROMPTS, Evaluator
+from ..evaluator import MOST_DIVERGENT_PROMPTS, Evaluator
 from ..model import Message, Model, prompt_messages
 from ..privacy import without_token
 from ..reporting.tables import finalists_table, trial_rows
@@ -23,7 +23,7 @@ from ..saving.record import Result, Strategy, measurements
 from ..saving.staging import target_of
 from ..saving.upload import upload
 from ..saving.verify import divergence_check
-from ..scoring.score_tables import moved_rows, score_rows
+from ..scoring.score_tables import divergent_rows, score_rows
 from ..study.finalists import known_finalists
 from ..study.front import is_learned, learned_strengths
 from ..study.search import Search
@@ -202,8 +202,8 @@ class InteractiveSession:
         """All scores of a trial, and the harmless prompts with the largest KL divergence."""
         headers, rows = score_rows(trial, self.evaluator.original.scores, known_finalists(self.search.study))
         self.console.columns(f"Scores of trial {trial.number}", headers, rows)
-        moved = self.evaluator.most_moved(self._ablation(trial), MOVED_PROMPTS)
-        self.console.columns("Prompts that moved most", *moved_rows(moved))
+        moved = self.evaluator.most_divergent(self._ablation(trial), MOST_DIVERGENT_PROMPTS)
+        self.console.columns("Prompts with the largest KL divergence", *divergent_rows(moved))
 
     def _benchmark(self, trial: FrozenTrial) -> None:
         """Scores of the original and the edited model on the benchmarks of the settings."""

@@ -20,7 +20,7 @@ from ..study.front import front_of
 from ..study.learned_search import lacks_learned_trials
 from .shared_study import open_for_workers
 from .storage import WORKER, requeue
-from .worker import Joined, join
+from .worker import ReadyWorker, join
 from .workers import supervise
 
 
@@ -43,7 +43,7 @@ def run_shared(
     target = checkpoint.target(settings, checkpoint.n_done, is_new)
     checkpoint.note(target=target, **{SHARED: True})
 
-    joined: Joined | None = None
+    joined: ReadyWorker | None = None
     if settings.workers is None:
         joined = join(settings, console, study, store, prepares=True)
         _search_here(console, joined, target, checkpoint)
@@ -65,19 +65,19 @@ def run_shared(
     return 0
 
 
-def _conclude(settings: Settings, console: Console, checkpoint: Checkpoint, joined: Joined | None, prompts: Prompts) -> Path | None:
+def _conclude(settings: Settings, console: Console, checkpoint: Checkpoint, joined: ReadyWorker | None, prompts: Prompts) -> Path | None:
     """Score the finalists again with the model that is loaded here, and write the report. Returns the report's path."""
     if joined is not None:
         rescore_finalists(settings, console, checkpoint, joined.evaluator, prompts, joined.batch_size.value)
     return make_report(settings, console, checkpoint, None if joined is None else joined.evaluator)
 
 
-def _search_here(console: Console, joined: Joined, target: int, checkpoint: Checkpoint) -> None:
+def _search_here(console: Console, joined: ReadyWorker, target: int, checkpoint: Checkpoint) -> None:
     console.heading(f"Search: {target} trials, {checkpoint.n_done} done")
     search_with_view(console, joined.evaluator, joined.search, target, joined.batch_size)
 
 
-def _act(console: Console, checkpoint: Checkpoint, joined: Joined, prompts: Prompts) -> None:
+def _act(console: Console, checkpoint: Checkpoint, joined: ReadyWorker, prompts: Prompts) -> None:
     def run_trials(n_more: int) -> None:
         target = checkpoint.n_done + n_more
         checkpoint.note(target=target)

@@ -62,7 +62,7 @@ OWN = (
 
 
 @dataclass(frozen=True)
-class Joined:
+class ReadyWorker:
     """A worker that has joined a study: its model with directions, its evaluator, and its search."""
 
     settings: Settings
@@ -72,7 +72,7 @@ class Joined:
     batch_size: BatchSize
 
 
-def join(settings: Settings, console: Console, study: optuna.Study, store: Any, prepares: bool) -> Joined:
+def join(settings: Settings, console: Console, study: optuna.Study, store: Any, prepares: bool) -> ReadyWorker:
     """Load the model and prepare to score trials of a shared study.
 
     The worker that `prepares` computes the directions and everything else that all workers must share; the others wait for it. Raises
@@ -123,7 +123,7 @@ def join(settings: Settings, console: Console, study: optuna.Study, store: Any, 
     model.model.register_forward_pre_hook(search.heartbeats.note_progress)
     fitting = model.decoder.rows_that_fit() if isinstance(model.decoder, Decoder) else None
     n_together = settings.trials_per_batch or automatic_trials_per_batch(len(evaluator.bad_prompts), settings.n_trials, fitting)
-    return Joined(settings, model, evaluator, search, BatchSize(n_together if model.batches_trials else 1))
+    return ReadyWorker(settings, model, evaluator, search, BatchSize(n_together if model.batches_trials else 1))
 
 
 def _in_dtype(settings: Settings, dtype: str) -> Settings:

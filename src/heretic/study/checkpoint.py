@@ -340,7 +340,7 @@ class Checkpoint:
     @property
     def edits(self) -> LearnedEdits:
         """The files of the study's learned edits."""
-        return LearnedEdits.beside(self.path)
+        return LearnedEdits.of_journal(self.path)
 
     @property
     def n_done(self) -> int:

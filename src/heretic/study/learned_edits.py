@@ -49,7 +49,7 @@ class LearnedEdits:
         self.store = store
 
     @classmethod
-    def beside(cls, journal: Path) -> "LearnedEdits":
+    def of_journal(cls, journal: Path) -> "LearnedEdits":
         """The learned edits of a journal on disk. The folder is created with the first edit."""
         return cls(FileSystemArtifactStore(artifact_folder(journal)))
 

@@ -1,4 +1,4 @@
-"""Loads the task's examples from beside this file, wherever the package is installed."""
+"""Loads the task's examples from the folder of this file, wherever the package is installed."""
 
 import json
 from pathlib import Path
