@@ -20,7 +20,8 @@ from ..device import input_device
 def packed_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Tensor]:
     """Logits `(n, vocabulary)` at the last `counts[i]` tokens of each row of token ids, in one pass. Gradients flow if they are enabled."""
     prefix = os.path.commonprefix([list(row[: len(row) - n]) for row, n in zip(rows, counts, strict=True)])
-    tokens, positions, owners, kept = [*prefix], [*range(len(prefix))], [-1] * len(prefix), []
+    tokens, positions, owners = [*prefix], [*range(len(prefix))], [-1] * len(prefix)
+    kept: list[int] = []
     for i, (row, n) in enumerate(zip(rows, counts, strict=True)):
         tokens += row[len(prefix) :]
         positions += range(len(prefix), len(row))
