@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from heretic.config import Settings
 from heretic.editing.architecture import Storage
 from heretic.loading.source import ModelSource
 from heretic.saving.edits import Edit
@@ -111,7 +112,7 @@ def main() -> None:
             start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
             original = open_original(ModelSource(str(source), "synthetic", None, False), SilentProgress())
             edits = edits_of(original, arguments.hidden_size)
-            write_export(original, edits, arguments.mode, "merge", 1, None, target, SilentProgress())
+            write_export(original, edits, Settings(model="m", row_normalization=arguments.mode), "merge", target, SilentProgress())
             exports.append(time.perf_counter() - start)
             after = resource.getrusage(resource.RUSAGE_SELF)
             cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

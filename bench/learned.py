@@ -7,20 +7,24 @@ A folder holds a model and `good.txt`, `bad.txt`, `good_evaluation.txt`, `bad_ev
 edits come from the first two lists, everything is scored on the other two. The hypervolume is that of (share of refusals left, KL
 divergence) below (1, 1 nat), as a share of the whole. `--leave-out` learns again without one part of the loss at a time. `again` is a
 check of the edit with fewest refusals (at equal ones the smallest divergence) by other means: mean log-probability under the original,
-per token from the sixth word on, of the edit's answers to harmful prompts and of the original's to harmless ones. The last line is one
-JSON object.
+per token from the sixth word on, of the edit's answers to harmful prompts and of the original's to harmless ones. `floor_s`: what
+the passes of learning cannot avoid on this machine. What to paste into LOG.md is printed before the last line, which is one JSON object.
 """
 
 import argparse
 import json
-import time
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
-from heretic.config import PromptSpecification, Settings
+from heretic.config import Settings
+from heretic.decoding.decoder import Decoder
 from heretic.editing.ablation import Ablation
 from heretic.editing.directions import mean_residual, refusal_directions, separating_layer
 from heretic.evaluator import Evaluator, Score
@@ -29,11 +33,14 @@ from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import Prompt, load_prompts
 from heretic.scoring.measured import measure_original
+from heretic.specifications import PromptSpecification
 from heretic.study.batching import automatic_trials_per_batch
 from heretic.study.learning import Learner, Parts, weights
+from heretic.study.samplers import Sampling
 from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
+from machine import ceilings, heading, now
 from search_quality import hypervolume
 
 PROMPTS = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
@@ -57,6 +64,7 @@ class Subject:
         self.evaluator = Evaluator(self.settings, self.model, measure_original(self.settings, self.model, *scored))
         good, bad = (mean_residual(self.model.residuals(prompts)) for prompts in (self.good, self.bad))
         self.model.use_directions(refusal_directions(good, bad), mode)
+        self._ceilings: tuple[float, float] | None = None
         self.separating_layer = separating_layer(good, bad)
 
     def point(self, score: Score) -> tuple[int, float]:
@@ -70,18 +78,20 @@ class Subject:
 
     def learn(self, seed: int, n_trials: int, parts: Parts) -> dict[str, Any]:
         """All learned trials of one seed."""
-        start = time.perf_counter()
+        start = now()
         components = list(self.model.architecture.components)
         learner = Learner(self.model, self.evaluator.original.rule, self.good, self.bad, components, seed, SilentProgress(), parts)
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         points: list[tuple[int, float]] = []
         ablations: list[Ablation] = []
         sequence: list[float] = []
         steps = 0
+        floor = self.floor()
         for number, weight in enumerate(weights(n_trials)):
-            start = time.perf_counter()
-            outcome = learner.learn(number, weight, lambda n: None)
-            seconds += time.perf_counter() - start
+            start = now()
+            with floor.counted():
+                outcome = learner.learn(number, weight, lambda n: None)
+            seconds += now() - start
             assert outcome is not None
             steps += outcome.n_steps
             ablations.append(learner.ablation())
@@ -96,9 +106,18 @@ class Subject:
             "hypervolume": round(self.volume(points), 4),
             "steps": steps,
             "seconds": round(seconds, 1),
+            "floor_s": round(floor.seconds, 3),
             "degenerate": harmless.response_classes.get("degenerate", 0),
             "again": {"answers": self.plausibility(ablations[best]), "original": self.plausibility(None)},
         }
+
+    def floor(self) -> "Floor":
+        """The floor of passes that are yet to come."""
+        if self._ceilings is None:
+            self._ceilings = ceilings(self.model.device, self.model.model.dtype)
+        outside = {id(module.weight) for module in (self.model.model.get_input_embeddings(), self.model.model.get_output_embeddings())}
+        n_weights = sum(p.numel() for p in self.model.model.parameters() if id(p) not in outside)
+        return Floor(n_weights, self.model.model.dtype.itemsize, *self._ceilings)
 
     def plausibility(self, ablation: Ablation | None) -> float:
         """Mean log-probability under the original of answers from the sixth word on: the edit's to harmful prompts, or its own."""
@@ -121,20 +140,61 @@ class Subject:
         """A search of one seed with the settings' defaults."""
         import optuna
 
-        start = time.perf_counter()
+        start = now()
         last_layer = len(self.model.architecture.layers) - 1
         space = search_space(self.settings, list(self.model.architecture.components), last_layer, self.separating_layer)
         study = optuna.create_study(directions=["minimize", "minimize"])
-        search = Search(study, "memory", space, seed, n_trials * 3 // 10)
+        search = Search(study, "memory", space, Sampling(seed, n_trials * 3 // 10))
         size = automatic_trials_per_batch(len(self.evaluator.original.bad_prompts), n_trials)
         search.run(n_trials, self.evaluator.score_trials, self.evaluator.objectives, size)
         points = [(trial.user_attrs["refusals"], trial.user_attrs["kl_divergence"]) for trial in search.front]
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         return {
             "points": [(refusals, round(kl, 5)) for refusals, kl in points],
             "hypervolume": round(self.volume(points), 4),
             "seconds": round(seconds, 1),
         }
+
+
+@dataclass
+class Floor:
+    """Seconds that passes cannot avoid: of each, the larger of its operations and of reading the weights.
+
+    A pass with gradients computes each product once more: no weight has a gradient. Embeddings and logits are left out. Not for mixtures
+    of experts, of whose weights a pass reads some only.
+    """
+
+    n_weights: int
+    itemsize: int
+    flops: float
+    bandwidth: float
+    seconds: float = 0.0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Within, passes are added."""
+        forward = Decoder.forward
+
+        def noted(decoder: Decoder, tokens: Tensor, *args: Any) -> Tensor:
+            operations = (4 if torch.is_grad_enabled() else 2) * self.n_weights * tokens.numel()
+            self.seconds += max(operations / self.flops, self.n_weights * self.itemsize / self.bandwidth)
+            return forward(decoder, tokens, *args)
+
+        with patch.object(Decoder, "forward", noted):
+            yield
+
+
+def log_entry(report: dict[str, Any]) -> str:
+    """What to paste into LOG.md."""
+    lines = ["| model | | hypervolume | fewest refused at | steps | seconds | floor |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for model, found in report.items():
+        for kind, own in found.items():
+            if isinstance(own, dict):
+                refused, kl = min(map(tuple, own["points"]))
+                cells = [own["hypervolume"], f"{refused} at {kl}", own.get("steps", ""), own["seconds"], own.get("floor_s", "")]
+                lines.append(f"| {' | '.join(map(str, [model, kind, *cells]))} |")
+    bases = ", ".join(f"{model} {found['base_refusals']}" for model, found in report.items())
+    return "\n".join([heading("learned edits"), f"Refused by the originals: {bases}.", "", *lines])
 
 
 def main() -> None:
@@ -163,6 +223,7 @@ def main() -> None:
                 found[f"search of {n_trials}, seed {seed}"] = subject.search(seed, n_trials)
                 print(name, "search", n_trials, seed, json.dumps(found[f"search of {n_trials}, seed {seed}"]), flush=True)
         report[Path(name).name] = found
+    print(f"\n{log_entry(report)}\n")
     print(json.dumps(report))
 
 

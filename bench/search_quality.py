@@ -43,6 +43,7 @@ from heretic.scoring.measured import measure_original
 from heretic.sharing.shared_search import SharedSearch
 from heretic.sharing.storage import SharedStorage
 from heretic.study.front import pareto_front, refusal_limit
+from heretic.study.samplers import Sampling
 from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
@@ -109,7 +110,7 @@ def one_run(scores: Scores, settings: Settings, seed: int, trials_per_batch: int
     study = optuna.create_study(directions=["minimize", "minimize"])
     last_layer = len(architecture.layers) - 1
     space = search_space(settings, list(architecture.components), last_layer)
-    search = Search(study, Path("memory"), space, seed, settings.n_startup_trials)
+    search = Search(study, Path("memory"), space, Sampling(seed, settings.n_startup_trials))
     start, before = time.process_time(), scores.n_computed
     volumes = {}
     for n_trials in N_TRIALS:
@@ -130,7 +131,7 @@ def run_of_workers(scores: Scores, settings: Settings, seed: int, n_workers: int
     storage = SharedStorage(InMemoryStorage(), "memory", 300)  # type: ignore[no-untyped-call]
     study = optuna.create_study(storage=storage, directions=["minimize", "minimize"])
     space = search_space(settings, list(architecture.components), len(architecture.layers) - 1)
-    search = SharedSearch(study, storage, space, seed, settings.n_startup_trials)
+    search = SharedSearch(study, storage, space, Sampling(seed, settings.n_startup_trials))
     clock = random.Random(seed)
     start, before = time.process_time(), scores.n_computed
     running: list[tuple[float, int, Trial, Ablation]] = []

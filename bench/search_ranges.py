@@ -26,7 +26,7 @@ from typing import Any
 import optuna
 import torch
 
-from heretic.config import PromptSpecification, SamplerName, Settings
+from heretic.config import SamplerName, Settings
 from heretic.editing.directions import mean_residual, refusal_directions, separating_layer
 from heretic.evaluator import Evaluator
 from heretic.loading.load import load_model
@@ -34,7 +34,9 @@ from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import load_prompts
 from heretic.scoring.measured import measure_original
+from heretic.specifications import PromptSpecification
 from heretic.study.front import pareto_front
+from heretic.study.samplers import Sampling
 from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
@@ -114,7 +116,7 @@ def one_run(s: Subject, variant: str, seed: int, sampler: SamplerName = "tpe") -
     settings = Settings.model_validate({"demo": True, **VARIANTS[variant](s)})
     space = search_space(settings, list(s.evaluator.model.architecture.components), s.last_layer, s.separating_layer)
     study = optuna.create_study(directions=["minimize", "minimize"])
-    search = Search(study, Path("memory"), space, seed, N_STARTUP, sampler, settings.first_trials)
+    search = Search(study, Path("memory"), space, Sampling(seed, N_STARTUP, sampler, settings.first_trials))
     start = time.process_time()
     fronts = {}
     for n_trials in N_TRIALS:

@@ -25,6 +25,7 @@ from heretic.evaluator import Score
 from heretic.scoring.scorers import divergence_objective
 from heretic.sharing.shared_search import SharedSearch
 from heretic.sharing.storage import SharedStorage, open_storage
+from heretic.study.samplers import Sampling
 from heretic.study.space import search_space
 
 COMPONENTS = ["attn.o_proj", "mlp.down_proj"]
@@ -72,7 +73,7 @@ def main() -> None:
         opened = open_storage(url, 300)
         storage = Watched(opened.backend, opened.location, 300)
         study = optuna.create_study(storage=storage, study_name="bench", directions=["minimize", "minimize"])
-        search = SharedSearch(study, storage, search_space(Settings(model="m"), COMPONENTS, 31), 1, 60)
+        search = SharedSearch(study, storage, search_space(Settings(model="m"), COMPONENTS, 31), Sampling(1, 60))
         rows = []
         for n in range(options.every, options.trials + 1, options.every):
             before = storage.n_operations, storage.seconds, time.process_time(), _size(url)

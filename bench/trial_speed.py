@@ -9,7 +9,8 @@ the KL divergence. (b) Output maps, `--trials-per-batch` trials in one pass. Sam
     uv run python bench/trial_speed.py --model llama-140m --prompts 32 --length 48 --trials 4       # a shape for CPUs
     uv run python bench/trial_speed.py --model llama-8b      # random weights of that shape, on the accelerator; prints the floor
 
-The last line is one JSON object; `ratio` is reference_s / ours_s, with every trial scored to its end. `ratio_stopping` is the same with
+What to paste into LOG.md is printed before the last line, which is one JSON object. On an accelerator run llama-8b first.
+`ratio` is reference_s / ours_s, with every trial scored to its end. `ratio_stopping` is the same with
 trials that can no longer be on the front stopped, as a search does it; that is timed as a whole, half-way through the others.
 """
 
@@ -49,6 +50,7 @@ from heretic.scoring.divergence import kl_divergence
 from heretic.scoring.measured import measure_original
 from heretic.scoring.responses import counts_against
 from heretic.utils import SilentProgress
+from machine import ceilings, heading, now
 
 SHAPES: dict[str, Callable[[], Any]] = {
     "tiny": lambda: LlamaConfig(
@@ -135,19 +137,21 @@ class LimitBy:
 
 @dataclass
 class Clock:
-    """Seconds by part, the device waited for at every boundary."""
+    """Seconds by part, the device waited for at every boundary; with `in_parts` false only as a whole, since to wait costs time."""
 
     device: torch.device
+    in_parts: bool = True
     seconds: dict[str, float] = field(default_factory=lambda: {"setup": 0.0, "prefill": 0.0, "decode": 0.0})
     tokens: int = 0
 
     def now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
+        return now(self.device)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
+        if not self.in_parts:
+            yield
+            return
         start = self.now()
         yield
         self.seconds[name] += self.now() - start
@@ -352,12 +356,10 @@ class Reference:
         size = 16
         while size < 2 * len(self.work.bad):
             prompts = (self.work.bad * (size // len(self.work.bad) + 1))[:size]
-            start = time.perf_counter()
+            start = now(self.model.device)
             for _ in self._generate(prompts, size, max_new_tokens=8):
                 pass
-            if self.model.device.type != "cpu":
-                torch.accelerator.synchronize()
-            rate = size / (time.perf_counter() - start)
+            rate = size / (now(self.model.device) - start)
             if rate > best_rate:
                 best, best_rate = size, rate
             size *= 2
@@ -449,22 +451,8 @@ def measure_savings(work: Workload, trials: Sequence[Ablation], trials_per_batch
 
 def measure_floor(work: Workload, trials_per_batch: int) -> dict[str, float]:
     """Seconds that a trial cannot avoid: its operations and bytes over ceilings measured here and now."""
-    device, dtype = work.model.device, work.model.dtype
-    n = 8192 if device.type != "cpu" else 1024
-
-    def best(function: Callable[[], Any]) -> float:
-        clock = Clock(device)
-        times = []
-        for _ in range(6):
-            start = clock.now()
-            function()
-            times.append(clock.now() - start)
-        return min(times[1:])
-
-    a, b = torch.randn(n, n, dtype=dtype, device=device), torch.randn(n, n, dtype=dtype, device=device)
-    flops = 2 * n**3 / best(lambda: a @ b)
-    block = torch.empty(2**30 if device.type != "cpu" else 2**26, dtype=torch.uint8, device=device)
-    bandwidth = 2 * block.numel() / best(block.clone)
+    dtype = work.model.dtype
+    flops, bandwidth = ceilings(work.model.device, dtype)
     config = work.model.config
     weights = sum(p.numel() for name, p in work.model.named_parameters() if "embed_tokens" not in name)
     experts = sum(p.numel() for name, p in work.model.named_parameters() if ".experts." in name)
@@ -528,7 +516,7 @@ def main() -> None:
         module._forward_hooks.update(hooks)
 
     device = work.model.device
-    theirs, ours = Clock(device), Clock(device)
+    theirs, ours = Clock(device), Clock(device, in_parts=device.type == "cpu")
     work.ours(trials[:1], unlimited)  # neither side's first pass is counted
     reference.score(trials[0], Clock(device))
     if device.type != "cpu":
@@ -552,6 +540,12 @@ def main() -> None:
             largest_kl = max(largest_kl, abs(divergence - other_divergence))
             print(f"refusals {refusals} / {other_refusals}, KL divergence {divergence:.5f} / {other_divergence:.5f}", flush=True)
     n = len(trials)
+    parts, parts_s = ours, ours_s
+    if device.type != "cpu":
+        parts = Clock(device)
+        begin = parts.now()
+        run_ours(work, batch, parts)
+        parts_s = parts.now() - begin
     peak = torch.accelerator.max_memory_allocated() if device.type != "cpu" else psutil.Process().memory_info().rss
     result = {
         "model": options.model,
@@ -570,7 +564,7 @@ def main() -> None:
         "largest_refusal_difference": max(differences),
         "largest_kl_difference": largest_kl,
         "reference_shares": shares(theirs, reference_s),
-        "ours_shares": shares(ours, ours_s),
+        "ours_shares": shares(parts, parts_s),
     }
     if work.has_verdicts:
         stopping_s = search.seconds
@@ -580,7 +574,33 @@ def main() -> None:
     if options.model in SHAPES:
         floor = measure_floor(work, options.trials_per_batch)
         result |= {**floor, "times_floor": ours_s / n / floor["floor_s"]}
+    print(f"\n{log_entry(result)}\n")
     print(json.dumps(result))
+
+
+def log_entry(result: dict[str, Any]) -> str:
+    """What to paste into LOG.md."""
+    rows = [
+        ("seconds per trial", f"{result['reference_s']:.3f}", f"{result['ours_s']:.3f}"),
+        ("tokens per trial", str(result["tokens_reference"]), str(result["tokens_ours"])),
+        *((f"share of {name}", f"{share:.3f}", f"{result['ours_shares'][name]:.3f}") for name, share in result["reference_shares"].items()),
+    ]
+    table = ["| | reference | heretic |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+    text = (
+        f"{result['model']} in {result['dtype']}, {result['trials']} trials, {result['trials_per_batch']} to a pass, the reference with "
+        f"batches of {result['reference_batch_size']}: {result['ratio']:.2f} times as fast. Peak memory "
+        f"{result['peak_memory_bytes'] / 1e9:.2f} GB. Largest differences: {result['largest_refusal_difference']} refusals, "
+        f"KL divergence {result['largest_kl_difference']:.2g}."
+    )
+    if "ratio_stopping" in result:
+        text += f" With trials stopped as in a search ({result['stopped']} of them): {result['ratio_stopping']:.2f} times."
+    if "times_floor" in result:
+        text += (
+            f" Floor: {result['floor_s']:.3f} s (operations {result['operations_s']:.3f}, bytes {result['bytes_s']:.3f}, at "
+            f"{result['flops_per_s'] / 1e12:.3g} TFLOP/s and {result['bytes_per_s'] / 1e9:.4g} GB/s), of which heretic takes "
+            f"{result['times_floor']:.2f} times."
+        )
+    return "\n".join([heading("seconds per trial"), text, "", *table])
 
 
 class AsInSearch:

@@ -12,9 +12,9 @@ import torch
 
 def start(arguments: Sequence[str], output: str = os.devnull, before: Callable[[], None] = lambda: None) -> int:
     """Start the command with its output in a file; its process id. `before` is called in the new process first."""
-    import heretic.session.interact  # with nearly all that a run needs
+    import heretic.commands.run  # with all that a run needs
 
-    assert heretic.session.interact
+    assert heretic.commands.run
     pid = os.fork()
     if pid == 0:
         try:

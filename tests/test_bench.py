@@ -111,3 +111,19 @@ def test_transformers_decoding_finds_the_end(script: Any) -> None:
     model = SimpleNamespace(decoder=SimpleNamespace(end_tokens={2, 3}))
     assert module.cut([5, 6, 3, 7, 2], model) == [5, 6]
     assert module.cut([5, 6], model) == [5, 6]
+
+
+def test_a_decode_step_waits_once_and_a_prefill_never(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However many rows and trials there are, and layers."""
+    module = script("host_syncs")
+    monkeypatch.setattr(module, "CASES", [("full", 1, 5), ("full", 3, 10)])
+    monkeypatch.setattr("sys.argv", ["host_syncs.py"])
+    module.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for case in ("full, 1 trials, 5 prompts", "full, 3 trials, 10 prompts"):
+        waits = [result[f"{part}, {case}"]["waits"] for part in ("decode step", "prefill", "divergences")]
+        assert waits == [1, 0, 1]
+        assert 1 < result[f"decode step, {case}"]["times_plain"] <= 1.3
+        assert result[f"prefill, {case}"]["waits_more_layers"] == 0

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from heretic import __version__
-from heretic.config import PromptSpecification, Settings
+from heretic.config import Settings
 from heretic.editing.ablation import Ablation, ComponentParameters, kernel
 from heretic.loading.source import ModelSource
 from heretic.privacy import public_name, public_settings, without_token
@@ -25,6 +25,7 @@ from heretic.reporting.learned import Points
 from heretic.saving.card import model_card, original_card, write_card
 from heretic.saving.export import save
 from heretic.saving.record import Result, Strategy, record
+from heretic.specifications import PromptSpecification
 from heretic.utils import SilentProgress
 from hub_server import Hub, Repository, serve
 from tiny import Recorder, build, load, settings, unit_directions

@@ -20,7 +20,8 @@ from heretic.config import Settings
 from heretic.errors import CheckpointError, TrialError
 from heretic.evaluator import Evaluator
 from heretic.settings_sources import load_settings
-from heretic.study.checkpoint import Checkpoint, journal_path
+from heretic.study.checkpoint import Checkpoint
+from heretic.study.journal import journal_path
 
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")

@@ -115,7 +115,7 @@ def test_an_interrupt_before_anything_can_be_shown(heretic: Heretic, workplace: 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("heretic.commands.run.load_model_to_edit", interrupt)
+    monkeypatch.setattr("heretic.session.stages.load_model_to_edit", interrupt)
     outcome = heretic()
     assert (outcome.code, outcome.err) == (130, "\nInterrupted.\n")
 

@@ -9,10 +9,11 @@ import pytest
 
 from heretic import config, settings_sources
 from heretic.commands import REBUILD_FLAGS
-from heretic.config import PromptSpecification, Settings
+from heretic.config import Settings
 from heretic.demo import PROMPTS as DEMO_PROMPTS
 from heretic.errors import UsageError
 from heretic.settings_sources import load_settings
+from heretic.specifications import PromptSpecification
 
 ROOT = Path(__file__).parents[1]
 

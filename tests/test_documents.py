@@ -14,11 +14,12 @@ import pytest
 
 from conftest import Outcome
 from heretic.commands import REBUILD_FLAGS, compare, start
-from heretic.config import PromptSpecification, Settings
+from heretic.config import Settings
 from heretic.main import run_command
 from heretic.session.answers import check_answers
 from heretic.settings_sources import command_parser, load_settings
 from heretic.sharing import worker
+from heretic.specifications import PromptSpecification
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md"))

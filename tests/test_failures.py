@@ -21,7 +21,8 @@ from heretic.device import free_memory, is_out_of_memory, memory_limits
 from heretic.errors import ModelError
 from heretic.evaluator import Evaluator
 from heretic.settings_sources import load_settings
-from heretic.study.checkpoint import Checkpoint, JournalLock, read_study
+from heretic.study.checkpoint import Checkpoint, read_study
+from heretic.study.journal import JournalLock
 
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")

@@ -21,7 +21,7 @@ from conftest import BAD, GOOD, SMALL
 from heretic.commands.read_record import open_record
 from heretic.commands.rebuild import differences, rebuild
 from heretic.commands.reproduce_search import search_settings
-from heretic.config import PromptSpecification, Settings
+from heretic.config import Settings
 from heretic.console import Console
 from heretic.errors import HereticError
 from heretic.loading.files import check_indexes
@@ -32,6 +32,7 @@ from heretic.reporting.tables import finalists_table, front_table
 from heretic.saving.stored import open_stored
 from heretic.scoring.score_tables import Baseline
 from heretic.settings_sources import load_settings
+from heretic.specifications import PromptSpecification
 from heretic.study.checkpoint import Checkpoint, read_study
 from heretic.study.finalists import known_finalists
 from heretic.study.search import front_of

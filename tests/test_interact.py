@@ -236,10 +236,8 @@ def test_a_chat_remembers_what_was_said_but_not_what_was_interrupted(monkeypatch
         return f" answer {len(heard)} "
 
     prompts = [Prompt("Be kind.", "hello")]
-    bench = InteractiveSession(*(SimpleNamespace() for _ in range(6)))  # type: ignore[arg-type]
-    bench.console, bench.evaluator = Console(), SimpleNamespace(bad_prompts=prompts)  # type: ignore[assignment]
-    bench.model = SimpleNamespace(stream_response=stream_response)  # type: ignore[assignment]
-    bench.search = SimpleNamespace(edits=LearnedEdits(None))  # type: ignore[assignment]
+    evaluator = SimpleNamespace(bad_prompts=prompts, model=SimpleNamespace(stream_response=stream_response), settings=None)
+    bench = InteractiveSession(Console(), evaluator, SimpleNamespace(edits=LearnedEdits(None)), lambda n: None)  # type: ignore[arg-type]
     monkeypatch.setattr("questionary.text", Answers("one", "two", "three"))
     parameters = {"attn.o_proj": {"max_weight": 1.0, "max_weight_position": 0.5, "min_weight": 0.0, "min_weight_distance": 0.5}}
     bench._chat(create_trial(values=[0.0, 0.0], user_attrs={"direction_index": None, "parameters": parameters}))
@@ -254,8 +252,8 @@ def test_whatever_an_action_raises_the_menu_stays(monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise problems.pop(0)
 
-    bench = InteractiveSession(*(SimpleNamespace(debug=False) for _ in range(6)))  # type: ignore[arg-type]
-    bench.console = Console()
+    evaluator = SimpleNamespace(settings=SimpleNamespace(debug=False), model=None)
+    bench = InteractiveSession(Console(), evaluator, SimpleNamespace(), lambda n: None)  # type: ignore[arg-type]
     monkeypatch.setattr(InteractiveSession, "_choose_trial", lambda self: next(chosen) and SimpleNamespace(number=0))
     monkeypatch.setattr(InteractiveSession, "_chat", fail)
     monkeypatch.setattr("heretic.session.interact.select", lambda *_: next(chosen))

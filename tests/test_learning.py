@@ -32,7 +32,7 @@ from heretic.scoring.openings import DEPTH, Openings
 from heretic.study import learning
 from heretic.study.front import search_view
 from heretic.study.learning import WEIGHTS, Originals, Term, checkpointed, weights
-from heretic.study.samplers import make_sampler
+from heretic.study.samplers import Sampling, make_sampler
 from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
@@ -467,7 +467,7 @@ def test_a_search_proposes_the_same_whatever_was_learned_before(sampler: Sampler
         study = optuna.create_study(directions=["minimize", "minimize"])
         for number in range(n_learned):
             study.add_trial(learned_trial(number))
-        search = Search(study, "nowhere", space, seed=3, n_startup_trials=4, sampler=sampler)
+        search = Search(study, "nowhere", space, Sampling(3, 4, sampler))
         search.run(9, made_up, lambda score: (score.refusals / 20, score.kl_divergence), 2)
         assert search.n_done == 9 and len(study.trials) == 9 + n_learned
         found.append([trial.params for trial in study.trials[n_learned:]])

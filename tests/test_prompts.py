@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from heretic import demo
-from heretic.config import PromptSpecification
 from heretic.errors import PromptError
 from heretic.prompts import Prompt, fingerprint, load_prompts
+from heretic.specifications import PromptSpecification
 
 HELP = "Check the name (hub id, folder or text file), the split, the commit, the network and the access rights."
 

@@ -19,6 +19,7 @@ from heretic.errors import Aborted, CheckpointError, TrialError
 from heretic.evaluator import Score
 from heretic.scoring.scorers import divergence_objective
 from heretic.study.front import ablation_of, pareto_front, refusal_limit
+from heretic.study.samplers import Sampling
 from heretic.study.search import Search
 from heretic.study.space import search_space
 
@@ -36,7 +37,7 @@ def search(path: Path, seed: int = 1, n_startup_trials: int = 5) -> Search:
         directions=["minimize", "minimize"],
         load_if_exists=True,
     )
-    return Search(study, path, search_space(SETTINGS, COMPONENTS, LAST_LAYER), seed, n_startup_trials)
+    return Search(study, path, search_space(SETTINGS, COMPONENTS, LAST_LAYER), Sampling(seed, n_startup_trials))
 
 
 def made_up(ablation: Ablation) -> Score:

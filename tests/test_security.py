@@ -14,10 +14,12 @@ import pytest
 from optuna.trial import create_trial
 
 from conftest import SMALL, Outcome
-from heretic.config import ScorerSpecification, Settings
+from heretic.config import Settings
 from heretic.errors import ExportError, ModelError, UsageError
 from heretic.settings_sources import load_settings
-from heretic.study.checkpoint import DEFINING, NEVER_STORED, PER_RUN, Checkpoint
+from heretic.specifications import ScorerSpecification
+from heretic.study.checkpoint import Checkpoint
+from heretic.study.stored_settings import DEFINING, NEVER_STORED, PER_RUN
 from heretic.utils import screen_text
 
 Heretic = Callable[..., Outcome]

@@ -25,7 +25,9 @@ from heretic.privacy import shown_location
 from heretic.sharing import storage as storage_module
 from heretic.sharing.shared_search import Heartbeats, SharedSearch
 from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
-from heretic.study.checkpoint import JournalFile, JournalLock, is_counted
+from heretic.study.front import is_counted
+from heretic.study.journal import JournalFile, JournalLock
+from heretic.study.samplers import Sampling
 from heretic.study.space import fixed_parameters, search_space
 from test_search import COMPONENTS, LAST_LAYER, SETTINGS, made_up, proposals, run, scaled
 from test_search import score as usual_score
@@ -51,7 +53,7 @@ def shared(path: Path, timeout: float = 60.0, progress: Any = None) -> SharedSea
     """A worker of its own on the journal at `path`."""
     storage = open_storage(str(path), timeout, progress)
     study = optuna.create_study(storage=storage, study_name="heretic", directions=["minimize", "minimize"], load_if_exists=True)
-    return SharedSearch(study, storage, SPACE, 1, 5)
+    return SharedSearch(study, storage, SPACE, Sampling(1, 5))
 
 
 def slow_score(ablations: list[Ablation], limit: object = None) -> list[Score | Exception]:
@@ -279,7 +281,7 @@ def moody(failures: Iterator[Exception | None], monkeypatch: pytest.MonkeyPatch)
     backend, told = Moody(), Told()
     storage = SharedStorage(backend, "the storage", 60, told)  # type: ignore[arg-type]
     study = optuna.create_study(storage=storage, study_name="heretic", directions=["minimize", "minimize"])
-    search = SharedSearch(study, storage, SPACE, 1, 5)
+    search = SharedSearch(study, storage, SPACE, Sampling(1, 5))
     backend.failures = failures
     return search, told
 
@@ -390,7 +392,7 @@ def test_through_the_grpc_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         optuna.create_study(storage=storage, study_name="heretic", directions=["minimize", "minimize"], load_if_exists=True)
         for storage in storages
     ]
-    searches = [SharedSearch(study, storage, SPACE, 1, 5) for study, storage in zip(studies, storages, strict=True)]
+    searches = [SharedSearch(study, storage, SPACE, Sampling(1, 5)) for study, storage in zip(studies, storages, strict=True)]
     server_again: list[Any] = []
 
     def restart() -> None:

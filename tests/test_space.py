@@ -15,7 +15,7 @@ from heretic.errors import UsageError
 from heretic.evaluator import Score
 from heretic.parameters import Choice, FractionRange, Range
 from heretic.study.front import ablation_of
-from heretic.study.samplers import check_sampler
+from heretic.study.samplers import Sampling, check_sampler
 from heretic.study.search import Search
 from heretic.study.space import SearchSpace, search_space
 from test_search import made_up, scaled, score
@@ -37,7 +37,7 @@ def run(path: Path, n_trials: int, sampler: SamplerName = "tpe", per_batch: int 
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
     study = optuna.create_study(storage=storage, study_name="heretic", directions=["minimize", "minimize"], load_if_exists=True)
     checked = settings(**given)
-    search = Search(study, path, search_space(checked, COMPONENTS, 10), seed, 5, sampler, checked.first_trials)
+    search = Search(study, path, search_space(checked, COMPONENTS, 10), Sampling(seed, 5, sampler, checked.first_trials))
     search.run(n_trials, score, scaled, per_batch)
     return search.trials
 

@@ -18,6 +18,7 @@ ORDER = [
     "demo",
     "console",
     "parameters",
+    "specifications",
     "config",
     "trust",
     "settings_sources",

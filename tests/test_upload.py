@@ -23,7 +23,7 @@ from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import ExportError
 from heretic.saving.export import save
 from heretic.saving.record import Result, Strategy
-from heretic.saving.upload import check_destination, upload
+from heretic.saving.upload import HubRepository, check_destination, upload
 from heretic.utils import SilentProgress
 from hub_server import Fault, Hub, Repository, serve, wait_until
 from tiny import Recorder, load, settings, unit_directions
@@ -70,7 +70,7 @@ def do_upload(
 ) -> str:
     model = load(chosen.model)
     model.use_directions(unit_directions(3, 32), "none")
-    return upload(model, result_for(chosen), strategy, repo_id, private, token, progress or SilentProgress())
+    return upload(model, result_for(chosen), strategy, HubRepository(repo_id, private, token), progress or SilentProgress())
 
 
 def saved(chosen: Settings, folder: Path, strategy: Strategy = "merge") -> dict[str, bytes]:
@@ -89,7 +89,7 @@ def refused(chosen: Settings, **arguments: Any) -> ExportError:
 
 
 def upload_folder_of(chosen: Settings) -> Path:
-    return heretic.study.checkpoint.journal_path(chosen).with_suffix(".upload")
+    return heretic.study.journal.journal_path(chosen).with_suffix(".upload")
 
 
 # What arrives
@@ -229,7 +229,7 @@ def test_a_fine_grained_token_without_the_right(hub: Hub, workplace_settings: Se
 def test_a_token_that_cannot_be_one(workplace_settings: Settings) -> None:
     for token in ("hf_ secret", "hf_secret\n", "hf_sécret"):
         with pytest.raises(ExportError) as caught:
-            check_destination("me/model", True, token, SilentProgress())
+            check_destination(HubRepository("me/model", True, token), SilentProgress())
         assert str(caught.value) == ("The access token contains invalid characters. Check HF_TOKEN, or log in again with `hf auth login`.")
 
 

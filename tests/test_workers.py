@@ -25,7 +25,7 @@ from conftest import Outcome
 from heretic.privacy import shown_location
 from heretic.sharing.shared_study import open_study
 from heretic.sharing.storage import worker_identity
-from heretic.study.checkpoint import is_counted
+from heretic.study.front import is_counted
 from test_resume import complete, wait_for
 from test_shared_search import as_optuna_reads, check_whole
 

@@ -8,8 +8,9 @@ import textwrap
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from heretic.config import PromptSpecification, Settings, default_of
+from heretic.config import Settings, default_of
 from heretic.parameters import Parameters, quoted
+from heretic.specifications import PromptSpecification
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 100

@@ -11,8 +11,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .demo import PROMPTS as DEMO_PROMPTS
-from .errors import did_you_mean
 from .parameters import FirstTrial, Parameters
+from .specifications import SCORERS, Objectives, PromptSpecification, Scorers, ScorerSpecification, scorer_in_force
+from .utils import JsonObject
 
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
 SamplerName = Literal["tpe", "gp", "nsgaii", "random"]
@@ -57,73 +58,13 @@ BENCHMARKS, DEMO_BENCHMARKS = ["arc_challenge", "hellaswag", "truthfulqa_mc2", "
 
 CHAIN_OF_THOUGHT_SKIPS = [
     ("<think>", "<think></think>"),
-    (
-        "<|channel|>analysis<|message|>",
-        "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>",
-    ),
+    ("<|channel|>analysis<|message|>", "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"),
     ("<thought>", "<thought></thought>"),
     ("[THINK]", "[THINK][/THINK]"),
 ]
 
 _BOOL = TypeAdapter(bool)
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
-
-
-class PromptSpecification(BaseModel):
-    """The source of a list of prompts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dataset: str = Field(min_length=1, description="Hub id, local dataset folder, or a text file with one prompt per line.")
-    commit: str | None = Field(None, description="Revision of a hub dataset: commit, tag or branch.")
-    split: str | None = Field(
-        None, description="Split, with an optional slice such as train[:400]; for a text file only a slice, or nothing."
-    )
-    column: str | None = Field(None, description="Column that contains the prompts; not needed for a text file.")
-    prefix: str = Field("", description="Text inserted before each prompt.")
-    suffix: str = Field("", description="Text appended to each prompt.")
-    system_prompt: str | None = Field(None, description="System prompt for these prompts; the setting system_prompt if not given.")
-    residual_plot_label: str | None = Field(None, description="Label of these prompts in residual plots.")
-    residual_plot_color: str | None = Field(None, description="Color of these prompts in residual plots, such as royalblue or #4169e1.")
-
-    @property
-    def without_plot_options(self) -> "PromptSpecification":
-        """The same without the options of residual plots, which do not affect the prompts."""
-        return self.model_copy(update={"residual_plot_label": None, "residual_plot_color": None})
-
-
-class ScorerSpecification(BaseModel):
-    """A scorer: its class, what the search does with its score, and its own settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    use: str | None = Field(
-        None,
-        min_length=1,
-        description="Built-in scorer, package.module:Class or file.py:Class; the built-in scorer of this name if not given.",
-    )
-    direction: Literal["minimize", "maximize", "none"] | None = Field(
-        None, description="Objective of the search (minimize or maximize), or none (default): only reported."
-    )
-    finalists_only: bool | None = Field(None, description="Compute it only for finalists; not possible for an objective.")
-    settings: dict[str, Any] = Field({}, description="The scorer's own settings.")
-
-    @property
-    def is_custom(self) -> bool:
-        """Whether it is code from outside this package: a file or an import path."""
-        return self.use is not None and ":" in self.use
-
-
-# Scorers of every run; the table `scorers` changes them and adds others.
-USUAL_SCORER = ScorerSpecification(direction="none", finalists_only=False)
-SCORERS = {
-    "refusals": ScorerSpecification(direction="minimize", finalists_only=False),
-    "kl_divergence": ScorerSpecification(direction="minimize", finalists_only=False),
-    "sequence_kl_divergence": USUAL_SCORER,
-    "harmless_refusals": ScorerSpecification(direction="none", finalists_only=True),
-}
-Objectives = tuple[tuple[str, Literal["minimize", "maximize"]], ...]
-DEFAULT_OBJECTIVES: Objectives = (("refusals", "minimize"), ("kl_divergence", "minimize"))
 
 
 def _alpaca(split: str) -> PromptSpecification:
@@ -134,12 +75,12 @@ def _behaviors(split: str) -> PromptSpecification:
     return PromptSpecification(dataset="mlabonne/harmful_behaviors", split=split, column="text")
 
 
-def _by_demo(usual: Any, of_demo: Any) -> Callable[[dict[str, Any]], Any]:
+def _by_demo(usual: Any, of_demo: Any) -> Callable[[JsonObject], Any]:
     """A default that depends on `demo`. Pydantic passes the settings that are declared before this one."""
     return lambda before: of_demo if before.get("demo") else usual
 
 
-def _startup_trials(before: dict[str, Any]) -> int:
+def _startup_trials(before: JsonObject) -> int:
     usual = DEMO_STARTUP_TRIALS if before.get("demo") else DEFAULT_STARTUP_TRIALS
     n_trials: int = before.get("n_trials", DEFAULT_TRIALS)
     return usual if usual <= n_trials else n_trials * 3 // 10
@@ -207,7 +148,7 @@ class Settings(BaseModel):
         ge=1,
         description="Tokens of the original's own responses to harmless prompts over which the sequence KL divergence is computed.",
     )
-    scorers: dict[str, ScorerSpecification] = Field(
+    scorers: Scorers = Field(
         {},
         description="Changes to the built-in scorers refusals, kl_divergence (both minimized), sequence_kl_divergence and "
         "harmless_refusals (both reported, the latter for finalists), and further scorers by name: tables with use, direction "
@@ -354,7 +295,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, data: Any) -> Any:
+    def _fill_in(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         data = dict(data)
@@ -374,7 +315,7 @@ class Settings(BaseModel):
 
     @field_validator("max_shard_size", mode="before")
     @classmethod
-    def _check_size(cls, size: Any) -> Any:
+    def _check_size(cls, size: object) -> object:
         if not isinstance(size, str):
             return size
         if size.isdigit():
@@ -390,31 +331,10 @@ class Settings(BaseModel):
             raise ValueError("an empty marker would match every response")
         return markers
 
-    @field_validator("scorers")
-    @classmethod
-    def _check_scorers(cls, scorers: dict[str, ScorerSpecification]) -> dict[str, ScorerSpecification]:
-        for name, scorer in scorers.items():
-            if scorer.use is None and name not in SCORERS:
-                raise ValueError(f"{name} is not a built-in scorer{did_you_mean(name, list(SCORERS))}; set its class with use")
-            if scorer.use is not None and name in SCORERS:
-                raise ValueError(f"{name} is the name of a built-in scorer; give your scorer another name")
-            if scorer.finalists_only and scorer.direction not in (None, "none"):
-                raise ValueError(f"{name} cannot be both an objective (direction) and computed for finalists only")
-            if scorer.finalists_only and name in ("refusals", "kl_divergence", "sequence_kl_divergence"):
-                raise ValueError(f"{name} is computed for every trial; finalists_only cannot be set for it")
-        return scorers
-
     @property
     def all_scorers(self) -> dict[str, ScorerSpecification]:
         """All scorers by name, the built-in ones first, with their defaults filled in. Objectives are computed for every trial."""
-        result = {}
-        for name in [*SCORERS, *(name for name in self.scorers if name not in SCORERS)]:
-            usual, given = SCORERS.get(name, USUAL_SCORER), self.scorers.get(name, ScorerSpecification())
-            direction = given.direction or usual.direction
-            finalists_only = usual.finalists_only if given.finalists_only is None else given.finalists_only
-            own = {"direction": direction, "finalists_only": finalists_only and direction == "none", "settings": given.settings}
-            result[name] = given.model_copy(update=own)
-        return result
+        return {name: scorer_in_force(name, self.scorers) for name in dict.fromkeys([*SCORERS, *self.scorers])}
 
     @property
     def own_markers(self) -> list[str]:
@@ -427,7 +347,7 @@ class Settings(BaseModel):
         found = ((name, scorer.direction) for name, scorer in self.all_scorers.items())
         return tuple((name, direction) for name, direction in found if direction is not None and direction != "none")
 
-    def stored(self) -> dict[str, Any]:
+    def stored(self) -> JsonObject:
         """The settings as plain data that may be shared: without the settings of custom scorers, which may include a secret."""
         data = self.model_dump(mode="json")
         for name, scorer in self.scorers.items():
@@ -451,7 +371,7 @@ class Settings(BaseModel):
         return self
 
 
-def is_true(value: Any) -> bool:
+def is_true(value: object) -> bool:
     """Whether pydantic parses a value as true. Invalid values are left to validation."""
     try:
         return _BOOL.validate_python(value)

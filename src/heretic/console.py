@@ -4,7 +4,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -66,7 +65,7 @@ class Console:
         if seconds >= SECOND_LINE_SECONDS:
             self.message(f"{description}: done in {format_duration(seconds)}")
 
-    def show(self, renderable: Any) -> None:
+    def show(self, renderable: RenderableType) -> None:
         """Print anything that Rich can render, such as a table."""
         self.rich.print(renderable)
 

@@ -6,13 +6,14 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from .utils import JsonObject
 
 # Lowercase parts of out-of-memory messages of all vendors' allocators, drivers and libraries.
 _OUT_OF_MEMORY = (
@@ -54,6 +55,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = embedding_weight(model).device
     return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device. On CUDA it is copied from pinned memory, so that the host does not wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def free_memory(device: torch.device) -> int:
@@ -123,7 +129,7 @@ def describe_device() -> str:
     return "; ".join(parts)
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> JsonObject:
     """Hardware that results may depend on, without anything that identifies the machine."""
     devices: list[str] = []
     if torch.accelerator.is_available():

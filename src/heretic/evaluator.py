@@ -3,9 +3,8 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from .config import DEFAULT_OBJECTIVES, Settings
+from .config import Settings
 from .editing.ablation import Ablation
 from .errors import TrialError
 from .model import NOT_FINITE, Model
@@ -15,7 +14,8 @@ from .scoring.figures import Figure, intervals
 from .scoring.measured import MeasuredOriginal, figure_of, response_shown
 from .scoring.outputs import Batch
 from .scoring.responses import count_kinds
-from .utils import Progress, SilentProgress
+from .specifications import DEFAULT_OBJECTIVES
+from .utils import JsonObject, Progress, SilentProgress
 
 # Number of prompts shown with the largest divergence.
 MOST_DIVERGENT_PROMPTS = 5
@@ -43,9 +43,9 @@ class Score:
         usual = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
         return self.scores[name] if name in self.scores else usual[name]
 
-    def attributes(self) -> dict[str, Any]:
+    def attributes(self) -> JsonObject:
         """The scores as attributes of a trial."""
-        found: dict[str, Any] = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
+        found: JsonObject = {"refusals": self.refusals, "kl_divergence": self.kl_divergence}
         if self.bounded:
             found["bounded"] = True
         for name in ("response_classes", "kl_statistics", "scores"):
@@ -57,7 +57,7 @@ class Score:
             found["harmless_refusals"] = int(self.scores["harmless_refusals"])
         return found
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> JsonObject:
         """All scores, with intervals, as plain data."""
         return {
             "scores": dict(self.scores),
@@ -169,7 +169,7 @@ class Evaluator:
     def _objective(self, name: str, score: Score, share: float | None) -> float:
         try:
             value = float(self.original.scorers[name].objective(score.value(name), share))
-        except Exception as error:
+        except Exception as error:  # code of others
             raise TrialError(f"the objective of the scorer {name} failed: {type(error).__name__}: {error}") from error
         if not math.isfinite(value):
             raise TrialError(f"the objective of the scorer {name} is {value}, which is not a finite number")

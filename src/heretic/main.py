@@ -89,8 +89,21 @@ def run_command(arguments: Sequence[str]) -> int:
         raise
     except Exception as error:  # unforeseen: reported in one line as well
         reason = first_line(f"{type(error).__name__}: {error}")
+        if _is_out_of_memory(error):
+            _print_error(
+                f"Out of memory ({reason.rstrip('.')}). Try --quantization bnb_4bit or --max-memory. Finished trials are kept.", debug
+            )
+            return 1
         _print_error(f"{reason} (this is a bug in heretic; --debug shows where it happened). Finished trials are kept.", debug)
         return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:  # not worth its import
+        return isinstance(error, MemoryError)
+    from .device import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _print_error(text: str, debug: bool) -> None:

@@ -2,33 +2,31 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
-from torch import Tensor
-from transformers import TextStreamer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .config import Settings
+from .decoding.chat import ChatTemplate, Streamer
 from .decoding.decoder import Decoder, Optimizations
 from .decoding.packed import packed_logits
 from .decoding.plain import PlainDecoder
 from .decoding.prefix_cache import PrefixCache
-from .decoding.rows import Row, TextWatch, left_padded
+from .decoding.rows import Row, TextWatch, padded_on
 from .decoding.selfcheck import choose_decoder, packs_well, resumes_well
-from .device import input_device
+from .device import input_device, upload
 from .editing.ablation import Ablation, RowNormalization
 from .editing.architecture import Architecture, Writer, first_tensor, split_experts
 from .editing.discovery import discover
 from .editing.hooks import AblationHooks, batches_trials
 from .errors import ModelError, PromptError, TrialError
 from .loading.load import LoadedModel
-from .prompts import Prompt
+from .prompts import Message, Prompt, prompt_messages
 from .utils import Progress, SilentProgress
-
-Message = dict[str, str]
 
 NOT_FINITE = "the model returned logits that are not finite (NaN or infinite)"
 
@@ -57,7 +55,7 @@ class Model:
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
         self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self.progress, optimizations or Optimizations())
-        self._template = _ChatTemplate(self.tokenizer, self.progress)
+        self._template = ChatTemplate(self.tokenizer, self.progress)
         self._ids: dict[tuple[str, tuple[Prompt, ...]], list[list[int]]] = {}
 
     @property
@@ -89,11 +87,20 @@ class Model:
         self.hooks = AblationHooks(self.architecture, directions, mode)
         self.decoder.assign_rows = self.hooks.assign_rows
 
-    def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
-        """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
+    @property
+    def _used_hooks(self) -> AblationHooks:
         if self.hooks is None:
             raise ValueError("call use_directions first")
-        return self.hooks.edits(ablation)
+        return self.hooks
+
+    @property
+    def directions(self) -> Tensor:
+        """The directions `(layer + 1, d)` that were given by `use_directions`."""
+        return self._used_hooks.directions
+
+    def edits(self, ablation: Ablation) -> Iterator[tuple[Writer, Tensor, float]]:
+        """Every writer that `ablation` edits, with the direction `(d,)` and the strength."""
+        return self._used_hooks.edits(ablation)
 
     @property
     def batches_trials(self) -> bool:
@@ -102,15 +109,13 @@ class Model:
 
     @contextmanager
     def _edited(self, ablations: Sequence[Ablation]) -> Iterator[None]:
-        if ablations and self.hooks is None:
-            raise ValueError("call use_directions first")
-        context = self.hooks.active(ablations) if ablations and self.hooks is not None else nullcontext()
+        context = self._used_hooks.active(ablations) if ablations else nullcontext()
         self.decoder.first_layers = [self.hooks.first_layer(a) for a in ablations] if self.hooks is not None else []
         with torch.inference_mode(), context:
             yield
 
     @contextmanager
-    def edited(self, ablation: Ablation | None) -> Iterator[Any]:
+    def edited(self, ablation: Ablation | None) -> Iterator[PreTrainedModel]:
         """Context in which the model itself is edited (None: unedited), for code that calls it without this class."""
         with self._edited([] if ablation is None else [ablation]):
             yield self.model
@@ -206,22 +211,18 @@ class Model:
                 kept.setdefault(index, kept[index - 1])
             return torch.stack([kept[index].to(kept[0].device) for index in range(n_layers + 1)], dim=1)
 
-        def before_first(module: Any, args: Any, kwargs: Any) -> None:
+        def before_first(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             kept.clear()
             keep(0, args[0] if args else kwargs["hidden_states"])
 
         layers = self.architecture.layers
-        handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
-        for i, layer in enumerate(layers, 1):
-            handles.append(layer.register_forward_hook(lambda m, a, output, i=i: keep(i, first_tensor(output))))
-        try:
-            with self._edited([]), self._task(description, len(prompts)) as advance:
-                for part, _ in self.decoder.first_logits(self.rows_of(prompts, 1), in_order=True):
-                    advance(len(part))
-                    yield stacked()
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack, self._edited([]), self._task(description, len(prompts)) as advance:
+            stack.enter_context(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
+            for i, layer in enumerate(layers, 1):
+                stack.enter_context(layer.register_forward_hook(lambda m, a, output, i=i: keep(i, first_tensor(output))))
+            for part, _ in self.decoder.first_logits(self.rows_of(prompts, 1), in_order=True):
+                advance(len(part))
+                yield stacked()
 
     def first_token_logprobs(self, prompts: Sequence[Prompt], ablation: Ablation | None = None, description: str | None = None) -> Tensor:
         """Log-probabilities `(prompt, vocabulary)` of the first response token, float32. Raises `TrialError` if not finite."""
@@ -262,9 +263,10 @@ class Model:
         with self._edited(ablations), self._task(description, len(rows)) as advance:
             for part, logits in self.decoder.last_logits(rows, n):
                 advance(len(part))
-                asked = torch.tensor([[j >= n - 1 - len(answers[row.prompt]) for j in range(n)] for row in part])
                 width = logits.shape[1]  # a prompt with its response can be shorter than the longest response
-                yield part, logits[asked[:, n - width :].to(logits.device)]
+                lengths = [len(answers[row.prompt]) + 1 for row in part]
+                asked = torch.tensor([(i, j) for i, length in enumerate(lengths) for j in range(width - length, width)])
+                yield part, logits[upload(asked.T, logits.device).unbind()]
 
     def responses(
         self,
@@ -331,9 +333,7 @@ class Model:
         """
         if isinstance(self.decoder, PlainDecoder):
             return self.decoder.logits_at_end(rows, n)
-        tokens, mask = left_padded(rows)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return self.decoder.forward(tokens.to(self.device), mask.to(self.device), positions.to(self.device), None, n)
+        return self.decoder.forward(*padded_on(self.device, rows), None, n)
 
     @cached_property
     def packed_length(self) -> int:
@@ -363,57 +363,7 @@ class Model:
             max_new_tokens = min(max_new_tokens, self.context_length - inputs["input_ids"].shape[1])
             if max_new_tokens < 1:
                 raise ModelError(f"The conversation fills the model's context of {self.context_length} tokens. Start a new one.")
-        streamer = _CallbackStreamer(self.tokenizer, write)
+        streamer = Streamer(self.tokenizer, write)
         with self._edited([] if ablation is None else [ablation]):
             cast(Any, self.model).generate(**inputs.to(self.device), max_new_tokens=max_new_tokens, streamer=streamer)
         return "".join(streamer.pieces)
-
-
-def prompt_messages(prompt: Prompt) -> list[Message]:
-    """The messages of a prompt; without a system message if the system prompt is empty."""
-    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    return [*system, {"role": "user", "content": prompt.user}]
-
-
-class _ChatTemplate:
-    """The tokenizer's chat template, and a fallback if it rejects system messages or does not exist."""
-
-    def __init__(self, tokenizer: Any, progress: Progress) -> None:
-        self.tokenizer = tokenizer
-        self.exists = getattr(tokenizer, "chat_template", None) is not None
-        self.takes_system = True
-        if not self.exists:
-            progress.warning(
-                "This model has no chat template: prompts are passed as plain text after the system prompt. "
-                "Base models rarely refuse; an instruction-tuned model should have a template."
-            )
-            return
-        user = {"role": "user", "content": "Hello"}
-        try:
-            self._apply([{"role": "system", "content": "Hello"}, user])
-        except TemplateError:
-            self.takes_system = False
-            progress.message("The chat template rejects system messages; the system prompt is put before the user's text.")
-
-    def _apply(self, messages: Sequence[Message]) -> str:
-        text: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return text
-
-    def render(self, messages: Sequence[Message]) -> str:
-        if not self.exists:
-            return "\n\n".join(message["content"] for message in messages) + "\n\n"
-        if not self.takes_system and messages[0]["role"] == "system":
-            system, first, *rest = messages
-            messages = [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-        return self._apply(messages)
-
-
-class _CallbackStreamer(TextStreamer):
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
-        self.pieces: list[str] = []
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.pieces.append(text)
-        self.write(text)

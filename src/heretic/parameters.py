@@ -8,9 +8,11 @@ model.
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from .utils import JsonObject
 
 DirectionScope = Literal["global", "per layer"]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -46,7 +48,7 @@ class FractionRange(Range):
     high: Fraction
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """The tag of a value, as the user wrote it or as pydantic parsed it."""
     if isinstance(value, Range):
         return RANGE
@@ -55,7 +57,7 @@ def kind(value: Any) -> str:
     return FROM_MODEL if value == "auto" else CONSTANT
 
 
-def _kind_of_table(value: Any) -> str:
+def _kind_of_table(value: object) -> str:
     return PER_COMPONENT if kind(value) == PER_COMPONENT else SINGLE
 
 
@@ -79,7 +81,7 @@ PerComponent = Annotated[
 ]
 
 
-def _as_list(value: Any) -> Any:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
@@ -127,7 +129,7 @@ class Parameters(BaseModel):
         """The components named in tables, by parameter."""
         return _named_components(self)
 
-    def as_table(self) -> dict[str, Any]:
+    def as_table(self) -> JsonObject:
         """Plain data, as a user would write it."""
         return {name: _plain(getattr(self, name)) for name in type(self).model_fields}
 
@@ -154,7 +156,7 @@ class FirstTrial(BaseModel):
         return _named_components(self)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value.model_dump(exclude_defaults=True) if isinstance(value, Range) else value

@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import get_token
 
 from .loading.source import ModelSource, expand
+from .utils import JsonObject
 
 # Settings with free text; every other string may be a path or a URL.
 TEXTS = ("system_prompt", "prefix", "suffix", "response_prefix", "refusal_markers", "chain_of_thought_skips")
@@ -43,12 +43,12 @@ def _last_part(path: Path) -> str:
     return path.name if path.name not in ("", "..") else path.resolve().name
 
 
-def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+def public_settings(settings: JsonObject) -> JsonObject:
     """Settings (from `model_dump`) without local paths, URLs and account names."""
     return {name: None if name in WITHHELD else value if name in TEXTS else _public(value) for name, value in settings.items()}
 
 
-def _public(value: Any) -> Any:
+def _public(value: object) -> object:
     if isinstance(value, str):
         return public_name(value)
     if isinstance(value, dict):

@@ -8,21 +8,26 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import demo
-from .config import PromptSpecification, Settings
+from .config import Settings
 from .errors import PromptError
 from .loading.source import expand
+from .specifications import PromptSpecification
 from .utils import first_line
 
 # Files for the datasets library. Read as text files, their markup would become prompts.
 DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
 
 _SLICE = re.compile(r"\[[^\]]*\]")
+
+# Of a conversation: its role (system, user, assistant) and its content.
+Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,12 @@ class Prompt:
 
     system: str
     user: str
+
+
+def prompt_messages(prompt: Prompt) -> list[Message]:
+    """The messages of a prompt; without a system message if the system prompt is empty."""
+    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    return [*system, {"role": "user", "content": prompt.user}]
 
 
 @dataclass(frozen=True)
@@ -176,10 +187,8 @@ def _read_dataset(specification: PromptSpecification, path: Path, setting: str) 
 def _read_saved(path: Path, split: str, column: str, specification: PromptSpecification, setting: str) -> list[Any]:
     from datasets import DatasetDict, load_from_disk
 
-    try:
+    with _loading(specification, setting):
         stored = load_from_disk(str(path))
-    except Exception as error:
-        raise _cannot_load(error, specification, setting) from error
     names = _split_names(split)
     parts: dict[str, Any] = dict(stored) if isinstance(stored, DatasetDict) else dict.fromkeys(names, stored)
     _require_splits(names, list(parts), specification, setting)
@@ -193,27 +202,30 @@ def _load(path: Path, split: str, column: str, specification: PromptSpecificatio
 
     # An absolute path, since csv, json and the like are names of builders in the library.
     dataset = str(path.absolute()) if path.is_dir() else specification.dataset
-    try:
+    with _loading(specification, setting):
         try:
             rows = load_dataset(dataset, revision=specification.commit, split=split)
         except ValueError:
             names = get_dataset_split_names(dataset, revision=specification.commit)
             _require_splits(_split_names(split), names, specification, setting)
             raise
-    except PromptError:
-        raise
-    except Exception as error:  # the library raises many types, which mean the same to the user
-        raise _cannot_load(error, specification, setting) from error
     _require_column(column, rows.column_names, specification, setting)
     return list(rows[column])
 
 
-def _cannot_load(error: Exception, specification: PromptSpecification, setting: str) -> PromptError:
-    reason = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
-    return PromptError(
-        f"{setting}: the dataset {specification.dataset} cannot be loaded: {_sentence(reason)} "
-        "Check the name (hub id, folder or text file), the split, the commit, the network and the access rights."
-    )
+@contextmanager
+def _loading(specification: PromptSpecification, setting: str) -> Iterator[None]:
+    """Whatever the datasets library raises, as `PromptError`."""
+    try:
+        yield
+    except PromptError:
+        raise
+    except Exception as error:  # the library raises many types, which mean the same to the user
+        reason = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+        raise PromptError(
+            f"{setting}: the dataset {specification.dataset} cannot be loaded: {_sentence(reason)} "
+            "Check the name (hub id, folder or text file), the split, the commit, the network and the access rights."
+        ) from error
 
 
 def _require_column(column: str, known: list[str], specification: PromptSpecification, setting: str) -> None:

@@ -25,11 +25,13 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from .config import DEMO_MODEL, PromptSpecification, ScorerSpecification, Settings, default_value, is_true
+from .config import DEMO_MODEL, Settings, default_value, is_true
 from .demo import PROMPTS as DEMO_PROMPTS
 from .errors import UsageError, did_you_mean
 from .parameters import TAGS, FirstTrial, Parameters, Range, kind, quoted
+from .specifications import PromptSpecification, ScorerSpecification
 from .trust import Ask, require_consent
+from .utils import JsonObject
 
 ENV_PREFIX = "HERETIC_"
 DEFAULT_CONFIG_FILE = "config.toml"
@@ -38,7 +40,7 @@ DEFAULT_CONFIG_FILE = "config.toml"
 _TABLES = ("device_map", "max_memory", "parameters", "final_good_prompts", "final_bad_prompts")
 
 # Examples in error messages for settings whose default is not a useful example.
-_EXAMPLES: dict[str, Any] = {
+_EXAMPLES: JsonObject = {
     "max_memory": {"0": "20GB"},
     "device_map": {"": "cpu"},
     "parameters": {"direction_scope": ["global"], "max_weight": 1.0, "min_weight": {"low": 0.5, "high": 1.0}},
@@ -58,7 +60,7 @@ class _CommandSettings(Settings, BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: object, **__: object
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # `load_settings` reads the sources itself, to know the source of an invalid value
 
@@ -99,7 +101,7 @@ class Source:
     """
 
     where: str
-    values: Mapping[str, Any]
+    values: JsonObject
     name: str = ""
     is_own: bool = True
 
@@ -113,14 +115,12 @@ class LoadedSettings:
     files: tuple[str, ...]
 
 
-def load_settings(arguments: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None, ask: Ask | None = None) -> Settings:
+def load_settings(arguments: Sequence[str] | None = None, stored: JsonObject | None = None, ask: Ask | None = None) -> Settings:
     """The settings of `read_settings`, without names and files."""
     return read_settings(arguments, stored, ask).settings
 
 
-def read_settings(
-    arguments: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None, ask: Ask | None = None
-) -> LoadedSettings:
+def read_settings(arguments: Sequence[str] | None = None, stored: JsonObject | None = None, ask: Ask | None = None) -> LoadedSettings:
     """Settings from the command line `arguments` (default: this process's), the environment, `.env` and a TOML file.
 
     If `stored` settings of a record are given, only those and the command line are used.
@@ -153,7 +153,7 @@ def load_settings_of_names(arguments: Sequence[str], ask: Ask | None = None) -> 
     return _given(_all_sources(_command_line(parsed, cli_source), config_path), names, ask)
 
 
-def _command_line(parsed: dict[str, Any], cli_source: CliSettingsSource[Any]) -> Source:
+def _command_line(parsed: JsonObject, cli_source: CliSettingsSource[Any]) -> Source:
     given = {key: value for key, value in parsed.items() if value is not None}
     with _reading("on the command line"):
         return Source("on the command line", cli_source(parsed_args=given)())
@@ -183,9 +183,9 @@ def _given(sources: Sequence[Source], names: Sequence[str], ask: Ask | None) -> 
     return LoadedSettings(settings, tuple(names), tuple(source.name for source in reversed(sources) if source.name))
 
 
-def _merged(sources: Sequence[Source]) -> dict[str, Any]:
+def _merged(sources: Sequence[Source]) -> JsonObject:
     """Merge settings from sources in order of precedence."""
-    merged: dict[str, Any] = {}
+    merged: JsonObject = {}
     all_values = [source.values for source in sources]
     says_demo = next((values for values in all_values if "demo" in values), {})
     for values in reversed(all_values):
@@ -211,14 +211,14 @@ def _reading(where: str) -> Iterator[None]:
         ) from error
 
 
-def _example(name: str) -> Any:
+def _example(name: str) -> object:
     if name in _EXAMPLES:
         return _EXAMPLES[name]
     value = default_value(name)
     return value[:2] if isinstance(value, list) else value
 
 
-def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _overlay(below: JsonObject, above: JsonObject) -> JsonObject:
     result = dict(below)
     for key, value in above.items():
         # A range and a table per component cannot be merged: the source of higher precedence replaces the other one.
@@ -256,7 +256,7 @@ def _is_known(name: str, *parts: str) -> bool:
     return name in Settings.model_fields and (not parts or isinstance(default_value(name), dict) or name in _TABLES)
 
 
-def _describe(error: ValidationError, sources: Mapping[str, Mapping[str, Any]]) -> str:
+def _describe(error: ValidationError, sources: Mapping[str, JsonObject]) -> str:
     """One line for each distinct problem: the setting as the user wrote it, its source, what is wrong, what to do."""
     lines: list[str] = []
     for problem in error.errors():
@@ -290,12 +290,18 @@ def _known_beside(location: Sequence[int | str]) -> list[str]:
     return list(table.model_fields)
 
 
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where the first problem is, as the user would write it, and what is wrong."""
+    problem = error.errors()[0]
+    return as_written(problem["loc"]), problem["msg"].removeprefix("Value error, ")
+
+
 def as_written(location: Sequence[int | str]) -> str:
     """The location of an error as the user would write it: `parameters.max_weight."mlp.down_proj".low`."""
     return ".".join(quoted(part) if isinstance(part, str) else str(part) for part in location if not _is_type_tag(part))
 
 
-def _holds(values: Any, location: Sequence[int | str]) -> bool:
+def _holds(values: object, location: Sequence[int | str]) -> bool:
     """Whether a source has a value at a location, as far as that leads through tables."""
     for part in location:
         if not isinstance(values, dict):

@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import Settings, is_true
 from .errors import UsageError
-from .utils import can_ask, screen_text
+from .utils import JsonObject, can_ask, screen_text
 
 # Asks the user a yes/no question.
 Ask = Callable[[str], bool]
@@ -28,7 +28,7 @@ class CodeSetting:
     def __str__(self) -> str:
         return f"{'.'.join(self.path)} = {str(self.value).lower() if isinstance(self.value, bool) else self.value}"
 
-    def is_confirmed_by(self, own: Mapping[str, Any]) -> bool:
+    def is_confirmed_by(self, own: JsonObject) -> bool:
         """Whether `own`, settings as plain data, has the same value."""
         said: Any = own
         for part in self.path:
@@ -63,7 +63,7 @@ def _confirm(question: str) -> bool:
     return bool(questionary.confirm(question, default=False).ask())
 
 
-def require_consent(origin: str, settings: Settings, own: Mapping[str, Any], ask: Ask | None, otherwise: str = "") -> None:
+def require_consent(origin: str, settings: Settings, own: JsonObject, ask: Ask | None, otherwise: str = "") -> None:
     """Ask whether code may run that is named by `settings`, which come from `origin`, but not by `own`, what the user typed.
 
     Raises `UsageError`, which names the flags (and, in `otherwise`, an alternative), unless the answer is yes.

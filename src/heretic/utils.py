@@ -5,7 +5,10 @@ import importlib.metadata
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+# Plain data, as a JSON object or a TOML table holds it.
+JsonObject = dict[str, Any]
 
 
 class Progress(Protocol):

@@ -7,13 +7,14 @@ it starts at once.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from ..config import CHAIN_OF_THOUGHT_SKIPS
 from ..errors import HereticError, UsageError
 from ..scoring.learned_rule import LearnedRule
+from ..utils import JsonObject
 
 HELP = """Usage: heretic classify [FILE.jsonl]
 
@@ -52,12 +53,14 @@ def command(arguments: Sequence[str]) -> int:
         raise HereticError(f"{name} cannot be read: {error.strerror}.") from error
 
 
-def classify(lines: Any, name: str, out: TextIO | None = None) -> int:
+def classify(lines: Iterable[bytes], name: str, out: TextIO | None = None) -> int:
     """Classify each of the `lines` (bytes) and write it to `out` (default: standard output). Returns 1 if a line was invalid, else 0."""
     rule = LearnedRule((), CHAIN_OF_THOUGHT_SKIPS)
     out = sys.stdout if out is None else out
     code = 0
-    for number, line in _nonempty_lines(lines):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             entry = _entry(line)
         except ValueError as error:
@@ -69,12 +72,7 @@ def classify(lines: Any, name: str, out: TextIO | None = None) -> int:
     return code
 
 
-def _nonempty_lines(lines: Any) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers."""
-    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-
-
-def _entry(line: bytes) -> dict[str, Any]:
+def _entry(line: bytes) -> JsonObject:
     """The object of a line. Raises `ValueError` saying what is wrong with it."""
     try:
         entry = json.loads(line.decode("utf-8-sig"))

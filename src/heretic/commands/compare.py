@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -134,7 +133,7 @@ class Comparison:
         self.settings = settings
         self.good, self.bad = list(good), list(bad)
         self.progress = progress
-        self._first: tuple[Tensor, Any, str] | None = None  # log-probabilities, vocabulary and response prefix
+        self._first: tuple[Tensor, dict[str, int], str] | None = None  # log-probabilities, vocabulary and response prefix
 
     def ask(self, name: str, model: Model, ablation: Ablation | None) -> ComparisonRow:
         """The result of a loaded model. Raises `TrialError` if its logits are not finite."""
@@ -206,7 +205,7 @@ def loaded_model(chosen: Candidate, settings: Settings, progress: Progress) -> I
         empty_cache()
 
 
-def _with_adapter(model: PreTrainedModel, chosen: Candidate) -> Any:
+def _with_adapter(model: PreTrainedModel, chosen: Candidate) -> PreTrainedModel:
     """The model with an adapter merged into its weights. Raises `ModelError` if the adapter does not fit the model."""
     from peft import PeftModel  # takes seconds to import
 

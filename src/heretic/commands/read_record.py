@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.error import URLError
 from urllib.parse import urlsplit
 
@@ -16,6 +16,8 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from ..errors import ExportError
 from ..loading.source import expand
 from ..saving import CARD, DIRECTIONS, PICTURE, RECORD
+from ..settings_sources import first_problem
+from ..utils import JsonObject
 
 DESCRIPTION = (CARD, PICTURE)  # which are copied
 TIMEOUT = 60
@@ -25,13 +27,14 @@ TIMEOUT = 60
 class Record:
     """A stored result: the content of `heretic.json`, and its folder, which also contains the directions."""
 
-    content: dict[str, Any]
+    content: JsonObject
     folder: Path
 
     @property
-    def strategy(self) -> Any:
+    def strategy(self) -> Literal["merge", "adapter"]:
         """`merge` or `adapter`."""
-        return self.content["export_strategy"]
+        found: Literal["merge", "adapter"] = self.content["export_strategy"]
+        return found
 
 
 @contextlib.contextmanager
@@ -89,27 +92,26 @@ class _Content(BaseModel):
     """The parts of a record that are used here. The settings among them are checked like all settings."""
 
     model: _Model
-    settings: dict[str, Any]
+    settings: JsonObject
     trial: _Trial
     versions: dict[str, str]
     export_strategy: Literal["merge", "adapter"]
     files: dict[str, str]
     prompts: dict[Literal["good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts"], _Prompts] = {}
     scores: dict[str, float] = {}
-    hardware: dict[str, Any] = {}
-    program: dict[str, Any] = {}
+    hardware: JsonObject = {}
+    program: JsonObject = {}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: JsonObject = json.loads(path.read_bytes())
         missing = [key for key, field in _Content.model_fields.items() if field.is_required() and key not in content]
         if not missing:
             _Content.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ExportError(f"{path} is not a record that a model can be rebuilt from: {where}: {problem['msg']}.") from error
+        where, what = first_problem(error)
+        raise ExportError(f"{path} is not a record that a model can be rebuilt from: {where}: {what}.") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read as a record of heretic: {error}") from error
     if missing:

@@ -24,6 +24,7 @@ from ..saving.hashed_file import copy_file
 from ..saving.original import Original, open_original, refuse_links
 from ..saving.record import LIBRARIES
 from ..saving.staging import open_target, staged
+from ..settings_sources import first_problem
 from ..utils import Progress, versions
 from .read_record import DESCRIPTION, Record
 
@@ -61,9 +62,8 @@ def _export_settings(record: Record) -> Settings:
             {"model": "m", **{name: value for name, value in record.content["settings"].items() if name in names}}
         )
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ExportError(f"{record.folder / RECORD}: the setting {where} cannot be used: {problem['msg']}.") from error
+        where, what = first_problem(error)
+        raise ExportError(f"{record.folder / RECORD}: the setting {where} cannot be used: {what}.") from error
 
 
 def original_source(record: Record, model: str | None, trust_remote_code: bool) -> ModelSource:
@@ -112,16 +112,7 @@ def rebuild(
     _check_weights(record, original, progress)
     check_edits(edits, {name: value.shape for name, value in original.placements.model.state_dict().items()}, record.folder / DIRECTIONS)
     with file_errors(target.path), staged(target) as folder:
-        hashes, _ = write_export(
-            original,
-            edits,
-            settings.row_normalization,
-            record.strategy,
-            settings.full_normalization_lora_rank,
-            settings.max_shard_size,
-            folder,
-            progress,
-        )
+        hashes, _ = write_export(original, edits, settings, record.strategy, folder, progress)
         for name in (DIRECTIONS, *DESCRIPTION):
             if (record.folder / name).is_file():
                 copy_file(record.folder / name, folder / name)

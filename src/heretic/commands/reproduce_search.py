@@ -3,16 +3,16 @@
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..config import Settings
 from ..demo import PREFIX
 from ..errors import UsageError
 from ..loading.source import is_hub_id
 from ..settings_sources import load_settings
-from ..study.checkpoint import DEFINING, Checkpoint
+from ..study.checkpoint import Checkpoint
+from ..study.stored_settings import DEFINING
 from ..trust import terminal_ask
-from ..utils import Progress
+from ..utils import JsonObject, Progress
 from .read_record import Record
 from .rebuild import check_local, differences
 
@@ -56,7 +56,7 @@ def search_settings(record: Record, arguments: Sequence[str]) -> Settings:
     return settings
 
 
-def _refuse_local_prompts(settings: Settings, stored: Mapping[str, Any], arguments: Sequence[str]) -> None:
+def _refuse_local_prompts(settings: Settings, stored: JsonObject, arguments: Sequence[str]) -> None:
     """Raise `UsageError` if prompts would be read from a file or folder that only the record names: that could be any file here."""
     flags = []
     for name, value in stored.items():
@@ -105,7 +105,7 @@ def _flat(parameters: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{component}.{name}": value for component, values in parameters.items() for name, value in values.items()}
 
 
-def _close(a: Any, b: Any) -> bool:
+def _close(a: float | None, b: float | None) -> bool:
     """Equal up to the rounding of float32."""
     if a is None or b is None:
         return a is b

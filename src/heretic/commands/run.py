@@ -9,26 +9,22 @@ from ..decoding.decoder import Decoder
 from ..device import describe_device
 from ..evaluator import Evaluator
 from ..loading.source import fingerprint, model_source
-from ..model import Model
 from ..prompts import Prompts
-from ..reporting.tables import space_text
 from ..session.answers import trial_at
 from ..session.interact import InteractiveSession, ask_checkpoint_action
 from ..session.stages import (
-    check_lengths,
-    compute_directions,
+    Ready,
+    conclude,
     finish_without_asking,
     learn_with_messages,
     load_all_prompts,
-    load_model_to_edit,
     make_report,
-    measure,
+    open_space,
+    prepare,
     raise_for_no_trial,
-    rescore_finalists,
     scorer_identity,
     search_with_view,
     show_outcome,
-    with_found_prefix,
 )
 from ..sharing.shared_run import run_shared
 from ..sharing.shared_study import SharedCheckpoint
@@ -36,10 +32,10 @@ from ..study.batching import BatchSize, automatic_trials_per_batch
 from ..study.checkpoint import Checkpoint
 from ..study.finalists import missing_finalists
 from ..study.front import front_of
-from ..study.learned_search import lacks_learned_trials
-from ..study.samplers import check_sampler
+from ..study.journal import journal_errors
+from ..study.learned_search import LearnedTrials, lacks_learned_trials
+from ..study.samplers import Sampling, check_sampler
 from ..study.search import Search
-from ..study.space import SearchSpace, search_space
 from ..trust import terminal_ask
 
 
@@ -80,61 +76,53 @@ def _run_alone(
     identity: dict[str, str],
     may_measure: bool,
 ) -> int:
-    # 3. Device, model and what can be edited in it
+    # 3. Device, model and what can be edited in it; response prefix, baseline, directions
     console.message(f"Seed {settings.seed}; {describe_device()}")
-    model = load_model_to_edit(settings, console)
-    check_lengths(settings, model, prompts)
+    evaluator, separating_layer = prepare(settings, console, prompts)
 
-    # 4. Response prefix, baseline, directions
-    model = with_found_prefix(settings, console, model, prompts)
-    evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
-    separating_layer = compute_directions(settings, console, model, prompts)
-
-    # 5. The study
-    last_layer = len(model.architecture.layers) - 1
-    space = search_space(settings, list(model.architecture.components), last_layer, separating_layer)
-    identity["the model"] = fingerprint(model.loaded.source)
+    # 4. The study
+    identity["the model"] = fingerprint(evaluator.model.loaded.source)
     if is_new:
         checkpoint.create(settings, identity)
     else:
         checkpoint.check_identity(identity)
-    space = checkpoint.search_space(space)
-    console.message(space_text(space, separating_layer, last_layer))
-    if warning := checkpoint.degenerate_count_warning(evaluator.original.baseline.degenerate):
-        console.warning(warning)
-    checkpoint.note(**evaluator.original.baseline.attributes(), last_layer=last_layer)
-    search = _open_search(settings, checkpoint, space)
+    ready = _ready(console, checkpoint, evaluator, separating_layer, may_measure)
+    search = ready.search
 
-    batch_size = _batch_size(settings, console, checkpoint, model, evaluator, may_measure)
-
+    # 5. Learned trials, and the search
     def search_up_to(target: int) -> Path | None:
         checkpoint.note(target=target)
-        return conclude(search_with_view(console, evaluator, search, target, batch_size))
+        return finish(search_with_view(console, ready, target))
 
-    def conclude(was_stopped: bool) -> Path | None:
-        if not search.front:
-            return None
-        if not was_stopped:
-            rescore_finalists(settings, console, checkpoint, evaluator, prompts, batch_size.value)
-        return make_report(settings, console, checkpoint, None if was_stopped else evaluator)
+    def finish(was_stopped: bool) -> Path | None:
+        return conclude(settings, console, checkpoint, prompts, None if was_stopped else ready) if search.front else None
 
-    was_stopped = learn_with_messages(settings, console, search.study, checkpoint.edits, checkpoint.path, evaluator, prompts)
+    was_stopped = learn_with_messages(console, LearnedTrials(search.study, checkpoint.path, checkpoint.edits, evaluator), prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
     if was_stopped or not target:
-        report = conclude(was_stopped)
+        report = finish(was_stopped)
     else:
         console.heading(f"Search: {target} trials, {search.n_done} done")
         report = search_up_to(target)
     if not search.front:
-        return raise_for_no_trial(search.trials)
+        raise_for_no_trial(search.trials)
 
     # 6. The Pareto front, and what to do with it
-    if finish_without_asking(settings, console, checkpoint, report):
-        return 0
-
-    bench = InteractiveSession(settings, console, model, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more))
-    bench.menu() if settings.model_action is None else bench.act(settings.model_action)
+    if not finish_without_asking(settings, console, checkpoint, report):
+        InteractiveSession(console, evaluator, search, lambda n_more: search_up_to(search.n_done + n_more)).work()
     return 0
+
+
+def _ready(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, separating_layer: int, may_measure: bool) -> Ready:
+    """What searches an open study."""
+    original, settings = evaluator.original, evaluator.settings
+    with journal_errors(checkpoint.path):
+        space = open_space(console, checkpoint.study, evaluator, separating_layer)
+    if warning := checkpoint.degenerate_count_warning(original.baseline.degenerate):
+        console.warning(warning)
+    checkpoint.note(**original.baseline.attributes(), last_layer=evaluator.model.architecture.last_layer)
+    search = Search(checkpoint.study, checkpoint.path, space, Sampling.of(settings), checkpoint.edits)
+    return Ready(evaluator, search, _batch_size(console, checkpoint, evaluator, may_measure))
 
 
 def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) -> tuple[Settings, bool] | None:
@@ -169,7 +157,7 @@ def _shown_as_finished(settings: Settings, console: Console, checkpoint: Checkpo
     if missing_finalists(checkpoint.study, settings) or lacks_learned_trials(checkpoint.study, settings):
         return False
     if settings.trial_index is not None:
-        trial_at(front, settings.trial_index)  # summary before the model is loaded
+        trial_at(front, settings.trial_index)  # raises its error before the model is loaded
     if settings.model_action not in (None, "none") or (console.can_ask and settings.model_action is None):
         return False
     if settings.print_residual_geometry or settings.plot_residuals:
@@ -178,24 +166,9 @@ def _shown_as_finished(settings: Settings, console: Console, checkpoint: Checkpo
     return True
 
 
-def _open_search(settings: Settings, checkpoint: Checkpoint, space: SearchSpace) -> Search:
-    assert settings.seed is not None
-    return Search(
-        checkpoint.study,
-        checkpoint.path,
-        space,
-        settings.seed,
-        settings.n_startup_trials,
-        settings.sampler,
-        settings.first_trials,
-        checkpoint.edits,
-    )
-
-
-def _batch_size(
-    settings: Settings, console: Console, checkpoint: Checkpoint, model: Model, evaluator: Evaluator, may_measure: bool
-) -> BatchSize:
+def _batch_size(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, may_measure: bool) -> BatchSize:
     """How many trials share a forward pass. It is measured only if the run does not have to repeat another one exactly."""
+    settings, model = evaluator.settings, evaluator.model
     if not model.batches_trials:
         console.message("Trials are evaluated one at a time: this model's experts do not know which prompt a token belongs to.")
         return BatchSize(1)

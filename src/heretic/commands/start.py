@@ -37,7 +37,7 @@ def run(settings: Settings, files: Sequence[str] = ()) -> int:
     console = Console()
     console.message(f"heretic {__version__}" + (f", settings from {' and '.join(files)}" if files else ""))
     with collector_paused():
-        from ..saving.upload import check_destination
+        from ..saving.upload import HubRepository, check_destination
         from .evaluate import evaluate
         from .run import run_study
 
@@ -46,7 +46,7 @@ def run(settings: Settings, files: Sequence[str] = ()) -> int:
     token = get_token()
     if settings.model_action == "upload" and settings.upload_repo_id and settings.upload_repo_private is not None and token:
         with console.task(f"Asking the hub about {settings.upload_repo_id}"):
-            check_destination(settings.upload_repo_id, settings.upload_repo_private, token, console)
+            check_destination(HubRepository(settings.upload_repo_id, settings.upload_repo_private, token), console)
     return run_study(settings, console)
 
 

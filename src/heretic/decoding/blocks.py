@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..device import upload
 from .rows import Row
 
 
 class BlockLayer(DynamicLayer):
     """Keys and values of one layer in blocks `(row, head, column, dim)` of fixed size; `length` columns are used, the others are unset."""
 
+    # Lets transformers make a mask for every step of one token, without a synchronization to find out whether one is needed.
+    is_compileable = True
     keys: Tensor
     values: Tensor
 
@@ -30,7 +32,7 @@ class BlockLayer(DynamicLayer):
         self.keys, self.values = block(key_states), block(value_states)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         n, end = len(key_states), self.length + key_states.shape[2]
@@ -129,7 +131,10 @@ class Prefix:
         """Initialize every row of an empty cache with the prefix."""
         trials = [row.trial for row in rows]
         sources = torch.tensor([self.row_of_trial[trial] for trial in (trials[:1] if len(set(trials)) == 1 else trials)])
+        on_device: dict[torch.device, Tensor] = {}
         for own, new in zip(self.cache.blocks, cache.blocks, strict=True):
             if own.is_initialized:
-                there = sources.to(own.device)
+                if own.device not in on_device:
+                    on_device[own.device] = upload(sources, own.device)
+                there = on_device[own.device]
                 new.begin_with(own.keys[there], own.values[there], len(rows))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -27,7 +27,7 @@ from ..device import embedding_weight, empty_cache, free_memory, input_device, i
 from .blocks import Blocks, Prefix
 from .pool import Pool
 from .prefix_cache import PrefixCache, pass_key
-from .rows import Row, left_padded
+from .rows import Row, padded_on
 
 # The share of free memory that keys and values may take.
 MEMORY_SHARE = 0.6
@@ -97,6 +97,8 @@ class Decoder:
         windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
         self.allows_holes = not windows
         self.window = min(windows, default=sys.maxsize)  # a row this long is seen as a whole by every layer
+        # transformers synchronizes to find out whether a mask is needed. With this the decoder always makes one, for SDPA attention.
+        self.makes_mask = self.allows_holes and self.device.type != "cpu" and config._attn_implementation == "sdpa"
         self.max_rows: int | None = None
         self.bytes_per_row: int | None = None  # for the keys and values of a full response, once one was decoded
         self.n_tokens = 0  # computed so far, padding included
@@ -147,18 +149,20 @@ class Decoder:
         pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
         while waiting or pool.rows:
             try:
-                done = pool.advance(waiting, prefix)
+                pool.advance(waiting, prefix)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(pool.active_rows) <= 1:
                     raise
                 self.max_rows = max(1, len(pool.active_rows) // 2)
             else:
-                yield from done
+                yield from pool.finished()
                 if cancelled:
                     waiting = deque(row for row in waiting if row.trial not in cancelled)
                     pool.drop(cancelled)
                 continue
             # Generated tokens are kept: the rows are prefilled again, in smaller batches.
+            pool.check_texts()
+            yield from pool.finished()
             waiting = deque(sorted([*pool.active_rows, *waiting], key=self._order))
             pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
             empty_cache()
@@ -203,8 +207,8 @@ class Decoder:
     def _share_prefix(self, rows: Sequence[Row], n_logits: int = 1) -> "Prefix | None":
         """Compute the common prefix of all prompts (system prompt, template) once per trial, if that is worth a pass.
 
-        The last `n_logits` tokens of a row, whose logits are needed, are never part of it. Not used if layers have a sliding window, which
-        would count the gap between prefix and prompt of shorter rows.
+        None if that does not fit into memory. The last `n_logits` tokens of a row, whose logits are needed, are never part of it. Not used
+        if layers have a sliding window, which would count the gap between prefix and prompt of shorter rows.
         """
         if not (self.optimizations.shared_prefix and self.allows_holes) or len(rows) < MIN_PREFIX_ROWS:
             return None
@@ -212,8 +216,16 @@ class Decoder:
         if len(tokens) < MIN_PREFIX_TOKENS:
             return None
         trials = sorted({row.trial for row in rows})
-        cache = Blocks(self.n_layers, len(trials), len(tokens))
-        self.prefill([Row(trial, tokens) for trial in trials], cache, None)
+        cache: Blocks | None = Blocks(self.n_layers, len(trials), len(tokens))
+        try:
+            self.prefill([Row(trial, tokens) for trial in trials], cache, None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            cache = None
+        if cache is None:
+            empty_cache()
+            return None
         return Prefix(len(tokens), {trial: i for i, trial in enumerate(trials)}, cache)
 
     def prefill(
@@ -226,16 +238,15 @@ class Decoder:
         """
         skipped = 0 if prefix is None else prefix.length
         sequences = [[*row.tokens, *row.generated][skipped:] for row in rows]
-        tokens, mask = left_padded(sequences)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0) + skipped
+        tokens, mask, positions = padded_on(self.device, sequences)
         if prefix is not None:
             cache = cache or Blocks(self.n_layers, len(rows), skipped + tokens.shape[1])
             prefix.begin(cache, rows)
-            mask = torch.cat([torch.ones(len(rows), skipped, dtype=torch.bool), mask], dim=1)
+            mask = nn.functional.pad(mask, (skipped, 0), value=True)
+            positions = positions + skipped
         self.assign_rows([row.trial for row in rows])
-        mask = mask.to(self.device)
         with self._reuse(sequences, rows[0].trial, cache):
-            logits = self.forward(tokens.to(self.device), mask, positions.to(self.device), cache, n_logits or 1)
+            logits = self.forward(tokens, mask, positions, cache, n_logits or 1)
         return logits[:, -1] if n_logits is None else logits, mask
 
     def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: Blocks | None) -> AbstractContextManager[None]:
@@ -251,6 +262,10 @@ class Decoder:
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None, n_logits: int = 1) -> Tensor:
         """Logits `(row, position, vocabulary)` at the last `n_logits` positions."""
         self.n_tokens += tokens.numel()
+        if self.makes_mask:
+            n, width = tokens.shape[1], mask.shape[1]
+            earlier = torch.ones(n, width, dtype=torch.bool, device=mask.device).tril(width - n) if n > 1 else None
+            mask = mask[:, None, None] if earlier is None else earlier & mask[:, None, None]
         output = self.model(
             input_ids=tokens,
             attention_mask=mask,

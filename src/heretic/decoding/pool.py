@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..device import upload
 from .blocks import Blocks, Prefix
 from .rows import Row
 
@@ -60,6 +61,9 @@ class Pool:
         self.length = 0  # columns in use
         self._starts: list[int] = []  # each row's first column
         self._gone: set[int] = set()
+        # Rows whose latest token `is_finished` has not seen: on an accelerator texts are checked during the next step.
+        self._unchecked: list[int] = []
+        self._finished: list[Row] = []
         self._entering: list[Row] = []
         self._assigned = False
 
@@ -68,15 +72,24 @@ class Pool:
         """The rows that are not finished, including those that are just being added."""
         return [row for i, row in enumerate(self.rows) if i not in self._gone] + self._entering
 
-    def advance(self, waiting: "deque[Row]", prefix: Prefix | None) -> list[Row]:
-        """One step: add waiting rows if there is room, or decode one token of every row. Returns the finished rows."""
+    def advance(self, waiting: "deque[Row]", prefix: Prefix | None) -> None:
+        """One step: add waiting rows if there is room, or decode one token of every row."""
         room = self.limit - len(self.rows) + len(self._gone)
         if waiting and (room >= min(len(waiting), self.limit * REFILL_SHARE) or len(self._gone) == len(self.rows)):
             self._compact()
-            return self._admit(waiting, room, prefix)
+            self._admit(waiting, self.limit - len(self.rows), prefix)
+            return
+        if self.length == self.n_columns:
+            self.check_texts()  # rows are moved below
         if len(self._gone) > len(self.rows) * COMPACT_SHARE:
             self._compact()
-        return self._step() if self.rows else []
+        if self.rows:
+            self._step()
+
+    def finished(self) -> list[Row]:
+        """The rows that finished since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
 
     def drop(self, trials: Set[int]) -> None:
         """Remove the rows of some trials."""
@@ -93,18 +106,18 @@ class Pool:
         self.positions = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
         return Blocks(decoder.n_layers, self.limit, self.n_columns)
 
-    def _admit(self, waiting: "deque[Row]", room: int, prefix: Prefix | None) -> list[Row]:
+    def _admit(self, waiting: "deque[Row]", room: int, prefix: Prefix | None) -> None:
         decoder = self.decoder
         chunk = decoder.take(waiting, room, decoder.padding_tokens)
         fresh = Blocks(decoder.n_layers, len(chunk), max(row.length for row in chunk))
         prefilled = decoder.retry(waiting, chunk, lambda part: decoder.prefill(part, fresh, prefix))
         if prefilled is None:
-            return []
+            return
         logits, mask = prefilled
         self._entering = chunk
         if self.cache is None:
             self.cache = self._allocate(fresh)
-        lengths, width = [row.length for row in chunk], mask.shape[1]
+        width = mask.shape[1]
         first, end = len(self.rows), len(self.rows) + len(chunk)
         if first == 0:
             self.length = width
@@ -113,14 +126,14 @@ class Pool:
         self.cache.put(fresh, first, self.length)
         self.mask[first:end] = False
         self.mask[first:end, self.length - width : self.length] = mask
-        self.positions[first:end] = torch.tensor(lengths, device=decoder.device)
+        self.positions[first:end] = mask.sum(dim=1)
         self.rows += chunk
-        self._starts += [self.length - width + (0 if prefix else width - length) for length in lengths]
+        self._starts += [self.length - width + (0 if prefix else width - row.length) for row in chunk]
         self._entering = []
         self._assigned = False
-        return self._note(first, _likeliest(logits).tolist())
+        self._note(first, self._choose(first, logits))
 
-    def _step(self) -> list[Row]:
+    def _step(self) -> None:
         n = len(self.rows)
         if self.length == self.n_columns:
             self._make_room()
@@ -132,38 +145,58 @@ class Pool:
         self.length += 1
         logits = self.decoder.forward(self.next_tokens[:n, None], self.mask[:n, : self.length], self.positions[:n, None], self.cache)
         self.positions[:n] += 1
-        return self._note(0, _likeliest(logits[:, -1]).tolist())
+        chosen = self._choose(0, logits[:, -1])
+        self.check_texts()  # while an accelerator computes the step
+        self._note(0, chosen)
 
-    def _note(self, first: int, chosen: list[int]) -> list[Row]:
-        """Append the chosen token to each row from `first` on. Returns the rows that are then finished."""
-        self.next_tokens[first : first + len(chosen)] = torch.tensor([max(token, 0) for token in chosen], device=self.decoder.device)
-        done = []
-        for i, token in enumerate(chosen, first):
-            row = self.rows[i]
-            if i not in self._gone and self._append(row, token):
-                done.append(row)
-                self._gone.add(i)
-        return done
+    def _choose(self, first: int, logits: Tensor) -> Tensor:
+        """The likeliest token of each row from `first` on (-1 if logits are not finite), which is also its next input."""
+        chosen = _likeliest(logits)
+        torch.clamp(chosen, min=0, out=self.next_tokens[first : first + len(chosen)])
+        return chosen
+
+    def _note(self, first: int, chosen: Tensor) -> None:
+        """Append the chosen token to each row from `first` on. On an accelerator its text is checked during the next step."""
+        for i, token in enumerate(chosen.tolist(), first):
+            if i in self._gone:
+                continue
+            if self._append(self.rows[i], token):
+                self._finish(i)
+            else:
+                self._unchecked.append(i)
+        if self.decoder.device.type == "cpu":
+            self.check_texts()
+
+    def check_texts(self) -> None:
+        """Ask `is_finished` about the rows whose latest token it has not seen."""
+        for i in self._unchecked:
+            if i not in self._gone and self.is_finished(self.rows[i]):
+                self._finish(i)
+        self._unchecked.clear()
+
+    def _finish(self, i: int) -> None:
+        self._gone.add(i)
+        self._finished.append(self.rows[i])
 
     def _append(self, row: Row, token: int) -> bool:
-        """Append a token (-1: logits were not finite) to a row. Returns whether it is then finished."""
+        """Append a token (-1: logits were not finite) to a row. Returns whether it is then finished, whatever its text."""
         row.begun = True
         row.finite = token >= 0
         if not row.finite or token in self.decoder.end_tokens:
             return True
         row.generated.append(token)
-        return len(row.generated) >= self.max_new_tokens or self.is_finished(row)
+        return len(row.generated) >= self.max_new_tokens
 
     def _compact(self) -> None:
         """Move the last active rows to the places of finished ones."""
+        self.check_texts()
         if not self._gone or self.cache is None:
             return
         n_left = len(self.rows) - len(self._gone)
         holes = sorted(i for i in self._gone if i < n_left)
         movers = [i for i in range(n_left, len(self.rows)) if i not in self._gone]
         if holes:
-            targets = torch.tensor(holes, device=self.decoder.device)
-            sources = torch.tensor(movers, device=self.decoder.device)
+            targets, sources = upload(torch.tensor([holes, movers]), self.decoder.device)
             self.cache.move_rows(sources, targets)
             for values in (self.mask, self.next_tokens, self.positions):
                 values[targets] = values[sources]

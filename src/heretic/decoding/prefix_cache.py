@@ -5,15 +5,15 @@ is measured, and a trial's prefill starts at its first edited layer with the rec
 same rows (same tokens, same padding); other passes are computed in full.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..device import free_memory
+from .blocks import Blocks
 
 # The share of the initially free memory that recordings may take.
 BUDGET_SHARE = 0.2
@@ -48,23 +48,23 @@ class PrefixCache:
         recording = self._recordings.get(key)
         return recording is not None and (bool(recording.keys_values) or not with_cache)
 
-    def record(self, key: Key, cache: Any | None) -> AbstractContextManager[None]:
+    def record(self, key: Key, cache: Blocks | None) -> AbstractContextManager[None]:
         """Context that records the pass in it, if `recording` is set and the budget allows."""
         n_tokens = len(key) * max(map(len, key))
         fits = n_tokens * self.bytes_per_token * len(self.layers) <= self.budget
         return self._record(key, cache) if self.recording and fits else nullcontext()
 
     @contextmanager
-    def _record(self, key: Key, cache: Any | None) -> Iterator[None]:
+    def _record(self, key: Key, cache: Blocks | None) -> Iterator[None]:
         recording = _Recording()
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:
             recording.inputs.append(args[0] if args else kwargs["hidden_states"])
             self._returns_tuple = isinstance(output, tuple)
 
         with ExitStack() as stack:
             for layer in self.layers:
-                stack.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
+                stack.enter_context(layer.register_forward_hook(note, with_kwargs=True))
             yield
         if cache is not None:
             recording.keys_values = [(block.keys.clone(), block.values.clone()) if block.is_initialized else None for block in cache.blocks]
@@ -75,15 +75,15 @@ class PrefixCache:
             self._recordings[key] = recording
 
     @contextmanager
-    def begin_at(self, key: Key, first_layer: int, cache: Any | None) -> Iterator[None]:
+    def begin_at(self, key: Key, first_layer: int, cache: Blocks | None) -> Iterator[None]:
         """Context in which a pass of the recorded rows starts at `first_layer`, using the recording of the layers below."""
         recording = self._recordings[key]
         first_layer = min(first_layer, len(self.layers) - 1)
 
-        def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def skip(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
             return (hidden_states,) if self._returns_tuple else hidden_states
 
-        def substitute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def substitute(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]]:
             hidden = recording.inputs[first_layer]
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -91,8 +91,7 @@ class PrefixCache:
             for layer in self.layers[:first_layer]:
                 stack.enter_context(_forward_replaced(layer, skip))
             if first_layer:
-                hook = self.layers[first_layer].register_forward_pre_hook(substitute, with_kwargs=True)
-                stack.callback(hook.remove)
+                stack.enter_context(self.layers[first_layer].register_forward_pre_hook(substitute, with_kwargs=True))
             yield
         # Not earlier: the mask is created for the length of the cache's first layer when the pass starts.
         if cache is not None:
@@ -102,7 +101,7 @@ class PrefixCache:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Context in which `forward` replaces the module's own."""
     own = module.__dict__.get("forward")
     module.forward = forward

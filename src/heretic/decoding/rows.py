@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import upload
+
 
 @dataclass(eq=False)
 class Row:
@@ -60,3 +62,11 @@ def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     tokens = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids in sequences])
     lengths = torch.tensor([len(ids) for ids in sequences])
     return tokens, torch.arange(width) >= width - lengths[:, None]
+
+
+def padded_on(device: torch.device, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and positions `(row, column)` on a device, copied there at once. All rows end in the last column."""
+    width = max(map(len, sequences))
+    ids = upload(torch.tensor([[*[-1] * (width - len(own)), *own] for own in sequences]), device)
+    mask = ids >= 0
+    return ids.clamp(min=0), mask, (mask.cumsum(dim=1) - 1).clamp(min=0)

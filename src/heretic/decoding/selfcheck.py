@@ -45,6 +45,10 @@ def choose_decoder(
         fast = Decoder(model, end_tokens, rows_per_trial, optimizations=optimizations)
         if _holds(lambda: decodes_well(fast)):
             return fast
+        if fast.makes_mask:
+            fast.makes_mask = False
+            if _holds(lambda: decodes_well(fast)):
+                return fast
     decoder = PlainDecoder(model, end_tokens, rows_per_trial)
     decoder.pads = _holds(lambda: pads_well(model, decoder))
     if not _holds(lambda: batches_well(decoder)):

@@ -68,6 +68,11 @@ class Architecture:
     stream_axis: int | None = None
 
     @property
+    def last_layer(self) -> int:
+        """The number of the last layer; the first is 0."""
+        return len(self.layers) - 1
+
+    @property
     def components(self) -> dict[str, int]:
         """The number of weights of each component, in a fixed order; each expert counts as one."""
         counts = dict.fromkeys((c for c in COMPONENTS if any(w.component == c for w in self.writers)), 0)
@@ -93,6 +98,11 @@ def as_pairs(hidden: Tensor, index: Tensor, gates: Tensor) -> tuple[Tensor, Tens
     return hidden.repeat_interleave(index.shape[1], dim=0), index.reshape(-1, 1), torch.ones_like(gates).reshape(-1, 1)
 
 
-def first_tensor(output: Any) -> Any:
+def first_tensor(output: object) -> Any:
     """A module's main output: the tensor itself, or the first element of a tuple."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def with_first_tensor(output: object, tensor: Tensor) -> object:
+    """A module's output with another main result."""
+    return type(output)((tensor, *output[1:])) if isinstance(output, (tuple, list)) else tensor

@@ -14,19 +14,19 @@ is replaced.
   large as the layer's outputs, equal in these channels except for the sign, and orthogonal to the direction: rounding is relative to it.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .ablation import Ablation, ComponentParameters
 from .architecture import Architecture, first_tensor
 from .hooks import AblationHooks
-from .probe import probe_tokens
+from .probe import probe_tokens, run_probe
 
 # Channels of the direction: few, so that the layers' inputs are nearly the usual ones.
 CHANNELS_SHARE = 0.125
@@ -95,10 +95,10 @@ def _usual_channels(model: PreTrainedModel, architecture: Architecture) -> Tenso
         rms = hidden.square().flatten(end_dim=-2).mean(dim=0).sqrt().cpu()
         torch.maximum(largest, rms / rms.median().clamp(min=1e-12), out=largest)
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.no_grad():
         for layer in architecture.layers:
-            stack.callback(layer.register_forward_hook(note).remove)
-        _run(model)
+            stack.enter_context(layer.register_forward_hook(note))
+        run_probe(model, probe_tokens(model))
     n_channels = max(4, int(CHANNELS_SHARE * architecture.hidden_size))
     usual = torch.nonzero(largest <= largest.median()).flatten()
     chosen = torch.randperm(len(usual), generator=torch.Generator().manual_seed(0))[:n_channels]
@@ -113,33 +113,22 @@ def _written(model: PreTrainedModel, architecture: Architecture, channels: Tenso
         hidden = first_tensor(output).unflatten(-1, (-1, architecture.hidden_size))
         written[i] = hidden[..., channels.to(hidden.device)].float().cpu()
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.no_grad():
         for i, (layer, values) in enumerate(zip(architecture.layers, inputs, strict=True)):
-            stack.callback(layer.register_forward_hook(lambda m, args, output, i=i: note(i, output)).remove)
+            stack.enter_context(layer.register_forward_hook(lambda m, args, output, i=i: note(i, output)))
             stack.enter_context(_replaced(channels, architecture.hidden_size, values, layer))
-        _run(model)
+        run_probe(model, probe_tokens(model))
     return written
 
 
-def _run(model: PreTrainedModel) -> None:
-    tokens = probe_tokens(model)
-    with torch.no_grad():
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+def _replaced(channels: Tensor, hidden_size: int, values: Tensor, layer: nn.Module) -> RemovableHandle:
+    """A hook by which the layer's input is `values (channel,)` in these channels, until it is removed."""
 
-
-@contextmanager
-def _replaced(channels: Tensor, hidden_size: int, values: Tensor, layer: nn.Module) -> Iterator[None]:
-    """Context in which the layer's input is `values (channel,)` in these channels."""
-
-    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def replace(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         streams = hidden.unflatten(-1, (-1, hidden_size)).clone()
         streams[..., channels.to(hidden.device)] = values.to(streams)
         hidden = streams.flatten(-2)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return layer.register_forward_pre_hook(replace, with_kwargs=True)

@@ -18,8 +18,8 @@ Where it breaks: a layer that combines its writers' outputs by other operations 
 edited is an error. `Writer.alignment` shows if a gate or convolution follows an edited writer.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 from ..device import embedding_weight
 from ..errors import UnsupportedModelError
 from ..loading.explain import refuse_encoder_decoder
-from .architecture import Architecture, Storage, Writer, first_tensor
-from .probe import PROBE_TOKENS, is_norm, measure_gain, probe_direction, probe_tokens, removed, run_probe, share_along
+from .architecture import Architecture, Storage, Writer, first_tensor, with_first_tensor
+from .probe import PROBE_TOKENS, is_norm, measure_gain, probe_direction, probe_tokens, run_probe, share_along
 from .storage import Found, find_storage, is_sum, takes_gates
 
 # Writers measured at least 0.68, mostly 1; all other modules 0, with one exception at 0.31 (219 decoder types).
@@ -119,7 +119,7 @@ def _find_layers(model: PreTrainedModel, tokens: Tensor, hidden_size: int) -> tu
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
     with ExitStack() as stack, torch.no_grad():
         for child in {child for children in lists.values() for child in children}:
-            stack.enter_context(removed(child.register_forward_hook(note, with_kwargs=True)))
+            stack.enter_context(child.register_forward_hook(note, with_kwargs=True))
         run_probe(model, tokens)
     found = {name: m for name, m in lists.items() if sum(child in passes for child in m) * 2 >= len(m)}
     outer = {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
@@ -140,7 +140,7 @@ def _check_causality(model: PreTrainedModel, layers: list[nn.Module], tokens: Te
 
     def hidden_states(tokens: Tensor) -> Tensor:
         kept: list[Tensor] = []
-        with torch.no_grad(), removed(layers[-1].register_forward_hook(lambda m, a, output: kept.append(first_tensor(output)))):
+        with torch.no_grad(), layers[-1].register_forward_hook(lambda m, a, output: kept.append(first_tensor(output))):
             run_probe(model, tokens)
         return kept[0].float()
 
@@ -182,7 +182,7 @@ def _emitting(model: PreTrainedModel, owners: set[nn.Module], tokens: Tensor, hi
 
     with ExitStack() as stack, torch.no_grad():
         for module in owners:
-            stack.enter_context(removed(module.register_forward_hook(note)))
+            stack.enter_context(module.register_forward_hook(note))
         run_probe(model, tokens)
     return emitting
 
@@ -197,32 +197,32 @@ def _probe(
 ) -> list[Found]:
     """The `candidates` (none inside another) that write to the stream."""
     direction = probe_direction(hidden_size)
-    leaves: list[tuple[nn.Module, Tensor, Any, Any]] = []  # with the call's arguments
+    leaves: list[tuple[nn.Module, Tensor, tuple[object, ...], dict[str, object]]] = []  # with the call's arguments
     stream: list[Tensor] = []
 
-    def leaf_of(output: Any) -> tuple[Tensor, Any]:
+    def leaf_of(output: object) -> tuple[Tensor, object]:
         leaf = first_tensor(output).detach().requires_grad_()
         copy = leaf.clone()  # some models add to an output in place, which is not allowed for a leaf
-        return leaf, (type(output)((copy, *output[1:])) if isinstance(output, (tuple, list)) else copy)
+        return leaf, with_first_tensor(output, copy)
 
-    def cut_candidate(module: nn.Module, args: Any, kwargs: object, output: object) -> Any:
+    def cut_candidate(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
         if not isinstance(first_tensor(output), Tensor):
             return output
         leaf, output = leaf_of(output)
         leaves.append((module, leaf, args, kwargs))
         return output
 
-    def cut_layer(module: nn.Module, args: object, output: object) -> Any:
+    def cut_layer(module: nn.Module, args: object, output: object) -> object:
         stream.append(first_tensor(output))
         return leaf_of(output)[1]
 
     with ExitStack() as stack, torch.enable_grad():
         for module in candidates:
-            stack.enter_context(removed(module.register_forward_hook(cut_candidate, with_kwargs=True)))
+            stack.enter_context(module.register_forward_hook(cut_candidate, with_kwargs=True))
         for layer in layers:
-            stack.enter_context(removed(layer.register_forward_hook(cut_layer)))
+            stack.enter_context(layer.register_forward_hook(cut_layer))
         run_probe(model, tokens)
-        loss = torch.stack([(h.float().cpu().unflatten(-1, (-1, hidden_size)) @ direction).sum() for h in stream]).sum()
+        loss = _sum_along(direction, stream)
         if not leaves or not loss.requires_grad:
             return []
         gradients = torch.autograd.grad(loss, [leaf for _, leaf, *_ in leaves], allow_unused=True)
@@ -236,6 +236,11 @@ def _probe(
             keeps_rows = leaf.shape[:2] == tokens.shape or leaf.shape[:-1] == (tokens.numel(),)
             found.setdefault(module, Found(layer_of[module], module, gain, alignment, keeps_rows, args, kwargs))
     return list(found.values())
+
+
+def _sum_along(direction: Tensor, stream: Sequence[Tensor]) -> Tensor:
+    """The sum of what hidden states of any shape `(..., d)`, or `(..., streams * d)`, hold along `direction (d,)`."""
+    return torch.stack([(h.float().cpu().unflatten(-1, (-1, len(direction))) @ direction).sum() for h in stream]).sum()
 
 
 def _gain(gradient: Tensor, direction: Tensor, layer: nn.Module) -> tuple[Tensor | None, float]:
@@ -276,9 +281,8 @@ def _find_biases(
     def note(module: nn.Module, args: object, output: object) -> None:
         stream.append(first_tensor(output))
 
-    def cut(module: nn.Module, args: object, output: object) -> Any:
-        leaf = first_tensor(output).detach()
-        return type(output)((leaf, *output[1:])) if isinstance(output, (tuple, list)) else leaf
+    def cut(module: nn.Module, args: object, output: object) -> object:
+        return with_first_tensor(output, first_tensor(output).detach())
 
     parameters = [p for *_, p in places]
     required = [p.requires_grad for p in parameters]
@@ -287,11 +291,11 @@ def _find_biases(
             p.requires_grad_(True)
         with ExitStack() as stack, torch.enable_grad():
             for layer in layers:
-                stack.enter_context(removed(layer.register_forward_hook(note)))
+                stack.enter_context(layer.register_forward_hook(note))
             for module in [*layers, *(w.module for w in writers)]:
-                stack.enter_context(removed(module.register_forward_hook(cut)))
+                stack.enter_context(module.register_forward_hook(cut))
             run_probe(model, tokens)
-            loss = torch.stack([(h.float().cpu().unflatten(-1, (-1, hidden_size)) @ direction).sum() for h in stream]).sum()
+            loss = _sum_along(direction, stream)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
     finally:
         for p, value in zip(parameters, required, strict=True):
@@ -329,7 +333,7 @@ def _same_shape(module: nn.Module, other: nn.Module) -> bool:
 def _component(path: str, layer: nn.Module) -> str:
     """The component of a writer by its path inside the layer."""
     classes = []
-    module: Any = layer
+    module = layer
     for part in path.split(".")[:-1]:
         module = getattr(module, part)
         name = type(module).__name__

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..device import upload
 from .ablation import (
     Ablation,
     OutputMap,
@@ -32,7 +33,7 @@ from .ablation import (
     row_gram,
     trial_membership,
 )
-from .architecture import Architecture, Storage, Writer, as_pairs, first_tensor
+from .architecture import Architecture, Storage, Writer, as_pairs, first_tensor, with_first_tensor
 from .directions import mix, mix_at
 
 LINEAR = Storage()
@@ -73,7 +74,7 @@ class AblationHooks:
         self._constants = [self._prepare(writer) for writer in architecture.writers]
         self._maps: dict[nn.Module, OutputMap] = {}
         self._n_trials = 0
-        self._membership: dict[torch.device, Tensor] = {}
+        self._membership: dict[tuple[torch.device, int], Tensor] = {}
         self._trial_of_row: Sequence[int] | None = None
         self._only_trial: int | None = None
         self._gates: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -126,9 +127,8 @@ class AblationHooks:
     def _strength(self, writer: Writer, ablation: Ablation) -> float:
         if ablation.learned is not None:
             return ablation.learned.strengths.get(writer.name, 0.0)
-        last_layer = len(self.architecture.layers) - 1
         parameters = ablation.parameters.get(writer.component)
-        return 0.0 if parameters is None else kernel(writer.layer, parameters, last_layer)
+        return 0.0 if parameters is None else kernel(writer.layer, parameters, self.architecture.last_layer)
 
     def _direction(self, writer: Writer, constants: _Constants, ablation: Ablation) -> tuple[Tensor, Tensor | None]:
         """Unit `r (d,)` and its `c (d,)`. Both are interpolated and scaled in the same way, since `c` is linear in `r`."""
@@ -197,7 +197,7 @@ class AblationHooks:
             edits = [self._direction(writer, constants, ablation) for ablation in ablations]
             r = torch.stack([direction for direction, _ in edits])
             c = None if constants.c is None else torch.stack([c for _, c in edits if c is not None])
-            maps[writer.module] = self._map(writer, constants, r, torch.tensor(strengths, dtype=r.dtype, device=r.device), c)
+            maps[writer.module] = self._map(writer, constants, r, upload(torch.tensor(strengths, dtype=r.dtype), r.device), c)
         return maps
 
     def _map(self, writer: Writer, constants: _Constants, r: Tensor, strength: Tensor, c: Tensor | None = None) -> OutputMap:
@@ -256,25 +256,25 @@ class AblationHooks:
             self._maps = {}
             self.assign_rows(None)
 
-    def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _hook(self, module: nn.Module, args: object, output: object) -> object:
         edit = self._maps.get(module)
         if edit is None:
             return None
         result = first_tensor(output)
         if self._only_trial is None:
-            edited = apply_output_map(result, edit, self._rows_on(result.device))
+            edited = apply_output_map(result, edit, self._membership_of(result))
         else:
             edited = apply_output_map(result, edit.of(self._only_trial))
-        return type(output)((edited, *output[1:])) if isinstance(output, (tuple, list)) else edited
+        return with_first_tensor(output, edited)
 
-    def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _split(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]] | None:
         if module not in self._maps:
             return None
         hidden, index, gates = (*args, *kwargs.values())
         self._gates[module] = index, gates
         return as_pairs(hidden, index, gates), {}
 
-    def _join(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _join(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         edit = self._maps.get(module)
         if edit is None:
             return None
@@ -288,18 +288,20 @@ class AblationHooks:
             return torch.zeros(index.numel(), dtype=torch.long, device=index.device)
         if self._trial_of_row is None:
             raise ValueError("rows of several ablations must be assigned before a forward pass")
-        trials = torch.tensor(self._trial_of_row, device=index.device)
+        trials = upload(torch.tensor(self._trial_of_row), index.device)
         return trials.repeat_interleave(index.numel() // len(trials))
 
-    def _rows_on(self, device: torch.device) -> Tensor | None:
-        """Membership of the rows, computed once per device; None if there is only one ablation."""
+    def _membership_of(self, output: Tensor) -> Tensor | None:
+        """Membership of every token of an output, computed once per device and pass; None if there is only one ablation."""
         if self._n_trials == 1:
             return None
         if self._trial_of_row is None:
             raise ValueError("rows of several ablations must be assigned before a forward pass")
-        if device not in self._membership:
-            self._membership[device] = trial_membership(torch.tensor(self._trial_of_row, device=device), self._n_trials)
-        return self._membership[device]
+        device, n_tokens = output.device, output.numel() // (output.shape[-1] * len(self._trial_of_row))
+        if (device, n_tokens) not in self._membership:
+            membership = trial_membership(upload(torch.tensor(self._trial_of_row), device), self._n_trials)
+            self._membership[device, n_tokens] = membership.repeat_interleave(n_tokens, dim=0) if n_tokens > 1 else membership
+        return self._membership[device, n_tokens]
 
     def remove(self) -> None:
         """Remove the hooks from the model."""

@@ -1,12 +1,9 @@
-"""Probing a model with a few tokens: inputs, temporary hooks, and gradients along a direction."""
+"""Probing a model with a few tokens: inputs, and gradients along a direction."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..device import embedding_weight, input_device
@@ -28,14 +25,6 @@ def probe_direction(hidden_size: int) -> Tensor:
 
 def run_probe(model: PreTrainedModel, tokens: Tensor) -> None:
     model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-
-
-@contextmanager
-def removed(handle: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def share_along(gradient: Tensor, direction: Tensor, axis: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architecture import Storage, as_pairs, first_tensor
-from .probe import probe_direction, removed, run_probe, share_along
+from .probe import probe_direction, run_probe, share_along
 
 # The share is 1 for a parameter whose product is the module's output; operations after it reduce the share.
 OWN_ALIGNMENT = 0.9
@@ -28,8 +28,8 @@ class Found:
     gain: Tensor | None
     alignment: float
     keeps_rows: bool
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
 
 def find_storage(model: PreTrainedModel, found: Found, tokens: Tensor, hidden_size: int) -> Storage | None:
@@ -81,7 +81,7 @@ def _parameter_shares(
     try:
         for p in own.values():
             p.requires_grad_(True)
-        with torch.enable_grad(), removed(found.module.register_forward_hook(note)):
+        with torch.enable_grad(), found.module.register_forward_hook(note):
             found.module(*_detached(found.args), **_detached(found.kwargs))
             if not outputs[0].requires_grad:
                 outputs.clear()
@@ -109,8 +109,9 @@ def _detached(values: Any) -> Any:
 
 def takes_gates(found: Found) -> bool:
     """Whether a call with every pair of token and expert as a separate token returns the terms of the weighted sum."""
-    values = [*found.args, *found.kwargs.values()]
-    if len(values) != 3 or not all(isinstance(v, Tensor) for v in values) or values[1].is_floating_point() or values[1].dim() != 2:
+    given = [*found.args, *found.kwargs.values()]
+    values = [value for value in given if isinstance(value, Tensor)]
+    if len(given) != 3 or len(values) != 3 or values[1].is_floating_point() or values[1].dim() != 2:
         return False
     hidden, index, gates = values
     if gates.shape != index.shape or hidden.shape[:-1] != index.shape[:1]:

@@ -31,7 +31,7 @@ def files_of_index(path: Path, index: bytes) -> list[str]:
     return sorted(found)
 
 
-def check_indexes(folder: Path, weights: Any) -> None:
+def check_indexes(folder: Path, weights: object) -> None:
     """Raise `ModelError` if loading a local model would read files outside of its folder.
 
     `weights`: the file named by its configuration.

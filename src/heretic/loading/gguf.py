@@ -23,7 +23,7 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils import logging
 
 from ..errors import ModelError
-from ..utils import Progress, first_line
+from ..utils import JsonObject, Progress, first_line, some_of
 from .explain import explain, refuse_encoder_decoder
 from .source import ModelSource, sampled_hash
 
@@ -68,30 +68,28 @@ def _file_of(source: ModelSource, progress: Progress) -> tuple[Path, str | None]
 
 
 def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None:
-    arguments: dict[str, Any] = {"gguf_file": file.name}
     with _reading(name, file):
         metadata, _ = read_gguf_metadata(str(file))
         _refuse_part(name, metadata)
     architecture = metadata["general.architecture"]
-    try:
-        config = AutoConfig.from_pretrained(file.parent, **arguments)
-    except ValueError as error:
-        if "not supported" not in str(error):
-            raise _unreadable(name, file, error) from error
-        raise ModelError(
-            f"{name} has the architecture {architecture}, which transformers cannot read from GGUF files. Use the model that it was "
-            "converted from."
-        ) from error
-    except Exception as error:
-        raise _unreadable(name, file, error) from error
+    with _reading(name, file):
+        try:
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        except ValueError as error:
+            if "not supported" not in str(error):
+                raise
+            raise ModelError(
+                f"{name} has the architecture {architecture}, which transformers cannot read from GGUF files. Use the model that it was "
+                "converted from."
+            ) from error
     refuse_encoder_decoder(config)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     with progress.task(f"Dequantizing {file.name} (once)"), _reading(name, file), _without_bars():
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model, report = AutoModelForCausalLM.from_pretrained(
             file.parent,
-            **arguments,
+            gguf_file=file.name,
             dtype=torch.bfloat16,
             device_map="cpu",
             quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
@@ -99,8 +97,7 @@ def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"{name} lacks weights of its architecture ({architecture}): {missing[0]}"
-            f"{f' and {len(missing) - 1} more' * (len(missing) > 1)}. Use the model that it was converted from."
+            f"{name} lacks weights of its architecture ({architecture}): {some_of(missing, 1)}. Use the model that it was converted from."
         )
     with _errors(f"The folder {folder} cannot be written"), _without_bars():
         model.save_pretrained(unfinished)
@@ -108,7 +105,7 @@ def _dequantize(name: str, file: Path, folder: Path, progress: Progress) -> None
         unfinished.rename(folder)
 
 
-def _refuse_part(name: str, metadata: dict[str, Any]) -> None:
+def _refuse_part(name: str, metadata: JsonObject) -> None:
     n_parts = metadata.get("split.count", 0)
     if n_parts > 1:
         raise ModelError(
@@ -128,7 +125,7 @@ def _reading(name: str, file: Path) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # there is no list of what transformers, tokenizers and gguf raise where a file is damaged
         raise _unreadable(name, file, error) from error
 
 

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_utils,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM
 from transformers.utils import logging as transformers_logging
@@ -28,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from ..config import Settings
 from ..device import empty_cache, free_memory, input_device, is_out_of_memory, memory_limits
 from ..errors import ModelError
-from ..utils import Progress, first_line
+from ..utils import Progress, first_line, some_of
 from .explain import explain, refuse_encoder_decoder
 from .files import check_indexes
 from .gguf import dequantized_source
@@ -49,12 +52,17 @@ class LoadedModel:
     stored_dtype: torch.dtype
     quantized: bool
 
+    @property
+    def dtype_name(self) -> str:
+        """`float32` and the like."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """The model's configuration. It is loaded first, so its errors are those of a mistyped name."""
     try:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
-    except Exception as error:
+    except Exception as error:  # the hub's client, a damaged file and a model's own code raise what they like
         raise ModelError(explain(source, error)) from error
 
 
@@ -110,7 +118,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
                 model = _load_weights(settings, source, config, dtype, progress)
                 generation_config = _take_generation_config(model, tokenizer)
                 _test_run(model, tokenizer)
-        except Exception as error:
+        except Exception as error:  # drivers and kernels raise what they like; the next format may work
             failures.append(f"{label}: {first_line(error).rstrip('.')}")
             lacks_memory |= is_out_of_memory(error)
             progress.warning(f"Loading in {label} failed: {first_line(error)}")
@@ -134,7 +142,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
-    except Exception as error:
+    except Exception as error:  # tokenizers' own error is a plain `Exception`
         raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -208,10 +216,11 @@ def _load_weights(
     transformers_logging.disable_progress_bar()  # progress bars of weights; the console shows a task instead
     if sys.stdout.isatty():
         hub_utils.enable_progress_bars()  # progress bars of downloads, which the line above turned off too
-    model, report = auto_class(config).from_pretrained(source.path, output_loading_info=True, **arguments)
+    with _optional_warmup():
+        model, report = auto_class(config).from_pretrained(source.path, output_loading_info=True, **arguments)
     if missing := sorted(report["missing_keys"]):
         progress.warning(
-            f"Missing in the model's files and randomly initialized: {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}. "
+            f"Missing in the model's files and randomly initialized: {some_of(missing, 1)}. "
             "Check that the files are complete and the model type is right."
         )
     if stored_method(config) is not None:
@@ -223,6 +232,23 @@ def _load_weights(
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+@contextmanager
+def _optional_warmup() -> Iterator[None]:
+    """Inside, a model is loaded even if transformers fails to allocate its memory in advance, which only saves time: on a device with less
+    than 1.2 GiB it asks for a negative size."""
+    warmup = modeling_utils.caching_allocator_warmup
+
+    def tried(*arguments: Any) -> None:
+        with suppress(RuntimeError):
+            warmup(*arguments)
+
+    modeling_utils.caching_allocator_warmup = tried  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = warmup
 
 
 def _take_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

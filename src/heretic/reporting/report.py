@@ -13,7 +13,6 @@ from datetime import datetime
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import optuna
@@ -25,7 +24,7 @@ from .. import __version__
 from ..errors import ReportError
 from ..scoring.score_tables import Baseline, finalist_rows, title_of
 from ..study.front import components_of, front_of, is_finished, is_learned, score_of, search_view
-from ..utils import format_duration
+from ..utils import JsonObject, format_duration
 from .axis import Axis, axis_for
 from .charts import Frame, Line, Mark, chart
 from .learned import cosine_curve, strength_curves
@@ -48,12 +47,12 @@ class Facts:
     front: Sequence[FrozenTrial]
     last_layer: int | None
     baseline: Baseline
-    settings: Mapping[str, Any]
+    settings: JsonObject
     given: Sequence[str]
-    samples: Mapping[str, Any]
+    samples: JsonObject
     importances: Mapping[str, Mapping[str, float]]  # by objective, then parameter
     objectives: Sequence[str]
-    finalists: Mapping[str, Any]  # results of scoring finalists again
+    finalists: JsonObject  # results of scoring finalists again
 
     @property
     def seconds(self) -> float:
@@ -230,7 +229,7 @@ def history_charts(facts: Facts) -> list[str]:
     return charts
 
 
-def importance_rows(facts: Facts) -> list[dict[str, Any]]:
+def importance_rows(facts: Facts) -> list[JsonObject]:
     """Parameters with their importance for each objective, the most important one first."""
     columns = list(facts.importances.values())
     greatest = max((value for values in columns for value in values.values()), default=0.0) or 1.0
@@ -276,7 +275,7 @@ def cosine_charts(facts: Facts) -> list[tuple[str, str]]:
     return [("Learned directions", chart(frame, x, y, lines))]
 
 
-def sample_rows(facts: Facts) -> list[dict[str, Any]]:
+def sample_rows(facts: Facts) -> list[JsonObject]:
     """Prompts with the responses of the original and of the trials of the front (None if not stored), and their verdicts."""
     kept, original, verdicts = (facts.samples.get(name, {}) for name in ("trials", "original", "verdicts"))
 

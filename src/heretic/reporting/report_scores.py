@@ -43,7 +43,7 @@ def _optional(trial: FrozenTrial, attribute: str, key: str | None) -> Any:
     return value.get(key) if key is not None and isinstance(value, dict) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: float | str | None) -> str:
     if value is None:
         return "–"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,7 +1,6 @@
 """Responses of the original and of the front's trials to a few prompts, stored with the study for reports."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from optuna.trial import FrozenTrial
 
@@ -9,6 +8,7 @@ from ..editing.ablation import Ablation
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt
 from ..scoring.responses import RefusalRule
+from ..utils import JsonObject
 
 HARMFUL_SAMPLES, HARMLESS_SAMPLES = 3, 2
 # Of a longer front, this many evenly spaced trials are sampled, including both ends.
@@ -16,7 +16,7 @@ SAMPLED_TRIALS = 8
 
 # The study attribute `samples`: {"prompts": [...], "original": [...], "trials": {"25": [...]}, "verdicts": {"original": [...], ...}}.
 # A verdict describes a response in words.
-Samples = Mapping[str, Any]
+Samples = JsonObject
 
 
 def sample_prompts(good: Sequence[Prompt], bad: Sequence[Prompt]) -> list[Prompt]:

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..config import DEFAULT_OBJECTIVES, Objectives
 from ..console import Console
 from ..scoring.score_tables import Baseline, format_figure, title_of, verdict_columns, verdicts_text
+from ..specifications import DEFAULT_OBJECTIVES, Objectives
 from ..study.front import ablation_of, pareto_front, score_of
 from ..utils import format_duration
 from .tables import describe_direction, other_scores

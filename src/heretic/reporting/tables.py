@@ -1,19 +1,19 @@
 """Tables for the terminal: the search space, the front, the finalists, residuals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any
 
 from optuna.trial import FrozenTrial
 from rich.markup import escape
 from rich.table import Table
 
-from ..config import DEFAULT_OBJECTIVES, Objectives
 from ..editing.ablation import Ablation
 from ..parameters import Choice, Range
 from ..scoring.score_tables import Baseline, finalist_rows, format_figure, title_of, verdict_columns
+from ..specifications import DEFAULT_OBJECTIVES, Objectives
 from ..study.front import ablation_of, components_of, is_learned, score_of
 from ..study.space import SearchSpace
+from ..utils import JsonObject
 from .learned import learned_cells
 from .residual_geometry import LayerGeometry
 
@@ -123,7 +123,7 @@ def front_table(
     return table
 
 
-def finalists_table(front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> Table | None:
+def finalists_table(front: Sequence[FrozenTrial], known: JsonObject) -> Table | None:
     """Results of scoring trials of the front again (`finalists.known_finalists`); None if there are none."""
     headers, rows = finalist_rows(front, known)
     if not rows:

@@ -5,14 +5,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # used by the hub's client to read metadata
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from .. import __version__, demo
-from ..config import PromptSpecification, Settings
+from ..config import Settings
 from ..editing.ablation import Ablation, kernel
 from ..loading.load import auto_class
 from ..loading.source import ModelSource
@@ -20,7 +19,8 @@ from ..model import Model
 from ..privacy import public_model_name, public_name
 from ..reporting.kernel_picture import kernel_picture
 from ..reporting.learned import Points
-from ..utils import Progress, SilentProgress, first_line, versions
+from ..specifications import PromptSpecification
+from ..utils import JsonObject, Progress, SilentProgress, first_line, versions
 from . import CARD, PICTURE
 from .record import LIBRARIES, Result, Strategy, prompt_source
 
@@ -42,7 +42,7 @@ def write_card(model: Model, result: Result, strategy: Strategy, folder: Path, p
     """
     copy_licence(model.loaded.source, folder, progress)
     (folder / CARD).write_text(model_card(model, result, strategy, progress), encoding="utf-8")
-    picture = _picture(result, len(model.architecture.layers) - 1)
+    picture = _picture(result, model.architecture.last_layer)
     (folder / PICTURE).write_text(picture, encoding="utf-8")
 
 
@@ -74,7 +74,7 @@ def model_card(model: Model, result: Result, strategy: Strategy, progress: Progr
             _introduction(model, result, strategy),
             _measured(result),
             _how_measured(result, model),
-            _parameters(result, len(model.architecture.layers) - 1),
+            _parameters(result, model.architecture.last_layer),
             _rebuilding(strategy),
             _responsible_use(data, source),
             "" if text is None else f"# Original model card\n\n{text.strip()}",
@@ -84,7 +84,7 @@ def model_card(model: Model, result: Result, strategy: Strategy, progress: Progr
     return f"---\n{_metadata(model, strategy, data).to_yaml()}\n---\n\n{body}\n"
 
 
-def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, Any], str | None]:
+def original_card(source: ModelSource, progress: Progress) -> tuple[JsonObject, str | None]:
     """Metadata and text of the original's card; empty and None if it has none, or (with a warning) if it cannot be read."""
     unread = f"The card of {source.name} cannot be read, so its licence, language and text are missing from the new one: "
     try:
@@ -107,9 +107,9 @@ def original_card(source: ModelSource, progress: Progress) -> tuple[dict[str, An
     return card.data.to_dict(), card.text
 
 
-def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> ModelCardData:
+def _metadata(model: Model, strategy: Strategy, original: JsonObject) -> ModelCardData:
     source = model.loaded.source
-    kept: dict[str, Any] = {name: original[name] for name in KEPT if original.get(name)}
+    kept: JsonObject = {name: original[name] for name in KEPT if original.get(name)}
     link = kept.get("license_link")
     if isinstance(link, str) and not _URL.match(link) and source.repository is not None:
         kept["license_link"] = f"{HUB}/{source.repository}/blob/{source.revision or 'main'}/{link.removeprefix('./')}"
@@ -117,7 +117,7 @@ def _metadata(model: Model, strategy: Strategy, original: Mapping[str, Any]) -> 
     kept.setdefault("pipeline_tag", "text-generation" if text_only else "image-text-to-text")
     # The hub rejects a card whose base_model is not a repository.
     repository = source.repository
-    base: dict[str, Any] = {} if repository is None else {"base_model": repository, "base_model_relation": RELATIONS[strategy]}
+    base: JsonObject = {} if repository is None else {"base_model": repository, "base_model_relation": RELATIONS[strategy]}
     return ModelCardData(**kept, library_name=LIBRARY[strategy], tags=list(TAGS), **base)
 
 
@@ -202,7 +202,7 @@ def _more_measured(result: Result) -> list[Sequence[str]]:
     return rows
 
 
-def _figures(value: Any) -> str:
+def _figures(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_figures(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -228,7 +228,7 @@ def _how_measured(result: Result, model: Model) -> str:
     heads = ("prompts", "dataset", "split", "column", "commit", "with")
     kept = [i for i, head in enumerate(heads) if i < 2 or any(row[i] for row in rows)]
     table = _table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
-    searched = ("4-bit weights, computed in " if loaded.quantized else "") + str(loaded.dtype).removeprefix("torch.")
+    searched = ("4-bit weights, computed in " if loaded.quantized else "") + loaded.dtype_name
     return f"""### How it was measured
 
 {table}
@@ -339,7 +339,7 @@ heretic --reproduce heretic.json
 {_table(("library", "version"), rows)}"""
 
 
-def _responsible_use(original: Mapping[str, Any], source: ModelSource) -> str:
+def _responsible_use(original: JsonObject, source: ModelSource) -> str:
     licence = original.get("license_name") or original.get("license")
     named = f"The original's licence ({_flat(licence)}) and its terms of use" if licence else "The original's licence and terms of use"
     where = "" if licence else f" Its card names none: see {_model_link(source)}."
@@ -358,7 +358,7 @@ Whoever runs or shares it is responsible for its use. Before you make it availab
 {named} still apply.{where}"""
 
 
-def _flat(value: Any) -> str:
+def _flat(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -20,11 +19,12 @@ from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
 from xxhash import xxh3_128_hexdigest
 
+from ..config import Settings
 from ..editing.ablation import RowNormalization, edit_bias
 from ..editing.hooks import edit_stored
 from ..errors import ExportError
 from ..model import Model
-from ..utils import Progress
+from ..utils import JsonObject, Progress
 from . import DIRECTIONS, RECORD
 from .adapter import save_adapter
 from .card import write_card
@@ -49,7 +49,7 @@ def save(
     directory: str,
     overwrite: bool,
     progress: Progress,
-    check: Callable[[Path], dict[str, Any]] = lambda folder: {},
+    check: Callable[[Path], JsonObject] = lambda folder: {},
 ) -> Path:
     """Write the model or adapter to a temporary folder next to the target, verify it, and rename it.
 
@@ -61,21 +61,11 @@ def save(
     target = target_of(settings, directory, overwrite)
     original = open_original(model.loaded.source, progress)
     edits = edits_of(model, result.ablation)
-    assert model.hooks is not None
     with file_errors(target.path), staged(target) as folder:
         if strategy == "merge":
             compare_with_loaded(original, edits, model)
-        hashes, more = write_export(
-            original,
-            edits,
-            settings.row_normalization,
-            strategy,
-            settings.full_normalization_lora_rank,
-            settings.max_shard_size,
-            folder,
-            progress,
-        )
-        save_edits(edits, model.hooks.directions, folder / DIRECTIONS)
+        hashes, more = write_export(original, edits, settings, strategy, folder, progress)
+        save_edits(edits, model.directions, folder / DIRECTIONS)
         write_card(model, result, strategy, folder, progress)
         content = {**record(model, result, strategy), **more}
         files = write_record(content, folder, hashes)
@@ -89,27 +79,25 @@ def save(
 def write_export(
     original: Original,
     edits: Sequence[Edit],
-    mode: RowNormalization,
+    settings: Settings,
     strategy: Strategy,
-    rank: int,
-    max_shard_size: str | int | None,
     folder: Path,
     progress: Progress,
-) -> tuple[dict[str, str], dict[str, Any]]:
+) -> tuple[dict[str, str], JsonObject]:
     """Write the edited model, or its adapter, with all other files of the original that belong to it.
 
     Returns the SHA-256 of files that were hashed while they were written, and the record's entries about an adapter.
     """
     if strategy == "merge":
-        changes = Changes(original, edits, mode)
-        return write_model(original, changes, folder, max_shard_size, progress), {}
-    adapter = save_adapter(original, edits, mode, rank, folder, progress)
+        changes = Changes(original, edits, settings.row_normalization)
+        return write_model(original, changes, folder, settings.max_shard_size, progress), {}
+    adapter = save_adapter(original, edits, settings.row_normalization, settings.full_normalization_lora_rank, folder, progress)
     # A freshly loaded tokenizer, since ours pads on the left.
     AutoTokenizer.from_pretrained(original.source.path, **original.source.arguments).save_pretrained(folder)
     return {}, {"adapter": adapter}
 
 
-def write_record(content: dict[str, Any], folder: Path, hashes: dict[str, str]) -> dict[str, str]:
+def write_record(content: JsonObject, folder: Path, hashes: dict[str, str]) -> dict[str, str]:
     """Write `heretic.json` with the SHA-256 of every other file, and return these; `hashes` are those already known."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     files = {name: hashes.get(name) or sha256(path) for path in paths for name in [path.relative_to(folder).as_posix()]}
@@ -117,7 +105,7 @@ def write_record(content: dict[str, Any], folder: Path, hashes: dict[str, str]) 
     return files
 
 
-def record_text(content: dict[str, Any]) -> bytes:
+def record_text(content: JsonObject) -> bytes:
     """The content of `heretic.json`."""
     return (json.dumps(content, indent=2) + "\n").encode()
 

@@ -56,7 +56,7 @@ class Placement:
     pieces: tuple[Piece, ...]
 
 
-def skeleton(source: ModelSource, config: PreTrainedConfig) -> Any:
+def skeleton(source: ModelSource, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device: its modules, names and shapes."""
     with torch.device("meta"):
         return auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)

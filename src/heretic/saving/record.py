@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from optuna.trial import FrozenTrial
 
 from .. import __version__
-from ..config import PromptSpecification, Settings
+from ..config import Settings
 from ..device import hardware
 from ..editing.ablation import Ablation
 from ..loading.source import dataset_commit, fingerprint
 from ..model import Model
 from ..privacy import public_name, public_settings
-from ..utils import versions
+from ..specifications import PromptSpecification
+from ..utils import JsonObject, versions
 
 Strategy = Literal["merge", "adapter"]
 
@@ -32,7 +33,7 @@ class Result:
     base_refusals: int
     n_bad_prompts: int
     response_prefix: str
-    measurements: Mapping[str, Any] = field(default_factory=dict)
+    measurements: JsonObject = field(default_factory=dict)
     # For a learned trial, by component: layer, strength, and cosine to the difference of means of each module.
     learned: Mapping[str, Sequence[tuple[int, float, float]]] = field(default_factory=dict)
 
@@ -42,7 +43,7 @@ class Result:
         return list(self.learned or self.ablation.parameters)
 
     @property
-    def scores(self) -> dict[str, Any]:
+    def scores(self) -> JsonObject:
         """In the format of `heretic.json`."""
         return {
             "refusals": self.refusals,
@@ -52,7 +53,7 @@ class Result:
         }
 
 
-def measurements(trial: FrozenTrial, finalists: Mapping[str, Any], base_classes: Mapping[str, int]) -> dict[str, Any]:
+def measurements(trial: FrozenTrial, finalists: JsonObject, base_classes: Mapping[str, int]) -> JsonObject:
     """Measurements of a trial beyond its scores, in the format of `heretic.json`: response classes, further scores and, under `again`,
     those of scoring it again, with intervals. `finalists`: the study's attribute; `base_classes`: of the original's responses."""
     names = ("response_classes", "kl_statistics", "sequence_kl_divergence", "scores")
@@ -65,13 +66,13 @@ def measurements(trial: FrozenTrial, finalists: Mapping[str, Any], base_classes:
     return found
 
 
-def prompt_source(specification: PromptSpecification) -> dict[str, Any]:
+def prompt_source(specification: PromptSpecification) -> JsonObject:
     """A prompt source, with the commit that was read if it is on the hub."""
     commit = dataset_commit(specification.dataset, specification.commit)
     return public_settings(specification.model_dump(exclude_none=True)) | ({} if commit is None else {"commit": commit})
 
 
-def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
+def record(model: Model, result: Result, strategy: Strategy) -> JsonObject:
     """`heretic.json`: the model, the edit, versions and scores of a result. Contains no local paths."""
     settings, loaded = result.settings, model.loaded
     sources = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
@@ -84,7 +85,7 @@ def record(model: Model, result: Result, strategy: Strategy) -> dict[str, Any]:
             "gguf_file": loaded.source.gguf,
             "type": loaded.config.model_type,
             "fingerprint": fingerprint(loaded.source),
-            "search_dtype": str(loaded.dtype).removeprefix("torch."),
+            "search_dtype": loaded.dtype_name,
         },
         "hardware": hardware(),
         "prompts": {name: prompt_source(getattr(settings, name)) for name in sources},

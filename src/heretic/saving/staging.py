@@ -174,20 +174,19 @@ def _make_workspace(path: Path) -> tuple[Path, FileLock]:
     """Create a marked workspace and acquire its lock."""
     place = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.absolute().parent))
     lock = FileLock(place / _LOCK)
-    try:
-        lock.acquire()
-        with (place / _MARKER).open("w", encoding="utf-8") as file:
-            file.write(_mark(path))
-            file.flush()
-            os.fsync(file.fileno())
-        _flush_folder(place)
-    except FileNotFoundError:  # another process deleted the empty folder as a leftover
-        lock.release()
-        return _make_workspace(path)
-    except BaseException:
-        lock.release()
-        _remove(place)
-        raise
+    with contextlib.ExitStack() as undo:
+        undo.callback(_remove, place)
+        undo.callback(lock.release)
+        try:
+            lock.acquire()
+            with (place / _MARKER).open("w", encoding="utf-8") as file:
+                file.write(_mark(path))
+                file.flush()
+                os.fsync(file.fileno())
+            _flush_folder(place)
+        except FileNotFoundError:  # another process deleted the empty folder as a leftover
+            return _make_workspace(path)
+        undo.pop_all()
     return place, lock
 
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -21,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ..errors import ModelError
 from ..loading.files import files_of_index, plain_names
-from ..utils import first_line
+from ..utils import JsonObject, first_line
 from .hashed_file import HashedFile
 
 DTYPES = {
@@ -197,7 +196,7 @@ def _pickled_shards(folder: Path, files: Sequence[str], tied: Collection[str]) -
     return shards
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
+def _identity(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
@@ -260,7 +259,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def make_header(tensors: Sequence[StoredTensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """The header of a file with these tensors in this order."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    entries: JsonObject = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for tensor in tensors:
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, offset + tensor.n_bytes]}

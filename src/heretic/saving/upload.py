@@ -9,7 +9,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from ..config import Settings
 from ..errors import ExportError
 from ..model import Model
 from ..privacy import without_token
-from ..study.checkpoint import journal_path
-from ..utils import Progress, format_size, some_of
+from ..study.journal import journal_path
+from ..utils import JsonObject, Progress, format_size, some_of
 from . import CARD
 from .export import save
 from .record import Result, Strategy
@@ -50,32 +50,39 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class HubRepository:
+    """A repository of the hub to upload to, whether it is to be private, and by which token."""
+
+    repo_id: str
+    private: bool
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Destination:
-    """A repository to upload to; `files` are its current files, None if it does not exist yet."""
+    """A repository as it was found; `files` are its current files, None if it does not exist yet."""
 
     repo_id: str
     files: tuple[str, ...] | None
     private: bool
 
 
-def check_destination(repo_id: str, private: bool, token: str, progress: Progress, waits: Sequence[float] = ()) -> Destination:
+def check_destination(repository: HubRepository, progress: Progress, waits: Sequence[float] = ()) -> Destination:
     """Ask the hub whether this upload is possible: the token's owner and permissions, and the repository. Changes nothing there.
 
     Raises `ExportError` for an invalid or read-only token, a repository that it may not write to, and an existing public repository if a
     private one is requested.
     """
-    return _Hub(token, repo_id, progress, waits).check(private)
+    return _Hub(repository, progress, waits).check()
 
 
 def upload(
     model: Model,
     result: Result,
     strategy: Strategy,
-    repo_id: str,
-    private: bool,
-    token: str,
+    repository: HubRepository,
     progress: Progress,
-    check: Callable[[Path], dict[str, Any]] = lambda folder: {},
+    check: Callable[[Path], JsonObject] = lambda folder: {},
 ) -> str:
     """Save to a temporary folder next to the study's journal, and upload it in one commit. Returns the URL of the repository.
 
@@ -83,8 +90,8 @@ def upload(
     afterwards, also if the upload fails. Raises `ExportError` if the hub refuses, or cannot be reached after all retries. The token is sent
     only to the hub: no error, message or file contains it.
     """
-    hub = _Hub(token, repo_id, progress, WAITS)
-    destination = hub.check(private)
+    hub = _Hub(repository, progress, WAITS)
+    destination = hub.check()
     hub.create(destination)
     with upload_folder(result.settings) as folder:
         save(model, result, strategy, str(folder), True, progress, check)
@@ -119,16 +126,17 @@ def _outdated(destination: Destination, folder: Path, progress: Progress) -> lis
 class _Hub:
     """The hub's client for one repository. Requests are retried after temporary failures; errors are reported in plain words."""
 
-    def __init__(self, token: str, repo_id: str, progress: Progress, waits: Sequence[float]) -> None:
+    def __init__(self, repository: HubRepository, progress: Progress, waits: Sequence[float]) -> None:
+        token = repository.token
         if not (token.isascii() and token.isprintable() and " " not in token):
             raise ExportError("The access token contains invalid characters. Check HF_TOKEN, or log in again with `hf auth login`.")
         self._token = token
         self._api = HfApi(token=token)
         self._progress = progress
         self._waits = waits
-        self.repo_id = repo_id
+        self.repo_id, self._private = repository.repo_id, repository.private
 
-    def check(self, private: bool) -> Destination:
+    def check(self) -> Destination:
         """See `check_destination`."""
         me = self._ask(self._api.whoami)
         if ((me.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
@@ -140,14 +148,14 @@ class _Hub:
             self.repo_id = f"{me['name']}/{self.repo_id}"
         info = self._ask(self._find)
         if info is None:
-            return Destination(self.repo_id, None, private)
+            return Destination(self.repo_id, None, self._private)
         self._ask(self._check_write)
-        if private and not info.private:
+        if self._private and not info.private:
             raise ExportError(
                 f"{self.repo_id} exists and is public, but a private repository is requested. Make it private on its settings page, choose "
                 "another --upload-repo-id, or use --no-upload-repo-private."
             )
-        if info.private and not private:
+        if info.private and not self._private:
             self._progress.warning(f"{self.repo_id} exists and is private, and stays private. You can make it public on its settings page.")
         return Destination(self.repo_id, tuple(file.rfilename for file in info.siblings or ()), info.private)
 

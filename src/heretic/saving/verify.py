@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..device import empty_cache, free_memory
 from ..errors import TrialError
@@ -12,8 +11,8 @@ from ..evaluator import Evaluator
 from ..loading.load import load_model
 from ..loading.source import ModelSource
 from ..model import NOT_FINITE, Model
-from ..study.failures import warn_of_failure
-from ..utils import Progress
+from ..study.failures import failure_as_warning
+from ..utils import JsonObject, Progress
 
 # Memory that a second model needs while running, relative to the size of its weights.
 ROOM = 1.3
@@ -21,14 +20,14 @@ ROOM = 1.3
 TOLERANCE, RELATIVE_TOLERANCE = 0.01, 0.1
 
 
-def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float, progress: Progress) -> Callable[[Path], dict[str, Any]]:
+def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float, progress: Progress) -> Callable[[Path], JsonObject]:
     """A check for `export.save`: for a saved model's folder, it returns its first-token KL divergence for the record.
 
     The result is empty, with a message, if there is no memory for a second model, if the check fails, or if the search used 4-bit weights,
     whose divergence is that of another model.
     """
 
-    def check(folder: Path) -> dict[str, Any]:
+    def check(folder: Path) -> JsonObject:
         if model.loaded.quantized:
             progress.message(
                 "The saved model is not scored again: the search used 4-bit weights, and its scores are those of the quantized model."
@@ -43,12 +42,10 @@ def divergence_check(model: Model, evaluator: Evaluator, trial_divergence: float
             )
             return {}
         divergence = None
-        try:
+        what, debug = "The saved model is kept, but could not be scored again", evaluator.settings.debug
+        interrupted = "Interrupted: the saved model is not scored again. You can score it with --evaluate-model."
+        with failure_as_warning(progress, what, debug, interrupted):
             divergence = saved_divergence(folder, model, evaluator, progress)
-        except KeyboardInterrupt:
-            progress.message("Interrupted: the saved model is not scored again. You can score it with --evaluate-model.")
-        except Exception as error:  # whatever the error is, the saved model is kept
-            warn_of_failure(progress, "The saved model is kept, but could not be scored again", error, evaluator.settings.debug)
         empty_cache()
         if divergence is None:
             return {}
@@ -68,7 +65,7 @@ def saved_divergence(folder: Path, model: Model, evaluator: Evaluator, progress:
     Raises `ModelError` if it cannot be loaded, and `TrialError` if its logits are not finite.
     """
     loaded = model.loaded
-    settings = evaluator.settings.model_copy(update={"dtypes": [str(loaded.dtype).removeprefix("torch.")], "quantization": "none"})
+    settings = evaluator.settings.model_copy(update={"dtypes": [loaded.dtype_name], "quantization": "none"})
     source = ModelSource(str(folder), "the saved model", None, loaded.source.trust_remote_code)
     parts = replace(load_model(settings, source, progress), tokenizer=loaded.tokenizer)
     saved = Model(parts, settings, response_prefix=model.response_prefix)

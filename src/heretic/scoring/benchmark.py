@@ -34,6 +34,9 @@ from ..utils import Progress, first_line
 BATCH_SIZE = 16
 HEADERS = ("Task", "Metric", "Examples", "Original", "Edited", "Difference")
 
+# What lm-evaluation-harness gives for a task, or for one of its parts.
+Results = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class BenchmarkRow:
@@ -112,7 +115,7 @@ def run_benchmarks(model: Model, ablation: Ablation, settings: Settings, progres
     return rows
 
 
-def _evaluate(model: Model, task: str, manager: TaskManager, settings: Settings) -> Mapping[str, Any]:
+def _evaluate(model: Model, task: str, manager: TaskManager, settings: Settings) -> Results:
     """lm-evaluation-harness's results for the model in its current state; with smaller batches if memory runs out."""
     batch_size = settings.batch_size or min(BATCH_SIZE, settings.max_batch_size)
     while True:
@@ -155,7 +158,7 @@ def _quiet(debug: bool) -> Iterator[None]:
         yield
 
 
-def compare_results(original: Mapping[str, Any], edited: Mapping[str, Any]) -> list[BenchmarkRow]:
+def compare_results(original: Results, edited: Results) -> list[BenchmarkRow]:
     """One row for each metric of the requested tasks; for a group, its own scores if it has any, else those of its tasks."""
     rows = []
     groups = {name for name, values in original.get("groups", {}).items() if _metrics(values)}
@@ -178,24 +181,24 @@ def compare_results(original: Mapping[str, Any], edited: Mapping[str, Any]) -> l
     return rows
 
 
-def _members(results: Mapping[str, Any], group: str) -> set[str]:
+def _members(results: Results, group: str) -> set[str]:
     found = set()
     for name in results.get("group_subtasks", {}).get(group, []):
         found |= {name} | _members(results, name)
     return found
 
 
-def _metrics(values: Mapping[str, Any]) -> list[str]:
+def _metrics(values: Results) -> list[str]:
     """Keys of metrics, such as `acc,none`, that have a number and are not standard errors."""
     return [k for k, v in values.items() if "," in k and "_stderr," not in k and isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 
-def _n_examples(results: Mapping[str, Any], task: str) -> int | None:
+def _n_examples(results: Results, task: str) -> int | None:
     counts = results.get("n-samples", {}).get(task)
     return None if counts is None else int(counts["effective"])
 
 
-def _pairs(original: Mapping[str, Any], edited: Mapping[str, Any], task: str, key: str) -> list[tuple[float, float]]:
+def _pairs(original: Results, edited: Results, task: str, key: str) -> list[tuple[float, float]]:
     """Both models' values of a metric per example if the metric is their mean; else empty."""
     metric, _, chosen = key.partition(",")
     columns = []
@@ -218,7 +221,7 @@ def paired_error(pairs: Sequence[tuple[float, float]]) -> float:
     return statistics.stdev(after - before for before, after in pairs) / math.sqrt(len(pairs))
 
 
-def _unpaired_error(original: Mapping[str, Any], edited: Mapping[str, Any], key: str) -> float | None:
+def _unpaired_error(original: Results, edited: Results, key: str) -> float | None:
     """The standard error of the difference from those of both models, as if their examples were independent."""
     errors = [values.get(key.replace(",", "_stderr,")) for values in (original, edited)]
     known = [float(error) for error in errors if isinstance(error, (int, float))]

@@ -52,7 +52,7 @@ class Classifier(Scorer):
             arguments: dict[str, Any] = {"revision": settings.commit, "trust_remote_code": False}
             self.tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(place, **arguments).eval()
-        except Exception as error:
+        except Exception as error:  # as in `load.load_model`
             reason = first_line(error)
             raise EvaluationError(
                 f"The classifier {settings.model} cannot be loaded: {reason.rstrip('.')}. Check the scorer's settings model and commit."

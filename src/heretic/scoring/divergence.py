@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..device import free_memory
+from ..decoding.rows import Row
+from ..device import free_memory, upload
 from ..editing.ablation import Ablation
 from ..errors import EvaluationError, TrialError
 from ..model import NOT_FINITE, Model
@@ -145,9 +146,11 @@ class OriginalAnswers:
         return torch.from_numpy(content).view(logits.dtype).view(n, width)
 
     def _logprobs(self, index: Tensor) -> Tensor:
-        """Log-probabilities `(len(index), vocabulary)` in float32 at the given positions."""
-        logits = self._logits[index.to(self._logits.device)].to(self._normalizers.device)
-        return logits.float() - self._normalizers[index.to(self._normalizers.device), None]
+        """Log-probabilities `(len(index), vocabulary)` in float32 at the given positions (a CPU tensor)."""
+        device = self._normalizers.device
+        here = upload(index, device)
+        logits = self._logits[here] if self._logits.device == device else upload(self._logits[index], device)
+        return logits.float() - self._normalizers[here, None]
 
     def first_token_logprobs(self) -> Tensor:
         """Log-probabilities `(prompt, vocabulary)` of the first tokens, float32."""
@@ -157,14 +160,18 @@ class OriginalAnswers:
         """Divergences of each ablation (none: the unedited model), in one pass. NaN at the first token marks non-finite logits."""
         n_trials, n_prompts = max(1, len(ablations)), len(self.prompts)
         values = np.full((n_trials, n_prompts, max(self.n_positions)), np.nan)
+        found_rows: list[Row] = []
+        found: list[Tensor] = []
         for rows, logits in model.logits_along(self.prompts, self.answers, ablations, description):
             index = np.concatenate([np.arange(self._starts[row.prompt], self._starts[row.prompt + 1]) for row in rows])
             parts = zip(torch.from_numpy(index).split(KL_SLICE), logits.split(KL_SLICE), strict=True)
-            divergences = [self._slice(positions, part) for positions, part in parts]
-            flat = torch.cat(divergences).double().cpu().numpy()
-            for row, own in zip(rows, np.split(flat, np.cumsum([self.n_positions[row.prompt] for row in rows])[:-1]), strict=True):
-                # Rounding can make a zero divergence slightly negative.
-                values[row.trial, row.prompt, : len(own)] = np.maximum(own, 0) if np.isfinite(own).all() else np.nan
+            found_rows += rows
+            found += [self._slice(positions, part) for positions, part in parts]
+        flat = torch.cat(found).double().cpu().numpy()  # one synchronization for all passes
+        ends = np.cumsum([self.n_positions[row.prompt] for row in found_rows])
+        for row, own in zip(found_rows, np.split(flat, ends[:-1]), strict=True):
+            # Rounding can make a zero divergence slightly negative.
+            values[row.trial, row.prompt, : len(own)] = np.maximum(own, 0) if np.isfinite(own).all() else np.nan
         return [Divergences(trial) for trial in values]
 
     def _slice(self, positions: Tensor, logits: Tensor) -> Tensor:

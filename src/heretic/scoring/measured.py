@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +13,9 @@ from ..decoding.prefix_cache import PrefixCache
 from ..device import is_out_of_memory
 from ..errors import EvaluationError, HereticError, TrialError
 from ..loading.source import expand
-from ..model import NOT_FINITE, Model, prompt_messages
-from ..prompts import Prompt
-from ..utils import Progress, SilentProgress
+from ..model import NOT_FINITE, Model
+from ..prompts import Prompt, prompt_messages
+from ..utils import JsonObject, Progress, SilentProgress
 from .divergence import OriginalAnswers
 from .figures import Figure, intervals
 from .learned_rule import LearnedRule
@@ -55,7 +56,7 @@ class MeasuredOriginal:
         """The scores by scorer."""
         return {name: figure.value for name, figure in self.figures.items()}
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> JsonObject:
         """All scores, with intervals, as plain data."""
         return {
             "scores": self.scores,
@@ -84,75 +85,79 @@ def measure_original(
     bad_prompts: Sequence[Prompt],
     progress: Progress | None = None,
     all_scorers: bool = False,
-    description: str = "Baseline",
     like: MeasuredOriginal | None = None,
 ) -> MeasuredOriginal:
     """Generate the original's outputs for the evaluation prompts, and prepare the scorers with them.
 
-    `all_scorers`: include scorers for finalists only. `description`: start of progress messages. `like`: earlier measurements of the same
-    model, which are reused if prompts and compared tokens are the same. Raises `EvaluationError` if the original refuses nothing, since
-    then there is nothing to optimize, or if a scorer fails on the original; and `UsageError` for scorers that cannot be created.
+    `all_scorers`: include scorers for finalists only. `like`, for finalists: earlier measurements of the same model, which are reused if
+    prompts and compared tokens are the same. Raises `EvaluationError` if the original refuses nothing, since then there is nothing to
+    optimize, or if a scorer fails on the original; and `UsageError` for scorers that cannot be created.
     """
     good_prompts, bad_prompts = list(good_prompts), list(bad_prompts)
-    progress = progress or SilentProgress()
+    title = "Baseline" if like is None else "Baseline of the finalists"
     chosen = settings.all_scorers
     scorers = {name: s for name, s in load_scorers(settings).items() if all_scorers or not chosen[name].finalists_only}
-    whole_verdicts = all_scorers or any(scorer.needs_whole_responses for scorer in scorers.values())
-    rule = refusal_rule(settings, model, bad_prompts)
-
-    def take(answers: OriginalAnswers) -> Batch:
-        batch = Batch(
-            model=model,
-            answers=answers,
-            rule=rule,
-            good_prompts=good_prompts,
-            bad_prompts=bad_prompts,
-            max_response_length=settings.max_response_length,
-            ablations=[],
-            whole_responses=True,  # needed to know the effect of an edit on them
-            whole_verdicts=whole_verdicts,
-            show=response_shown(settings, progress),
-            description=f"{description}: harmful prompts",
-        )
-        batch.harmful()
-        if not all(batch.finite):
-            raise TrialError(NOT_FINITE)
-        return batch
-
-    try:
-        wanted = good_prompts, bad_prompts, settings.kl_tokens
-        if like is not None and (like.good_prompts, like.bad_prompts, like.answers.n_tokens) == wanted:
-            answers, model.prefix_cache = like.answers, like.prefix_cache
-            batch = take(answers)
-        else:
-            described, folder = f"{description}: responses to harmless prompts", expand(settings.study_checkpoint_dir)
-            answers = OriginalAnswers(model, good_prompts, settings.kl_tokens, described, folder)
-            with model.recording_prefix_cache():
-                answers.record(model, f"{description}: harmless prompts")
-                batch = take(answers)
-    except TrialError as error:
-        raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
-    responses = batch.harmful()[0]
-    counts = count_kinds(responses)
-    if counts["refusal"] == 0 and any(name == "refusals" for name, _ in settings.objectives):
-        raise EvaluationError(
-            f"The model refuses none of the {len(bad_prompts)} harmful evaluation prompts, so there is nothing to remove. It may not be "
-            "trained to refuse, or refuse in words that the rule does not know: check its responses with --print-responses, and set "
-            "refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
-        )
-    batch.description = None
-    return MeasuredOriginal(
+    asked = partial(
+        _asked,
+        model=model,
+        rule=refusal_rule(settings, model, bad_prompts),
         good_prompts=good_prompts,
         bad_prompts=bad_prompts,
-        rule=rule,
+        max_response_length=settings.max_response_length,
+        whole_verdicts=all_scorers or any(scorer.needs_whole_responses for scorer in scorers.values()),
+        show=response_shown(settings, progress or SilentProgress()),
+        description=f"{title}: harmful prompts",
+    )
+    try:
+        if like is not None and (like.good_prompts, like.bad_prompts, like.answers.n_tokens) == (
+            good_prompts,
+            bad_prompts,
+            settings.kl_tokens,
+        ):
+            model.prefix_cache = like.prefix_cache
+            batch = asked(like.answers)
+        else:
+            folder = expand(settings.study_checkpoint_dir)
+            answers = OriginalAnswers(model, good_prompts, settings.kl_tokens, f"{title}: responses to harmless prompts", folder)
+            with model.recording_prefix_cache():
+                answers.record(model, f"{title}: harmless prompts")
+                batch = asked(answers)
+    except TrialError as error:
+        raise EvaluationError(f"The original model cannot be scored: {error}. Try another --dtypes, such as float32.") from error
+    return _measured(batch, scorers, must_refuse=any(name == "refusals" for name, _ in settings.objectives))
+
+
+def _asked(answers: OriginalAnswers, **more: Any) -> Batch:
+    """The original as a batch that has answered the harmful prompts: whole, which must be known to tell what an edit did to them."""
+    batch = Batch(answers=answers, ablations=[], whole_responses=True, **more)
+    batch.harmful()
+    if not all(batch.finite):
+        raise TrialError(NOT_FINITE)
+    batch.description = None
+    return batch
+
+
+def _measured(batch: Batch, scorers: Mapping[str, Scorer], must_refuse: bool) -> MeasuredOriginal:
+    responses = batch.harmful()[0]
+    counts = count_kinds(responses)
+    if counts["refusal"] == 0 and must_refuse:
+        raise EvaluationError(
+            f"The model refuses none of the {len(batch.bad_prompts)} harmful evaluation prompts, so there is nothing to remove. It may "
+            "not be trained to refuse, or refuse in words that the rule does not know: check its responses with --print-responses, and set "
+            "refusal_markers, system_prompt or bad_evaluation_prompts accordingly."
+        )
+    return MeasuredOriginal(
+        good_prompts=batch.good_prompts,
+        bad_prompts=batch.bad_prompts,
+        rule=batch.rule,
         scorers=scorers,
-        whole_verdicts=whole_verdicts,
-        answers=answers,
-        prefix_cache=model.prefix_cache,
+        whole_verdicts=batch.whole_verdicts,
+        answers=batch.answers,
+        prefix_cache=batch.model.prefix_cache,
         kinds=[response.full or response.kind for response in responses],
         refusals=counts["refusal"],
         response_classes=counts,
-        early_response_classes=count_kinds(responses, early=True) if whole_verdicts else {},
+        early_response_classes=count_kinds(responses, early=True) if batch.whole_verdicts else {},
         figures={name: _prepared(name, scorer, batch) for name, scorer in scorers.items()},
     )
 
@@ -175,7 +180,7 @@ def figure_of(name: str, scorer: Scorer, batch: Batch, i: int) -> Figure:
     try:
         result = scorer.score(batch.outputs(i))
         figure = result if isinstance(result, Figure) else Figure(float(result))
-    except Exception as error:
+    except Exception as error:  # code of others
         # If memory runs out, trials are scored again one by one.
         if isinstance(error, HereticError) or is_out_of_memory(error):
             raise

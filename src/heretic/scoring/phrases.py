@@ -12,10 +12,11 @@ recognized together with the prompt ("Toasters should not vote").
 import itertools
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+
+from ..utils import JsonObject
 
 # Positions of a phrase: within so many words, or later.
 FIRST_WORDS, EARLY_WORDS = 8, 25
@@ -29,14 +30,14 @@ _TOKEN = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 _MARKS = str.maketrans({"\u2019": "'", "\u2018": "'", "*": None, "_": " "})
 
 
-def _table(name: str) -> dict[str, Any]:
+def _table(name: str) -> JsonObject:
     return tomllib.loads(files(__package__).joinpath(name).read_text(encoding="utf-8"))
 
 
 class Phrases:
     """The groups of phrases, and the features of a text."""
 
-    def __init__(self, table: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, table: JsonObject | None = None) -> None:
         table = _table("refusal_phrases.toml") if table is None else table
         self._same = {word: name for name, words in table["words"].items() for word in words.split()}
         self._same |= dict(table["contractions"]) | dict.fromkeys(table["dropped"]["words"].split(), "")
@@ -99,7 +100,7 @@ class EarlyCheck:
 class PhraseModel:
     """The linear model; its score is the log-odds of a refusal. `looks`: when and how incomplete responses are decided."""
 
-    def __init__(self, phrases: Phrases | None = None, weights: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, phrases: Phrases | None = None, weights: JsonObject | None = None) -> None:
         weights = _table("refusal_weights.toml") if weights is None else weights
         self.phrases = phrases or Phrases()
         self.bias: float = weights["bias"]

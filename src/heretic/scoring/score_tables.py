@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from ..prompts import Prompt
+from ..utils import JsonObject
 
 TITLES = {
     "refusals": "Refusals",
@@ -29,11 +29,11 @@ class Baseline:
     response_classes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, attributes: Mapping[str, Any]) -> "Baseline":
+    def of(cls, attributes: JsonObject) -> "Baseline":
         """From a study's attributes."""
         return cls(attributes.get("n_bad_prompts"), attributes.get("base_refusals"), attributes.get("base_response_classes", {}))
 
-    def attributes(self) -> dict[str, Any]:
+    def attributes(self) -> JsonObject:
         """As a study's attributes."""
         return {"n_bad_prompts": self.n_prompts, "base_refusals": self.refusals, "base_response_classes": dict(self.response_classes)}
 
@@ -68,14 +68,14 @@ def format_interval(value: float, interval: Sequence[float] | None) -> str:
     return f"{format_figure(value)} ({low} to {high})"
 
 
-def refused(attributes: Mapping[str, Any]) -> str:
+def refused(attributes: JsonObject) -> str:
     """The number of refusals of a trial; with `about` if it is an estimate, which includes degenerate responses."""
     if attributes.get("bounded"):
         return f"about {attributes['refusals']}"
     return str(attributes.get("response_classes", {}).get("refusal", attributes["refusals"]))
 
 
-def degenerate(attributes: Mapping[str, Any]) -> str:
+def degenerate(attributes: JsonObject) -> str:
     """The number of degenerate responses, and how many of them are new (not degenerate in the original). Empty if unknown."""
     classes = {} if attributes.get("bounded") else attributes.get("response_classes", {})
     if not classes:
@@ -84,7 +84,7 @@ def degenerate(attributes: Mapping[str, Any]) -> str:
     return f"{classes['degenerate']}" + (f" ({n_new} new)" if n_new else "")
 
 
-def verdicts_text(attributes: Mapping[str, Any], baseline: Baseline) -> str:
+def verdicts_text(attributes: JsonObject, baseline: Baseline) -> str:
     """A trial's verdicts with the original's: `3 of 100 refused (original 30), 5 degenerate (original 5)`."""
     of = "" if baseline.n_prompts is None else f" of {baseline.n_prompts}"
     text = f"{refused(attributes)}{of} refused" + ("" if baseline.refusals is None else f" (original {baseline.refusals})")
@@ -95,14 +95,14 @@ def verdicts_text(attributes: Mapping[str, Any], baseline: Baseline) -> str:
     return f"{text}, {number} degenerate (original {baseline.degenerate}{new})"
 
 
-def verdict_columns(trials: Sequence[FrozenTrial], baseline: Baseline) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+def verdict_columns(trials: Sequence[FrozenTrial], baseline: Baseline) -> dict[str, Callable[[JsonObject], str]]:
     """The verdict columns of a table of trials: headers, and functions from a trial's attributes to the cell."""
     if baseline.degenerate or any(degenerate(trial.user_attrs) not in ("", "0") for trial in trials):
         return {"Refused": refused, "Degenerate": degenerate}
     return {"Refused": refused}
 
 
-def finalist_rows(front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def finalist_rows(front: Sequence[FrozenTrial], known: JsonObject) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of the trials of `front` that were scored again, the original first; empty if there are none."""
     scored = [(trial, known["trials"][str(trial.number)]) for trial in front if str(trial.number) in known.get("trials", {})]
     if not scored:
@@ -116,7 +116,7 @@ def finalist_rows(front: Sequence[FrozenTrial], known: Mapping[str, Any]) -> tup
     return headers, rows
 
 
-def _cells(entry: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _cells(entry: JsonObject, names: Sequence[str]) -> list[str]:
     if "failure" in entry:
         return [entry["failure"], *[""] * (len(names) + 1)]
     figures = [format_interval(entry["scores"][name], entry["intervals"].get(name)) for name in names]
@@ -124,7 +124,7 @@ def _cells(entry: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [*figures, str(entry["response_classes"]["degenerate"]), f"{early['refusal']} and {early['degenerate']}" if early else ""]
 
 
-def score_rows(trial: FrozenTrial, base: Mapping[str, float], known: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def score_rows(trial: FrozenTrial, base: Mapping[str, float], known: JsonObject) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of all scores of a trial: of the original, in the search, and scored again with intervals."""
     original = dict(known.get("base", {}))
     # The search's scores come first and take precedence; those of finalists only follow.
@@ -135,10 +135,10 @@ def score_rows(trial: FrozenTrial, base: Mapping[str, float], known: Mapping[str
     return ["", "Original", f"Trial {trial.number}", "Scored again (95 % interval)"], figure_rows([original, own, again])
 
 
-def figure_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def figure_rows(models: Sequence[JsonObject]) -> list[list[str]]:
     """A row for each score that any of the models has, and a column for each model, given as from `Score.described`."""
 
-    def cell(model: Mapping[str, Any], group: str, name: str) -> str:
+    def cell(model: JsonObject, group: str, name: str) -> str:
         value = model.get(group, {}).get(name)
         interval = model.get("intervals", {}).get(name) if group == "scores" else None
         return "" if value is None else format_interval(value, interval)

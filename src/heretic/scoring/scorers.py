@@ -23,6 +23,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -212,11 +213,10 @@ def _import_file(place: str) -> Any:
     specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None and specification.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(specification)
-    try:
+    with ExitStack() as undo:
+        undo.callback(sys.modules.pop, name)
         specification.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+        undo.pop_all()
     return module
 
 

@@ -10,18 +10,17 @@ import questionary
 from huggingface_hub import get_token
 from optuna.trial import FrozenTrial
 
-from ..config import Settings
 from ..console import Console
 from ..editing.ablation import Ablation
 from ..errors import HereticError
 from ..evaluator import MOST_DIVERGENT_PROMPTS, Evaluator
-from ..model import Message, Model, prompt_messages
 from ..privacy import without_token
+from ..prompts import Message, prompt_messages
 from ..reporting.tables import finalists_table, trial_rows
 from ..saving.export import save
 from ..saving.record import Result, Strategy, measurements
 from ..saving.staging import target_of
-from ..saving.upload import upload
+from ..saving.upload import HubRepository, upload
 from ..saving.verify import divergence_check
 from ..scoring.score_tables import divergent_rows, score_rows
 from ..study.finalists import known_finalists
@@ -53,16 +52,20 @@ def select(question: str, choices: Sequence[tuple[str, Any]], header: str | None
 class InteractiveSession:
     """What the menus and actions work on: a run whose model is loaded and whose study has trials."""
 
-    settings: Settings
     console: Console
-    model: Model
     evaluator: Evaluator
     search: Search
     run_trials: Callable[[int], object]
 
-    @property
-    def _last_layer(self) -> int:
-        return len(self.model.architecture.layers) - 1
+    def __post_init__(self) -> None:
+        self.settings, self.model = self.evaluator.settings, self.evaluator.model
+
+    def work(self) -> None:
+        """Do what the settings say, or what the user chooses if they do not."""
+        if self.settings.model_action is None:
+            self.menu()
+        else:
+            self.act(self.settings.model_action)
 
     def _ablation(self, trial: FrozenTrial) -> Ablation:
         return self.search.edits.ablation_of(trial)
@@ -116,7 +119,8 @@ class InteractiveSession:
         """A trial of the front, after running more trials if the user wants that; None: leave."""
         while True:
             front = self.search.front
-            headers, rows = trial_rows(front, self._last_layer, self.evaluator.original.baseline, self.settings.objectives)
+            baseline, last_layer = self.evaluator.original.baseline, self.model.architecture.last_layer
+            headers, rows = trial_rows(front, last_layer, baseline, self.settings.objectives)
             width = self.console.rich.width - 4  # wrapped lines would break the menu's layout
             header, *lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in align([headers, *rows])]
             choices = [*zip(lines, front, strict=True), ("Run more trials", "more"), ("Leave", None)]
@@ -171,7 +175,7 @@ class InteractiveSession:
 
     def _upload(self, trial: FrozenTrial) -> None:
         strategy = self._strategy()
-        repo_id = self.settings.upload_repo_id or (strategy and questionary.text("Repository (owner/name):").ask())
+        repo_id = self.settings.upload_repo_id or (strategy and questionary.text("HubRepository (owner/name):").ask())
         if not strategy or not repo_id:
             return
         private = self.settings.upload_repo_private
@@ -181,7 +185,7 @@ class InteractiveSession:
         if private is None or not token:
             return
         check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
-        url = upload(self.model, self.result_of(trial), strategy, repo_id, private, token, self.console, check)
+        url = upload(self.model, self.result_of(trial), strategy, HubRepository(repo_id, private, token), self.console, check)
         self.console.message(f"Uploaded trial {trial.number} to {url}")
 
     def _compare(self, trial: FrozenTrial) -> None:

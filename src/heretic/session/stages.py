@@ -3,10 +3,11 @@
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from optuna import Study
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from ..config import Settings
 from ..console import Console
-from ..device import empty_cache
 from ..editing.completeness import remainder
 from ..editing.directions import mean_residual, refusal_directions, separating_layer, winsorize
 from ..errors import Aborted, CheckpointError, DirectionError, HereticError, ReportError
@@ -30,23 +30,33 @@ from ..reporting.report import facts_of, report_path, write_report
 from ..reporting.residual_geometry import residual_geometry
 from ..reporting.samples import sample_prompts, take_samples
 from ..reporting.study_view import StudyView
-from ..reporting.tables import finalists_table, front_table, geometry_table
+from ..reporting.tables import finalists_table, front_table, geometry_table, space_text
 from ..scoring.measured import MeasuredOriginal, measure_original
 from ..scoring.response_prefix import find_response_prefix
 from ..scoring.score_tables import Baseline
 from ..scoring.scorers import fingerprints
 from ..study.batching import BatchSize
-from ..study.checkpoint import Checkpoint, file_name, journal_path
-from ..study.failures import ONE_BY_ONE, traceback_of, warn_of_failure
+from ..study.checkpoint import Checkpoint, stored_or_new_space
+from ..study.failures import ONE_BY_ONE, failure_as_warning, traceback_of, warn_of_failure
 from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
 from ..study.front import front_of
-from ..study.learned_edits import LearnedEdits
-from ..study.learned_search import lacks_learned_trials, learn_trials
+from ..study.journal import file_name, journal_path
+from ..study.learned_search import LearnedTrials, lacks_learned_trials
 from ..study.search import Search
+from ..study.space import SearchSpace, search_space
 from .answers import command_lines
 
 # How long running trials may take to finish after Ctrl+C.
 GRACE_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that it takes to search: what scores trials, what asks for them, and how many share a pass."""
+
+    evaluator: Evaluator
+    search: Search
+    batch_size: BatchSize
 
 
 def load_all_prompts(settings: Settings, console: Console) -> Prompts:
@@ -73,20 +83,36 @@ def load_model_to_edit(settings: Settings, console: Console, name: str | None = 
         loaded = load_model(settings, model_source(settings, name), console)
     model = Model(loaded, settings, console, response_prefix=response_prefix)
     found = ", ".join(f"{count} {component}" for component, count in model.architecture.components.items())
-    dtype = str(loaded.dtype).removeprefix("torch.")
     left = ", ".join(name for name in settings.disabled_components if name in model.architecture.components)
     console.message(
         f"{loaded.source.name}: {loaded.config.model_type}, {len(model.architecture.layers)} layers, "
-        f"{'4-bit, computed in ' if loaded.quantized else ''}{dtype}; writing to the residual stream: {found}, "
+        f"{'4-bit, computed in ' if loaded.quantized else ''}{loaded.dtype_name}; writing to the residual stream: {found}, "
         + (f"all edited but {left}" if left else "all edited")
     )
     _report_completeness(model, console)
     return model
 
 
+def prepare(settings: Settings, console: Console, prompts: Prompts) -> tuple[Evaluator, int]:
+    """Load the model and get it ready to score trials: response prefix, baseline, directions. With the layer in which the prompts part."""
+    model = load_model_to_edit(settings, console)
+    check_lengths(settings, model, prompts)
+    model = with_found_prefix(settings, console, model, prompts)
+    evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
+    return evaluator, compute_directions(settings, console, model, prompts)
+
+
+def open_space(console: Console, study: Study, evaluator: Evaluator, separating_layer: int) -> SearchSpace:
+    """The space that a study searches, shown."""
+    architecture = evaluator.model.architecture
+    new = search_space(evaluator.settings, list(architecture.components), architecture.last_layer, separating_layer)
+    space = stored_or_new_space(study, new)
+    console.message(space_text(space, separating_layer, architecture.last_layer))
+    return space
+
+
 def _report_completeness(model: Model, console: Console) -> None:
     """Warn if edits of weights cannot reach everything that is written to the residual stream."""
-
     left = remainder(model.model, model.architecture)
     does = "gates or scales its residual stream in a way that no edit of weights can reproduce"
     if left.is_missed():
@@ -127,7 +153,6 @@ def _check_final_lengths(settings: Settings, model: Model, prompts: Prompts) -> 
 
 def with_found_prefix(settings: Settings, console: Console, model: Model, prompts: Prompts) -> Model:
     """The model with the common start of all its responses."""
-
     prefix = find_response_prefix(model, settings, prompts.good, prompts.bad)
     if prefix:
         console.message(f"Response prefix: {prefix!r}; evaluation begins after it.")
@@ -136,7 +161,6 @@ def with_found_prefix(settings: Settings, console: Console, model: Model, prompt
 
 def measure(settings: Settings, console: Console, model: Model, prompts: Prompts, all_scorers: bool = False) -> MeasuredOriginal:
     """Baseline: the original's scores on the evaluation prompts."""
-
     original = measure_original(settings, model, prompts.good_evaluation, prompts.bad_evaluation, console, all_scorers)
     summary = f"The original refuses {original.refusals} of {len(original.bad_prompts)} harmful evaluation prompts."
     if n := original.baseline.degenerate:
@@ -147,7 +171,6 @@ def measure(settings: Settings, console: Console, model: Model, prompts: Prompts
 
 def compute_directions(settings: Settings, console: Console, model: Model, prompts: Prompts) -> int:
     """Give the model its directions. Returns the first layer in which harmless and harmful prompts separate."""
-
     quantile = settings.winsorization_quantile
     sets = ((prompts.good, "Residuals of harmless prompts"), (prompts.bad, "Residuals of harmful prompts"))
     # One set after the other: residuals are computed lazily, as they are consumed.
@@ -166,14 +189,13 @@ def compute_directions(settings: Settings, console: Console, model: Model, promp
 
 def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iterable[Tensor]]) -> list[Iterable[Tensor]]:
     """Print the residual geometry and draw residual plots, if settings request it. Returns the residuals, now held in memory."""
-
     good, bad = (torch.cat([batch.cpu() for batch in part]) for part in batches)
     quantile = settings.winsorization_quantile
     good_seen, bad_seen = winsorize(good, quantile), winsorize(bad, quantile)  # as used for the directions
     if settings.print_residual_geometry:
         console.show(geometry_table(residual_geometry(good_seen, bad_seen), wraps=console.is_terminal))
     if settings.plot_residuals:
-        from ..reporting.residual_plots import write_residual_plots
+        from ..reporting.residual_plots import write_residual_plots  # which imports the extra
 
         folder = expand(settings.residual_plot_path) / file_name(settings.model)
         paths = write_residual_plots(good_seen, bad_seen, settings, folder, console)
@@ -181,18 +203,12 @@ def _show_residuals(settings: Settings, console: Console, batches: Iterable[Iter
     return [[good], [bad]]
 
 
-def search_with_view(
-    console: Console,
-    evaluator: Evaluator,
-    search: Search,
-    target: int,
-    batch_size: BatchSize,
-) -> bool:
+def search_with_view(console: Console, ready: Ready, target: int) -> bool:
     """Run trials up to `target`, showing each as it finishes. Returns whether Ctrl+C stopped the search."""
-
+    evaluator, search, architecture = ready.evaluator, ready.search, ready.evaluator.model.architecture
     report_failures(search, console, evaluator.settings)
-    last_layer = len(evaluator.model.architecture.layers) - 1
-    with StudyView(console, target, search.n_done, evaluator.original.baseline, last_layer, evaluator.settings.objectives) as view:
+    baseline, objectives = evaluator.original.baseline, evaluator.settings.objectives
+    with StudyView(console, target, search.n_done, baseline, architecture.last_layer, objectives) as view:
         view.trials = search.trials
 
         def note_stop() -> None:
@@ -201,12 +217,12 @@ def search_with_view(
                 "at once."
             )
 
-        with stop_on_interrupt(note_stop) as should_stop, aborted_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
+        with stop_on_interrupt(note_stop) as should_stop, aborted_after(GRACE_SECONDS, should_stop, architecture.layers):
             search.run(
                 target,
                 evaluator.score_trials,
                 evaluator.objectives,
-                batch_size,
+                ready.batch_size,
                 evaluator.stops_dominated,
                 should_stop,
                 lambda trial: view.show(trial, search.trials, search.n_done),
@@ -214,41 +230,25 @@ def search_with_view(
             return should_stop()
 
 
-def learn_with_messages(
-    settings: Settings,
-    console: Console,
-    study: Study,
-    edits: LearnedEdits,
-    location: object,
-    evaluator: Evaluator,
-    prompts: Prompts,
-) -> bool:
+def learn_with_messages(console: Console, trials: LearnedTrials, prompts: Prompts) -> bool:
     """Learn the edits that are still missing before the search, showing each when it is scored. Returns whether Ctrl+C stopped it."""
-
-    if not lacks_learned_trials(study, settings):
+    evaluator = trials.evaluator
+    if not lacks_learned_trials(trials.study, evaluator.settings):
         return False
 
     def note_stop() -> None:
         console.message("Stopping: the edit being learned is left to the next run. Press Ctrl+C again to leave at once.")
 
+    def show(trial: FrozenTrial) -> None:
+        console.message(learned_text(trial, evaluator.settings.n_learned_trials, evaluator.original.baseline))
+
     with stop_on_interrupt(note_stop) as should_stop, aborted_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
-        learn_trials(
-            study,
-            edits,
-            location,
-            evaluator,
-            (prompts.good, prompts.bad),
-            settings,
-            console,
-            lambda trial, outcome: console.message(learned_text(trial, settings.n_learned_trials, evaluator.original.baseline)),
-            should_stop,
-        )
+        trials.learn((prompts.good, prompts.bad), show, should_stop)
         return should_stop()
 
 
 def report_failures(search: Search, console: Console, settings: Settings) -> None:
     """Have a search warn of batches that crash and, with `debug`, print the traceback of a bug that failed a trial."""
-
     search.on_crash = partial(warn_of_failure, console, ONE_BY_ONE, debug=settings.debug)
     if settings.debug:
         search.on_bug = lambda number, error: console.message(f"Trial {number}:\n{traceback_of(error)}")
@@ -259,7 +259,7 @@ def aborted_after(seconds: float, should_stop: Callable[[], bool], layers: Seque
     """Context in which a forward pass raises `Aborted` at its next layer once `should_stop` has been true for `seconds`."""
     since: float | None = None
 
-    def check(module: nn.Module, args: Any) -> None:
+    def check(module: nn.Module, args: object) -> None:
         nonlocal since
         if not should_stop():
             return
@@ -267,12 +267,10 @@ def aborted_after(seconds: float, should_stop: Callable[[], bool], layers: Seque
         if time.monotonic() - since >= seconds:
             raise Aborted
 
-    handles = [layer.register_forward_pre_hook(check) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(check))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -301,25 +299,24 @@ def raise_for_no_trial(trials: Sequence[FrozenTrial]) -> NoReturn:
     raise HereticError(f"No trial could be scored: all {len(reasons)} failed. The last one: {reasons[-1]}")
 
 
-def rescore_finalists(
-    settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator, prompts: Prompts, n_together: int
-) -> None:
+def rescore_finalists(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, prompts: Prompts, n_together: int) -> None:
     """Score the best trials of the front again and store the results. The front is kept even if this fails."""
-
+    settings = evaluator.settings
     if not missing_finalists(checkpoint.study, settings):
         return
-    try:
+    found, what = None, "The finalists were not scored again"
+    with failure_as_warning(console, what, settings.debug, interrupted="Interrupted: the finalists were not scored again."):
         _check_final_lengths(settings, evaluator.model, prompts)
-        found = score_finalists(
-            checkpoint.study, settings, evaluator, prompts.final_good, prompts.final_bad, n_together, console, checkpoint.edits
-        )
-    except KeyboardInterrupt:
-        console.message("Interrupted: the finalists were not scored again.")
-    except Exception as error:
-        warn_of_failure(console, "The finalists were not scored again", error, settings.debug)
-        empty_cache()
-    else:
+        found = score_finalists(checkpoint.study, checkpoint.edits, evaluator, (prompts.final_good, prompts.final_bad), n_together, console)
+    if found is not None:
         checkpoint.note(**{ATTRIBUTE: found})
+
+
+def conclude(settings: Settings, console: Console, checkpoint: Checkpoint, prompts: Prompts, ready: Ready | None) -> Path | None:
+    """Score the finalists again, with what is `ready` for it (None: the search was stopped), and write the report; where that lies."""
+    if ready is not None:
+        rescore_finalists(console, checkpoint, ready.evaluator, prompts, ready.batch_size.value)
+    return make_report(settings, console, checkpoint, None if ready is None else ready.evaluator)
 
 
 def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, evaluator: Evaluator | None) -> Path | None:
@@ -327,37 +324,28 @@ def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, ev
 
     Failures are reported, and the run goes on: the study matters more.
     """
-
     if not settings.report:
         return None
     # A study in a database has no file that the report could be written next to.
     path = report_path(checkpoint.path if isinstance(checkpoint.path, Path) else journal_path(settings))
-    try:
-        if evaluator is not None:
+    if evaluator is not None:
+        with failure_as_warning(console, "The report contains no new responses", settings.debug, passes=CheckpointError):
             _take_samples(checkpoint, evaluator)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        warn_of_failure(console, "The report contains no new responses", error, settings.debug)
-        empty_cache()
-    try:
-        facts = facts_of(checkpoint.study)
-        write_report(facts, path)
-        if settings.report_plots:
-            from ..reporting.report_plots import write_plots
+    with failure_as_warning(console, "No report was written", settings.debug):
+        try:
+            facts = facts_of(checkpoint.study)
+            write_report(facts, path)
+            if settings.report_plots:
+                from ..reporting.report_plots import write_plots  # which imports the extra
 
-            write_plots(facts, path)
-    except ReportError as error:
-        console.warning(str(error))
-        return None
-    except Exception as error:
-        warn_of_failure(console, "No report was written", error, settings.debug)
-        return None
-    return path
+                write_plots(facts, path)
+            return path
+        except ReportError as error:
+            console.warning(str(error))
+    return None
 
 
 def _take_samples(checkpoint: Checkpoint, evaluator: Evaluator) -> None:
-
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
@@ -376,7 +364,6 @@ def finish_without_asking(settings: Settings, console: Console, checkpoint: Chec
 
 def show_outcome(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> None:
     """Print the front and, if no setting says what to do with it, the command lines that continue from there."""
-
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
     console.heading(f"{checkpoint.n_done} trials done")

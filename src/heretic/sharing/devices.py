@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -15,6 +14,7 @@ from ..device import free_memory
 from ..errors import UsageError
 from ..loading.load import stored_dtype
 from ..loading.source import ModelSource
+from ..utils import JsonObject
 from .preparation import snapshot_folder
 
 # Memory of a copy besides its weights: keys and values, activations, the logits of a batch, the libraries themselves.
@@ -32,7 +32,7 @@ class WorkerPlace:
     threads: int
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """The settings that place a model there: a single device by its index, several by a memory limit for each."""
         if not self.devices:
             return {}

@@ -8,11 +8,11 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import optuna
 from huggingface_hub import try_to_load_from_cache
 from optuna.artifacts import download_artifact, upload_artifact
+from optuna.artifacts._protocol import ArtifactStore
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import CheckpointError
 from ..loading.source import ModelSource, fingerprint
 from ..prompts import Prompt, Prompts
-from ..utils import versions
+from ..utils import JsonObject, versions
 
 # Libraries that affect what a model computes and which trials are proposed.
 LIBRARIES = ("torch", "transformers", "optuna")
@@ -45,7 +45,7 @@ class Preparation:
     base_response_classes: dict[str, int] = field(default_factory=dict)
 
 
-def store_preparation(preparation: Preparation, study: optuna.Study, store: Any) -> None:
+def store_preparation(preparation: Preparation, study: optuna.Study, store: ArtifactStore) -> None:
     """Store a preparation with a study. If another worker was faster, some workers may have read that one; both are equal."""
     facts = {name: value for name, value in asdict(preparation).items() if name != "directions"}
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def store_preparation(preparation: Preparation, study: optuna.Study, store: Any)
     study.set_user_attr(ATTRIBUTE, artifact_id)
 
 
-def load_preparation(study: optuna.Study, store: Any) -> Preparation | None:
+def load_preparation(study: optuna.Study, store: ArtifactStore) -> Preparation | None:
     """The preparation of a study; None if there is none yet. Raises `CheckpointError` if its file is missing."""
     artifact_id = study.user_attrs.get(ATTRIBUTE)
     if artifact_id is None:
@@ -100,7 +100,7 @@ def file_hashes(source: ModelSource) -> dict[str, str]:
     return dict(pair.rsplit(":", 1) for pair in pairs)
 
 
-def differences(facts: dict[str, Any], source: ModelSource) -> list[str]:
+def differences(facts: JsonObject, source: ModelSource) -> list[str]:
     """Differences between this machine and the one that created the study, in plain words.
 
     Models are the same if they have the same commit, or else if their weight and configuration files have the same hashes.
@@ -119,6 +119,6 @@ def differences(facts: dict[str, Any], source: ModelSource) -> list[str]:
     return found
 
 
-def facts_of(source: ModelSource) -> dict[str, Any]:
+def facts_of(source: ModelSource) -> JsonObject:
     """What `differences` compares; `source` is pinned."""
     return {"versions": own_versions(), "commit": None if source.is_local else source.revision, "files": file_hashes(source)}

@@ -1,7 +1,5 @@
 """A run of a shared study: a search in this process or in workers that it starts, then the front and the menu."""
 
-from pathlib import Path
-
 import optuna
 from optuna.trial import TrialState
 
@@ -13,14 +11,14 @@ from ..loading.source import fingerprint, model_source
 from ..prompts import Prompts
 from ..session.answers import command_lines
 from ..session.interact import InteractiveSession
-from ..session.stages import finish_without_asking, make_report, raise_for_no_trial, rescore_finalists, search_with_view
-from ..study.checkpoint import SHARED, Checkpoint, is_counted
+from ..session.stages import Ready, conclude, finish_without_asking, raise_for_no_trial, search_with_view
+from ..study.checkpoint import SHARED, Checkpoint
 from ..study.finalists import missing_finalists
-from ..study.front import front_of
+from ..study.front import front_of, is_counted
 from ..study.learned_search import lacks_learned_trials
 from .shared_study import open_for_workers
 from .storage import WORKER, requeue
-from .worker import ReadyWorker, join
+from .worker import join
 from .workers import supervise
 
 
@@ -43,52 +41,46 @@ def run_shared(
     target = checkpoint.target(settings, checkpoint.n_done, is_new)
     checkpoint.note(target=target, **{SHARED: True})
 
-    joined: ReadyWorker | None = None
+    ready: Ready | None = None
     if settings.workers is None:
-        joined = join(settings, console, study, store, prepares=True)
-        _search_here(console, joined, target, checkpoint)
+        ready = join(settings, console, study, store, prepares=True)
+        _search_here(console, checkpoint, ready, target)
     elif checkpoint.n_done < target or (is_new and settings.n_learned_trials):
         console.message(f"Seed {settings.seed}; a run of several workers cannot be repeated exactly.")
         supervise(settings, console, study, url, prepares=True)
 
     if not front_of(study):
-        return raise_for_no_trial(study.get_trials(deepcopy=False))
+        raise_for_no_trial(study.get_trials(deepcopy=False))
     is_finished = checkpoint.n_done >= target
     lacks = missing_finalists(study, settings) or lacks_learned_trials(study, settings)
-    if joined is None and is_finished and (settings.report or lacks):
+    if ready is None and is_finished and (settings.report or lacks):
         console.message("The workers are done; loading the model in this process for the remaining steps.")
-        joined = join(settings, console, study, store, prepares=True)
-    report = _conclude(settings, console, checkpoint, joined if is_finished else None, prompts)
+        ready = join(settings, console, study, store, prepares=True)
+    report = conclude(settings, console, checkpoint, prompts, ready if is_finished else None)
     if finish_without_asking(settings, console, checkpoint, report):
         return 0
-    _act(console, checkpoint, joined or join(settings, console, study, store, prepares=False), prompts)
+    _act(console, checkpoint, ready or join(settings, console, study, store, prepares=False), prompts)
     return 0
 
 
-def _conclude(settings: Settings, console: Console, checkpoint: Checkpoint, joined: ReadyWorker | None, prompts: Prompts) -> Path | None:
-    """Score the finalists again with the model that is loaded here, and write the report. Returns the report's path."""
-    if joined is not None:
-        rescore_finalists(settings, console, checkpoint, joined.evaluator, prompts, joined.batch_size.value)
-    return make_report(settings, console, checkpoint, None if joined is None else joined.evaluator)
-
-
-def _search_here(console: Console, joined: ReadyWorker, target: int, checkpoint: Checkpoint) -> None:
+def _search_here(console: Console, checkpoint: Checkpoint, ready: Ready, target: int) -> None:
     console.heading(f"Search: {target} trials, {checkpoint.n_done} done")
-    search_with_view(console, joined.evaluator, joined.search, target, joined.batch_size)
+    search_with_view(console, ready, target)
 
 
-def _act(console: Console, checkpoint: Checkpoint, joined: ReadyWorker, prompts: Prompts) -> None:
+def _act(console: Console, checkpoint: Checkpoint, ready: Ready, prompts: Prompts) -> None:
+    settings = ready.evaluator.settings
+
     def run_trials(n_more: int) -> None:
         target = checkpoint.n_done + n_more
         checkpoint.note(target=target)
-        if joined.settings.workers is not None:
-            again = command_lines(joined.settings)[-1]
+        if settings.workers is not None:
+            again = command_lines(settings)[-1]
             console.message(f"They run in this process. To use several workers: {again} --workers N")
-        _search_here(console, joined, target, checkpoint)
-        _conclude(joined.settings, console, checkpoint, joined if checkpoint.n_done >= target else None, prompts)
+        _search_here(console, checkpoint, ready, target)
+        conclude(settings, console, checkpoint, prompts, ready if checkpoint.n_done >= target else None)
 
-    bench = InteractiveSession(joined.settings, console, joined.model, joined.evaluator, joined.search, run_trials)
-    bench.menu() if joined.settings.model_action is None else bench.act(joined.settings.model_action)
+    InteractiveSession(console, ready.evaluator, ready.search, run_trials).work()
 
 
 def _requeue_all(study: optuna.Study) -> None:

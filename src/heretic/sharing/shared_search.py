@@ -3,47 +3,27 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler
 from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..editing.ablation import Ablation
 from ..evaluator import Score
 from ..study.batching import MAX_TRIALS_PER_BATCH
-from ..study.checkpoint import is_counted
+from ..study.front import is_counted
+from ..study.learned_edits import LearnedEdits
+from ..study.samplers import Sampling, SearchSampler
 from ..study.search import Limit, ObjectiveValues, Scores, ScoreTrials, Search
+from ..study.space import SearchSpace
+from .shared_study import target_of
 from .storage import WITHDRAWN, WORKER, SharedStorage, requeue, worker_identity
 
 # How often an idle worker looks for trials.
 IDLE_SECONDS = 0.5
-
-
-class SamplerByNumber(BaseSampler):  # type: ignore[misc]
-    """Creates a separate sampler for each trial, seeded with the trial's number, so that no two workers draw the same."""
-
-    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
-        self._make = make
-        self._sampler = make(0)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._sampler = self._make(trial.number)
-        self._sampler.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._sampler.infer_relative_search_space(study, trial)
-
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        return self._sampler.sample_relative(study, trial, search_space)
-
-    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
-        return self._sampler.sample_independent(study, trial, name, distribution)
 
 
 class Heartbeats:
@@ -89,20 +69,17 @@ class SharedSearch(Search):
     seeded with their numbers.
     """
 
-    def __init__(self, study: optuna.Study, storage: SharedStorage, *arguments: Any) -> None:
-        super().__init__(study, storage.location, *arguments)
+    def __init__(
+        self, study: optuna.Study, storage: SharedStorage, space: SearchSpace, sampling: Sampling, edits: LearnedEdits | None = None
+    ) -> None:
+        super().__init__(study, storage.location, space, sampling, edits)
         self.storage = storage
         self.heartbeats = Heartbeats(storage)
         self.identity = worker_identity()
-        self.study.sampler = SamplerByNumber(self._sampler)
+        self.study.sampler = SearchSampler(self._sampler)
 
     def _find_interrupted_trials(self) -> list[tuple[Trial, Ablation]]:
         return []  # a lost worker's trials are requeued by `fail_stale_trials`
-
-    def target(self, n_trials: int) -> int:
-        """The number of trials to reach, as the study says now: more may have been requested meanwhile."""
-        target: int = self.study.user_attrs.get("target", n_trials)
-        return target
 
     def _next_batch(self, n_trials: int, trials_per_batch: int) -> list[tuple[Trial, Ablation]] | None:
         """Like `Search._next_batch`, up to the study's attribute `target` or `n_trials`, counting all workers' trials; may be empty.
@@ -110,7 +87,7 @@ class SharedSearch(Search):
         Raises `CheckpointError` if the storage stays unreachable or cannot be written.
         """
         fail_stale_trials(self.study)
-        trials, target = self.trials, self.target(n_trials)
+        trials, target = self.trials, target_of(self.study, n_trials)
         if sum(map(is_counted, trials)) >= target:
             return None
         asked = self._ask_some(self._n_to_start(trials, target, trials_per_batch), target)

@@ -1,8 +1,7 @@
 """A study in a shared storage. Replaces `Checkpoint`, which locks its journal."""
 
-from typing import Any
-
 import optuna
+from optuna.artifacts._protocol import ArtifactStore
 from optuna.exceptions import DuplicatedStudyError
 
 from ..config import Settings
@@ -23,6 +22,12 @@ def storage_of(study: optuna.Study) -> SharedStorage:
     """The storage that `open_study` opened."""
     storage: SharedStorage = study._storage
     return storage
+
+
+def target_of(study: optuna.Study, n_trials: int) -> int:
+    """The number of trials to reach, as the study says now: more than `n_trials` may have been requested meanwhile."""
+    target: int = study.user_attrs.get("target", n_trials)
+    return target
 
 
 class SharedCheckpoint(Checkpoint):
@@ -76,7 +81,7 @@ class SharedCheckpoint(Checkpoint):
             )
 
 
-def open_for_workers(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, Any]:
+def open_for_workers(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> tuple[optuna.Study, str, ArtifactStore]:
     """A checkpoint's study opened for several workers, the URL of its storage, and its artifact store."""
     if isinstance(checkpoint, SharedCheckpoint):
         url = checkpoint.url

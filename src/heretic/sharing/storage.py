@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import optuna
 import psutil
 from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts._protocol import ArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, _CachedStorage
 from optuna.storages._heartbeat import BaseHeartbeat
@@ -35,7 +36,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_de
 from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
 from ..privacy import shown_location
-from ..study.checkpoint import JournalFile, JournalLock, journal_errors
+from ..study.journal import JournalFile, JournalLock, journal_errors
 from ..utils import Progress, SilentProgress, format_duration
 
 # How long to wait for an unreachable storage, and how often to retry.
@@ -137,7 +138,7 @@ def _check_database_url(url: str) -> None:
         )
 
 
-def artifact_store(url: str, storage: "SharedStorage") -> Any:
+def artifact_store(url: str, storage: "SharedStorage") -> ArtifactStore:
     """A study's artifact store: a folder next to a journal file, else in the storage itself."""
     if not is_file(url):
         return StorageArtifactStore(storage)

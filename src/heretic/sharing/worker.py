@@ -2,12 +2,10 @@
 
 import argparse
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import optuna
 import torch
+from optuna.artifacts._protocol import ArtifactStore
 from pydantic import ValidationError
 
 from ..config import Settings
@@ -16,31 +14,33 @@ from ..decoding.decoder import Decoder
 from ..errors import CheckpointError, UsageError
 from ..evaluator import Evaluator
 from ..loading.source import ModelSource, model_source
-from ..model import Model
 from ..privacy import shown_location
-from ..prompts import load_all
-from ..reporting.tables import space_text
+from ..prompts import Prompts, load_all
 from ..scoring.measured import measure_original
 from ..session.stages import (
-    check_lengths,
-    compute_directions,
+    Ready,
     learn_with_messages,
     load_model_to_edit,
-    measure,
+    open_space,
+    prepare,
     report_failures,
     scorer_identity,
     search_with_view,
     stop_on_interrupt,
-    with_found_prefix,
 )
+from ..settings_sources import first_problem
 from ..study.batching import BatchSize, automatic_trials_per_batch
-from ..study.checkpoint import NEVER_STORED, PER_RUN, SHARED, SPACE, stored_or_new_space
+from ..study.checkpoint import SHARED, SPACE
 from ..study.learned_edits import LearnedEdits
-from ..study.space import SearchSpace, search_space
+from ..study.learned_search import LearnedTrials
+from ..study.samplers import Sampling
+from ..study.space import SearchSpace
+from ..study.stored_settings import NEVER_STORED, PER_RUN
 from ..trust import require_consent, terminal_ask
+from ..utils import JsonObject
 from .preparation import Preparation, differences, facts_of, load_preparation, store_preparation
 from .shared_search import SharedSearch
-from .shared_study import open_study, storage_of
+from .shared_study import open_study, storage_of, target_of
 from .storage import artifact_store
 from .workers import supervise
 
@@ -61,113 +61,92 @@ OWN = (
 )
 
 
-@dataclass(frozen=True)
-class ReadyWorker:
-    """A worker that has joined a study: its model with directions, its evaluator, and its search."""
-
-    settings: Settings
-    model: Model
-    evaluator: Evaluator
-    search: SharedSearch
-    batch_size: BatchSize
-
-
-def join(settings: Settings, console: Console, study: optuna.Study, store: Any, prepares: bool) -> ReadyWorker:
+def join(settings: Settings, console: Console, study: optuna.Study, store: ArtifactStore, prepares: bool) -> Ready:
     """Load the model and prepare to score trials of a shared study.
 
     The worker that `prepares` computes the directions and everything else that all workers must share; the others wait for it. Raises
     `CheckpointError` naming what differs here.
     """
-    source, ready = model_source(settings), load_preparation(study, store)
-    if ready is not None and source.is_local:
+    source, known = model_source(settings), load_preparation(study, store)
+    if known is not None and source.is_local:
         _check(study, source)  # before a wrong model is loaded
-    if ready is None and prepares:
-        model, evaluator, preparation = _prepare(settings, console, study)
-        _learn(settings, console, study, store, evaluator, preparation)
+    if known is None and prepares:
+        evaluator, preparation = _prepare(settings, console, study)
+        _learn(console, study, store, evaluator, preparation.prompts)
         store_preparation(preparation, study, store)  # the others wait for it
     else:
-        wanted = None if ready is None else ready.dtype
-        model = load_model_to_edit(settings if wanted is None else _in_dtype(settings, wanted), console)
-        ready = ready or _wait_for_preparation(study, store, console)
-        if str(model.loaded.dtype).removeprefix("torch.") != ready.dtype:
-            del model
-            model = load_model_to_edit(_in_dtype(settings, ready.dtype), console)
-        _check(study, model.loaded.source)
-        model = model.with_response_prefix(ready.response_prefix)
-        original = measure_original(settings, model, ready.prompts.good_evaluation, ready.prompts.bad_evaluation, console)
-        if original.refusals != ready.base_refusals:
-            console.warning(
-                f"The original refuses {original.refusals} prompts here and {ready.base_refusals} on the first worker: this device "
-                "rounds differently. The objective of refusals is normalized by the latter."
-            )
-            original = original.counting_from(ready.base_refusals)
-        evaluator = Evaluator(settings, model, original, console)
-        model.use_directions(ready.directions, settings.row_normalization)
+        preparation, evaluator = _take_over(settings, console, study, store, known)
         if prepares:
-            _learn(settings, console, study, store, evaluator, ready)
+            _learn(console, study, store, evaluator, preparation.prompts)
 
-    assert settings.seed is not None
+    model = evaluator.model
     space = SearchSpace.model_validate(study.user_attrs[SPACE])
-    search = SharedSearch(
-        study,
-        storage_of(study),
-        space,
-        settings.seed,
-        settings.n_startup_trials,
-        settings.sampler,
-        settings.first_trials,
-        LearnedEdits(store),
-    )
-    if ready is None:
+    search = SharedSearch(study, storage_of(study), space, Sampling.of(settings), LearnedEdits(store))
+    if known is None and prepares:
         search.queue_first_trials()
     model.model.register_forward_pre_hook(search.heartbeats.note_progress)
     fitting = model.decoder.rows_that_fit() if isinstance(model.decoder, Decoder) else None
     n_together = settings.trials_per_batch or automatic_trials_per_batch(len(evaluator.bad_prompts), settings.n_trials, fitting)
-    return ReadyWorker(settings, model, evaluator, search, BatchSize(n_together if model.batches_trials else 1))
+    return Ready(evaluator, search, BatchSize(n_together if model.batches_trials else 1))
+
+
+def _take_over(
+    settings: Settings, console: Console, study: optuna.Study, store: ArtifactStore, known: Preparation | None
+) -> tuple[Preparation, Evaluator]:
+    """Load the model as the first worker's preparation says; if it is not `known` yet, it is waited for meanwhile."""
+    model = load_model_to_edit(settings if known is None else _in_dtype(settings, known.dtype), console)
+    known = known or _wait_for_preparation(study, store, console)
+    if model.loaded.dtype_name != known.dtype:
+        del model
+        model = load_model_to_edit(_in_dtype(settings, known.dtype), console)
+    _check(study, model.loaded.source)
+    model = model.with_response_prefix(known.response_prefix)
+    original = measure_original(settings, model, known.prompts.good_evaluation, known.prompts.bad_evaluation, console)
+    if original.refusals != known.base_refusals:
+        console.warning(
+            f"The original refuses {original.refusals} prompts here and {known.base_refusals} on the first worker: this device "
+            "rounds differently. The objective of refusals is normalized by the latter."
+        )
+        original = original.counting_from(known.base_refusals)
+    model.use_directions(known.directions, settings.row_normalization)
+    return known, Evaluator(settings, model, original, console)
 
 
 def _in_dtype(settings: Settings, dtype: str) -> Settings:
     return settings.model_copy(update={"dtypes": [dtype]})
 
 
-def _learn(settings: Settings, console: Console, study: optuna.Study, store: Any, evaluator: Evaluator, preparation: Preparation) -> None:
+def _learn(console: Console, study: optuna.Study, store: ArtifactStore, evaluator: Evaluator, prompts: Prompts) -> None:
     """Learn the missing edits. Raises `KeyboardInterrupt` if the user stops that; edits learned so far are kept."""
-    location = storage_of(study).location
-    if learn_with_messages(settings, console, study, LearnedEdits(store), location, evaluator, preparation.prompts):
+    if learn_with_messages(console, LearnedTrials(study, storage_of(study).location, LearnedEdits(store), evaluator), prompts):
         raise KeyboardInterrupt
 
 
-def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple[Model, Evaluator, Preparation]:
+def _prepare(settings: Settings, console: Console, study: optuna.Study) -> tuple[Evaluator, Preparation]:
     """Do everything that a single-process run does before its search, for all workers."""
     prompts = load_all(settings)
     identity = study.user_attrs["identity"]
     changed = [name for name, here in prompts.identity.items() if here != identity.get(name)]
     if changed:
         raise CheckpointError(f"{changed[0]} are not those that the study was created with.")
-    model = load_model_to_edit(settings, console)
-    check_lengths(settings, model, prompts)
-    model = with_found_prefix(settings, console, model, prompts)
-    original = measure(settings, console, model, prompts)
-    separating_layer = compute_directions(settings, console, model, prompts)
-    assert model.hooks is not None
-    last_layer = len(model.architecture.layers) - 1
-    space = stored_or_new_space(study, search_space(settings, list(model.architecture.components), last_layer, separating_layer))
-    console.message(space_text(space, separating_layer, last_layer))
+    evaluator, separating_layer = prepare(settings, console, prompts)
+    open_space(console, study, evaluator, separating_layer)
+    model, original = evaluator.model, evaluator.original
     preparation = Preparation(
-        directions=model.hooks.directions,
+        directions=model.directions,
         prompts=prompts,
         response_prefix=model.response_prefix,
-        dtype=str(model.loaded.dtype).removeprefix("torch."),
+        dtype=model.loaded.dtype_name,
         base_refusals=original.refusals,
         n_bad_prompts=len(original.bad_prompts),
-        last_layer=last_layer,
+        last_layer=model.architecture.last_layer,
         base_response_classes=dict(original.response_classes),
     )
     study.set_user_attr("facts", facts_of(model.loaded.source))
-    return model, Evaluator(settings, model, original, console), preparation
+    return evaluator, preparation
 
 
-def _wait_for_preparation(study: optuna.Study, store: Any, console: Console) -> Preparation:
+def _wait_for_preparation(study: optuna.Study, store: ArtifactStore, console: Console) -> Preparation:
     with console.task("Waiting for the first worker to compute the directions"):
         while True:
             ready = load_preparation(study, store)
@@ -189,9 +168,10 @@ def work(url: str, options: argparse.Namespace, console: Console) -> int:
     if settings.workers is not None:
         supervise(settings, console, study, url, prepares=False)
         return 0
-    joined = join(settings, console, study, artifact_store(url, storage_of(study)), prepares=False)
-    console.heading(f"Search: {joined.search.target(settings.n_trials)} trials, {joined.search.n_done} done")
-    search_with_view(console, joined.evaluator, joined.search, joined.search.target(settings.n_trials), joined.batch_size)
+    ready = join(settings, console, study, artifact_store(url, storage_of(study)), prepares=False)
+    target = target_of(study, settings.n_trials)
+    console.heading(f"Search: {target} trials, {ready.search.n_done} done")
+    search_with_view(console, ready, target)
     return 0
 
 
@@ -210,7 +190,7 @@ def _existing_study(url: str, name: str, console: Console) -> optuna.Study:
     return study
 
 
-def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: argparse.Namespace) -> Settings:
+def _settings_of(study: optuna.Study, own: JsonObject, url: str, options: argparse.Namespace) -> Settings:
     """The study's settings, with this worker's own ones."""
     stored = study.user_attrs["settings"]
     # Each machine decides whether to run a model's code; whoever can write to the storage must not decide it for others.
@@ -224,9 +204,8 @@ def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: ar
     try:
         settings = Settings.model_validate({**kept_values, **here})
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UsageError(f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}.") from error
+        where, what = first_problem(error)
+        raise UsageError(f"{where}: {what}, got {error.errors()[0]['input']!r}.") from error
     require_consent(f"The study {study.study_name!r}", settings, own, terminal_ask())
     identity = study.user_attrs["identity"]
     changed = [name for name, value in scorer_identity(settings).items() if identity.get(name) != value]
@@ -238,7 +217,7 @@ def _settings_of(study: optuna.Study, own: dict[str, Any], url: str, options: ar
     return settings
 
 
-def run_supervised(order: Mapping[str, Any]) -> int:
+def run_supervised(order: JsonObject) -> int:
     """Run as a worker of `workers.supervise`, which sent this order."""
     if order["devices"]:
         torch.accelerator.set_device_index(order["devices"][0])
@@ -247,15 +226,15 @@ def run_supervised(order: Mapping[str, Any]) -> int:
     console = Console()
     settings = Settings.model_validate({**order["settings"], "study_storage": order["url"]})
     study = open_study(order["url"], order["name"], settings.worker_timeout, console)
-    joined = join(settings, console, study, artifact_store(order["url"], storage_of(study)), order["prepares"])
-    evaluator = joined.evaluator
-    report_failures(joined.search, console, settings)
+    ready = join(settings, console, study, artifact_store(order["url"], storage_of(study)), order["prepares"])
+    evaluator = ready.evaluator
+    report_failures(ready.search, console, settings)
     with stop_on_interrupt(lambda: None) as should_stop:
-        joined.search.run(
+        ready.search.run(
             settings.n_trials,
             evaluator.score_trials,
             evaluator.objectives,
-            joined.batch_size,
+            ready.batch_size,
             evaluator.stops_dominated,
             should_stop,
         )

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
 
 import optuna
 from optuna.storages import fail_stale_trials
@@ -25,11 +25,11 @@ from ..loading.source import model_source
 from ..reporting.study_view import StudyView
 from ..scoring.score_tables import Baseline
 from ..session.stages import stop_on_interrupt
-from ..study.checkpoint import is_counted
-from ..study.front import is_learned
+from ..study.front import is_counted, is_learned
+from ..utils import JsonObject
 from .devices import WorkerPlace, place_workers
 from .preparation import ATTRIBUTE
-from .shared_study import storage_of
+from .shared_study import storage_of, target_of
 from .storage import WITHDRAWN, WORKER, worker_identity
 
 POLL_SECONDS = 0.3
@@ -45,7 +45,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEX
 class Worker:
     """A worker's devices and its current process."""
 
-    def __init__(self, number: int, placement: WorkerPlace, order: dict[str, Any], console: Console, tells_all: Callable[[], bool]) -> None:
+    def __init__(self, number: int, placement: WorkerPlace, order: JsonObject, console: Console, tells_all: Callable[[], bool]) -> None:
         self.number = number
         self.placement = placement
         self.n_starts = 0
@@ -253,10 +253,7 @@ def supervise(settings: Settings, console: Console, study: optuna.Study, url: st
         tells_all = (lambda: True) if settings.debug else is_preparing if number == 1 else (lambda: False)
         workers.append(Worker(number, placement, order, console, tells_all))
 
-    def target() -> int:
-        result: int = study.user_attrs.get("target", settings.n_trials)
-        return result
-
+    target = partial(target_of, study, settings.n_trials)
     supervisor = Supervisor(console, study, workers, target)
     n_done = sum(map(is_counted, study.get_trials(deepcopy=False)))
     with supervisor.started():

@@ -1,13 +1,14 @@
 """Validation of the attributes that are read from a journal, which anybody may have written: types and bounds."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from ..settings_sources import as_written
+from ..settings_sources import first_problem
+from ..utils import JsonObject
 from .space import SearchSpace
 
 # Limits far above any real study: without them, a journal could cause tables of any size.
@@ -121,7 +122,7 @@ class _Samples(_Stored):
 
 
 class _Study(_Stored):
-    settings: dict[str, Any]
+    settings: JsonObject
     given: list[str]
     identity: dict[str, str]
     objectives: list[tuple[str, Literal["minimize", "maximize"]]] = []
@@ -157,11 +158,10 @@ def _failure(trial: FrozenTrial) -> str | None:
     return None if isinstance(trial.user_attrs.get("failure", ""), str) else "failure: Input should be a valid string"
 
 
-def _problem(model: type[_Stored], attributes: dict[str, Any]) -> str | None:
+def _problem(model: type[_Stored], attributes: JsonObject) -> str | None:
     try:
         model.model_validate_json(json.dumps(attributes))  # as JSON: then a list is accepted as a tuple, and nothing else is converted
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = as_written(problem["loc"])
-        return f"no {where}" if problem["type"] == "missing" else f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+        where, what = first_problem(error)
+        return f"no {where}" if error.errors()[0]["type"] == "missing" else f"{where}: {what}"
     return None

@@ -1,31 +1,27 @@
-"""The study's journal on disk: its file, its identity, its lock, and repair of incomplete writes."""
+"""An open study: which it is, whether a run may go on with it, and what the run stores in it."""
 
-import contextlib
-import errno
-import itertools
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import get_lock_file
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from ..config import PromptSpecification, ScorerSpecification, Settings
+from ..config import Settings
 from ..errors import CheckpointError, UsageError
-from ..loading.source import expand
-from ..settings_sources import as_written
 from ..trust import Ask, require_consent
+from ..utils import JsonObject
 from .attributes import damage_of
+from .front import is_counted
+from .journal import UNREADABLE, JournalFile, JournalLock, damaged_line, free_name, journal_errors, journal_path
 from .learned_edits import LearnedEdits, artifact_folder
 from .space import SearchSpace
+from .stored_settings import differences, inherited_settings, reason
 
 STUDY_NAME = "heretic"
 # The study's attribute that says that several workers may share it.
@@ -34,119 +30,8 @@ SHARED = "shared"
 SPACE = "search_space"
 # The study's attributes that identify it.
 DESCRIBED = {"settings", "given", "identity"}
-# What Optuna raises if a journal contains something that it did not write; it has no exception class for this.
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 # Prefix of the names of scorers in a study's identity.
 SCORER = "the scorer "
-
-# Settings that define a study: trials scored under different ones cannot be compared.
-DEFINING = (
-    "model",
-    "model_commit",
-    "gguf_file",
-    "demo",
-    "quantization",
-    "max_response_length",
-    "response_prefix",
-    "chain_of_thought_skips",
-    "system_prompt",
-    "kl_divergence_scale",
-    "kl_divergence_target",
-    "kl_tokens",
-    "scorers",
-    "orthogonalize_direction",
-    "row_normalization",
-    "split_experts",
-    "winsorization_quantile",
-    "refusal_rule",
-    "refusal_markers",
-    "good_prompts",
-    "bad_prompts",
-    "good_evaluation_prompts",
-    "bad_evaluation_prompts",
-    # These do not affect scores, but samplers learn only from trials of one search space.
-    "parameters",
-    "disabled_components",
-)
-
-# Settings of one run with a study; a later run does not inherit them.
-PER_RUN = (
-    "evaluate_model",
-    "print_responses",
-    "print_residual_geometry",
-    "plot_residuals",
-    "residual_plot_method",
-    "residual_plot_path",
-    "residual_plot_title",
-    "residual_plot_style",
-    "report",
-    "report_plots",
-    "checkpoint_action",
-    "debug",
-    "trial_index",
-    "n_additional_trials",
-    "model_action",
-    "benchmarks",
-    "benchmark_limit",
-    "benchmark_path",
-    "benchmark_chat_template",
-    "save_directory",
-    "overwrite",
-    "export_strategy",
-    "upload_repo_id",
-    "upload_repo_private",
-    "workers",
-    "study_storage",
-    "study_name",
-)
-
-# Settings that let code run or choose a place to write to. They are never taken from a journal, which may be from somebody else.
-NEVER_STORED = ("trust_remote_code", "trust_scorers", "study_checkpoint_dir")
-
-
-def inherited_settings(attributes: Mapping[str, Any], leave: Collection[str] = ()) -> dict[str, Any]:
-    """The stored settings of a study that a later run inherits, as plain data."""
-    left = {*PER_RUN, *NEVER_STORED, *leave}
-    kept = [name for name in attributes["given"] if name in Settings.model_fields and name not in left]
-    return {name: attributes["settings"][name] for name in kept if name in attributes["settings"]}
-
-
-class JournalLock:
-    """Optuna's lock interface over the operating system's file locks, which a killed process cannot leave behind."""
-
-    def __init__(self, path: Path) -> None:
-        self._lock = FileLock(f"{path}.lock")
-
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-
-
-class JournalFile(JournalFileBackend):  # type: ignore[misc]
-    """Optuna's journal file, in which incomplete writes are undone: at once if the disk is full, and before the next write if the writer
-    was killed."""
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with get_lock_file(self._lock):  # this lock is reentrant
-            self._cut_incomplete_line()
-            size = Path(self._file_path).stat().st_size
-            try:
-                super().append_logs(logs)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.truncate(self._file_path, size)
-                raise
-
-    def _cut_incomplete_line(self) -> None:
-        with Path(self._file_path).open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0 or (file.seek(-1, os.SEEK_END), file.read())[1] == b"\n":
-                return
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def create_study(storage: BaseStorage, name: str, settings: Settings, identity: dict[str, str]) -> optuna.Study:
@@ -172,16 +57,6 @@ def stored_or_new_space(study: optuna.Study, space: SearchSpace) -> SearchSpace:
     return space
 
 
-def journal_path(settings: Settings) -> Path:
-    """The journal's file, named after the model."""
-    return expand(settings.study_checkpoint_dir) / f"{file_name(settings.model)}.jsonl"
-
-
-def file_name(model: str) -> str:
-    """A model's name as a file name: every character but letters, digits, `_` and `-` becomes `--`."""
-    return "".join(c if c.isalnum() or c in "_-" else "--" for c in model)
-
-
 class Checkpoint:
     """An open journal and the study in it. Use as a context manager: while it is open, no other process can work on it.
 
@@ -205,13 +80,12 @@ class Checkpoint:
                 raise CheckpointError(
                     f"Another process is working on the study {self.path}. Wait for it, or use another --study-checkpoint-dir."
                 ) from error
-            try:
+            with ExitStack() as undo:
+                undo.callback(self._run_lock.release)
                 if self.path.exists() and not self._is_restarted:
                     self._cut_incomplete_line()
                     self.found = self._load()
-            except BaseException:
-                self._run_lock.release()
-                raise
+                undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -245,7 +119,7 @@ class Checkpoint:
                     json.loads(last)
                 except (ValueError, RecursionError):
                     kept = kept[: len(kept) - len(last) - 1]
-            if kept != content and _damage(kept) is None:
+            if kept != content and damaged_line(kept) is None:
                 self.lost_bytes = len(content) - len(kept)
                 os.truncate(self.path, len(kept))
 
@@ -255,14 +129,14 @@ class Checkpoint:
             return optuna.load_study(study_name=STUDY_NAME, storage=self._storage())
         except KeyError:
             return None
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._damaged(str(error).rstrip(".")) from error
 
     def _storage(self) -> JournalStorage:
         try:
             return JournalStorage(JournalFile(str(self.path), lock_obj=JournalLock(self.path)))
-        except _UNREADABLE as error:
-            raise self._damaged(_damage(self.path.read_bytes()) or str(error).rstrip(".")) from error
+        except UNREADABLE as error:
+            raise self._damaged(damaged_line(self.path.read_bytes()) or str(error).rstrip(".")) from error
 
     def _damaged(self, damage: str) -> CheckpointError:
         return CheckpointError(
@@ -279,7 +153,7 @@ class Checkpoint:
                 if self.path.stat().st_size == 0 or (is_ours and not self.exists):
                     self.path.unlink()
                 else:
-                    kept = _free_name(self.path)
+                    kept = free_name(self.path)
                     self.path.rename(kept)
                     if artifact_folder(self.path).exists():
                         artifact_folder(self.path).rename(artifact_folder(kept))
@@ -301,7 +175,7 @@ class Checkpoint:
             before = Settings.model_validate(stored)
         except ValidationError as error:
             raise CheckpointError(
-                f"The settings stored in {self.path} are not valid in this version: {_reason(error)}. Start over with "
+                f"The settings stored in {self.path} are not valid in this version: {reason(error)}. Start over with "
                 "--checkpoint-action restart (the file is kept)."
             ) from error
         if "refusal_rule" not in attributes["settings"]:  # earlier versions had only this rule
@@ -309,14 +183,11 @@ class Checkpoint:
         try:
             result = Settings.model_validate({**stored, **given})
         except ValidationError as error:
-            raise UsageError(f"The given settings do not fit those stored in {self.path}: {_reason(error)}.") from error
-        values = {name: (_meaning(getattr(before, name)), _meaning(getattr(result, name))) for name in DEFINING}
-        differences = [f"{name} was {_shown(then)} and is now {_shown(now)}" for name, (then, now) in values.items() if then != now]
+            raise UsageError(f"The given settings do not fit those stored in {self.path}: {reason(error)}.") from error
+        changed = differences(before, result)
         if before.refusal_rule != result.refusal_rule and "refusal_rule" not in attributes["settings"]:
-            differences = [
-                "it was created by an earlier version, which judged responses by markers (continue it with --refusal-rule markers)"
-            ]
-        self._refuse(differences)
+            changed = ["it was created by an earlier version, which judged responses by markers (continue it with --refusal-rule markers)"]
+        self._refuse(changed)
         require_consent(f"The study {self.path}", result, given, ask)
         return result
 
@@ -347,7 +218,7 @@ class Checkpoint:
         """How many trials of the study's search are done."""
         return 0 if self.found is None else sum(map(is_counted, self.found.get_trials(deepcopy=False)))
 
-    def note(self, **attributes: Any) -> None:
+    def note(self, **attributes: object) -> None:
         """Store attributes of the study, so that a later run can show them without loading the model."""
         with journal_errors(self.path):
             for name, value in attributes.items():
@@ -377,12 +248,7 @@ class Checkpoint:
         self.note(trials_per_batch=chosen)
         return chosen
 
-    def search_space(self, space: SearchSpace) -> SearchSpace:
-        """See `stored_or_new_space`."""
-        with journal_errors(self.path):
-            return stored_or_new_space(self.study, space)
-
-    def _attributes(self) -> dict[str, Any]:
+    def _attributes(self) -> JsonObject:
         attributes = {} if self.found is None else self.found.user_attrs
         if not attributes.keys() >= DESCRIBED:
             raise CheckpointError(
@@ -402,7 +268,7 @@ def read_study(path: Path) -> tuple[optuna.Study, Settings]:
     """The study in a journal and its settings, except its scorers. Raises `CheckpointError` if heretic did not create it."""
     try:
         content = path.read_bytes()
-        damage = _damage(content[: content.rfind(b"\n") + 1])  # without an incomplete last line, which may be just being written
+        damage = damaged_line(content[: content.rfind(b"\n") + 1])  # without an incomplete last line, which may be just being written
     except OSError as error:
         raise CheckpointError(f"The study {path} cannot be read: {error.strerror}.") from error
     if damage is not None:
@@ -418,70 +284,6 @@ def read_study(path: Path) -> tuple[optuna.Study, Settings]:
     except KeyError as error:
         raise CheckpointError(f"The study {path} was not created by heretic.") from error
     except ValidationError as error:
-        raise CheckpointError(f"The settings stored in {path} are not valid in this version: {_reason(error)}.") from error
-    except _UNREADABLE as error:
+        raise CheckpointError(f"The settings stored in {path} are not valid in this version: {reason(error)}.") from error
+    except UNREADABLE as error:
         raise CheckpointError(f"The study {path} is damaged: {error}.") from error
-
-
-def _damage(content: bytes) -> str | None:
-    """A description of the first line of a journal that is not a record; None if all are."""
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            is_record = "op_code" in json.loads(line)
-        except (ValueError, TypeError, RecursionError):
-            is_record = False
-        if not is_record:
-            return f"line {number} is not a record"
-    return None
-
-
-def _free_name(path: Path) -> Path:
-    """The first of `x.jsonl.old`, `x.jsonl.old2`, ... that does not exist."""
-    candidates = (path.with_name(f"{path.name}.old{n if n > 1 else ''}") for n in itertools.count(1))
-    return next(candidate for candidate in candidates if not candidate.exists())
-
-
-def _reason(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{as_written(problem['loc'])}: {message}" if problem["loc"] else message
-
-
-def _meaning(value: Any) -> Any:
-    """The part of a setting that scores depend on. The settings of custom scorers are left out: they are in the study's identity."""
-    if isinstance(value, PromptSpecification):
-        return value.without_plot_options
-    if isinstance(value, dict) and any(isinstance(part, ScorerSpecification) and part.is_custom for part in value.values()):
-        return {name: part.model_copy(update={"settings": {}}) if part.is_custom else part for name, part in value.items()}
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value.model_dump(exclude_defaults=True)) if isinstance(value, BaseModel) else repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def is_counted(trial: FrozenTrial) -> bool:
-    """Whether a trial of the search is done: complete, or failed for a recorded reason. Interrupted trials are neither.
-
-    Learned trials are counted separately.
-    """
-    if trial.user_attrs.get("origin") == "learned":
-        return False
-    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and "failure" in trial.user_attrs)
-
-
-@contextlib.contextmanager
-def journal_errors(path: Path | str, only: Collection[int] | None = None) -> Iterator[None]:
-    """Turn file system errors (all, or those with the numbers in `only`) into a `CheckpointError` that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if only is not None and error.errno not in only:
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "Free some space" if full else "Make it writable or set another --study-checkpoint-dir"
-        raise CheckpointError(
-            f"The study {path} cannot be written: {error.strerror}. {remedy}, then run the same command again: it continues from the "
-            "last finished trial."
-        ) from error

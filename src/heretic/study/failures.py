@@ -1,8 +1,10 @@
 """Messages about failures that do not end a run, and whether they are bugs in heretic."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from ..device import is_out_of_memory
+from ..device import empty_cache, is_out_of_memory
 from ..errors import HereticError
 from ..privacy import without_token
 from ..utils import Progress, first_line
@@ -31,6 +33,26 @@ def warn_of_failure(progress: Progress, what: str, error: BaseException, debug: 
     progress.warning(f"{what}: {reason(error)}")
     if debug and is_bug(error):
         progress.message(traceback_of(error))
+
+
+@contextmanager
+def failure_as_warning(
+    progress: Progress, what: str, debug: bool, interrupted: str | None = None, passes: type[Exception] | tuple[()] = ()
+) -> Iterator[None]:
+    """Context in which an error becomes a warning that begins with `what`, so that the run goes on. Ctrl+C becomes a message if its text,
+    `interrupted`, is given. Errors of the type `passes` are raised.
+    """
+    try:
+        yield
+    except passes:
+        raise
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        progress.message(interrupted)
+    except Exception as error:  # whatever it is, what the run has so far is worth more than what failed here
+        warn_of_failure(progress, what, error, debug)
+        empty_cache()
 
 
 def traceback_of(error: BaseException) -> str:

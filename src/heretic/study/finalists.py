@@ -6,9 +6,7 @@ user attribute `finalists`, since attributes cannot be added to finished trials 
 """
 
 import math
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -17,7 +15,7 @@ from ..config import Settings
 from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..scoring.measured import measure_original
-from ..utils import Progress
+from ..utils import JsonObject, Progress
 from .failures import ONE_BY_ONE, reason, warn_of_failure
 from .front import front_of
 from .learned_edits import LearnedEdits
@@ -38,13 +36,13 @@ def final_settings(settings: Settings) -> Settings:
     return settings.model_copy(update=changes)
 
 
-def conditions(settings: Settings) -> dict[str, Any]:
+def conditions(settings: Settings) -> JsonObject:
     """What the scores of finalists depend on. If it changes, they are scored again."""
     names = ("max_response_length", "kl_tokens", "good_evaluation_prompts", "bad_evaluation_prompts")
     return final_settings(settings).model_dump(mode="json", include=set(names))
 
 
-def known_finalists(study: optuna.Study) -> dict[str, Any]:
+def known_finalists(study: optuna.Study) -> JsonObject:
     """The study's attribute `finalists`: `trials` by number (text), `base` (the original), `conditions`, numbers of prompts; or empty."""
     return dict(study.user_attrs.get(ATTRIBUTE, {}))
 
@@ -58,23 +56,23 @@ def missing_finalists(study: optuna.Study, settings: Settings) -> list[FrozenTri
 
 def score_finalists(
     study: optuna.Study,
-    settings: Settings,
+    edits: LearnedEdits,
     search: Evaluator,
-    good_prompts: Sequence[Prompt],
-    bad_prompts: Sequence[Prompt],
+    prompts: tuple[list[Prompt], list[Prompt]],
     trials_per_batch: int,
     progress: Progress,
-    edits: LearnedEdits,
-) -> dict[str, Any]:
-    """Score the missing finalists. Returns the new value of the study's attribute. `search` is the evaluator of the search.
+) -> JsonObject:
+    """Score the missing finalists. Returns the new value of the study's attribute. `search` is the evaluator of the search;
+    `prompts` are harmless and harmful ones.
 
     Raises `EvaluationError` if the original cannot be scored under these conditions. A trial that cannot be scored gets a `failure`.
     """
+    settings, (good_prompts, bad_prompts) = search.settings, prompts
     missing = missing_finalists(study, settings)
     known = known_finalists(study)
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
-    final, description = final_settings(settings), "Baseline of the finalists"
-    original = measure_original(final, search.model, good_prompts, bad_prompts, progress, True, description, search.original)
+    final = final_settings(settings)
+    original = measure_original(final, search.model, good_prompts, bad_prompts, progress, all_scorers=True, like=search.original)
     evaluator = Evaluator(final, search.model, original, progress)
     warn_of_crash = partial(warn_of_failure, progress, ONE_BY_ONE, debug=settings.debug)
     with progress.task("Scoring the finalists again", len(missing)) as advance:

@@ -4,18 +4,27 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..config import DEFAULT_OBJECTIVES, Objectives
 from ..editing.ablation import Ablation, ComponentParameters, LearnedEdit
+from ..specifications import DEFAULT_OBJECTIVES, Objectives
 
 
 def is_learned(trial: FrozenTrial) -> bool:
     """Whether a trial's edit was learned, not proposed by a sampler."""
     return bool(trial.user_attrs.get("origin") == "learned")
+
+
+def is_counted(trial: FrozenTrial) -> bool:
+    """Whether a trial of the search is done: complete, or failed for a recorded reason. Interrupted trials are neither.
+
+    Learned trials are counted separately.
+    """
+    if trial.user_attrs.get("origin") == "learned":
+        return False
+    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and "failure" in trial.user_attrs)
 
 
 def ablation_of(trial: FrozenTrial) -> Ablation:
@@ -38,7 +47,7 @@ def search_view(study: optuna.Study) -> optuna.Study:
     return view
 
 
-def _without_learned(get_trials: Callable[..., list[FrozenTrial]], *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+def _without_learned(get_trials: Callable[..., list[FrozenTrial]], *args: object, **kwargs: object) -> list[FrozenTrial]:
     return [trial for trial in get_trials(*args, **kwargs) if not is_learned(trial)]
 
 

@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import torch
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
+from optuna.artifacts._protocol import ArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial, TrialState
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..editing.ablation import Ablation, LearnedEdit
 from ..errors import CheckpointError
+from ..utils import JsonObject
 from .front import ablation_of, is_learned
 
 FILE_NAME = "edit.safetensors"
@@ -39,13 +40,13 @@ class State:
     """The state to resume learning after a trial: tensors and plain data."""
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    facts: JsonObject
 
 
 class LearnedEdits:
     """The learned edits of a study in an Optuna artifact store. `store` None: edits cannot be stored."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: ArtifactStore | None) -> None:
         self.store = store
 
     @classmethod
@@ -93,7 +94,7 @@ class LearnedEdits:
         return Ablation(None, {}, self.load(trial)[0]) if is_learned(trial) else ablation_of(trial)
 
 
-def _check(directions: Mapping[str, Tensor], strengths: Any) -> None:
+def _check(directions: Mapping[str, Tensor], strengths: object) -> None:
     """Raise `ValueError` if this is not a valid edit: anybody may have written the file."""
     if not isinstance(strengths, dict) or strengths.keys() != directions.keys():
         raise ValueError("directions and strengths are not of the same modules")
@@ -109,7 +110,7 @@ def learned_trials(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(done, key=lambda trial: trial.user_attrs["learned"]["number"])
 
 
-def described(names: Sequence[tuple[str, str, int]], strengths: Sequence[float], turned: Sequence[float]) -> list[dict[str, Any]]:
+def described(names: Sequence[tuple[str, str, int]], strengths: Sequence[float], turned: Sequence[float]) -> list[JsonObject]:
     """What is displayed of an edit: for each module (name, component, layer) its strength, and the cosine to its initial direction."""
     return [
         {"writer": name, "component": component, "layer": layer, "strength": round(strength, 4), "cosine": round(cosine, 4)}

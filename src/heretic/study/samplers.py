@@ -1,37 +1,54 @@
 """Optuna's samplers: a new one is created for every trial, seeded for that trial."""
 
 import importlib.util
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from ..config import SamplerName
+from ..config import SamplerName, Settings
 from ..errors import UsageError
+from ..parameters import FirstTrial
 from .front import search_view
 
 N_EI_CANDIDATES = 128
 
 
-class SearchSampler(BaseSampler):  # type: ignore[misc]
-    """A sampler that only sees trials of the search, not learned ones."""
+@dataclass(frozen=True)
+class Sampling:
+    """How trials are proposed: by which of Optuna's samplers, from which seed, after how many random trials and which known points."""
 
-    def __init__(self, sampler: BaseSampler) -> None:
-        self._sampler = sampler
+    seed: int
+    n_startup_trials: int
+    sampler: SamplerName = "tpe"
+    first_trials: Sequence[FirstTrial] = ()
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Sampling":
+        return cls(settings.seed or 0, settings.n_startup_trials, settings.sampler, settings.first_trials)
+
+
+class SearchSampler(BaseSampler):  # type: ignore[misc]
+    """A sampler that only sees trials of the search, not learned ones. Every trial gets its own, made from the trial's number."""
+
+    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
+        self._make = make
+        self._sampler = make(0)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._sampler = self._make(trial.number)
         self._sampler.before_trial(search_view(study), trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._sampler.infer_relative_search_space(search_view(study), trial)
 
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, object]:
         return self._sampler.sample_relative(search_view(study), trial, search_space)
 
-    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> object:
         return self._sampler.sample_independent(search_view(study), trial, name, distribution)
 
     def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
@@ -49,7 +66,8 @@ def make_sampler(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSam
 
     All of them start with `n_startup_trials` random trials; for `nsgaii`, this is the size of every generation.
     """
-    return SearchSampler(_optunas(name, n_startup_trials, seed))
+    sampler = _optunas(name, n_startup_trials, seed)
+    return SearchSampler(lambda number: sampler)
 
 
 def _optunas(name: SamplerName, n_startup_trials: int, seed: int) -> BaseSampler:

@@ -9,17 +9,15 @@ import optuna
 from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..config import SamplerName
 from ..editing.ablation import Ablation
 from ..errors import Aborted, HereticError
 from ..evaluator import Score
-from ..parameters import FirstTrial
 from .batching import BatchSize
-from .checkpoint import is_counted, journal_errors
 from .failures import is_bug, reason
-from .front import ablation_of, front_of, refusal_limit
+from .front import ablation_of, front_of, is_counted, refusal_limit
+from .journal import journal_errors
 from .learned_edits import LearnedEdits
-from .samplers import make_sampler
+from .samplers import Sampling, make_sampler
 from .space import SearchSpace, fixed_parameters, suggest
 
 # For a KL divergence, the number of refusals above which a trial is dominated and can be stopped.
@@ -36,7 +34,7 @@ def score_batch(
     """Scores of a batch. If that crashes, each trial is scored separately, so that only those that crash again fail."""
     try:
         return score_trials(ablations, limit)
-    except Exception as error:
+    except Exception as error:  # one trial must not end the search, whatever it does
         if len(ablations) == 1:
             return [error]
         on_crash(error)
@@ -46,8 +44,8 @@ def score_batch(
 class Search:
     """Asks the study for trials and tells it their scores, batch after batch, in the order asked.
 
-    A new sampler is created for each trial, seeded with `seed` and the number of trials before it. So a resumed run continues exactly like
-    an uninterrupted one: interrupted trials are scored as drawn, and later ones are drawn from the same history.
+    A new sampler is created for each trial, seeded with the seed and the number of trials before it. So a resumed run continues exactly
+    like an uninterrupted one: interrupted trials are scored as drawn, and later ones are drawn from the same history.
     """
 
     def __init__(
@@ -55,20 +53,15 @@ class Search:
         study: optuna.Study,
         path: Path | str,
         space: SearchSpace,
-        seed: int,
-        n_startup_trials: int,
-        sampler: SamplerName = "tpe",
-        first_trials: Sequence[FirstTrial] = (),
+        sampling: Sampling,
         edits: LearnedEdits | None = None,
     ) -> None:
         self.study = study
         self.path = path
         self.space = space
-        self.seed = seed
-        self.n_startup_trials = n_startup_trials
-        self.sampler = sampler
+        self.sampling = sampling
         self.edits = edits or LearnedEdits(None)
-        self.first_trials = [fixed_parameters(point, space) for point in first_trials]
+        self.first_trials = [fixed_parameters(point, space) for point in sampling.first_trials]
         # Called with the error of a crashed batch, and with the bug that failed a trial.
         self.on_crash: Callable[[Exception], None] = lambda error: None
         self.on_bug: Callable[[int, Exception], None] = lambda number, error: None
@@ -101,8 +94,8 @@ class Search:
         return front_of(self.study)
 
     def _sampler(self, number: int) -> BaseSampler:
-        (seed,) = np.random.SeedSequence([self.seed, number]).generate_state(1)
-        return make_sampler(self.sampler, self.n_startup_trials, int(seed))
+        (seed,) = np.random.SeedSequence([self.sampling.seed, number]).generate_state(1)
+        return make_sampler(self.sampling.sampler, self.sampling.n_startup_trials, int(seed))
 
     def _next_first_trial(self) -> dict[str, float | str] | None:
         """The next of the first trials that the study does not contain yet."""

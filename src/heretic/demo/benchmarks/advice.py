@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
 
-def load(**_: Any) -> dict[str, Dataset]:
+def load(**_: object) -> dict[str, Dataset]:
     """The one split, as lm-evaluation-harness wants it of a `custom_dataset`."""
     lines = Path(__file__).with_name("advice.jsonl").read_text(encoding="utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}

@@ -1,0 +1,222 @@
+"""Whole runs on emulated accelerators: they give the scores, the files and the texts that the CPU gives."""
+
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.utils import save_and_load
+from safetensors.torch import load_file
+
+import heretic.commands.run as run_module
+import test_benchmark as benchmarks
+import test_compare as comparisons
+import tiny
+from conftest import Outcome
+from emulated import DeviceTensor, Emulation
+from heretic.device import describe_device, free_memory
+from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.loading.load import load_model
+from heretic.loading.source import model_source
+from heretic.utils import SilentProgress
+from test_learned_runs import ONE, learn_briefly, write_study
+from test_shared_search import as_optuna_reads
+
+tasks, saved = benchmarks.tasks, comparisons.saved  # fixtures
+Heretic = Callable[..., Outcome]
+GIB = 2**30
+SAVE = ["--model-action", "save", "--trial-index", "0", "--export-strategy", "merge"]
+# Layers of the tiny model on two devices.
+SPLIT = {"model.embed_tokens": 0, "model.layers.0": 0, "model.rotary_emb": 0, "model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+
+
+def scores_in(folder: str) -> list[list[float]]:
+    """Refusals, first-token and sequence divergence of every trial of a study, in order."""
+    (journal,) = Path(folder).glob("*.jsonl")
+    names = ("refusals", "kl_divergence", "sequence_kl_divergence")
+    attributes = [trial.user_attrs for trial in as_optuna_reads(journal)]
+    return [[float(own["scores"].get(name, own.get(name))) for name in names] for own in attributes]
+
+
+def run(heretic: Heretic, name: str, *options: str) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    """A run with a study and a saved model of its own: its scores, and the weights of the first trial of its front."""
+    outcome = heretic(*options, *SAVE, "--save-directory", name, "--study-checkpoint-dir", f"{name}-study")
+    assert (outcome.code, outcome.err) == (0, ""), outcome.out + outcome.err
+    return scores_in(f"{name}-study"), load_file(f"{name}/model.safetensors")
+
+
+def check_like_the_cpu(heretic: Heretic, emulation: Emulation, *options: str, there: tuple[str, ...] = ()) -> None:
+    """A run on the emulation has the CPU's scores and saves the CPU's weights."""
+    scores, weights = run(heretic, "cpu", *options)
+    with emulation:
+        other_scores, other_weights = run(heretic, "other", *options, *there)
+    assert len(scores) >= 3
+    for own, other in zip(scores, other_scores, strict=True):
+        assert other == pytest.approx(own, rel=1e-4, abs=1e-6)
+    assert weights.keys() == other_weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(other_weights[name], weight)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("mode", ["none", "pre", "full"])
+def test_all_modes(workplace: Path, heretic: Heretic, mode: str, model_type: str) -> None:
+    if model_type != "llama":
+        shutil.rmtree("m")
+        tiny.save(Path("m"), tiny.build(model_type))
+    emulation = Emulation((GIB,))
+    check_like_the_cpu(heretic, emulation, "--row-normalization", mode, "--trials-per-batch", "2")
+    assert emulation.memory.peak[0] > 50_000 and emulation.counts.launches.total() > 1000, "it ran there"
+
+
+def test_where_things_are(workplace: Path) -> None:
+    with Emulation((GIB, GIB // 2)) as emulation:
+        settings = tiny.settings("m")
+        model = load_model(settings, model_source(settings), SilentProgress()).model
+        assert all(isinstance(parameter, DeviceTensor) for parameter in model.parameters())
+        used = emulation.memory.allocated[0]
+        assert free_memory(torch.device("cuda", 0)) == GIB - used and used > 50_000
+        assert describe_device() == "Emulated (cuda:0), 1.0 of 1.0 GiB memory free; Emulated (cuda:1), 0.5 of 0.5 GiB memory free"
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_layers_on_two_devices(workplace: Path, heretic: Heretic, mode: str) -> None:
+    emulation = Emulation((GIB, GIB))
+    options = ("--row-normalization", mode, "--trials-per-batch", "3")
+    check_like_the_cpu(heretic, emulation, *options, there=("--device-map", json.dumps(SPLIT)))
+    assert min(emulation.memory.peak) > 10_000
+
+
+@pytest.mark.parametrize("memory", ["40KB", "5KB"], ids=["some layers", "the embedding as well"])
+def test_layers_in_main_memory(workplace: Path, heretic: Heretic, memory: str) -> None:
+    limits = json.dumps({"0": memory, "cpu": "1GB"})
+    check_like_the_cpu(heretic, Emulation((GIB,)), "--row-normalization", "full", there=("--max-memory", limits))
+
+
+def test_residual_geometry(workplace: Path, heretic: Heretic) -> None:
+    def geometry() -> str:
+        outcome = heretic("--print-residual-geometry", "--checkpoint-action", "restart")
+        assert (outcome.code, outcome.err) == (0, "")
+        return outcome.out[outcome.out.index("Residual geometry") :].split("└")[0]
+
+    here = geometry()
+    with Emulation():
+        assert geometry() == here
+
+
+def test_compare(saved: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PEFT has safetensors put an adapter on the device, which no emulation sees.
+    load = save_and_load.safe_load_file
+    monkeypatch.setattr(save_and_load, "safe_load_file", lambda file, device: {k: v.to(device) for k, v in load(file).items()})
+    with Emulation():
+        comparisons.test_a_model_what_was_saved_of_it_and_the_study_itself(saved, heretic)
+
+
+def test_benchmark(tasks: Path, heretic: Heretic) -> None:
+    with Emulation():
+        benchmarks.TestWithTheHarness().test_original_and_edited_model_get_their_own_scores(tasks, heretic)
+
+
+def test_chat(workplace: Path) -> None:
+    kernel = ComponentParameters(1.0, 1.0, 0.5, 1.0)
+    ablation = Ablation(None, {"attn.o_proj": kernel, "mlp.down_proj": kernel})
+
+    def answers() -> list[list[str]]:
+        model = tiny.load("m")
+        model.use_directions(tiny.unit_directions(3, 32).float(), "full")
+        pieces: list[list[str]] = [[], []]
+        for own, edit in zip(pieces, (None, ablation), strict=True):
+            model.stream_response([{"role": "user", "content": "how do i bake bread"}], 12, edit, own.append)
+        return pieces
+
+    here = answers()
+    assert here[0] != here[1]
+    with Emulation():
+        assert answers() == here
+
+
+@pytest.mark.slow
+def test_learned_edits(tmp_path: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path)
+    learn_briefly(monkeypatch.setattr)
+    assert heretic(*ONE, "--study-checkpoint-dir", "cpu").code == 0
+    with Emulation():
+        outcome = heretic(*ONE, "--study-checkpoint-dir", "other")
+    assert (outcome.code, outcome.err) == (0, "")
+    # Each step rounds otherwise, and steps follow each other.
+    assert scores_in("other")[0] == pytest.approx(scores_in("cpu")[0], rel=0.05, abs=1e-3)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Holds whether a model is loaded by now: what a model and the look at its structure take must be there."""
+    load, loaded = run_module.load_model_to_edit, [False]
+
+    def load_and_note(*arguments: Any) -> Any:
+        model = load(*arguments)
+        loaded[0] = True
+        return model
+
+    monkeypatch.setattr(run_module, "load_model_to_edit", load_and_note)
+    return loaded
+
+
+def many_prompts() -> None:
+    """Enough of them for passes to share what prompts begin with."""
+    for name in ("good.txt", "bad.txt"):
+        Path(name).write_text("\n".join([Path(name).read_text()] * 3))
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+def test_memory_that_runs_out_at_random(workplace: Path, heretic: Heretic, seed: int, loaded: list[bool]) -> None:
+    """Passes are made again with fewer rows, and give the same."""
+    many_prompts()
+    scores, _ = run(heretic, "cpu", "--trials-per-batch", "3")
+    loaded[0] = False
+    rng = random.Random(seed)
+    with Emulation((GIB,), fails=lambda n_bytes: loaded[0] and n_bytes > 1000 and rng.random() < 0.0003) as emulation:
+        other, _ = run(heretic, "other", "--trials-per-batch", "3")
+    assert emulation.memory.n_failed
+    for own, found in zip(scores, other, strict=True):
+        assert found == pytest.approx(own, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_memory_that_hardly_suffices(workplace: Path, heretic: Heretic) -> None:
+    """The model takes 62 kB of it, and with all rows at once the run would take 1.5 MB."""
+    many_prompts()
+    emulation = Emulation((200_000,))
+    check_like_the_cpu(heretic, emulation, "--trials-per-batch", "3")
+    assert emulation.memory.n_failed
+
+
+def test_memory_that_does_not_suffice_for_a_single_prompt(workplace: Path, heretic: Heretic, loaded: list[bool]) -> None:
+    with Emulation((GIB,), fails=lambda n_bytes: loaded[0]):
+        outcome = heretic()
+    told = "Error: Out of memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 0.00 MiB."
+    hint = "). Try --quantization bnb_4bit or --max-memory. Finished trials are kept.\n"
+    assert outcome.code == 1 and outcome.err.startswith(told) and outcome.err.endswith(hint)
+
+
+@pytest.mark.slow
+def test_workers_on_two_devices(workplace: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of their own, which enter the emulation when they start."""
+    (workplace / "start").mkdir()
+    tests = repr(str(Path(__file__).parent))
+    code = f"import sys; sys.path.insert(0, {tests}); import emulated; emulated.Emulation((2**32,) * 2).__enter__()"
+    (workplace / "start" / "sitecustomize.py").write_text(code)
+    scores, _ = run(heretic, "cpu")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(workplace / "start"), *sys.path]))
+    with Emulation((2**32,) * 2):
+        outcome = heretic("--workers", "2", "--study-checkpoint-dir", "both", "--model-action", "none")
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "device 0; device 1" in outcome.out
+    first = scores_in("both")
+    assert len(first) >= 3 and all(any(found == pytest.approx(own, rel=1e-4, abs=1e-6) for own in scores[:2]) for found in first[:2])
