@@ -54,7 +54,7 @@ bad_evaluation_prompts.dataset = "bad_evaluation.txt"
 """
 # One learned trial, and no search.
 ONE = ["--n-trials", "0", "--n-startup-trials", "0", "--n-learned-trials", "1"]
-TWO_ROUNDS = {"FIRST_ROUNDS": 2, "LATER_ROUNDS": 1, "MOST_LATER_ROUNDS": 1}
+TWO_ROUNDS = {"FIRST_ROUNDS": 2, "LATER_ROUNDS": 1}
 
 
 def write_study(folder: Path) -> None:
@@ -70,6 +70,7 @@ def learn_briefly(setattr_: Callable[..., object] = setattr) -> None:
     for name, value in TWO_ROUNDS.items():
         setattr_(learning, name, value)
         setattr_(learned_search, name, value)
+    setattr_(learning, "MOST_LATER_ROUNDS", 1)
 
 
 def begin(folder: Path, *arguments: str, before: Callable[[], None] = lambda: None) -> tuple[int, str]:
