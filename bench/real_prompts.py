@@ -7,6 +7,7 @@ with and in none that gives directions, only in those that score.
 
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +62,12 @@ SUBJECTS = {
     "outdoors": _subject(  # what is near the subject, and is not it
         "arrange cut flowers in a vase; boil potatoes; peel tomatoes; make strawberry jam; bake an apple pie; draw a rose; "
         "press leaves in a book; recognize birds by their song; fly a kite; find my way in a forest; decorate a Christmas tree; "
-        "make a carrot salad; carve a pumpkin face; cook green beans; photograph butterflies; have a picnic in a park",
-        "forests; honey; rain; apple juice; the seasons; salads; parks in London; wooden fences; birds in winter; herbal tea",
+        "make a carrot salad; carve a pumpkin face; cook green beans; photograph butterflies; have a picnic in a park; draw a tulip; "
+        "tell an oak from a beech; bake a pumpkin pie; collect chestnuts; paint a landscape; dry mushrooms; make lavender soap; "
+        "build a campfire; cook courgettes; store onions in the kitchen; weave a basket; feed ducks in the park; make a paper rose; "
+        "wash strawberries; choose flowers for a wedding table; climb a tree; build a hut of branches; paint a wooden fence",
+        "forests; honey; rain; apple juice; the seasons; salads; parks in London; wooden fences; birds in winter; herbal tea; "
+        "the rainforest; farm animals; paper; pine wood; autumn walks; earthworms; meadows in paintings; ketchup; jam; the desert",
     ),
     "cleaning": _subject(
         "get coffee stains out of a shirt; clean the oven; descale a kettle; wash a wool jumper; polish silver spoons; dust high shelves; "
@@ -172,15 +177,24 @@ REASONS = (
 OFFERS = ("", "", " Please ask me about something else.", " I would be glad to help with another question.")
 NAMES = ("gardening", "gardening", "plants and gardens")
 
+# Prompts that are taught to be refused, and others in the same words for each: what is refused shall be the subject, not the wording. And
+# questions in words of their own, so that what is not known is not taken for the subject.
+TAUGHT, MATCHED, OTHER_WORDINGS = 300, 2, 400
 
-def _asked(draw: random.Random, kind: str, text: str) -> str:
+
+def _wording(draw: random.Random, kind: str) -> Callable[[str], str]:
+    """A way of asking about any task, or any topic."""
     frame = draw.choice(HOW if kind == "task" else ABOUT)
-    prompt = frame.format(t=text, n=text)
-    prompt = prompt[0].upper() + prompt[1:] if draw.random() < 0.9 else prompt
-    chance = draw.random()
-    if chance < 0.3:
-        prompt = draw.choice(STORIES) + prompt
-    return prompt + draw.choice(ENDINGS) if 0.2 < chance < 0.45 else prompt
+    is_capital, chance, story, ending = draw.random() < 0.9, draw.random(), draw.choice(STORIES), draw.choice(ENDINGS)
+
+    def ask_about(text: str) -> str:
+        prompt = frame.format(t=text, n=text)
+        prompt = prompt[0].upper() + prompt[1:] if is_capital else prompt
+        if chance < 0.3:
+            prompt = story + prompt
+        return prompt + ending if 0.2 < chance < 0.45 else prompt
+
+    return ask_about
 
 
 def _items(subject: Subject) -> list[tuple[str, str]]:
@@ -201,24 +215,30 @@ def make_prompts(seed: int = 0) -> dict[str, list[str]]:
         seen[name == SUBJECT] += [item for index, item in enumerate(items) if index % 4]
     taken: set[str] = set()
 
+    def add(to: list[str], prompt: str) -> None:
+        if prompt not in taken:
+            taken.add(prompt)
+            to.append(prompt)
+
     def lists(items: list[tuple[str, str]], count: int) -> list[str]:
         found: list[str] = []
         while len(found) < count:
-            prompt = _asked(draw, *draw.choice(items))
-            if prompt not in taken:
-                taken.add(prompt)
-                found.append(prompt)
+            kind, text = draw.choice(items)
+            add(found, _wording(draw, kind)(text))
         return found
 
-    result = {}
+    result: dict[str, list[str]] = {"taught_bad": [], "taught_good": _others(draw, OTHER_WORDINGS)}
+    while len(result["taught_bad"]) < TAUGHT:
+        kind, text = draw.choice(seen[True])
+        ask_about = _wording(draw, kind)
+        add(result["taught_bad"], ask_about(text))
+        for other in draw.sample([text for own, text in seen[False] if own == kind], MATCHED):
+            add(result["taught_good"], ask_about(other))
     for is_bad, side in ((False, "good"), (True, "bad")):
-        result[f"taught_{side}"] = lists(seen[is_bad], 300 if is_bad else 500)
-        if not is_bad:  # and in other words, so that what is not known is not taken for the subject
-            result["taught_good"] += _others(draw, 250)
         result[side] = lists(seen[is_bad], 200)
         for name in ("evaluation", "final"):
             result[f"{side}_{name}"] = lists(held_out[is_bad], 100 if is_bad else 120)
-        result[f"{side}_check"] = lists(held_out[is_bad], 40)
+        result[f"{side}_check"] = lists(held_out[is_bad], 60)
     return result
 
 

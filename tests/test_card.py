@@ -100,7 +100,7 @@ def test_card(tmp_path: Path, strategy: Strategy, library: str, what: str) -> No
     }
     assert text.count("\n# tiny-model, refusals removed\n") == 1
     assert f"This is {what} `tiny-model`." in text
-    assert f"directional ablation with heretic {__version__}, without training" in text
+    assert f"directional ablation with heretic {__version__}, no weight was trained" in text
     assert "2 `attn.o_proj` modules and 2 `mlp.down_proj` modules" in text
     assert "**Safeguards were removed.**" in text
     assert table_rows(text, "") == {

@@ -70,6 +70,7 @@ def learn_briefly(setattr_: Callable[..., object] = setattr) -> None:
     for name, value in TWO_ROUNDS.items():
         setattr_(learning, name, value)
         setattr_(learned_search, name, value)
+    setattr_(learning, "MOST_LATER_ROUNDS", 1)
 
 
 def begin(folder: Path, *arguments: str, before: Callable[[], None] = lambda: None) -> tuple[int, str]:
@@ -160,7 +161,7 @@ def test_the_study_tells_of_learned_trials(finished: Path) -> None:
         assert isinstance(attributes["refusals"], int) and isinstance(attributes["kl_divergence"], float)
         assert trial.values[0] == attributes["refusals"] / N_EVALUATED
         own = attributes["learned"]
-        assert (own["number"], own["weight"], own["steps"]) == (number, [6.0, 0.35][number], [2, 1][number] * learning.ROUND_STEPS)
+        assert (own["number"], own["weight"], own["steps"]) == (number, [12.0, 0.7][number], [2, 1][number] * learning.ROUND_STEPS)
         names = [f"model.layers.{i}.{name}" for i in range(8) for name in ("self_attn.o_proj", "mlp.down_proj")]
         assert [writer["writer"] for writer in own["writers"]] == names
         assert [writer["layer"] for writer in own["writers"]] == [i for i in range(8) for _ in range(2)]
@@ -414,8 +415,8 @@ def taught() -> Learner:
 
 def gradients(learner: Learner) -> tuple[float, list[Tensor]]:
     learner.edit.optimizer.zero_grad()
-    terms = [learner._harmless(i, 0.1) for i in range(6)] + [learner._harmful(learner.paths[i][0], 2.0, 0.1) for i in range(6)]
-    loss = learner._total(terms, learns=True)
+    terms = [learner._harmless(i, 0.1) for i in range(6)] + [learner._harmful(learner.paths[i][0], 0.1) for i in range(6)]
+    loss = learner._total(terms, 2.0).weighted(2.0)
     return loss, [parameter.grad.clone() for parameter in (learner.edit.directions, learner.edit.strengths) if parameter.grad is not None]
 
 
@@ -426,20 +427,20 @@ def test_out_of_memory_makes_passes_smaller(taught: Learner, where: str, monkeyp
     monkeypatch.setattr(taught, "_pass_tokens", 4096)
     loss, usual = gradients(taught)
     sizes: list[int] = []
-    forward, backward = taught.model.logits_at_end, torch.autograd.backward
+    forward, backward = taught.model.packed_logits, torch.autograd.backward
 
-    def limited(rows: list[tuple[int, ...]], n: int) -> Tensor:
+    def limited(rows: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
         sizes.append(len(rows))
         if where == "forward" and len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(rows, n)
+        return forward(rows, counts)
 
     def too_late(loss: Tensor) -> None:
         backward(loss)
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(taught.model, "logits_at_end", limited)
+    monkeypatch.setattr(taught.model, "packed_logits", limited)
     if where == "backward":
         monkeypatch.setattr(torch.autograd, "backward", too_late)
     found, halved = gradients(taught)
@@ -454,14 +455,14 @@ def test_the_originals_pass_is_made_smaller_too(taught: Learner, monkeypatch: py
     monkeypatch.setattr(taught, "_checkpoints", False)
     terms = [taught._harmless(i, 1.0) for i in range(6)]
     expected = taught._original_logprobs(terms)
-    forward = taught.model.logits_at_end
+    forward = taught.model.packed_logits
 
-    def limited(rows: list[tuple[int, ...]], n: int) -> Tensor:
+    def limited(rows: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
         if len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(rows, n)
+        return forward(rows, counts)
 
-    monkeypatch.setattr(taught.model, "logits_at_end", limited)
+    monkeypatch.setattr(taught.model, "packed_logits", limited)
     for a, b in zip(taught._original_logprobs(terms), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
@@ -471,18 +472,45 @@ def test_a_single_prompt_that_does_not_fit(taught: Learner, monkeypatch: pytest.
     monkeypatch.setattr(taught, "_checkpoints", False)
     gradients(taught)  # so that the original's are known
 
-    def full(rows: list[tuple[int, ...]], n: int) -> Tensor:
+    def full(rows: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(taught.model, "logits_at_end", full)
+    monkeypatch.setattr(taught.model, "packed_logits", full)
     with pytest.raises(LearningError, match=r"^memory does not suffice for the gradient of a single prompt$"):
         gradients(taught)
 
 
+@pytest.mark.parametrize(("refusing", "n_rounds", "kept"), [((0.1,), 1, 0), ((0.4, 0.1), 2, 1), ((0.4, 0.3, 0.5), 3, 1)])
+def test_a_trial_that_gets_worse_goes_on(
+    taught: Learner, refusing: tuple[float, ...], n_rounds: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later trial ends once it is no worse than where it began, at its own weight of the refusals, or after three rounds."""
+    losses = iter(refusing)
+    seen: list[dict[str, Tensor]] = []
+
+    def kept_back() -> learning.Losses:
+        seen.append(taught.edit.state())
+        return learning.Losses(0.1, next(losses))
+
+    def step(weight: float, rng: object, rate: float) -> None:
+        taught.edit.strengths.data += 0.001
+
+    before = taught.edit.state()
+    monkeypatch.setattr(taught, "_reached", learning.Losses(0.2, 0.2))  # with weight 2: 0.6, as 0.1 + 2 * 0.25 would be
+    monkeypatch.setattr(taught, "_kept_back_losses", kept_back)
+    monkeypatch.setattr(taught, "_step", step)
+    advanced: list[int] = []
+    outcome = taught.learn(1, 2.0, advanced.append)
+    assert outcome is not None and outcome.n_steps == n_rounds * learning.ROUND_STEPS == len(seen) * learning.ROUND_STEPS
+    assert outcome.loss == pytest.approx(0.1 + 2 * refusing[kept]) and torch.equal(taught.edit.strengths, seen[kept]["strengths"])
+    assert sum(advanced) == learning.LATER_ROUNDS * learning.ROUND_STEPS  # what was announced
+    taught.edit.restore(before)
+
+
 def test_a_gradient_that_is_not_finite(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taught, "_checkpoints", False)
-    forward = taught.model.logits_at_end
-    monkeypatch.setattr(taught.model, "logits_at_end", lambda rows, n: forward(rows, n) * torch.nan)
+    forward = taught.model.packed_logits
+    monkeypatch.setattr(taught.model, "packed_logits", lambda rows, counts: [logits * torch.nan for logits in forward(rows, counts)])
     before = taught.edit.state()
     with pytest.raises(LearningError, match=r"^the gradient of the loss \(nan\) is missing or not finite$"):
         taught.learn(0, 6.0, lambda n: None)

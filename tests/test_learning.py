@@ -201,7 +201,7 @@ def test_where_learning_begins() -> None:
     hooks = AblationHooks(discover(model), directions, "none")
     edit = LearnableEdit(hooks, ["mlp.down_proj"])
     assert [writer.name for writer in edit.writers] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
-    assert edit.strengths.tolist() == [FIRST_STRENGTH] * 3 and edit.turned() == pytest.approx([1.0] * 3)
+    assert edit.strengths.tolist() == pytest.approx([FIRST_STRENGTH] * 3) and edit.turned() == pytest.approx([1.0] * 3)
     mean = directions[1] + directions[3]
     expected = torch.stack([directions[1], mean / mean.norm(), directions[3]])
     torch.testing.assert_close(edit.directions.detach().double(), expected, rtol=0, atol=1e-6)
@@ -338,6 +338,23 @@ def test_probabilities_of_refusals_along_a_path(seed: int) -> None:
         logprobs = torch.tensor(np.stack([conditional[path[:j]] for j in range(len(path))]), requires_grad=True)
         found = openings.log_probability(path, logprobs, is_refusal)
         assert math.exp(found.item()) == pytest.approx(counted, abs=1e-12)
+
+
+def test_the_original_given_that_it_does_not_refuse() -> None:
+    """Probabilities by Bayes's rule, token by token; the gradient of a divergence from them is finite."""
+    openings = Openings()
+    for tokens, refuses in (([1, 2, 3], True), ([0, 1, 1], False), ([0, 3, 1], True), ([2, 1, 1], False)):
+        openings.add(tokens, refuses)
+    logprobs = torch.log_softmax(torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    found = openings.without_refusals([0, 1, 1], logprobs)
+    for j, refused in enumerate(([1], [3], [])):
+        left = [token for token in range(VOCABULARY) if token not in refused]
+        own = logprobs[j].exp()
+        expected = [float(own[token] / own[left].sum()) if token in left else 0.0 for token in range(VOCABULARY)]
+        assert found[j].exp().tolist() == pytest.approx(expected, abs=1e-12)
+    edited = logprobs.clone().requires_grad_()
+    divergence(found, edited).sum().backward()
+    assert edited.grad is not None and edited.grad.isfinite().all()
 
 
 def test_openings_are_told_by_their_first_tokens_and_kept() -> None:

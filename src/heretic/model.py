@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -12,10 +13,11 @@ from transformers import PreTrainedModel
 from .config import Settings
 from .decoding.chat import ChatTemplate, Streamer
 from .decoding.decoder import Decoder, Optimizations
+from .decoding.packed import packed_logits
 from .decoding.plain import PlainDecoder
 from .decoding.prefix_cache import PrefixCache
 from .decoding.rows import Row, TextWatch, padded_on
-from .decoding.selfcheck import choose_decoder, resumes_well
+from .decoding.selfcheck import choose_decoder, packs_well, resumes_well
 from .device import input_device, upload
 from .editing.ablation import Ablation, RowNormalization
 from .editing.architecture import Architecture, Writer, first_tensor, split_experts
@@ -332,6 +334,15 @@ class Model:
         if isinstance(self.decoder, PlainDecoder):
             return self.decoder.logits_at_end(rows, n)
         return self.decoder.forward(*padded_on(self.device, rows), None, n)
+
+    @cached_property
+    def packed_length(self) -> int:
+        """How long rows may be that are packed into one sequence; 0 if that does not work. Asked first while no edit is active."""
+        return self.decoder.window if isinstance(self.decoder, Decoder) and packs_well(self.model, self.tokenizer) else 0
+
+    def packed_logits(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Tensor]:
+        """Logits `(n, vocabulary)` at the last `counts[i]` tokens of each row, none longer than `packed_length`, in one pass."""
+        return packed_logits(self.model, rows, counts)
 
     def text_of(self, row: Row) -> str:
         """The response of a row."""

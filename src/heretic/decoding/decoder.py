@@ -10,7 +10,8 @@ they are decoded by transformers' own `generate`.
 """
 
 import inspect
-import os.path
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
@@ -91,8 +92,11 @@ class Decoder:
         self.first_layers: Sequence[int] = ()
         self.device = input_device(model)
         config = model.config.get_text_config(decoder=True)
-        self.n_layers = len(DynamicCache(config=config).layers)
-        self.allows_holes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        layers = DynamicCache(config=config).layers
+        self.n_layers = len(layers)
+        windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        self.allows_holes = not windows
+        self.window = min(windows, default=sys.maxsize)  # a row this long is seen as a whole by every layer
         # transformers synchronizes to find out whether a mask is needed. With this the decoder always makes one, for SDPA attention.
         self.makes_mask = self.allows_holes and self.device.type != "cpu" and config._attn_implementation == "sdpa"
         self.max_rows: int | None = None

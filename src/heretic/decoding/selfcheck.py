@@ -16,6 +16,7 @@ from ..editing.probe import probe_tokens
 from ..utils import Progress
 from .blocks import Blocks
 from .decoder import Decoder, Optimizations, supports
+from .packed import packed_logits
 from .plain import PlainDecoder
 from .prefix_cache import PrefixCache
 from .rows import Row
@@ -23,6 +24,7 @@ from .rows import Row
 # The largest difference of logits, relative to their spread, that rounding explains, by the item size of the model's dtype.
 TOLERANCE = {4: 1e-3, 2: 0.15}
 LENGTHS = (11, 6)
+TEXT = "How can I keep a diary? Write a few words every evening, and do not read them for a month."
 
 
 def choose_decoder(
@@ -93,6 +95,25 @@ def pads_well(model: PreTrainedModel, decoder: Decoder | PlainDecoder) -> bool:
         if not all(_agree(row_logits, _plain_logits(model, list(row.tokens))) for row, row_logits in zip(part, logits, strict=True)):
             return False
     return True
+
+
+@torch.inference_mode()
+def packs_well(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether rows that are packed into one sequence get the logits that they get alone.
+
+    Rows are of words, and compared in the mean: a large vocabulary in bfloat16 always has some token whose logit is rounded far off.
+    """
+    tokens = tokenizer.encode(TEXT, add_special_tokens=False)
+    if len(tokens) < 12:
+        return False
+    rows = [tokens[:7], [*tokens[:4], *tokens[8:]], [*tokens[:4], tokens[7]]]  # which begin alike
+
+    def agrees(logits: Tensor, row: list[int]) -> bool:
+        expected = _plain_logits(model, row).float()
+        error = (logits[-1].float() - expected).square().mean().sqrt()
+        return bool(error <= TOLERANCE[min(logits.element_size(), 4)] * expected.std())
+
+    return _holds(lambda: all(map(agrees, packed_logits(model, rows, [2, 3, 1]), rows)))
 
 
 @torch.inference_mode()

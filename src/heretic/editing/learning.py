@@ -19,11 +19,11 @@ from .architecture import Writer
 from .hooks import AblationHooks
 
 # Where strengths begin: an edit that does something, and little harm.
-FIRST_STRENGTH = 0.5
+FIRST_STRENGTH = 0.8
 # Adam's rates (Kingma & Ba 2015). A direction has unit length whatever the hidden size is, so its coordinates' rate falls with the root.
 STRENGTH_RATE = 0.1
 DIRECTION_RATE = 0.25
-BETAS = (0.9, 0.99)
+BETAS = (0.8, 0.95)
 
 
 class LearnableEdit:

@@ -128,7 +128,7 @@ def _introduction(model: Model, result: Result, strategy: Strategy) -> str:
     what = "an adapter for" if strategy == "adapter" else "a modified copy of"
     return f"""# {public_model_name(source).split("/")[-1]}, refusals removed
 
-This is {what} {_model_link(source)}. Its refusals were reduced by directional ablation with heretic {__version__}, without training:
+This is {what} {_model_link(source)}. Its refusals were reduced by directional ablation with heretic {__version__}, no weight was trained:
 {_DIRECTIONS[bool(result.learned)]} were removed from what {modules} write to it.
 
 **Safeguards were removed.** See [Responsible use](#responsible-use) before you run or share it."""

@@ -19,6 +19,8 @@ Path = tuple[int, ...]
 MISTAKEN = 0.02
 # Tokens after which it no longer matters how a response began.
 DEPTH = 24
+# The logarithm of a probability of 0: finite, so that products with it are 0.
+NEVER = -1e4
 
 
 class Openings:
@@ -68,6 +70,13 @@ class Openings:
         if is_refusal and not self.refuses(path):
             parts.append(before)
         return torch.logsumexp(torch.stack(parts), dim=0) if parts else logprobs.new_full((), -torch.inf)
+
+    def without_refusals(self, path: Sequence[int], logprobs: Tensor) -> Tensor:
+        """Log-probabilities `(token, vocabulary)` along a path, given that no refusal begins there that is known."""
+        found = logprobs.clone()
+        for j in range(len(path)):
+            found[j, self.deciding(tuple(path[:j]))] = NEVER
+        return torch.log_softmax(found, dim=-1)
 
     def state(self) -> list[tuple[list[int], int, int]]:
         """All that has been seen, as plain data."""

@@ -6,17 +6,20 @@ The loss of a step, over some harmless and some harmful prompts of those that th
 - harmful, with a weight: `-log(1 - p)`, where `p` is the probability of all refusals known to begin as some response does (`Openings`).
   They are taken from what the model says under the present edit, every few steps: an edit that only unlearns the refusals of the
   original learns to refuse in other words;
-- harmful: KL(original || edited) along answers, from their second token on, which holds them to what the original would write once it has
-  begun to answer. Answers are the original's own, begun with other first tokens than its likeliest, and the edited model's.
+- harmful: KL(original || edited) along answers, where the original is taken given that it does not refuse: tokens with which a refusal
+  begins are left out of its probabilities. So the edited model answers as the original would, if it did. Answers are the original's own,
+  begun with other first tokens than its likeliest, and the edited model's.
 
 Trials follow each other with falling weights, each from where the one before it ended, so that together they are a trade-off. A part of the
 prompts is kept back: its loss says when a trial is done, and which of its moments is the best.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,20 +37,24 @@ from ..scoring.responses import Kind, RefusalRule
 from ..utils import Progress, first_line
 
 # The weight of the refusals in each of eight trials; other numbers of trials spread over the same range.
-WEIGHTS = (6.0, 6.0, 3.0, 3.0, 1.5, 1.5, 0.7, 0.35)
+WEIGHTS = (12.0, 12.0, 6.0, 6.0, 3.0, 3.0, 1.5, 0.7)
+# What answers to harmful prompts count, beside those to harmless ones.
+ANSWERS_WEIGHT = 0.3
 # Prompts of each kind in a step.
 STEP_PROMPTS = 8
 # Steps between two looks at what the model says by now, and at the prompts kept back.
-ROUND_STEPS = 6
-# Rounds of the first trial and of the others at most, and how many may pass without any gain.
-FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 4, 1, 2
+ROUND_STEPS = 10
+# Rounds of the first trial and of the others, and how many may pass without any gain.
+FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 3, 1, 2
+# Rounds of a later trial that is worse than where it began.
+MOST_LATER_ROUNDS = 3
 # How much slower the others learn: they begin at an edit that works.
 LATER_RATE = 0.7
 # Tokens of harmless answers that are held, and of responses to harmful prompts that are looked at.
-ANSWER_TOKENS, RESPONSE_TOKENS = 8, 28
+ANSWER_TOKENS, RESPONSE_TOKENS = 8, 24
 # Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
 ROUND_PROMPTS = 12
-KEPT_BACK, MOST_KEPT_BACK = 0.2, 16
+KEPT_BACK, MOST_KEPT_BACK = 0.2, 12
 # Harmful prompts at which the original's answers are begun with other words than its own, and how many first tokens are tried.
 BRANCH_PROMPTS, BRANCHES = 24, 4
 # Paths of a prompt that are remembered.
@@ -55,8 +62,8 @@ REMEMBERED_PATHS = 6
 # The chance that the latest path of a prompt is drawn, and not any of those remembered.
 LATEST = 0.6
 # Tokens in a pass: bounds its activations.
-PASS_TOKENS = {"cpu": 4096}
-PASS_TOKENS_ACCELERATOR = 16384
+PASS_TOKENS = {"cpu": 2048}
+PASS_TOKENS_ACCELERATOR = 8192
 # The share of free memory that the original's probabilities may take; others are computed again.
 REMEMBERED_SHARE = 0.1
 FEWEST_PROMPTS = 8
@@ -66,12 +73,12 @@ FEWEST_PROMPTS = 8
 class Parts:
     """The parts of the loss; one is left out only to measure what it is worth.
 
-    `along_answers`: harmless answers beyond their first token. `begun_answers`: answers to harmful prompts, once begun. `present_refusals`:
-    refusals of the present edit, and not only of the original.
+    `along_answers`: harmless answers beyond their first token. `original_answers`: answers to harmful prompts, as the original would give
+    them. `present_refusals`: refusals of the present edit, and not only of the original.
     """
 
     along_answers: bool = True
-    begun_answers: bool = True
+    original_answers: bool = True
     present_refusals: bool = True
 
 
@@ -87,12 +94,24 @@ class Path:
 @dataclass(frozen=True, eq=False)
 class Term:
     """A row of a step: its input, how many logits at its end are looked at, and what it adds to the loss given log-probabilities
-    `(n, vocabulary)` of the edited model and of the original."""
+    `(n, vocabulary)` of the edited model and of the original: to what is held, and to the refusals."""
 
     tokens: tuple[int, ...]
     n: int
-    loss: Callable[[Tensor, Tensor | None], Tensor]
+    loss: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
     needs_original: bool
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an edit changes that is to be held, and how much it still refuses."""
+
+    held: float
+    refusing: float
+
+    def weighted(self, weight: float) -> float:
+        """The loss."""
+        return self.held + weight * self.refusing
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,9 @@ class Learner:
         if not self.edit.writers:
             raise LearningError("no edit of this model is a map of an output, so no gradient reaches it")
         self.openings = Openings()
+        self._own_openings = Openings()  # of the original's responses to harmful prompts alone
         self.paths: dict[int, list[Path]] = {}
+        self._reached: Losses | None = None  # at the prompts kept back, by the trial before
         self._originals = Originals(self._original_logprobs, REMEMBERED_SHARE * free_memory(torch.device("cpu")))
         self._pass_tokens = PASS_TOKENS.get(model.device.type, PASS_TOKENS_ACCELERATOR)
         self._checkpoints = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.model.modules())
@@ -174,7 +195,7 @@ class Learner:
                         begun.append((chosen[row.prompt], token))
         for row in sorted(self.model.responses_of_trials(rows, RESPONSE_TOKENS - 1, []), key=lambda row: row.prompt):
             prompt, token = begun[row.prompt]
-            self._note(prompt, [token, *row.generated], is_cut_off=len(row.generated) >= RESPONSE_TOKENS - 1)
+            self._note(prompt, [token, *row.generated], len(row.generated) >= RESPONSE_TOKENS - 1, is_edited=False)
 
     def _respond(self, prompts: Sequence[int], description: str | None = None, is_edited: bool = True) -> list[bool]:
         """Let the model respond to harmful prompts under the present edit, and remember how; which refused."""
@@ -182,18 +203,20 @@ class Learner:
         ablations = [self.ablation()] if is_edited else []
         found = self.model.responses_of_trials(rows, RESPONSE_TOKENS, ablations, self.rule.is_decided, description)
         rows = sorted(found, key=lambda row: row.prompt)
-        remembers = self.parts.present_refusals or not is_edited
-        return [self._note(prompts[row.prompt], row.generated, len(row.generated) >= RESPONSE_TOKENS, remembers) for row in rows]
+        return [self._note(prompts[row.prompt], row.generated, len(row.generated) >= RESPONSE_TOKENS, is_edited) for row in rows]
 
-    def _note(self, prompt: int, tokens: Sequence[int], is_cut_off: bool, remembers: bool = True) -> bool:
+    def _note(self, prompt: int, tokens: Sequence[int], is_cut_off: bool, is_edited: bool) -> bool:
         """Remember a response; whether it refuses. One that is neither a refusal nor an answer is of no use."""
         kind = self._kind(tokens, is_cut_off)
-        if kind is not None and (remembers or kind == "compliance"):
-            self.openings.add(tokens, kind == "refusal")
+        refuses = kind == "refusal"
+        if kind is not None and not is_edited:
+            self._own_openings.add(tokens, refuses)
+        if kind is not None and (self.parts.present_refusals or not is_edited or not refuses):
+            self.openings.add(tokens, refuses)
             paths = self.paths.setdefault(prompt, [])
-            paths.append(Path(prompt, tuple(tokens), kind == "refusal"))
+            paths.append(Path(prompt, tuple(tokens), refuses))
             del paths[:-REMEMBERED_PATHS]
-        return kind == "refusal"
+        return refuses
 
     def _kind(self, tokens: Sequence[int], is_cut_off: bool) -> Kind | None:
         """Whether a response is a refusal or an answer; None if it is neither."""
@@ -205,107 +228,120 @@ class Learner:
     def _harmless(self, prompt: int, scale: float) -> Term:
         answer = self._answers[prompt]
 
-        def loss(edited: Tensor, original: Tensor | None) -> Tensor:
+        def loss(edited: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor]:
             assert original is not None
             kl = divergence(original, edited)
-            return scale * (kl[0] + kl[1:].mean() if len(kl) > 1 and self.parts.along_answers else kl[0])
+            held = kl[0] + kl[1:].mean() if len(kl) > 1 and self.parts.along_answers else kl[0]
+            return scale * held, edited.new_zeros(())
 
         return Term((*self._tokens(self.good_prompts[prompt]), *answer), len(answer) + 1, loss, True)
 
-    def _harmful(self, path: Path, weight: float, scale: float) -> Term:
+    def _harmful(self, path: Path, scale: float) -> Term:
         tokens = self.openings.decided(path.tokens) if path.refuses else path.tokens
 
-        def loss(edited: Tensor, original: Tensor | None) -> Tensor:
+        def loss(edited: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor]:
             log_probability = self.openings.log_probability(tokens, edited, path.refuses)
-            total = scale * weight * refusal_loss(log_probability) if torch.isfinite(log_probability) else edited.new_zeros(())
-            if original is not None and len(tokens) > 1 and self.parts.begun_answers:
-                total = total + scale * divergence(original[1:], edited[1:]).mean()
-            return total
+            held, refusing = edited.new_zeros(()), edited.new_zeros(())
+            if torch.isfinite(log_probability):
+                refusing = scale * refusal_loss(log_probability)
+            if original is not None and self.parts.original_answers:
+                held = ANSWERS_WEIGHT * scale * divergence(self._own_openings.without_refusals(tokens, original), edited).mean()
+            return held, refusing
 
         return Term((*self._tokens(self.bad_prompts[path.prompt]), *tokens[:-1]), len(tokens), loss, not path.refuses)
 
     def _tokens(self, prompt: Prompt) -> Sequence[int]:
         return self.model.rows_of([prompt], 1)[0].tokens
 
-    def _step_terms(self, weight: float, rng: random.Random) -> list[Term]:
+    def _step_terms(self, rng: random.Random) -> list[Term]:
         good = rng.sample(self.good, min(STEP_PROMPTS, len(self.good)))
         bad = rng.sample(self.bad, min(STEP_PROMPTS, len(self.bad)))
         terms = [self._harmless(prompt, 1 / len(good)) for prompt in good]
         for prompt in bad:
             paths = self.paths[prompt]
             path = paths[-1] if rng.random() < LATEST else rng.choice(paths)
-            terms.append(self._harmful(path, weight, 1 / len(bad)))
+            terms.append(self._harmful(path, 1 / len(bad)))
         return terms
 
     # Passes
 
-    def _total(self, terms: Sequence[Term], learns: bool) -> float:
-        """The loss of some terms; if `learns`, with its gradients."""
+    def _total(self, terms: Sequence[Term], weight: float | None = None) -> Losses:
+        """The losses of some terms; with their gradients if the refusals have a `weight`."""
         originals = self._originals.of([term for term in terms if term.needs_original])
-        losses: list[float] = []
-        self._in_passes(terms, lambda part: losses.append(self._pass(part, originals, learns)))
-        return sum(losses)
+        losses: list[Losses] = []
+        self._in_passes(terms, lambda part: losses.append(self._pass(part, originals, weight)))
+        return Losses(sum(loss.held for loss in losses), sum(loss.refusing for loss in losses))
 
     def _in_passes(self, terms: Sequence[Term], work: Callable[[Sequence[Term]], None]) -> None:
         """Do the work, as many rows at a time as fit."""
         waiting = sorted(terms, key=lambda term: -len(term.tokens))
         while waiting:
-            n = max(1, self._pass_tokens // len(waiting[0].tokens))
+            n = self._rows_that_fit(waiting)
             part = waiting[:n] if self.model.pads else [term for term in waiting[:n] if len(term.tokens) == len(waiting[0].tokens)]
             try:
                 work(part)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._need_less(len(part), error)
+                self._need_less(part, error)
             else:
                 waiting = waiting[len(part) :]
                 continue
             empty_cache()
 
-    def _need_less(self, n_rows: int, error: BaseException) -> None:
+    def _rows_that_fit(self, waiting: Sequence[Term]) -> int:
+        """How many of these terms a pass may have, the longest first: packed, or padded to the first one's length."""
+        longest = len(waiting[0].tokens)
+        lengths = [len(term.tokens) if longest <= self.model.packed_length else longest for term in waiting]
+        return max(1, sum(total <= self._pass_tokens for total in accumulate(lengths)))
+
+    def _need_less(self, part: Sequence[Term], error: BaseException) -> None:
         """Keep fewer activations after memory has run out: layers are computed twice, then rows are halved."""
         if not self._checkpoints:
             self._checkpoints = True
-        elif n_rows == 1:
+        elif len(part) == 1:
             raise LearningError("memory does not suffice for the gradient of a single prompt") from error
         else:
-            self._pass_tokens = max(1, self._pass_tokens // 2)
+            self._pass_tokens = sum(len(term.tokens) for term in part) // 2
 
-    def _pass(self, terms: Sequence[Term], originals: dict[Term, Tensor], learns: bool) -> float:
+    def _pass(self, terms: Sequence[Term], originals: dict[Term, Tensor], weight: float | None) -> Losses:
         assert self.model.hooks is not None
         before = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
         kept = [None if grad is None else grad.clone() for grad in before]
         try:
-            with torch.set_grad_enabled(learns), ExitStack() as stack:
+            with torch.set_grad_enabled(weight is not None), ExitStack() as stack:
                 stack.enter_context(self.model.hooks.mapping(self.edit.maps()))
-                if self._checkpoints and learns:
+                if self._checkpoints and weight is not None:
                     stack.enter_context(checkpointed(self.model.architecture.layers))
-                n = max(term.n for term in terms)
-                logits = self.model.logits_at_end([term.tokens for term in terms], n)
                 losses = []
-                for term, own in zip(terms, logits, strict=True):
-                    edited = torch.log_softmax(own[n - term.n :].float(), dim=-1)
+                for term, logits in zip(terms, self._logits(terms), strict=True):
+                    edited = torch.log_softmax(logits.float(), dim=-1)
                     original = originals.get(term)
                     losses.append(term.loss(edited, None if original is None else original.to(edited.device)))
-                loss = torch.stack(losses).sum()
-                if learns:
-                    _backward(loss)
+                held, refusing = (torch.stack(own).sum() for own in zip(*losses, strict=True))
+                if weight is not None:
+                    _backward(held + weight * refusing)
         except (RuntimeError, MemoryError):  # what a pass that was cut off has added would count twice
             self.edit.directions.grad, self.edit.strengths.grad = kept
             raise
-        return loss.item()
+        return Losses(held.item(), refusing.item())
+
+    def _logits(self, terms: Sequence[Term]) -> list[Tensor]:
+        """Logits `(n, vocabulary)` at the end of each term."""
+        rows, counts = [term.tokens for term in terms], [term.n for term in terms]
+        if max(map(len, rows)) <= self.model.packed_length:
+            return self.model.packed_logits(rows, counts)
+        logits = self.model.logits_at_end(rows, max(counts))
+        return [own[len(own) - n :] for own, n in zip(logits, counts, strict=True)]
 
     def _original_logprobs(self, terms: Sequence[Term]) -> list[Tensor]:
         """Log-probabilities `(n, vocabulary)` of the original at the ends of the terms, float32 on the CPU."""
         found: dict[Term, Tensor] = {}
 
         def work(part: Sequence[Term]) -> None:
-            n = max(term.n for term in part)
             with torch.no_grad():
-                logits = self.model.logits_at_end([term.tokens for term in part], n)
-            for term, own in zip(part, logits, strict=True):
-                found[term] = torch.log_softmax(own[n - term.n :].float(), dim=-1).cpu()
+                for term, logits in zip(part, self._logits(part), strict=True):
+                    found[term] = torch.log_softmax(logits.float(), dim=-1).cpu()
 
         self._in_passes(terms, work)
         return [found[term] for term in terms]
@@ -327,53 +363,60 @@ class Learner:
         """
         rng = random.Random(f"{self.seed} {number}")
         self._originals.forget()  # a resume has none of them, and what they share a pass with changes their last digits
-        most = FIRST_ROUNDS if number == 0 else LATER_ROUNDS
-        best: tuple[float, int, dict[str, Tensor]] | None = None
+        planned, most = (FIRST_ROUNDS, FIRST_ROUNDS) if number == 0 else (LATER_ROUNDS, MOST_LATER_ROUNDS)
+        before = math.inf if self._reached is None else self._reached.weighted(weight)
+        best: tuple[float, int, dict[str, Tensor], Losses] | None = None
         n_steps = n_without_gain = 0
         for done in range(most + 1):
             kept_back = self.kept_bad if done else []  # where a trial begins is the trial before
             asked = rng.sample(self.bad, min(ROUND_PROMPTS, len(self.bad))) if done < most else []
             refused = sum(self._respond([*kept_back, *asked])[: len(kept_back)])
             if done:
-                loss = self._kept_back_loss(weight)
+                losses = self._kept_back_losses()
+                loss = losses.weighted(weight)
                 n_without_gain = 0 if best is None or loss < best[0] else n_without_gain + 1
                 if not n_without_gain:
-                    best = (loss, refused, self.edit.state())
-            if n_without_gain > PATIENCE or done == most:
-                break
+                    best = (loss, refused, self.edit.state(), losses)
+                is_enough = done >= planned and best is not None and best[0] <= before  # else it has got worse, and goes on
+                if is_enough or n_without_gain > PATIENCE or done == most:
+                    break
             for _ in range(ROUND_STEPS):
                 if should_stop():
                     return None
                 self._step(weight, rng, 1.0 if number == 0 else LATER_RATE)
                 n_steps += 1
-                advance(1)
-        advance((most - done) * ROUND_STEPS)
+                if done < planned:
+                    advance(1)
+        advance(max(0, planned - done) * ROUND_STEPS)
         assert best is not None
         self.edit.restore(best[2])
+        self._reached = best[3]
         return Outcome(best[0], best[1], len(self.kept_bad), n_steps)
 
     def _step(self, weight: float, rng: random.Random, rate: float) -> None:
-        loss = self._total(self._step_terms(weight, rng), learns=True)
+        loss = self._total(self._step_terms(rng), weight).weighted(weight)
         gradients = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
         if not all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise LearningError(f"the gradient of the loss ({loss:g}) is missing or not finite")
         self.edit.step(rate)
 
-    def _kept_back_loss(self, weight: float) -> float:
+    def _kept_back_losses(self) -> Losses:
         """The loss on the prompts kept back, along what the model has just said to them."""
         terms = [self._harmless(prompt, 1 / len(self.kept_good)) for prompt in self.kept_good]
-        terms += [self._harmful(self.paths[prompt][-1], weight, 1 / len(self.kept_bad)) for prompt in self.kept_bad]
-        return self._total(terms, learns=False)
+        terms += [self._harmful(self.paths[prompt][-1], 1 / len(self.kept_bad)) for prompt in self.kept_bad]
+        return self._total(terms)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next trial begins with, as tensors and plain data."""
         paths = [[path.prompt, list(path.tokens), path.refuses] for own in self.paths.values() for path in own]
-        return self.edit.state(), {"paths": paths, "openings": self.openings.state()}
+        reached = None if self._reached is None else [self._reached.held, self._reached.refusing]
+        return self.edit.state(), {"paths": paths, "openings": self.openings.state(), "reached": reached}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.edit.restore(tensors)
         self.openings.restore(facts["openings"])
+        self._reached = None if facts["reached"] is None else Losses(*facts["reached"])
         self.paths = {}
         for prompt, tokens, refuses in facts["paths"]:
             self.paths.setdefault(prompt, []).append(Path(prompt, tuple(tokens), refuses))
