@@ -18,13 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from heretic.config import Settings
-from heretic.decoding.decoder import Decoder
 from heretic.editing.ablation import Ablation
 from heretic.editing.directions import mean_residual, refusal_directions, separating_layer
 from heretic.evaluator import Evaluator, Score
@@ -89,7 +86,7 @@ class Subject:
         floor = self.floor()
         for number, weight in enumerate(weights(n_trials)):
             start = now()
-            with floor.counted():
+            with floor.counted(self.model.model):
                 outcome = learner.learn(number, weight, lambda n: None)
             seconds += now() - start
             assert outcome is not None
@@ -171,17 +168,18 @@ class Floor:
     seconds: float = 0.0
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Within, passes are added."""
-        forward = Decoder.forward
+    def counted(self, model: torch.nn.Module) -> Iterator[None]:
+        """Inside, passes of the model are added."""
 
-        def noted(decoder: Decoder, tokens: Tensor, *args: Any) -> Tensor:
-            operations = (4 if torch.is_grad_enabled() else 2) * self.n_weights * tokens.numel()
+        def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            operations = (4 if torch.is_grad_enabled() else 2) * self.n_weights * kwargs["input_ids"].numel()
             self.seconds += max(operations / self.flops, self.n_weights * self.itemsize / self.bandwidth)
-            return forward(decoder, tokens, *args)
 
-        with patch.object(Decoder, "forward", noted):
+        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
             yield
+        finally:
+            handle.remove()
 
 
 def log_entry(report: dict[str, Any]) -> str:

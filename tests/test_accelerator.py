@@ -14,7 +14,6 @@ import torch
 from peft.utils import save_and_load
 from safetensors.torch import load_file
 
-from heretic.session import stages
 import test_benchmark as benchmarks
 import test_compare as comparisons
 import tiny
@@ -24,6 +23,7 @@ from heretic.device import describe_device, free_memory
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
+from heretic.session import stages
 from heretic.utils import SilentProgress
 from test_learned_runs import ONE, learn_briefly, write_study
 from test_shared_search import as_optuna_reads

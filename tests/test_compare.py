@@ -56,7 +56,7 @@ def test_a_model_what_was_saved_of_it_and_the_study_itself(saved: Path, heretic:
     rows = table(outcome)
     trial = next(name for name in rows if name.startswith("checkpoints/m.jsonl"))
     assert re.fullmatch(r"checkpoints/m\.jsonl \(trial \d\)", trial)
-    assert "ComparisonRow with m" in outcome.out
+    assert "Compared with m" in outcome.out
 
     expected = divergences("m", "merge")
     for name in ("merge", "adapter", trial):
