@@ -82,6 +82,10 @@ def test_tensors_of_one_device_do(emulation: Emulation, name: str, device: str) 
 
 
 def test_indices(emulation: Emulation) -> None:
+    x = there(3)
+    x[[0, 2]] = 5
+    x[[]] = 7
+    assert x.tolist() == [5, 1, 5] and x[[True, False, True]].tolist() == [5, 5]
     assert there(3)[tokens("cpu")].device == torch.device("cuda:0")
     with pytest.raises(RuntimeError, match=r"indices should be either on cpu or on the same device as the indexed tensor \(cpu\)"):
         here(3)[tokens("cuda:0")]

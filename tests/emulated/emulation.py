@@ -211,5 +211,7 @@ def _with_tensors(index: Any, tensor: Tensor) -> Any:
     if not isinstance(tensor, DeviceTensor):
         return index
     parts = index if isinstance(index, tuple) else (index,)
-    made = tuple(torch.tensor(part).to(tensor.device) if isinstance(part, list) else part for part in parts)
+    made = tuple(
+        torch.tensor(part, dtype=None if part else torch.long).to(tensor.device) if isinstance(part, list) else part for part in parts
+    )
     return made if isinstance(index, tuple) else made[0]
