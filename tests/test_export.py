@@ -349,7 +349,7 @@ def test_an_original_that_is_gone(tmp_path: Path) -> None:
         save(model, result_for(settings(source)), "merge", str(tmp_path / "out"), False, SilentProgress())
     assert str(caught.value) == (
         f"The files of {source} cannot be read again: The model's folder contains no weights: none of model.safetensors, "
-        "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json is there. The study is safe."
+        "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json exists. The study is safe."
     )
     assert not (tmp_path / "out").exists()
 

@@ -96,7 +96,7 @@ def test_dataset_folders(kind: str, datasets_folder: Path, monkeypatch: pytest.M
         assert load(kind, "train[:1]+test", "text") == ["a", "d"]
         assert told(kind, "dev[:1]", "text") == f"bad_prompts: {kind} has no split 'dev'; it has train, test. Set bad_prompts.split."
     assert told(kind, "train", "prompt") == f"bad_prompts: {kind} has no column 'prompt'; it has text, n, gaps. Set bad_prompts.column."
-    assert told(kind, "train", "n") == f"bad_prompts: column 'n' of {kind} holds int, not text (row 0)."
+    assert told(kind, "train", "n") == f"bad_prompts: column 'n' of {kind} contains int, not text (row 0)."
     assert told(kind, "train", "gaps") == f"bad_prompts: column 'gaps' of {kind} contains NoneType, not text (row 1)."
     assert told(kind, column="text") == (
         f"bad_prompts: {kind} is a dataset, which needs a split; set bad_prompts.split (a text file needs neither; check the path if "

@@ -150,7 +150,7 @@ def test_names_of_weight_files(name: Any, workplace: Path, heretic: Heretic) -> 
     Path("m/config.json").write_text(json.dumps({**config, "transformers_weights": name}))
     outcome = heretic()
     assert outcome.err == f"Error: m/config.json names the file {name!r}. Only plain file names in the model's own folder are allowed.\n"
-    with pytest.raises(ModelError, match="Only plain names"):
+    with pytest.raises(ModelError, match="Only plain file names"):
         open_stored(Path("m"), name)
 
 

@@ -96,7 +96,7 @@ def test_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_target(".", False)
     assert str(caught.value) == told
     assert refusal(Target(tmp_path / "here", True)) == told
-    assert "holds the working directory" in refusal(Target(tmp_path, True))
+    assert "contains the working directory" in refusal(Target(tmp_path, True))
 
 
 def test_what_is_refused_only_with_something_in_it(tmp_path: Path) -> None:

@@ -99,15 +99,20 @@ def prepare(settings: Settings, console: Console, prompts: Prompts) -> tuple[Eva
     check_lengths(settings, model, prompts)
     model = with_found_prefix(settings, console, model, prompts)
     evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
-    return evaluator, compute_directions(settings, console, model, prompts)
+    separating_layer = compute_directions(settings, console, model, prompts)
+    _new_space(evaluator, separating_layer)  # settings that do not fit the model are reported before there is a study
+    return evaluator, separating_layer
+
+
+def _new_space(evaluator: Evaluator, separating_layer: int) -> SearchSpace:
+    architecture = evaluator.model.architecture
+    return search_space(evaluator.settings, list(architecture.components), architecture.last_layer, separating_layer)
 
 
 def open_space(console: Console, study: Study, evaluator: Evaluator, separating_layer: int) -> SearchSpace:
     """The space that a study searches, shown."""
-    architecture = evaluator.model.architecture
-    new = search_space(evaluator.settings, list(architecture.components), architecture.last_layer, separating_layer)
-    space = stored_or_new_space(study, new)
-    console.message(space_text(space, separating_layer, architecture.last_layer))
+    space = stored_or_new_space(study, _new_space(evaluator, separating_layer))
+    console.message(space_text(space, separating_layer, evaluator.model.architecture.last_layer))
     return space
 
 

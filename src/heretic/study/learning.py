@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import REFUSAL_MARKERS
 from ..decoding.rows import Row
 from ..device import empty_cache, free_memory, is_out_of_memory
 from ..editing.learning import LearnableEdit, divergence, refusal_loss
@@ -33,7 +34,7 @@ from ..errors import LearningError
 from ..model import Model
 from ..prompts import Prompt
 from ..scoring.openings import Openings
-from ..scoring.responses import Kind, RefusalRule
+from ..scoring.responses import Kind, RefusalRule, normalize
 from ..utils import Progress, first_line
 
 # The weight of the refusals in each of eight trials; other numbers of trials spread over the same range.
@@ -67,6 +68,9 @@ PASS_TOKENS_ACCELERATOR = 8192
 # The share of free memory that the original's probabilities may take; others are computed again.
 REMEMBERED_SHARE = 0.1
 FEWEST_PROMPTS = 8
+# Beginnings that are not learned as answers, whatever the rule says: those with a usual marker in their first characters.
+DOUBTFUL = (*REFUSAL_MARKERS, "unfortunately")
+OPENING_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,11 @@ class Learner:
 
     def _kind(self, tokens: Sequence[int], is_cut_off: bool) -> Kind | None:
         """Whether a response is a refusal or an answer; None if it is neither."""
-        kind = self.rule.judge(self.model.tokenizer.decode(tokens, skip_special_tokens=True), is_cut_off).kind
+        text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+        kind = self.rule.judge(text, is_cut_off).kind
+        # What a rule misses is where a gradient goes: doubtful beginnings are never learned as answers.
+        if kind == "compliance" and any(marker in normalize(text[:OPENING_CHARACTERS]) for marker in DOUBTFUL):
+            kind = "refusal"
         return kind if tokens and kind != "degenerate" else None
 
     # The loss
