@@ -480,11 +480,11 @@ def test_a_single_prompt_that_does_not_fit(taught: Learner, monkeypatch: pytest.
         gradients(taught)
 
 
-@pytest.mark.parametrize(("refusing", "n_rounds", "kept"), [((0.1,), 1, 0), ((0.4, 0.1), 2, 1), ((0.4, 0.3, 0.5), 3, 1)])
+@pytest.mark.parametrize(("refusing", "n_rounds", "kept"), [((0.1,), 1, 0), ((0.4, 0.1), 2, 1), ((0.4, 0.35, 0.5), 3, 1)])
 def test_a_trial_that_gets_worse_goes_on(
     taught: Learner, refusing: tuple[float, ...], n_rounds: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later trial ends once it is no worse than where it began, at its own weight of the refusals, or after three rounds."""
+    """A later trial ends once it is hardly worse than where it began, at its own weight of the refusals, or after three rounds."""
     losses = iter(refusing)
     seen: list[dict[str, Tensor]] = []
 
@@ -496,7 +496,7 @@ def test_a_trial_that_gets_worse_goes_on(
         taught.edit.strengths.data += 0.001
 
     before = taught.edit.state()
-    monkeypatch.setattr(taught, "_reached", learning.Losses(0.2, 0.2))  # with weight 2: 0.6, as 0.1 + 2 * 0.25 would be
+    monkeypatch.setattr(taught, "_reached", learning.Losses(0.2, 0.2))  # with weight 2: 0.6, and up to 0.75 is not worse
     monkeypatch.setattr(taught, "_kept_back_losses", kept_back)
     monkeypatch.setattr(taught, "_step", step)
     advanced: list[int] = []

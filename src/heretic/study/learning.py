@@ -47,8 +47,8 @@ STEP_PROMPTS = 8
 ROUND_STEPS = 10
 # Rounds of the first trial and of the others, and how many may pass without any gain.
 FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 3, 1, 2
-# Rounds of a later trial that is worse than where it began.
-MOST_LATER_ROUNDS = 3
+# Rounds of a later trial whose loss is so many times that where it began.
+MOST_LATER_ROUNDS, WORSE = 3, 1.25
 # How much slower the others learn: they begin at an edit that works.
 LATER_RATE = 0.7
 # Tokens of harmless answers that are held, and of responses to harmful prompts that are looked at.
@@ -385,7 +385,7 @@ class Learner:
                 n_without_gain = 0 if best is None or loss < best[0] else n_without_gain + 1
                 if not n_without_gain:
                     best = (loss, refused, self.edit.state(), losses)
-                is_enough = done >= planned and best is not None and best[0] <= before  # else it has got worse, and goes on
+                is_enough = done >= planned and best is not None and best[0] <= WORSE * before  # else it goes on
                 if is_enough or n_without_gain > PATIENCE or done == most:
                     break
             for _ in range(ROUND_STEPS):
