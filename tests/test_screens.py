@@ -21,6 +21,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("screens")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("screens")
+
+
 # The screens in the documents are older than the learned rule and learned edits: `tools/write_screens.py` has to write them anew first.
 to_be_written = pytest.mark.skipif("HERETIC_TEST_SCREENS" not in os.environ, reason="screens of the documents are to be written anew")
 
@@ -61,7 +66,6 @@ def test_every_screen_is_shown() -> None:
 
 
 @pytest.mark.slow
-@to_be_written
 @pytest.mark.parametrize("name", SHOWN)
 def test_screens(name: str, printed: dict[str, str]) -> None:
     if name not in printed:
@@ -72,7 +76,6 @@ def test_screens(name: str, printed: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-@to_be_written
 @pytest.mark.parametrize("page", ["analysis.md", "exporting.md"])
 def test_examples(
     page: str, printed: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
