@@ -1,6 +1,5 @@
 """The screens that the documents show are those that the commands print now, up to numbers. The examples that read their files are run."""
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -19,15 +18,6 @@ for path in write_screens.DOCUMENTS:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("screens")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("screens")
-
-
-# The screens in the documents are older than the learned rule and learned edits: `tools/write_screens.py` has to write them anew first.
-to_be_written = pytest.mark.skipif("HERETIC_TEST_SCREENS" not in os.environ, reason="screens of the documents are to be written anew")
 
 
 @pytest.fixture(scope="module")
