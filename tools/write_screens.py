@@ -55,7 +55,7 @@ def screens(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
     """The screens of these names, by commands that run in a folder. Raises `CalledProcessError` if one fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HERETIC_")}
     for name, (arguments, shown) in SCREENS.items():
-        if name in names:
+        if name in names or name == "save":  # which others need
             command = [str(Path(sys.executable).with_name("heretic")), *arguments]
             run = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
             yield name, "".join(f"{line.rstrip()}\n" for line in shown(run.stdout.splitlines()))
