@@ -60,7 +60,6 @@ class Ready:
 
 
 def load_all_prompts(settings: Settings, console: Console) -> Prompts:
-
     with console.task("Loading prompts"):
         prompts = load_all(settings)
     if set(prompts.good) == set(prompts.bad):
