@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..device import input_device
+from ..device import input_device, upload
 
 
 def packed_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Tensor]:
@@ -27,14 +27,15 @@ def packed_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], counts:
         positions += range(len(prefix), len(row))
         owners += [i] * (len(row) - len(prefix))
         kept += range(len(tokens) - n, len(tokens))
-    owner, device = torch.tensor(owners), input_device(model)
+    device = input_device(model)
+    ids, position_ids, owner = upload(torch.tensor([tokens, positions, owners]), device)
     sees = ((owner[:, None] == owner) | (owner == -1)).tril()
-    mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
+    mask = torch.zeros(sees.shape, dtype=model.dtype, device=device).masked_fill(~sees, torch.finfo(model.dtype).min)
     logits: Tensor = model(
-        input_ids=torch.tensor([tokens], device=device),
-        attention_mask=mask[None, None].to(device),
-        position_ids=torch.tensor([positions], device=device),
+        input_ids=ids[None],
+        attention_mask=mask[None, None],
+        position_ids=position_ids[None],
         use_cache=False,
-        logits_to_keep=torch.tensor(kept, device=device),
+        logits_to_keep=upload(torch.tensor(kept), device),
     ).logits
     return list(logits[0].split(list(counts)))
