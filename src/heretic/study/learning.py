@@ -338,7 +338,7 @@ class Learner:
         """Logits `(n, vocabulary)` at the end of each term."""
         rows, counts = [term.tokens for term in terms], [term.n for term in terms]
         if max(map(len, rows)) <= self.model.packed_length:
-            return self.model.packed_logits(rows, counts)
+            return self.model.packed_logits(rows, counts, by_row=not self._checkpoints)
         logits = self.model.logits_at_end(rows, max(counts))
         return [own[len(own) - n :] for own, n in zip(logits, counts, strict=True)]
 
