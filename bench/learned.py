@@ -77,7 +77,7 @@ class Subject:
         """All learned trials of one seed."""
         start = now()
         components = list(self.model.architecture.components)
-        learner = Learner(self.model, self.evaluator.original.rule, self.good, self.bad, components, seed, SilentProgress(), parts)
+        learner = Learner(self.model, self.evaluator.original.rule, self.good, self.bad, components, seed, parts)
         seconds = now() - start
         points: list[tuple[int, float]] = []
         ablations: list[Ablation] = []
