@@ -436,6 +436,17 @@ def test_originals_are_computed_once_as_far_as_there_is_room() -> None:
     assert asked == [1, 2, 3] and found[first][0, 0] == found[again][0, 0] == 1
     assert {float(own[0, 0]) for own in originals.of([term(1), term(2), term(3)]).values()} == {1, 2, 3}
     assert asked == [1, 2, 3, 3]
+    asked.clear()
+    originals.keep([term(1), term(2)])  # more than half of the room
+    originals.forget()
+    originals.of([term(1)])
+    assert asked == [1, 1]
+    asked.clear()
+    originals.keep([term(1)])
+    originals.forget()
+    originals.of([term(1), term(2), term(3)])  # room for one besides
+    originals.of([term(1), term(2), term(3)])
+    assert asked == [1, 1, 2, 3, 3]
 
 
 # Beside the search
