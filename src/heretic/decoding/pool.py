@@ -83,8 +83,6 @@ class Pool:
             self._compact()
             self._admit(waiting, self.limit - len(self.rows), prefix)
             return
-        if self.length == self.n_columns:
-            self.check_texts()  # rows are moved below
         if len(self._gone) > len(self.rows) * COMPACT_SHARE:
             self._compact()
         if self.rows:
@@ -202,7 +200,6 @@ class Pool:
 
     def _compact(self) -> None:
         """Move the last active rows to the places of finished ones."""
-        self.check_texts()
         if not self._gone or self.cache is None:
             return
         n_left = len(self.rows) - len(self._gone)
@@ -215,6 +212,8 @@ class Pool:
                 values[targets] = values[sources]
             for target, source in zip(holes, movers, strict=True):
                 self.rows[target], self._starts[target] = self.rows[source], self._starts[source]
+        moved = dict(zip(movers, holes, strict=True))
+        self._unchecked = [moved.get(i, i) for i in self._unchecked if i not in self._gone]
         del self.rows[n_left:], self._starts[n_left:]
         self._gone.clear()
         self._assigned = False
