@@ -397,6 +397,12 @@ def test_a_study_of_other_settings_says_which_differ(heretic: Heretic, workplace
         JOURNAL, 'bad_prompts was {"dataset": "bad.txt"} and is now {"dataset": "good.txt"}'
     )
     assert told("--row-normalization", "full") == ANOTHER.format(JOURNAL, "row_normalization was 'none' and is now 'full'")
+    # A mistyped path is told as such, not as other prompts than the study's.
+    Path("data.csv").touch()
+    assert told("--bad-prompts.dataset", "no.txt") == "Error: bad_prompts: the file or folder no.txt does not exist. Check the path.\n"
+    assert told("--good-evaluation-prompts.dataset", "data.csv") == (
+        "Error: good_evaluation_prompts: data.csv is a data file; use its folder, with split and column, or a text file.\n"
+    )
 
 
 def test_a_study_of_other_prompts_says_so(heretic: Heretic, workplace: Path) -> None:
