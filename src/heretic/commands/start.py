@@ -21,8 +21,8 @@ from ..console import Console
 from ..errors import HereticError, UsageError
 from ..loading.libraries import collector_paused, prepare_libraries
 from ..loading.source import model_source
-from ..session.answers import check_answers, require_extra
 from ..prompts import check_paths
+from ..session.answers import check_answers, require_extra
 from ..settings_sources import ENV_PREFIX, Parser, load_settings_of_names
 from ..trust import terminal_ask
 from ..utils import can_ask
