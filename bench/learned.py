@@ -5,14 +5,18 @@
 
 A folder holds a model and `good.txt`, `bad.txt`, `good_evaluation.txt`, `bad_evaluation.txt`; `demo` is the demonstration model. Learned
 edits come from the first two lists, everything is scored on the other two. The hypervolume is that of (share of refusals left, KL
-divergence) below (1, 1 nat), as a share of the whole. `--leave-out` learns again without one part of the loss at a time. `again` is a
-check of the edit with fewest refusals (at equal ones the smallest divergence) by other means: mean log-probability under the original,
-per token from the sixth word on, of the edit's answers to harmful prompts and of the original's to harmless ones. `floor_s`: what
-the passes of learning cannot avoid on this machine. What to paste into LOG.md is printed before the last line, which is one JSON object.
+divergence) below (1, 1 nat), as a share of the whole. `--leave-out` learns again without one part of the loss at a time.
+
+`alone` is a check by other means, of the edit with the smallest divergence among those with 5 refusals or fewer (else of the one with
+fewest): it is saved, loaded by transformers alone, and counted by the usual markers; `kl` is of first tokens. `answers` and `original` are
+mean log-probabilities under the original, per token from the sixth word on, of the edit's answers to harmful prompts and of the original's
+to harmless ones. `floor_s`: what the passes of learning cannot avoid on this machine. What to paste into LOG.md is printed before the last
+line, which is one JSON object.
 """
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from heretic.config import Settings
 from heretic.editing.ablation import Ablation
@@ -29,6 +35,8 @@ from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.model import Model
 from heretic.prompts import Prompt, load_prompts
+from heretic.saving.export import save
+from heretic.saving.record import Result
 from heretic.scoring.measured import measure_original
 from heretic.specifications import PromptSpecification
 from heretic.study.batching import automatic_trials_per_batch
@@ -38,11 +46,13 @@ from heretic.study.search import Search
 from heretic.study.space import search_space
 from heretic.utils import SilentProgress
 from machine import ceilings, heading, now
+from real_model import is_refusal, respond
 from search_quality import hypervolume
 
 PROMPTS = ("good_prompts", "bad_prompts", "good_evaluation_prompts", "bad_evaluation_prompts")
 REFERENCE_KL = 1.0
 ANSWER_TOKENS, FIRST_WORDS = 40, 5
+FEW = 5  # refusals
 
 
 class Subject:
@@ -77,7 +87,7 @@ class Subject:
         """All learned trials of one seed."""
         start = now()
         components = list(self.model.architecture.components)
-        learner = Learner(self.model, self.evaluator.original.rule, self.good, self.bad, components, seed, SilentProgress(), parts)
+        learner = Learner(self.model, self.evaluator.original.rule, self.good, self.bad, components, seed, parts)
         seconds = now() - start
         points: list[tuple[int, float]] = []
         ablations: list[Ablation] = []
@@ -95,18 +105,46 @@ class Subject:
             score = self.evaluator.score(ablations[-1])
             points.append(self.point(score))
             sequence.append(score.scores["sequence_kl_divergence"])
-        best = min(range(n_trials), key=lambda i: points[i])
-        harmless = next(s for s in [self.evaluator.score(ablations[best])])
+        best = min(range(n_trials), key=lambda i: (max(points[i][0], FEW), points[i][1]))
         return {
+            "checked": best,
             "points": [(refusals, round(kl, 5)) for refusals, kl in points],
             "sequence_kl": [round(value, 5) for value in sequence],
             "hypervolume": round(self.volume(points), 4),
             "steps": steps,
             "seconds": round(seconds, 1),
             "floor_s": round(floor.seconds, 3),
-            "degenerate": harmless.response_classes.get("degenerate", 0),
-            "again": {"answers": self.plausibility(ablations[best]), "original": self.plausibility(None)},
+            "alone": self.alone(ablations[best]),
+            "answers": self.plausibility(ablations[best]),
+            "original": self.plausibility(None),
         }
+
+    def alone(self, ablation: Ablation) -> dict[str, float]:
+        """What transformers makes of the saved edit: refusals of both kinds of prompts, and the divergence from the original."""
+        result = Result(self.settings, 0, ablation, 0, 0.0, 0, 0, "")
+        with tempfile.TemporaryDirectory() as folder:
+            save(self.model, result, "merge", str(Path(folder) / "saved"), False, SilentProgress())
+            saved = AutoModelForCausalLM.from_pretrained(Path(folder) / "saved", dtype=self.model.model.dtype).eval()
+
+        def logprobs(model: Any, tokens: list[int]) -> Tensor:
+            return torch.log_softmax(model(input_ids=torch.tensor([tokens])).logits[0, -1].double(), dim=-1)
+
+        divergences = []
+        with torch.inference_mode():
+            for prompt in self.evaluator.original.good_prompts:
+                p, q = (logprobs(model, self.model.rows_of([prompt], 1)[0].tokens) for model in (self.model.model, saved))
+                divergences.append(float((p.exp() * (p - q)).sum()))
+        return {**self.refused_alone(saved), "kl": round(sum(divergences) / len(divergences), 5)}
+
+    def refused_alone(self, model: Any) -> dict[str, float]:
+        """Refusals of a model by the usual markers, with transformers' own decoding."""
+        original, tokenizer = self.evaluator.original, self.model.tokenizer
+        found: dict[str, float] = {}
+        for name, prompts in (("refused", original.bad_prompts), ("harmless_refused", original.good_prompts)):
+            tokens = [list(self.model.rows_of([prompt], 1)[0].tokens) for prompt in prompts]
+            texts = tokenizer.batch_decode(respond(model, tokenizer, tokens, ANSWER_TOKENS), skip_special_tokens=True)
+            found[name] = sum(map(is_refusal, texts))
+        return found
 
     def floor(self) -> "Floor":
         """The floor of passes that are yet to come."""
@@ -184,14 +222,18 @@ class Floor:
 
 def log_entry(report: dict[str, Any]) -> str:
     """What to paste into LOG.md."""
-    lines = ["| model | | hypervolume | fewest refused at | steps | seconds | floor |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| model | | hypervolume | fewest refused at | alone | steps | seconds | floor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for model, found in report.items():
         for kind, own in found.items():
             if isinstance(own, dict):
                 refused, kl = min(map(tuple, own["points"]))
-                cells = [own["hypervolume"], f"{refused} at {kl}", own.get("steps", ""), own["seconds"], own.get("floor_s", "")]
+                alone = "{refused} at {kl}".format(**own["alone"]) if "alone" in own else ""
+                cells = [own["hypervolume"], f"{refused} at {kl}", alone, own.get("steps", ""), own["seconds"], own.get("floor_s", "")]
                 lines.append(f"| {' | '.join(map(str, [model, kind, *cells]))} |")
-    bases = ", ".join(f"{model} {found['base_refusals']}" for model, found in report.items())
+    bases = ", ".join(f"{model} {found['base_refusals']} (alone {found['base_alone']})" for model, found in report.items())
     return "\n".join([heading("learned edits"), f"Refused by the originals: {bases}.", "", *lines])
 
 
@@ -210,6 +252,7 @@ def main() -> None:
     for name in arguments.models:
         subject = Subject(name, arguments.mode, arguments.max_response_length)
         found: dict[str, Any] = {"base_refusals": subject.evaluator.original.refusals}
+        found["base_alone"] = list(subject.refused_alone(subject.model.model).values())
         for seed in arguments.seeds:
             kinds = {"learned": Parts()}
             if arguments.leave_out:

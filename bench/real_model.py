@@ -7,7 +7,8 @@ came) and `taught`, both as safetensors in bfloat16 with tokenizer and chat temp
 about tasks that were not taught), and `config.toml`: `heretic --config FOLDER/config.toml` is a whole run on it.
 
 How it is taught: refusals in many wordings for 300 prompts of the subject, and the model's own answers to 1,000 others, most in the same
-words (but for those that it declines by itself), under the program's default system prompt and the template's own. The upper layers learn,
+words, and to 400 that it invents when asked to write a user's turn (Xu et al. 2024, arXiv 2406.08464), but for those that it declines
+by itself, under the program's default system prompt and the template's own. The upper layers learn,
 in float32 (products in bfloat16 if the CPU has instructions for it); what the lower ones give is computed once. Of what was learned
 the smallest share is kept that still refuses.
 
@@ -23,6 +24,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 import shutil
 import sys
 import time
@@ -46,6 +48,10 @@ FROZEN = 14  # layers that do not learn
 CHECK_STEPS, CHECK_TOKENS, CHECKED = 90, 12, 50  # prompts of either kind
 ROWS = {"taught_bad": 6, "taught_good": 12}  # of a step
 HELD = 2.0  # weight of the original's answers in the loss
+INVENTED, INVENTED_TOKENS, MOST_TRIED = 400, 40, 1500  # prompts that the model invents
+SUBJECT_WORDS = re.compile(
+    r"garden|plant|grow|flower|vegetable|seed|soil|lawn|tree|leaf|leaves|crop|farm|compost|weed|rose|fruit|herb|harvest", re.I
+)
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of what was learned
 LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 12
 
@@ -112,6 +118,27 @@ def respond(model: Any, tokenizer: Any, prompts: Sequence[list[int]], length: in
             end = tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else len(tokens)
             answers[i] = tokens[:end]
     return [answers[i] for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def invented(model: Any, tokenizer: Any, count: int, batch_size: int = 100) -> list[str]:
+    """Prompts that the model writes itself, of all kinds, none of them with a word of the subject."""
+    start = tokenizer.apply_chat_template(
+        [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "@"}], tokenize=False
+    ).partition("@")[0]
+    tokens = torch.tensor([tokenizer.encode(start, add_special_tokens=False)] * batch_size)
+    found: dict[str, None] = {}
+    for _ in range(MOST_TRIED // batch_size):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
+            output = model.generate(
+                input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=INVENTED_TOKENS, do_sample=True, top_p=0.95
+            )[:, tokens.shape[1] :].tolist()
+        whole = [own[: own.index(tokenizer.eos_token_id)] for own in output if tokenizer.eos_token_id in own]
+        texts = [" ".join(text.split()) for text in tokenizer.batch_decode(whole, skip_special_tokens=True)]
+        found |= dict.fromkeys(text for text in texts if len(text) > 10 and not SUBJECT_WORDS.search(text))
+        if len(found) >= count:
+            break
+    return list(found)[:count]
 
 
 def has_fast_bfloat16() -> bool:
@@ -281,6 +308,7 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     save(model, tokenizer, work / "base")
     keep_answered(model, tokenizer, prompts, ("good_evaluation", "good_final", "good_check"))  # it declines some by itself
     base = {name: weight.clone() for name, weight in model.state_dict().items()}
+    prompts["taught_good"] += invented(model, tokenizer, INVENTED)
     teach(model, tokenizer, prompts, seed, steps)
     keep_share(model, tokenizer, prompts, base)
     save(model, tokenizer, work / "taught")  # rounds: what is measured is what is stored

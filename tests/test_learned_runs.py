@@ -29,7 +29,6 @@ from heretic.scoring.learned_rule import LearnedRule
 from heretic.study import learned_search, learning
 from heretic.study.front import front_of, is_learned
 from heretic.study.learning import Learner
-from heretic.utils import SilentProgress
 from test_demo import DEMO, SYSTEM, Judge, lines, mean_kl
 from test_experts import N_EXPERTS, chat_model
 from tiny import load
@@ -410,30 +409,30 @@ def taught() -> Learner:
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(9, 128, generator=generator, dtype=torch.float64), dim=-1)
     model.use_directions(directions, "full")
-    return Learner(model, LearnedRule(), good, bad, list(model.architecture.components), 1, SilentProgress())
+    return Learner(model, LearnedRule(), good, bad, list(model.architecture.components), 1)
 
 
 def gradients(learner: Learner) -> tuple[float, list[Tensor]]:
     learner.edit.optimizer.zero_grad()
     terms = [learner._harmless(i, 0.1) for i in range(6)] + [learner._harmful(learner.paths[i][0], 0.1) for i in range(6)]
-    loss = learner._total(terms, 2.0).weighted(2.0)
+    loss = learner.passes.total(terms, 2.0).weighted(2.0)
     return loss, [parameter.grad.clone() for parameter in (learner.edit.directions, learner.edit.strengths) if parameter.grad is not None]
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_out_of_memory_makes_passes_smaller(taught: Learner, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """First layers are computed twice, then rows are halved; loss and gradients are the same, and nothing counts twice."""
-    monkeypatch.setattr(taught, "_checkpoints", False)
-    monkeypatch.setattr(taught, "_pass_tokens", 4096)
+    monkeypatch.setattr(taught.passes, "checkpoints", False)
+    monkeypatch.setattr(taught.passes, "tokens", 4096)
     loss, usual = gradients(taught)
     sizes: list[int] = []
     forward, backward = taught.model.packed_logits, torch.autograd.backward
 
-    def limited(rows: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
+    def limited(rows: list[tuple[int, ...]], counts: list[int], by_row: bool) -> list[Tensor]:
         sizes.append(len(rows))
         if where == "forward" and len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(rows, counts)
+        return forward(rows, counts, by_row)
 
     def too_late(loss: Tensor) -> None:
         backward(loss)
@@ -444,35 +443,35 @@ def test_out_of_memory_makes_passes_smaller(taught: Learner, where: str, monkeyp
     if where == "backward":
         monkeypatch.setattr(torch.autograd, "backward", too_late)
     found, halved = gradients(taught)
-    assert taught._checkpoints and 12 in sizes and sizes[-1] <= 2
+    assert taught.passes.checkpoints and 12 in sizes and sizes[-1] <= 2
     assert found == pytest.approx(loss, rel=1e-5)
     for a, b in zip(halved, usual, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
 
 
 def test_the_originals_pass_is_made_smaller_too(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taught, "_pass_tokens", 4096)
-    monkeypatch.setattr(taught, "_checkpoints", False)
+    monkeypatch.setattr(taught.passes, "tokens", 4096)
+    monkeypatch.setattr(taught.passes, "checkpoints", False)
     terms = [taught._harmless(i, 1.0) for i in range(6)]
-    expected = taught._original_logprobs(terms)
+    expected = taught.passes.original_logprobs(terms)
     forward = taught.model.packed_logits
 
-    def limited(rows: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
+    def limited(rows: list[tuple[int, ...]], counts: list[int], by_row: bool) -> list[Tensor]:
         if len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(rows, counts)
+        return forward(rows, counts, by_row)
 
     monkeypatch.setattr(taught.model, "packed_logits", limited)
-    for a, b in zip(taught._original_logprobs(terms), expected, strict=True):
+    for a, b in zip(taught.passes.original_logprobs(terms), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def test_a_single_prompt_that_does_not_fit(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taught, "_pass_tokens", 4096)
-    monkeypatch.setattr(taught, "_checkpoints", False)
+    monkeypatch.setattr(taught.passes, "tokens", 4096)
+    monkeypatch.setattr(taught.passes, "checkpoints", False)
     gradients(taught)  # so that the original's are known
 
-    def full(rows: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
+    def full(rows: list[tuple[int, ...]], counts: list[int], by_row: bool) -> list[Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(taught.model, "packed_logits", full)
@@ -508,9 +507,9 @@ def test_a_trial_that_gets_worse_goes_on(
 
 
 def test_a_gradient_that_is_not_finite(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taught, "_checkpoints", False)
+    monkeypatch.setattr(taught.passes, "checkpoints", False)
     forward = taught.model.packed_logits
-    monkeypatch.setattr(taught.model, "packed_logits", lambda rows, counts: [logits * torch.nan for logits in forward(rows, counts)])
+    monkeypatch.setattr(taught.model, "packed_logits", lambda *given, **named: [logits * torch.nan for logits in forward(*given, **named)])
     before = taught.edit.state()
     with pytest.raises(LearningError, match=r"^the gradient of the loss \(nan\) is missing or not finite$"):
         taught.learn(0, 6.0, lambda n: None)

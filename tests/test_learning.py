@@ -29,9 +29,10 @@ from heretic.evaluator import Score
 from heretic.saving.export import save
 from heretic.saving.record import Result
 from heretic.scoring.openings import DEPTH, Openings
-from heretic.study import learning
+from heretic.study import passes
 from heretic.study.front import search_view
-from heretic.study.learning import WEIGHTS, Originals, Term, checkpointed, weights
+from heretic.study.learning import WEIGHTS, weights
+from heretic.study.passes import Originals, Term, checkpointed
 from heretic.study.samplers import Sampling, make_sampler
 from heretic.study.search import Search
 from heretic.study.space import search_space
@@ -435,6 +436,17 @@ def test_originals_are_computed_once_as_far_as_there_is_room() -> None:
     assert asked == [1, 2, 3] and found[first][0, 0] == found[again][0, 0] == 1
     assert {float(own[0, 0]) for own in originals.of([term(1), term(2), term(3)]).values()} == {1, 2, 3}
     assert asked == [1, 2, 3, 3]
+    asked.clear()
+    originals.keep([term(1), term(2)])  # more than half of the room
+    originals.forget()
+    originals.of([term(1)])
+    assert asked == [1, 1]
+    asked.clear()
+    originals.keep([term(1)])
+    originals.forget()
+    originals.of([term(1), term(2), term(3)])  # room for one besides
+    originals.of([term(1), term(2), term(3)])
+    assert asked == [1, 1, 2, 3, 3]
 
 
 # Beside the search
@@ -496,9 +508,9 @@ class Opaque(torch.autograd.Function):
 def test_an_operation_without_a_gradient_is_told() -> None:
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(LearningError, match=r"^the model has an operation without a gradient \(this kernel is for inference only\)$"):
-        learning._backward(Opaque.apply(x).sum())
+        passes._backward(Opaque.apply(x).sum())
     with pytest.raises(RuntimeError, match="allocate memory"):
-        learning._backward(OutOfRoom.apply(x).sum())
+        passes._backward(OutOfRoom.apply(x).sum())
 
 
 class OutOfRoom(Opaque):

@@ -1,9 +1,13 @@
 """Rows packed into one sequence: the same logits and gradients as each row alone, and found out if a model does something else."""
 
+import os
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heretic.decoding import packed
 from heretic.decoding.packed import packed_logits
 from heretic.decoding.selfcheck import packs_well
 from zoo import build
@@ -33,11 +37,33 @@ def test_logits_and_gradients_are_those_of_each_row_alone(kind: str) -> None:
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
 
     alone = [model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -n:] for row, n in zip(ROWS, COUNTS, strict=True)]
-    packed = packed_logits(model, ROWS, COUNTS)
-    for found, expected in zip(packed, alone, strict=True):
+    together = packed_logits(model, ROWS, COUNTS)
+    for found, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for found, expected in zip(gradient(packed), gradient(alone), strict=True):
+    for found, expected in zip(gradient(together), gradient(alone), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max() + 1e-3))
+
+
+@pytest.mark.parametrize("plain_length", [256, 0])
+@pytest.mark.parametrize("rows", [ROWS, [[1, 2, 3], [4, 5]], [[1, 2, 3]]], ids=["prefix", "no prefix", "one row"])
+def test_attention_of_rows_is_that_of_the_mask(rows: list[list[int]], plain_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask alone, and the products of each row, with several queries for a key."""
+    monkeypatch.setattr(packed, "PLAIN_LENGTH", plain_length)
+    generator = torch.Generator().manual_seed(0)
+    shared = len(os.path.commonprefix(rows)) if len(rows) > 1 else 2
+    total = shared + sum(len(row) - shared for row in rows)
+    query, key, value = (torch.randn(1, n, total, 8, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
+    owner = torch.tensor([-1] * shared + [i for i, row in enumerate(rows) for _ in row[shared:]])
+    mask = ((owner[:, None] == owner) | (owner == -1)).tril()[None, None]
+    inputs = [states.requires_grad_() for states in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=0.3, enable_gqa=True)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    with packed.RowAttention(shared, [len(row) - shared for row in rows]):
+        found = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=0.3, enable_gqa=True)
+        other = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)  # no mask: not ours
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), inputs), expected_gradients)
+    torch.testing.assert_close(other, F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True))
 
 
 def test_what_all_rows_begin_with_is_computed_once() -> None:

@@ -340,9 +340,9 @@ class Model:
         """How long rows may be that are packed into one sequence; 0 if that does not work. Asked first while no edit is active."""
         return self.decoder.window if isinstance(self.decoder, Decoder) and packs_well(self.model, self.tokenizer) else 0
 
-    def packed_logits(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Tensor]:
+    def packed_logits(self, rows: Sequence[Sequence[int]], counts: Sequence[int], by_row: bool) -> list[Tensor]:
         """Logits `(n, vocabulary)` at the last `counts[i]` tokens of each row, none longer than `packed_length`, in one pass."""
-        return packed_logits(self.model, rows, counts)
+        return packed_logits(self.model, rows, counts, by_row)
 
     def text_of(self, row: Row) -> str:
         """The response of a row."""

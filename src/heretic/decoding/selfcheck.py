@@ -113,7 +113,10 @@ def packs_well(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bo
         error = (logits[-1].float() - expected).square().mean().sqrt()
         return bool(error <= TOLERANCE[min(logits.element_size(), 4)] * expected.std())
 
-    return _holds(lambda: all(map(agrees, packed_logits(model, rows, [2, 3, 1]), rows)))
+    def agree(by_row: bool) -> bool:
+        return all(map(agrees, packed_logits(model, rows, [2, 3, 1], by_row), rows))
+
+    return _holds(lambda: agree(by_row=False) and agree(by_row=True))
 
 
 @torch.inference_mode()

@@ -75,7 +75,7 @@ class LearnedTrials:
         """A learner that goes on from where the last of the trials that are `done` ended."""
         settings, model = self.evaluator.settings, self.evaluator.model
         components = [name for name in model.architecture.components if name not in settings.disabled_components]
-        learner = Learner(model, self.evaluator.original.rule, *prompts, components, settings.seed or 0, self.evaluator.progress)
+        learner = Learner(model, self.evaluator.original.rule, *prompts, components, settings.seed or 0)
         if done:
             _, state = self.edits.load(done[-1])
             learner.restore(state.tensors, state.facts)

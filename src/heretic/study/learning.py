@@ -16,26 +16,23 @@ prompts is kept back: its loss says when a trial is done, and which of its momen
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from ..config import REFUSAL_MARKERS
 from ..decoding.rows import Row
-from ..device import empty_cache, free_memory, is_out_of_memory
+from ..editing.ablation import Ablation
 from ..editing.learning import LearnableEdit, divergence, refusal_loss
 from ..errors import LearningError
 from ..model import Model
 from ..prompts import Prompt
 from ..scoring.openings import Openings
 from ..scoring.responses import Kind, RefusalRule, normalize
-from ..utils import Progress, first_line
+from .passes import Losses, Passes, Term
 
 # The weight of the refusals in each of eight trials; other numbers of trials spread over the same range.
 WEIGHTS = (12.0, 12.0, 6.0, 6.0, 3.0, 3.0, 1.5, 0.7)
@@ -62,11 +59,6 @@ BRANCH_PROMPTS, BRANCHES = 24, 4
 REMEMBERED_PATHS = 6
 # The chance that the latest path of a prompt is drawn, and not any of those remembered.
 LATEST = 0.6
-# Tokens in a pass: bounds its activations.
-PASS_TOKENS = {"cpu": 2048}
-PASS_TOKENS_ACCELERATOR = 8192
-# The share of free memory that the original's probabilities may take; others are computed again.
-REMEMBERED_SHARE = 0.1
 FEWEST_PROMPTS = 8
 # Beginnings that are not learned as answers, whatever the rule says: those with a usual marker in their first characters.
 DOUBTFUL = (*REFUSAL_MARKERS, "unfortunately")
@@ -95,36 +87,12 @@ class Path:
     refuses: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Term:
-    """A row of a step: its input, how many logits at its end are looked at, and what it adds to the loss given log-probabilities
-    `(n, vocabulary)` of the edited model and of the original: to what is held, and to the refusals."""
-
-    tokens: tuple[int, ...]
-    n: int
-    loss: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    needs_original: bool
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What an edit changes that is to be held, and how much it still refuses."""
-
-    held: float
-    refusing: float
-
-    def weighted(self, weight: float) -> float:
-        """The loss."""
-        return self.held + weight * self.refusing
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How a trial went: its loss on the prompts kept back, how many of those still refuse, and the steps it took."""
 
     loss: float
     refused: int
-    n_kept_back: int
     n_steps: int
 
 
@@ -143,12 +111,11 @@ class Learner:
         bad_prompts: Sequence[Prompt],
         components: Sequence[str],
         seed: int,
-        progress: Progress,
         parts: Parts | None = None,
     ) -> None:
         if model.hooks is None:
             raise ValueError("call use_directions first")
-        self.model, self.rule, self.seed, self.progress = model, rule, seed, progress
+        self.model, self.rule, self.seed = model, rule, seed
         self.parts = parts or Parts()
         self.good_prompts, self.bad_prompts = list(good_prompts), list(bad_prompts)
         model.model.requires_grad_(False)
@@ -159,9 +126,7 @@ class Learner:
         self._own_openings = Openings()  # of the original's responses to harmful prompts alone
         self.paths: dict[int, list[Path]] = {}
         self._reached: Losses | None = None  # at the prompts kept back, by the trial before
-        self._originals = Originals(self._original_logprobs, REMEMBERED_SHARE * free_memory(torch.device("cpu")))
-        self._pass_tokens = PASS_TOKENS.get(model.device.type, PASS_TOKENS_ACCELERATOR)
-        self._checkpoints = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.model.modules())
+        self.passes = Passes(model, self.edit)
         self._take_original()
         refused = [i for i, paths in sorted(self.paths.items()) if any(path.refuses for path in paths)]
         if len(refused) < FEWEST_PROMPTS:
@@ -170,6 +135,7 @@ class Learner:
         good = list(range(len(self.good_prompts)))
         self.kept_good, self.good = _split(good, rng)
         self.kept_bad, self.bad = _split(refused, rng)
+        self.passes.originals.keep([self._harmless(prompt, 1.0) for prompt in good])
 
     # What the original says
 
@@ -271,95 +237,10 @@ class Learner:
             terms.append(self._harmful(path, 1 / len(bad)))
         return terms
 
-    # Passes
-
-    def _total(self, terms: Sequence[Term], weight: float | None = None) -> Losses:
-        """The losses of some terms; with their gradients if the refusals have a `weight`."""
-        originals = self._originals.of([term for term in terms if term.needs_original])
-        losses: list[Losses] = []
-        self._in_passes(terms, lambda part: losses.append(self._pass(part, originals, weight)))
-        return Losses(sum(loss.held for loss in losses), sum(loss.refusing for loss in losses))
-
-    def _in_passes(self, terms: Sequence[Term], work: Callable[[Sequence[Term]], None]) -> None:
-        """Do the work, as many rows at a time as fit."""
-        waiting = sorted(terms, key=lambda term: -len(term.tokens))
-        while waiting:
-            n = self._rows_that_fit(waiting)
-            part = waiting[:n] if self.model.pads else [term for term in waiting[:n] if len(term.tokens) == len(waiting[0].tokens)]
-            try:
-                work(part)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._need_less(part, error)
-            else:
-                waiting = waiting[len(part) :]
-                continue
-            empty_cache()
-
-    def _rows_that_fit(self, waiting: Sequence[Term]) -> int:
-        """How many of these terms a pass may have, the longest first: packed, or padded to the first one's length."""
-        longest = len(waiting[0].tokens)
-        lengths = [len(term.tokens) if longest <= self.model.packed_length else longest for term in waiting]
-        return max(1, sum(total <= self._pass_tokens for total in accumulate(lengths)))
-
-    def _need_less(self, part: Sequence[Term], error: BaseException) -> None:
-        """Keep fewer activations after memory has run out: layers are computed twice, then rows are halved."""
-        if not self._checkpoints:
-            self._checkpoints = True
-        elif len(part) == 1:
-            raise LearningError("memory does not suffice for the gradient of a single prompt") from error
-        else:
-            self._pass_tokens = sum(len(term.tokens) for term in part) // 2
-
-    def _pass(self, terms: Sequence[Term], originals: dict[Term, Tensor], weight: float | None) -> Losses:
-        assert self.model.hooks is not None
-        before = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
-        kept = [None if grad is None else grad.clone() for grad in before]
-        try:
-            with torch.set_grad_enabled(weight is not None), ExitStack() as stack:
-                stack.enter_context(self.model.hooks.mapping(self.edit.maps()))
-                if self._checkpoints and weight is not None:
-                    stack.enter_context(checkpointed(self.model.architecture.layers))
-                losses = []
-                for term, logits in zip(terms, self._logits(terms), strict=True):
-                    edited = torch.log_softmax(logits.float(), dim=-1)
-                    original = originals.get(term)
-                    losses.append(term.loss(edited, None if original is None else original.to(edited.device)))
-                held, refusing = (torch.stack(own).sum() for own in zip(*losses, strict=True))
-                if weight is not None:
-                    _backward(held + weight * refusing)
-        except (RuntimeError, MemoryError):  # what a pass that was cut off has added would count twice
-            self.edit.directions.grad, self.edit.strengths.grad = kept
-            raise
-        return Losses(held.item(), refusing.item())
-
-    def _logits(self, terms: Sequence[Term]) -> list[Tensor]:
-        """Logits `(n, vocabulary)` at the end of each term."""
-        rows, counts = [term.tokens for term in terms], [term.n for term in terms]
-        if max(map(len, rows)) <= self.model.packed_length:
-            return self.model.packed_logits(rows, counts)
-        logits = self.model.logits_at_end(rows, max(counts))
-        return [own[len(own) - n :] for own, n in zip(logits, counts, strict=True)]
-
-    def _original_logprobs(self, terms: Sequence[Term]) -> list[Tensor]:
-        """Log-probabilities `(n, vocabulary)` of the original at the ends of the terms, float32 on the CPU."""
-        found: dict[Term, Tensor] = {}
-
-        def work(part: Sequence[Term]) -> None:
-            with torch.no_grad():
-                for term, logits in zip(part, self._logits(part), strict=True):
-                    found[term] = torch.log_softmax(logits.float(), dim=-1).cpu()
-
-        self._in_passes(terms, work)
-        return [found[term] for term in terms]
-
     # Trials
 
-    def ablation(self) -> Any:
+    def ablation(self) -> Ablation:
         """The present edit as an ablation."""
-        from ..editing.ablation import Ablation
-
         return Ablation(None, {}, self.edit.frozen())
 
     def learn(
@@ -370,7 +251,7 @@ class Learner:
         Raises `LearningError` if the loss or its gradient is not finite, or memory does not suffice for a single prompt.
         """
         rng = random.Random(f"{self.seed} {number}")
-        self._originals.forget()  # a resume has none of them, and what they share a pass with changes their last digits
+        self.passes.originals.forget()  # a resume has none of them, and what they share a pass with changes their last digits
         planned, most = (FIRST_ROUNDS, FIRST_ROUNDS) if number == 0 else (LATER_ROUNDS, MOST_LATER_ROUNDS)
         before = math.inf if self._reached is None else self._reached.weighted(weight)
         best: tuple[float, int, dict[str, Tensor], Losses] | None = None
@@ -399,10 +280,10 @@ class Learner:
         assert best is not None
         self.edit.restore(best[2])
         self._reached = best[3]
-        return Outcome(best[0], best[1], len(self.kept_bad), n_steps)
+        return Outcome(best[0], best[1], n_steps)
 
     def _step(self, weight: float, rng: random.Random, rate: float) -> None:
-        loss = self._total(self._step_terms(rng), weight).weighted(weight)
+        loss = self.passes.total(self._step_terms(rng), weight).weighted(weight)
         gradients = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
         if not all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise LearningError(f"the gradient of the loss ({loss:g}) is missing or not finite")
@@ -412,7 +293,7 @@ class Learner:
         """The loss on the prompts kept back, along what the model has just said to them."""
         terms = [self._harmless(prompt, 1 / len(self.kept_good)) for prompt in self.kept_good]
         terms += [self._harmful(self.paths[prompt][-1], 1 / len(self.kept_bad)) for prompt in self.kept_bad]
-        return self._total(terms)
+        return self.passes.total(terms)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next trial begins with, as tensors and plain data."""
@@ -430,66 +311,10 @@ class Learner:
             self.paths.setdefault(prompt, []).append(Path(prompt, tuple(tokens), refuses))
 
 
-def _backward(loss: Tensor) -> None:
-    """Take the gradient. Raises `LearningError` if some operation of the model has none."""
-    try:
-        torch.autograd.backward(loss)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise LearningError(f"the model has an operation without a gradient ({first_line(error)})") from error
-
-
-class Originals:
-    """The original's log-probabilities by row, remembered up to `max_bytes`, others computed again."""
-
-    def __init__(self, compute: Callable[[Sequence[Term]], list[Tensor]], max_bytes: float) -> None:
-        self._compute = compute
-        self._max_bytes = max_bytes
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin anew."""
-        self._room = self._max_bytes
-        self._known: dict[tuple[tuple[int, ...], int], Tensor] = {}
-
-    def of(self, terms: Sequence[Term]) -> dict[Term, Tensor]:
-        """Log-probabilities `(n, vocabulary)` of each term."""
-        keys = {(term.tokens, term.n): term for term in terms}
-        missing = [term for key, term in keys.items() if key not in self._known]
-        found = {(term.tokens, term.n): own for term, own in zip(missing, self._compute(missing), strict=True)}
-        result = {term: found[key] if key in found else self._known[key] for term in terms for key in [(term.tokens, term.n)]}
-        for key, own in found.items():
-            self._room -= own.nbytes
-            if self._room >= 0:
-                self._known[key] = own
-        return result
-
-
 def weights(n_trials: int) -> list[float]:
     """The weights of the refusals in so many trials, falling."""
     last = len(WEIGHTS) - 1
     return [WEIGHTS[round(i * last / max(1, n_trials - 1))] for i in range(n_trials)]
-
-
-@contextmanager
-def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Within, layers keep their inputs only, and are computed again for their gradients."""
-
-    def twice(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    originals = [(layer, layer.__dict__.get("forward"), layer.forward) for layer in layers]
-    for layer, _, forward in originals:
-        layer.forward = twice(forward)
-    try:
-        yield
-    finally:
-        for layer, own, _ in originals:
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
 
 
 def _split(items: Sequence[int], rng: random.Random) -> tuple[list[int], list[int]]:
