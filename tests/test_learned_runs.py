@@ -274,7 +274,7 @@ def killed_at(trial: int, step: int, number: int = signal.SIGKILL) -> Callable[[
     return prepare
 
 
-@pytest.mark.parametrize(("trial", "step"), [(0, 6), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("trial", "step"), [(0, 6), (1, 2)])
 def test_a_kill_in_the_middle_of_learning_changes_nothing(finished: Path, tmp_path: Path, trial: int, step: int) -> None:
     """What was finished is kept; what was cut off is learned again, the same; and so is the search after it."""
     write_study(tmp_path)
@@ -525,7 +525,7 @@ def refused_by(folder: Path) -> int:
     return sum(LearnedRule().judge(answer, True).kind == "refusal" for answer in answers)
 
 
-@pytest.mark.parametrize("mode", [*(pytest.param(mode, marks=pytest.mark.slow) for mode in ("none", "pre")), "full"])
+@pytest.mark.parametrize("mode", [*(pytest.param(mode, marks=pytest.mark.long) for mode in ("none", "pre")), "full"])
 def test_a_4_bit_run_learns(place: Path, heretic: Callable[..., Outcome], mode: str) -> None:
     outcome = heretic("--quantization", "bnb_4bit", *ONE, "--row-normalization", mode, *saved_as("merge", 0))
     assert (outcome.code, outcome.err) == (0, "")

@@ -35,15 +35,9 @@ def run_and_save(heretic: Callable[..., Outcome], name: str, *options: str) -> t
 
 
 @pytest.mark.parametrize(
-    ("memory", "places", "mode"),
-    [
-        ("60KB", {"cpu", "meta"}, "none"),
-        pytest.param("60KB", {"cpu", "meta"}, "full", marks=pytest.mark.slow),
-        pytest.param("10KB", {"meta"}, "none", marks=pytest.mark.slow),
-        ("10KB", {"meta"}, "full"),
-    ],
-    ids=lambda value: {"60KB": "some layers on disk", "10KB": "all, with the embedding"}.get(value) if isinstance(value, str) else None,
+    ("memory", "places"), [("60KB", {"cpu", "meta"}), ("10KB", {"meta"})], ids=["some layers on disk", "all, with the embedding"]
 )
+@pytest.mark.parametrize("mode", ["none", "full"])
 def test_search_and_export_of_an_offloaded_model(
     memory: str, places: set[str], mode: str, workplace: Path, heretic: Callable[..., Outcome]
 ) -> None:
