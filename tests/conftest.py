@@ -1,5 +1,6 @@
 """For all tests: no network, nothing of the user's own settings and caches, and the command run in this process."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -50,6 +51,17 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> None:
+    """What was imported so far is left out of all further collections of garbage, each of which would take a third of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else bindings that count their instances at the end complain
 
 
 @pytest.fixture

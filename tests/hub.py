@@ -1,4 +1,4 @@
-"""A server that answers as the model hub does to the few requests that loading a model makes."""
+"""A server that answers as the model hub does to the few requests that loading a model makes, and a process that asks it."""
 
 import json
 import re
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -72,3 +75,14 @@ def serve(folder: Path) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def online(address: str, cache: Path, is_offline: bool = False) -> Iterator[None]:
+    """Within, this process asks the hub at `address`, or may not ask any, and has a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", address)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+        patch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        yield

@@ -74,8 +74,12 @@ def check_like_the_cpu(heretic: Heretic, emulation: Emulation, *options: str, th
         torch.testing.assert_close(other_weights[name], weight)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("mode", ["none", "pre", "full"])
+# Each mode and each type once among the fast tests.
+FAST = [("none", "gpt2"), ("pre", "llama"), ("full", "mixtral")]
+LONG = [pair for pair in itertools.product(["none", "pre", "full"], ["llama", "gpt2", "mixtral"]) if pair not in FAST]
+
+
+@pytest.mark.parametrize(("mode", "model_type"), [*FAST, *(pytest.param(*pair, marks=pytest.mark.long) for pair in LONG)])
 def test_all_modes(workplace: Path, heretic: Heretic, mode: str, model_type: str) -> None:
     if model_type != "llama":
         shutil.rmtree("m")
@@ -130,7 +134,7 @@ def test_where_things_are(workplace: Path) -> None:
         assert describe_device() == "Emulated (cuda:0), 1.0 of 1.0 GiB memory free; Emulated (cuda:1), 0.5 of 0.5 GiB memory free"
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.long), "full"])
 def test_layers_on_two_devices(workplace: Path, heretic: Heretic, mode: str) -> None:
     emulation = Emulation((GIB, GIB))
     options = ("--row-normalization", mode, "--trials-per-batch", "3")
@@ -138,7 +142,7 @@ def test_layers_on_two_devices(workplace: Path, heretic: Heretic, mode: str) -> 
     assert min(emulation.memory.peak) > 10_000
 
 
-@pytest.mark.parametrize("memory", ["40KB", "5KB"], ids=["some layers", "the embedding as well"])
+@pytest.mark.parametrize("memory", ["40KB", pytest.param("5KB", marks=pytest.mark.long)], ids=["some layers", "the embedding as well"])
 def test_layers_in_main_memory(workplace: Path, heretic: Heretic, memory: str) -> None:
     limits = json.dumps({"0": memory, "cpu": "1GB"})
     check_like_the_cpu(heretic, Emulation((GIB,)), "--row-normalization", "full", there=("--max-memory", limits))
@@ -155,6 +159,7 @@ def test_residual_geometry(workplace: Path, heretic: Heretic) -> None:
         assert geometry() == here
 
 
+@pytest.mark.long
 def test_compare(saved: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
     # PEFT has safetensors put an adapter on the device, which no emulation sees.
     load = save_and_load.safe_load_file
@@ -163,6 +168,7 @@ def test_compare(saved: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch)
         comparisons.test_a_model_what_was_saved_of_it_and_the_study_itself(saved, heretic)
 
 
+@pytest.mark.long
 def test_benchmark(tasks: Path, heretic: Heretic) -> None:
     with Emulation():
         benchmarks.TestWithTheHarness().test_original_and_edited_model_get_their_own_scores(tasks, heretic)
@@ -271,7 +277,9 @@ def many_prompts() -> None:
         Path(name).write_text("\n".join([Path(name).read_text()] * 3))
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_memory_that_runs_out_at_random(workplace: Path, heretic: Heretic, seed: int, loaded: list[bool]) -> None:
     """Passes are made again with fewer rows, and give the same."""
     many_prompts()

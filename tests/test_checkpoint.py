@@ -158,6 +158,9 @@ def test_a_trial_without_its_score_is_an_error(heretic: Heretic, workplace: Path
         outcome = heretic()
         assert outcome.code == 1
         assert outcome.err.startswith(f"Error: The study {JOURNAL} is damaged: trial 0 has no {name}. Replace it with an intact copy")
+    JOURNAL.write_text("".join(lines).replace('"early_response_classes"', '"others"'))
+    told = "its finalists.base: it has neither response classes nor a failure"
+    assert heretic().err.startswith(f"Error: The study {JOURNAL} is damaged: {told}. Replace it with an intact copy")
 
 
 @pytest.fixture
@@ -298,50 +301,6 @@ def test_flags_given_now_win_and_stored_settings_stay(heretic: Heretic, workplac
     assert restored.refusal_markers == ["a"]
 
 
-def of_an_earlier_version(journal: Path) -> None:
-    """Make a journal one of the versions that had no `refusal_rule` and did not note what the original's responses are."""
-    lines = []
-    for line in map(json.loads, journal.read_text(encoding="utf-8").splitlines()):
-        attributes = line.get("user_attr", {})
-        if "base_response_classes" in attributes:
-            continue
-        if "settings" in attributes:
-            del attributes["settings"]["refusal_rule"]
-        if "given" in attributes:
-            attributes["given"].remove("refusal_rule")
-        lines.append(json.dumps(line) + "\n")
-    journal.write_text("".join(lines), encoding="utf-8")
-
-
-def test_a_study_that_was_judged_by_markers_before_there_was_a_choice(heretic: Heretic, workplace: Path) -> None:
-    assert heretic().code == 0
-    of_an_earlier_version(JOURNAL)
-    settings = Path("config.toml").read_text().replace('refusal_rule = "markers"\n', "")
-    Path("config.toml").write_text(settings)
-    outcome = heretic("--n-trials", "5")
-    reason = "it was created by an earlier version, which judged responses by markers (continue it with --refusal-rule markers)"
-    assert (outcome.code, outcome.err) == (1, ANOTHER.format(JOURNAL, reason))
-    outcome = heretic("--n-trials", "5", "--refusal-rule", "markers")
-    assert outcome.code == 0, outcome.err
-    assert "Search: 5 trials, 3 done" in outcome.out
-    assert "Warning" not in outcome.out, "none of the original's responses is degenerate"
-    assert study().user_attrs["base_response_classes"] == {"refusal": 5, "compliance": 0, "degenerate": 0}
-
-
-def test_trials_that_counted_degenerate_responses_otherwise(heretic: Heretic, workplace: Path) -> None:
-    assert heretic().code == 0
-    with Checkpoint(load_settings([])) as checkpoint:
-        assert checkpoint.degenerate_count_warning(2) is None
-    of_an_earlier_version(JOURNAL)
-    with Checkpoint(load_settings([])) as checkpoint:
-        assert checkpoint.degenerate_count_warning(0) is None
-        assert checkpoint.degenerate_count_warning(2) == (
-            "The trials of this study so far are from an earlier version, which counted every degenerate response as a refusal. 2 of the "
-            "original's responses are degenerate; these prompts no longer count against a trial, so new trials may have up to that many "
-            "refusals fewer than old ones."
-        )
-
-
 def test_another_rule_is_another_study(heretic: Heretic, workplace: Path) -> None:
     assert heretic().code == 0
     outcome = heretic("--refusal-rule", "learned")
@@ -397,6 +356,12 @@ def test_a_study_of_other_settings_says_which_differ(heretic: Heretic, workplace
         JOURNAL, 'bad_prompts was {"dataset": "bad.txt"} and is now {"dataset": "good.txt"}'
     )
     assert told("--row-normalization", "full") == ANOTHER.format(JOURNAL, "row_normalization was 'none' and is now 'full'")
+    # A mistyped path is told as such, not as other prompts than the study's.
+    Path("data.csv").touch()
+    assert told("--bad-prompts.dataset", "no.txt") == "Error: bad_prompts: the file or folder no.txt does not exist. Check the path.\n"
+    assert told("--good-evaluation-prompts.dataset", "data.csv") == (
+        "Error: good_evaluation_prompts: data.csv is a data file; use its folder, with split and column, or a text file.\n"
+    )
 
 
 def test_a_study_of_other_prompts_says_so(heretic: Heretic, workplace: Path) -> None:

@@ -185,34 +185,8 @@ def test_folders_whose_files_are_broken(heretic: Heretic, workplace: Path) -> No
     assert told("speechless").startswith("Error: The tokenizer of speechless cannot be loaded: ")
 
 
-RUN_ALL = """
-import contextlib, io, json, sys
-from heretic.main import run_command
-outcomes = []
-for arguments in json.load(sys.stdin):
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = run_command(arguments)
-    outcomes.append((code, out.getvalue(), err.getvalue()))
-json.dump(outcomes, sys.stdout)
-"""
-
-
-def _with_hub(commands: dict[str, list[str]], address: str, cache: Path) -> dict[str, Outcome]:
-    """The outcomes of commands in a process that is not told to stay offline."""
-    process = subprocess.run(
-        [sys.executable, "-c", RUN_ALL],
-        check=False,
-        input=json.dumps(list(commands.values())),
-        env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return {name: Outcome(*values) for name, values in zip(commands, json.loads(process.stdout), strict=True)}
-
-
-def test_the_hub(workplace: Path, tiny_model: Path) -> None:
-    """Real requests to a server of our own, in a process that is not told to stay offline."""
+def test_the_hub(heretic: Heretic, workplace: Path, tiny_model: Path) -> None:
+    """Real requests to a server of our own."""
     commands = {
         "gated": ["--model", "owner/gated"],
         "private": ["--model", "owner/private"],
@@ -223,14 +197,13 @@ def test_the_hub(workplace: Path, tiny_model: Path) -> None:
         "again": ["--model", "owner/tiny"],
     }
     with hub.serve(tiny_model) as address:
-        outcomes = _with_hub(commands, address, workplace / "cache")
+        with hub.online(address, workplace / "cache"):
+            outcomes = {name: heretic(*arguments) for name, arguments in commands.items()}
         # On a machine that has nothing of the model, a result is made again from its record.
-        fresh = {
-            "exported": ["--export-from", "out", "--save-directory", "again"],
-            "reproduced": ["--reproduce", "out"],
-        }
-        outcomes |= _with_hub({"exported": fresh["exported"]}, address, workplace / "cache2")
-        outcomes |= _with_hub({"reproduced": fresh["reproduced"]}, address, workplace / "cache3")
+        with hub.online(address, workplace / "cache2"):
+            outcomes["exported"] = heretic("--export-from", "out", "--save-directory", "again")
+        with hub.online(address, workplace / "cache3"):
+            outcomes["reproduced"] = heretic("--reproduce", "out")
 
     def error(name: str) -> str:
         assert outcomes[name].code == 1

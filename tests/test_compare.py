@@ -1,6 +1,7 @@
 """`heretic compare`: models, adapters and studies on the same prompts, against the run's own scores and plain computations."""
 
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,31 @@ def test_a_model_that_gives_no_numbers_is_left_out(workplace: Path, heretic: Her
     outcome = heretic("compare", "m", "broken", "--dtypes", '["float32"]')
     assert "broken" not in (table(outcome) if outcome.code == 0 else {})
     assert "broken" in outcome.out + outcome.err and "not finite" in outcome.out + outcome.err
+
+
+def test_logits_too_large_for_memory(workplace: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are stored on the disk, with the same result, or the run ends with an error that says so."""
+    tiny.save(Path("other"), tiny.build(seed=3))
+    usual = table(heretic("compare", "m", "other"))
+    monkeypatch.setattr("heretic.scoring.divergence.free_memory", lambda device: 0)
+    size = f"{len(GOOD) * tiny.SIZES['vocab_size'] * 4} B"
+    outcome = heretic("compare", "m", "other")
+    told = f"The first model's logits take {size}, too much for memory. They are stored in a temporary file in checkpoints.\n"
+    assert told in outcome.out and table(outcome) == usual
+    assert usual["other"][3] == f"{divergences('m', 'other').mean():.4f}"
+    assert list(Path("checkpoints").iterdir()) == []
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        outcome = heretic("compare", "m", "other")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (outcome.code, outcome.err) == (
+        1,
+        f"Error: The first model's logits, which others are compared with, take {size}. They fit neither in memory nor in checkpoints: "
+        "File too large. Use fewer good_evaluation_prompts.\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -292,13 +292,13 @@ APART = f"{ALL}, with separate batches for prompts of different lengths, since p
     ("model_type", "mode", "components", "told"),
     [
         ("mixtral", "full", "4 attn.o_proj, 16 mlp.down_proj", []),
-        ("gpt2", "pre", "4 attn.o_proj, 4 mlp.down_proj", []),
+        pytest.param("gpt2", "pre", "4 attn.o_proj, 4 mlp.down_proj", [], marks=pytest.mark.long),
         ("falcon_h1", "none", "4 attn.o_proj, 4 mixer.out_proj, 4 mlp.down_proj", [GENERATED.format(ALL)]),
-        ("mamba2", "full", "4 mixer.out_proj", [GENERATED.format(ALL)]),
+        pytest.param("mamba2", "full", "4 mixer.out_proj", [GENERATED.format(ALL)], marks=pytest.mark.long),
         ("recurrent_gemma", "full", "1 attn.o_proj, 3 mixer.out_proj, 4 mlp.down_proj", [GENERATED.format(APART)]),
         ("rwkv", "none", "4 attn.o_proj, 4 mlp.down_proj", [GENERATED.format(ALONE)]),
         ("llama4_text", "full", "4 attn.o_proj, 20 mlp.down_proj", [TOGETHER]),
-        ("hy_v4", "full", "3 attn.o_proj, 11 mlp.down_proj", [GENERATED.format(ALL)]),
+        pytest.param("hy_v4", "full", "3 attn.o_proj, 11 mlp.down_proj", [GENERATED.format(ALL)], marks=pytest.mark.long),
     ],
 )
 def test_whole_runs(model_type: str, mode: str, components: str, told: list[str], tmp_path: Path, heretic: Callable[..., Outcome]) -> None:

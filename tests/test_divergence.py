@@ -216,7 +216,7 @@ def test_logits_that_fit_nowhere(folder: Path, tmp_path: Path, monkeypatch: pyte
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value) == (
-        f"The original's logits, which trials are compared with, take {size}. They fit neither in memory nor in {tmp_path}: "
+        f"The original's logits, which others are compared with, take {size}. They fit neither in memory nor in {tmp_path}: "
         "File too large. Use fewer good_evaluation_prompts, or decrease kl_tokens."
     )
 

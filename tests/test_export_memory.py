@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from test_rebuild import make
@@ -34,6 +35,7 @@ print(json.dumps({"before": before, "after": peak()}))
 """
 
 
+@pytest.mark.long
 def test_memory_of_a_model_of_several_shards(tmp_path: Path) -> None:
     """Less than a third of the model above a process that has exported a small one: a few times the largest tensor, and a buffer."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8, "head_dim": 64}

@@ -297,19 +297,12 @@ def entry(refusals: float, degenerate: int = 0) -> dict[str, Any]:
     }
 
 
-def without_early(described: dict[str, Any]) -> dict[str, Any]:
-    """As an earlier version stored it."""
-    return {name: value for name, value in described.items() if name != "early_response_classes"}
-
-
 def test_tables_of_finalists_and_of_one_trial() -> None:
     number = trial().number
     stored = {"base": entry(100), "trials": {str(number): entry(10, 2)}}
     headers, rows = finalist_rows([trial()], stored)
     assert headers == ["Trial", "Refusals", "Harmless refusals", "Degenerate", EARLY]
     assert rows == [["original", "100 (1 to 12)", "0", "0", "7 and 0"], [str(number), "10 (1 to 12)", "0", "2", "7 and 0"]]
-    older = {"base": without_early(entry(100)), "trials": {str(number): without_early(entry(10, 2))}}
-    assert finalist_rows([trial()], older) == (headers[:-1], [row[:-1] for row in rows])
     assert finalist_rows([trial()], {}) == ([], [])
     failed = {"base": entry(100), "trials": {str(number): {"failure": "not finite"}}}
     assert finalist_rows([trial()], failed)[1][1] == [str(number), "not finite", "", "", ""]
@@ -330,5 +323,4 @@ def test_tables_of_finalists_and_of_one_trial() -> None:
         ["Early verdicts: compliance", "93", "", "93"],
         ["Early verdicts: degenerate (empty, repetitive or cut short)", "0", "", "0"],
     ]
-    # A trial of an earlier version has its two figures and nothing else.
     assert score_rows(trial(), {}, {})[1] == [["Refusals", "", "9", ""], ["KL divergence", "", "0.5000", ""]]

@@ -19,7 +19,6 @@ from heretic.errors import ModelError
 from heretic.loading.gguf import dequantized_source
 from heretic.loading.source import model_source
 from heretic.utils import SilentProgress
-from test_cli import _with_hub
 
 Heretic = Callable[..., Outcome]
 SAVE = ["--n-learned-trials", 0, "--trial-index", 0, "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
@@ -140,22 +139,24 @@ def test_a_folder_of_files(file: Path, heretic: Heretic) -> None:
     assert Path(source.path, "model.safetensors").is_file()
 
 
-def test_files_of_the_hub(file: Path, workplace: Path) -> None:
+def test_files_of_the_hub(file: Path, workplace: Path, heretic: Heretic) -> None:
     Path("files").mkdir()
     file.rename("files/small.gguf")
     commands = {
         "none": ["owner/tiny"],
         "missing": ["owner/tiny", "--gguf-file", "big.gguf"],
-        "works": ["owner/tiny", "--gguf-file", "small.gguf", *map(str, SAVE)],
+        "works": ["owner/tiny", "--gguf-file", "small.gguf", *SAVE],
     }
     with hub.serve(Path("files")) as address:
-        outcomes = _with_hub(commands, address, workplace / "cache")
-        fresh = _with_hub({"made": ["--export-from", "out", "--save-directory", "again"]}, address, workplace / "cache2")
+        with hub.online(address, workplace / "cache"):
+            outcomes = {name: heretic(*arguments) for name, arguments in commands.items()}
+        with hub.online(address, workplace / "cache2"):
+            made = heretic("--export-from", "out", "--save-directory", "again")
     told = "The model owner/tiny has no config.json that names its type. If it has GGUF files, choose one with --gguf-file."
     assert (outcomes["none"].code, outcomes["none"].err) == (1, f"Error: {told}\n")
     assert outcomes["missing"].err == "Error: The model owner/tiny has no file big.gguf. Check --gguf-file.\n"
     assert (outcomes["works"].code, outcomes["works"].err) == (0, "")
     record = json.loads(Path("out/heretic.json").read_text())["model"]
     assert (record["name"], record["gguf_file"], record["commit"]) == ("owner/tiny", "small.gguf", hub.COMMIT)
-    assert (fresh["made"].code, fresh["made"].err) == (0, "")
+    assert (made.code, made.err) == (0, "")
     assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()

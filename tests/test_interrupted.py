@@ -3,11 +3,8 @@
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +20,7 @@ from heretic.commands.rebuild import rebuild
 from heretic.saving.hashed_file import sha256
 from heretic.saving.staging import Target, clean_up, staged
 from heretic.utils import SilentProgress
+from test_faults import in_a_fork, own_disk
 from test_rebuild import make
 from tiny import build
 from tiny import save as save_original
@@ -151,29 +149,27 @@ def test_two_at_the_same_time_leave_each_other_alone(tmp_path: Path, result: Pat
     assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
 
 
-def test_a_full_disk(workplace: Path) -> None:
+@pytest.mark.usefixtures("workplace")
+def test_a_full_disk(heretic: Heretic) -> None:
     """A real one, of a few pages, in a process that may mount it for itself alone."""
-    (workplace / "disk").mkdir()
+    disk, output = Path("disk"), Path("output.txt")
+    disk.mkdir()
     save = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory"]
-    program = [sys.executable, "-c", "from heretic.main import main; main()"]
-    probe = in_own_space("mount -t tmpfs none disk")
-    if probe.returncode:
+    if in_a_fork(lambda: own_disk(disk, 48)):
         pytest.skip("this machine does not let processes mount a disk of their own")
-    first = in_own_space(
-        f"mount -t tmpfs -o size=48k none disk && {{ {shlex.join([*program, *save, 'disk/out'])}; code=$?; echo; find disk; exit $code; }}"
-    )
-    assert first.returncode == 1, first
-    assert first.stderr == (
+
+    def act() -> None:
+        own_disk(disk, 48)
+        assert process.wait(process.start([*save, "disk/out"], str(output))) == 1
+        assert list(disk.iterdir()) == []
+
+    assert in_a_fork(act) == ""
+    told = [line for line in output.read_text().splitlines() if line.startswith(("Error", "Traceback"))]
+    assert told == [
         "Error: disk/out cannot be written: No space left on device. Nothing was left there; the study is safe. Free some space or choose "
-        "another --save-directory, then save again.\n"
-    )
-    assert first.stdout.splitlines()[-1] == "disk"
-    again = subprocess.run([*program, *save, "out"], capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again
-    assert "(3 trials done)" in again.stdout and "Trial 1/3" not in again.stdout
-    assert (workplace / "out" / "model.safetensors").is_file()
-
-
-def in_own_space(script: str) -> "subprocess.CompletedProcess[str]":
-    """Run a shell script that may mount for itself alone."""
-    return subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+        "another --save-directory, then save again."
+    ]
+    again = heretic(*save, "out")
+    assert again.code == 0, again
+    assert "(3 trials done)" in again.out and "Trial 1/3" not in again.out
+    assert Path("out/model.safetensors").is_file()

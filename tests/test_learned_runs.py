@@ -525,7 +525,7 @@ def refused_by(folder: Path) -> int:
     return sum(LearnedRule().judge(answer, True).kind == "refusal" for answer in answers)
 
 
-@pytest.mark.parametrize("mode", ["none", "pre", "full"])
+@pytest.mark.parametrize("mode", [*(pytest.param(mode, marks=pytest.mark.long) for mode in ("none", "pre")), "full"])
 def test_a_4_bit_run_learns(place: Path, heretic: Callable[..., Outcome], mode: str) -> None:
     outcome = heretic("--quantization", "bnb_4bit", *ONE, "--row-normalization", mode, *saved_as("merge", 0))
     assert (outcome.code, outcome.err) == (0, "")

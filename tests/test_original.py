@@ -1,12 +1,10 @@
 """An original on the hub: what an export needs beyond what loading fetched, and what happens if the hub does not answer."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,18 +12,8 @@ from urllib.parse import urlsplit
 import pytest
 
 import hub
+from conftest import Outcome
 
-RUN_ALL = """
-import contextlib, io, json, sys
-from heretic.main import run_command
-results = []
-for arguments in json.loads(sys.stdin.read()):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run_command(arguments)
-    results.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
-"""
 SAVE = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
 
 
@@ -50,21 +38,8 @@ class _Hub(hub._Hub):
         return None
 
 
-def run(commands: list[list[str]], **environment: str) -> list[tuple[int, str, str]]:
-    process = subprocess.run(
-        [sys.executable, "-c", RUN_ALL],
-        check=False,
-        input=json.dumps(commands),
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return [tuple(result) for result in json.loads(process.stdout)]
-
-
 @pytest.mark.usefixtures("workplace")
-def test_what_loading_did_not_fetch_is_fetched(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_loading_did_not_fetch_is_fetched(tiny_model: Path, tmp_path: Path, heretic: Callable[..., Outcome]) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(tiny_model, repository)
     (repository / "LICENSE").write_text("do what you like")
@@ -76,16 +51,15 @@ def test_what_loading_did_not_fetch_is_fetched(tiny_model: Path, tmp_path: Path)
     asked: list[str] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"folder": repository, "asked": asked}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
-    study = ["--model", "owner/tiny", *SAVE]
-    again = ["--export-from", "out", "--save-directory", "again"]
+    address, cache = f"http://127.0.0.1:{server.server_port}", tmp_path / "cache"
     try:
-        outcomes = run([study, again], HF_HUB_OFFLINE="0", **environment)
+        with hub.online(address, cache):
+            outcomes = [heretic("--model", "owner/tiny", *SAVE), heretic("--export-from", "out", "--save-directory", "again")]
     finally:
         server.shutdown()
         server.server_close()
-    assert [code for code, *_ in outcomes] == [0, 0], outcomes
-    assert "Downloading 2 more files of owner/tiny: LICENSE, notes/about.txt" in outcomes[0][1]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    assert "Downloading 2 more files of owner/tiny: LICENSE, notes/about.txt" in outcomes[0].out
     assert (tmp_path / "out" / "LICENSE").read_text() == "do what you like"
     assert (tmp_path / "out" / "notes" / "about.txt").read_text() == "small"
     assert not list((tmp_path / "out").rglob("*.onnx")) and not list((tmp_path / "out").rglob("consolidated*"))
@@ -97,7 +71,8 @@ def test_what_loading_did_not_fetch_is_fetched(tiny_model: Path, tmp_path: Path)
             assert (tmp_path / "again" / path.relative_to(tmp_path / "out")).read_bytes() == path.read_bytes()
 
     # The server is gone; everything is in the cache, which is taken instead and told.
-    ((code, out, _),) = run([["--reproduce", "out"]], HF_HUB_OFFLINE="1", **environment)
-    assert code == 0
-    assert "The hub does not list the files of owner/tiny, so those in the cache are used: " in out
-    assert "files are identical." in out
+    with hub.online(address, cache, is_offline=True):
+        outcome = heretic("--reproduce", "out")
+    assert outcome.code == 0
+    assert "The hub does not list the files of owner/tiny, so those in the cache are used: " in outcome.out
+    assert "files are identical." in outcome.out

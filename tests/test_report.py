@@ -22,6 +22,7 @@ from heretic.reporting.learned import kernel_points
 from heretic.reporting.report import facts_of, render, staircase, write_report
 from heretic.reporting.report_scores import score_table
 from heretic.reporting.samples import SAMPLED_TRIALS, sampled
+from heretic.scoring.score_tables import EARLY
 from heretic.study.front import ablation_of, pareto_front
 
 HOSTILE = "</script><script>fetch('https://example.invalid')</script><img src=x onerror=alert(1)> & \"quotes\""
@@ -144,12 +145,14 @@ FINALISTS = {
         "scores": {"refusals": 190, "kl_divergence": 0.0, "politeness": 0.25},
         "intervals": {"refusals": [185.5, 195]},
         "response_classes": {"refusal": 190, "compliance": 10, "degenerate": 0},
+        "early_response_classes": {"refusal": 189, "compliance": 11, "degenerate": 0},
     },
     "trials": {
         "17": {
             "scores": {"refusals": 4, "kl_divergence": 0.3125, "politeness": 0.5},
             "intervals": {"refusals": [1.25, 9], "kl_divergence": [0.25, 0.4]},
             "response_classes": {"refusal": 3, "compliance": 196, "degenerate": 1},
+            "early_response_classes": {"refusal": 4, "compliance": 194, "degenerate": 2},
         },
         "18": {"failure": "some numbers are not finite"},
         "5": {"scores": {"refusals": 1}},
@@ -165,10 +168,10 @@ def test_finalists_that_were_scored_again_stand_with_their_intervals() -> None:
     (table,) = re.findall(r"<h3>Scored again</h3>.*?(<table.*?</table>)", page, re.DOTALL)
     rows = [["".join(cell.itertext()) for cell in row] for row in ElementTree.fromstring(table)]
     assert rows == [
-        ["Trial", "Refusals", "KL divergence", "politeness", "Degenerate"],
-        ["original", "190 (185.5 to 195)", "0", "0.2500", "0"],
-        ["17", "4 (1.2 to 9)", "0.3125 (0.2500 to 0.4000)", "0.5000", "1"],
-        ["18", "some numbers are not finite", "", "", ""],
+        ["Trial", "Refusals", "KL divergence", "politeness", "Degenerate", EARLY],
+        ["original", "190 (185.5 to 195)", "0", "0.2500", "0", "189 and 0"],
+        ["17", "4 (1.2 to 9)", "0.3125 (0.2500 to 0.4000)", "0.5000", "1", "4 and 2"],
+        ["18", "some numbers are not finite", "", "", "", ""],
     ]
     assert "on 200 harmful and 150 harmless prompts." in page
 

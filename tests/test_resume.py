@@ -74,6 +74,7 @@ def kill_and_resume(arguments: list[str], journal: Path, n_trials: int, pause: f
     return trials
 
 
+@pytest.mark.long
 def test_killed_at_ten_random_moments(unhurried: Path) -> None:
     arguments = ["--n-trials", "60", "--n-startup-trials", "20", "--trials-per-batch", "1", "--max-response-length", "60"]
     trials = kill_and_resume(arguments, Path("checkpoints/m.jsonl"), 60, pause=0.05)

@@ -113,6 +113,7 @@ def test_a_run_on_a_folder_and_text_files(
             np.testing.assert_allclose(*norms, rtol=1e-6 if dtype == torch.float32 else 2**-7)
 
 
+@pytest.mark.long
 def test_the_demo_in_4_bits(heretic: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search sees 4-bit weights, the saved folder holds the full ones, edited; they answer as the search said they would."""
     monkeypatch.chdir(tmp_path)

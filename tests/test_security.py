@@ -19,6 +19,7 @@ from heretic.errors import ExportError, ModelError, UsageError
 from heretic.settings_sources import load_settings
 from heretic.specifications import ScorerSpecification
 from heretic.study.checkpoint import Checkpoint
+from heretic.study.journal import JournalLock
 from heretic.study.stored_settings import DEFINING, NEVER_STORED, PER_RUN
 from heretic.utils import screen_text
 
@@ -330,7 +331,8 @@ def test_scorers_in_a_shared_study(marker: Path, heretic: Heretic) -> None:
     from heretic.study.checkpoint import SHARED
 
     path = write_study(scorers={"mine": {"use": "hostile.py:Mine"}}, trust_scorers=True, trust_remote_code=True)
-    backend = optuna.storages.journal.JournalFileBackend(str(path))
+    # Optuna's own lock would wait half a minute for the file that ours leaves.
+    backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=JournalLock(path))
     optuna.load_study(study_name="heretic", storage=optuna.storages.JournalStorage(backend)).set_user_attr(SHARED, True)
     outcome = heretic("worker", "--study-storage", path)
     told = (

@@ -90,6 +90,21 @@ def load_all(settings: Settings) -> Prompts:
     )
 
 
+def check_paths(settings: Settings) -> None:
+    """Raise `PromptError` if prompts are to be read from a path that does not exist, or from a file that is not text."""
+    for name in (
+        "good_prompts",
+        "bad_prompts",
+        "good_evaluation_prompts",
+        "bad_evaluation_prompts",
+        "final_good_prompts",
+        "final_bad_prompts",
+    ):
+        specification = getattr(settings, name)
+        if specification is not None and not specification.dataset.startswith(demo.PREFIX):
+            _check_path(specification, name)
+
+
 def load_prompts(specification: PromptSpecification, system_prompt: str, setting: str) -> list[Prompt]:
     """The prompts of a specification, in order, its prefix, suffix and system prompt applied.
 
@@ -117,14 +132,19 @@ def _name(specification: PromptSpecification) -> str:
 def _texts(specification: PromptSpecification, setting: str) -> list[str]:
     if specification.dataset.startswith(demo.PREFIX):
         return _read_text_file(demo.prompt_file(specification.dataset), specification, setting)
+    _check_path(specification, setting)
     path = expand(specification.dataset)
     if path.is_file():
-        if path.suffix in DATA_FILES:
-            raise PromptError(f"{setting}: {path} is a data file; use its folder, with split and column, or a text file.")
         return _read_text_file(path, specification, setting)
+    return _read_dataset(specification, path, setting)
+
+
+def _check_path(specification: PromptSpecification, setting: str) -> None:
+    path = expand(specification.dataset)
+    if path.is_file() and path.suffix in DATA_FILES:
+        raise PromptError(f"{setting}: {path} is a data file; use its folder, with split and column, or a text file.")
     if not path.exists() and (path.suffix == ".txt" or path.is_absolute() or specification.dataset.startswith(".")):
         raise PromptError(f"{setting}: the file or folder {specification.dataset} does not exist. Check the path.")
-    return _read_dataset(specification, path, setting)
 
 
 def _read_text_file(path: Path, specification: PromptSpecification, setting: str) -> list[str]:

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,8 +78,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"Wrong usage: {message}. {self.prog} --help lists all options.")
 
 
+@cache
 def command_parser(n_names: str = "?") -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
-    """The command line's parser, and the settings source bound to it; `n_names` as argparse's `nargs`."""
+    """The command line's parser, and the settings source bound to it, made once; `n_names` as argparse's `nargs`."""
     parser = Parser(prog="heretic", allow_abbrev=False, add_help=False)
     parser.add_argument("model_argument", nargs=n_names, metavar="model")
     parser.add_argument("--config")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -24,7 +25,7 @@ from ..loading.load import load_model
 from ..loading.source import expand, model_source
 from ..model import NOT_FINITE, Model
 from ..prompts import Prompt, load_setting
-from ..scoring.divergence import kl_divergence
+from ..scoring.divergence import OriginalAnswers
 from ..scoring.figures import Figure
 from ..scoring.measured import refusal_rule
 from ..scoring.response_prefix import find_response_prefix
@@ -116,7 +117,6 @@ def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
 
 
 def _from_study(name: str, path: Path, place: int, trust_remote_code: bool) -> Candidate:
-
     study, settings = read_study(path)
     front = front_of(study)
     if not front:
@@ -133,7 +133,7 @@ class Comparison:
         self.settings = settings
         self.good, self.bad = list(good), list(bad)
         self.progress = progress
-        self._first: tuple[Tensor, dict[str, int], str] | None = None  # log-probabilities, vocabulary and response prefix
+        self._first: tuple[OriginalAnswers, dict[str, int], str] | None = None  # its logits, vocabulary and response prefix
 
     def ask(self, name: str, model: Model, ablation: Ablation | None) -> ComparisonRow:
         """The result of a loaded model. Raises `TrialError` if its logits are not finite."""
@@ -143,16 +143,29 @@ class Comparison:
             model = model.with_response_prefix(find_response_prefix(model, self.settings, self.good, self.bad))
         else:
             model = model.with_response_prefix(self._first[2])  # distributions are comparable only after the same text
-        logprobs = model.first_token_logprobs(self.good, ablation, "Harmless prompts").cpu()
-        divergences: Tensor | None = None
         if self._first is None:
-            self._first = (logprobs, vocabulary, model.response_prefix)
-            divergences = torch.zeros(len(self.good))
-        elif same and logprobs.shape == self._first[0].shape:
-            divergences = kl_divergence(self._first[0], logprobs).clamp(min=0)
+            self._first = (self._logits_of_first(model, ablation), vocabulary, model.response_prefix)
+            divergences: Tensor | None = torch.zeros(len(self.good))
+        else:
+            divergences = self._divergences(self._first[0], model, ablation) if same else None
         rule = refusal_rule(self.settings, model, self.bad)
         kinds = self._kinds(model, rule, self.bad, ablation, "Responses to harmful prompts")
         return ComparisonRow(name, kinds, self._kinds(model, rule, self.good, ablation, "Responses to harmless prompts"), divergences)
+
+    def _logits_of_first(self, model: Model, ablation: Ablation | None) -> OriginalAnswers:
+        """What the others are compared with: on the model's device, in main memory, or on the disk."""
+        answers = OriginalAnswers(model, self.good, 1, folder=expand(self.settings.study_checkpoint_dir), name="first model")
+        answers.record(model, "Harmless prompts", ablation)
+        return answers
+
+    def _divergences(self, first: OriginalAnswers, model: Model, ablation: Ablation | None) -> Tensor | None:
+        """First-token KL divergences from the first candidate; None if the model has logits of another number of tokens."""
+        if model.first_token_logprobs(self.good[:1]).shape[-1] != first.vocabulary_size:
+            return None
+        (found,) = first.divergences(model, [] if ablation is None else [ablation], "Harmless prompts")
+        if np.isnan(found.first_token).any():
+            raise TrialError(NOT_FINITE)
+        return torch.from_numpy(found.first_token)
 
     def _kinds(self, model: Model, rule: RefusalRule, prompts: Sequence[Prompt], ablation: Ablation | None, description: str) -> list[Kind]:
         length = self.settings.max_response_length

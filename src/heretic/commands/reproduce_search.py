@@ -49,7 +49,6 @@ def search_settings(record: Record, arguments: Sequence[str]) -> Settings:
     stored = {name: value for name, value in content["settings"].items() if name in names and value is not None}
     if content["model"].get("commit") is not None:
         stored["model_commit"] = content["model"]["commit"]
-    stored.setdefault("refusal_rule", "markers")  # earlier versions had only this rule
     stored |= content.get("prompts", {})
     stored |= {"model_action": "none", "study_checkpoint_dir": str(Path("checkpoints") / "reproduced")}
     settings = load_settings(arguments, stored, terminal_ask())

@@ -118,8 +118,6 @@ def _ready(console: Console, checkpoint: Checkpoint, evaluator: Evaluator, separ
     original, settings = evaluator.original, evaluator.settings
     with journal_errors(checkpoint.path):
         space = open_space(console, checkpoint.study, evaluator, separating_layer)
-    if warning := checkpoint.degenerate_count_warning(original.baseline.degenerate):
-        console.warning(warning)
     checkpoint.note(**original.baseline.attributes(), last_layer=evaluator.model.architecture.last_layer)
     search = Search(checkpoint.study, checkpoint.path, space, Sampling.of(settings), checkpoint.edits)
     return Ready(evaluator, search, _batch_size(console, checkpoint, evaluator, may_measure))

@@ -21,6 +21,7 @@ from ..console import Console
 from ..errors import HereticError, UsageError
 from ..loading.libraries import collector_paused, prepare_libraries
 from ..loading.source import model_source
+from ..prompts import check_paths
 from ..session.answers import check_answers, require_extra
 from ..settings_sources import ENV_PREFIX, Parser, load_settings_of_names
 from ..trust import terminal_ask
@@ -34,6 +35,8 @@ def run(settings: Settings, files: Sequence[str] = ()) -> int:
     check_answers(settings, can_ask())
     _check_extras(settings)
     model_source(settings)  # raises `ModelError` for a mistyped path
+    if settings.evaluate_model is None:
+        check_paths(settings)  # before a study is opened, of which mistyped paths would be reported as other prompts than its own
     console = Console()
     console.message(f"heretic {__version__}" + (f", settings from {' and '.join(files)}" if files else ""))
     with collector_paused():

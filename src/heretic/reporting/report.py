@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -124,13 +124,17 @@ def write_report(facts: Facts, path: Path) -> None:
         raise ReportError(f"The report {path} cannot be written: {error.strerror}. The study itself is safe.") from error
 
 
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files("heretic.reporting").joinpath("report.html").read_text(encoding="utf-8"))
+
+
 def render(facts: Facts) -> str:
     """The page as text."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("heretic.reporting").joinpath("report.html").read_text(encoding="utf-8"))
     score_headers, score_rows = score_table(facts.front, facts.baseline.n_prompts)
     finalist_headers, finalists = finalist_rows(facts.front, facts.finalists)
-    return template.render(
+    return _template().render(
         facts=facts,
         version=__version__,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),

@@ -88,14 +88,21 @@ class OriginalAnswers:
     Logits are stored in the model's dtype, without loss, with each row's logsumexp in float32. For 100 prompts, 16 tokens and a vocabulary
     of 128k they take 410 MB in bfloat16. If that is more than a tenth of the free memory of the model's device, they are stored in main
     memory; if it is more than half of that, in a file in `folder`. Raises `TrialError` if logits are not finite, and `EvaluationError` if
-    they do not fit anywhere.
+    they do not fit anywhere. `name`: what the model is called in messages.
     """
 
     def __init__(
-        self, model: Model, prompts: Sequence[Prompt], n_tokens: int, description: str | None = None, folder: Path = Path()
+        self,
+        model: Model,
+        prompts: Sequence[Prompt],
+        n_tokens: int,
+        description: str | None = None,
+        folder: Path = Path(),
+        name: str = "original",
     ) -> None:
         self.prompts = list(prompts)
         self.folder = folder
+        self.name = name
         self.n_tokens = n_tokens
         # The first token needs no response: it is predicted at the prompt's last position.
         self.answers: list[list[int]] = [[] for _ in prompts] if n_tokens == 1 else self._answer(model, description)
@@ -111,10 +118,11 @@ class OriginalAnswers:
             answers[row.prompt] = row.generated[: self.n_tokens - 1]  # the last token is predicted, not input
         return answers
 
-    def record(self, model: Model, description: str | None = None) -> None:
-        """Store the original's logits along its responses."""
+    def record(self, model: Model, description: str | None = None, ablation: Ablation | None = None) -> None:
+        """Store the logits of the original, or of an ablation that takes its place, along its responses."""
         self._logits = self._normalizers = torch.empty(0)
-        for rows, logits in model.logits_along(self.prompts, self.answers, [], description):
+        ablations = [] if ablation is None else [ablation]
+        for rows, logits in model.logits_along(self.prompts, self.answers, ablations, description):
             if not torch.isfinite(logits).all():
                 raise TrialError(NOT_FINITE)
             if not len(self._logits):
@@ -138,12 +146,20 @@ class OriginalAnswers:
             self.folder.mkdir(parents=True, exist_ok=True)
             content = _on_disk(self.folder, n_bytes)
         except OSError as error:
+            fewer = ", or decrease kl_tokens" if self.n_tokens > 1 else ""
             raise EvaluationError(
-                f"The original's logits, which trials are compared with, take {size}. They fit neither in memory nor in "
-                f"{self.folder}: {error.strerror}. Use fewer good_evaluation_prompts, or decrease kl_tokens."
+                f"The {self.name}'s logits, which others are compared with, take {size}. They fit neither in memory nor in "
+                f"{self.folder}: {error.strerror}. Use fewer good_evaluation_prompts{fewer}."
             ) from error
-        progress.message(f"The original's logits take {size}, too much for memory. They are stored in a temporary file in {self.folder}.")
+        progress.message(
+            f"The {self.name}'s logits take {size}, too much for memory. They are stored in a temporary file in {self.folder}."
+        )
         return torch.from_numpy(content).view(logits.dtype).view(n, width)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits at each token."""
+        return self._logits.shape[-1]
 
     def _logprobs(self, index: Tensor) -> Tensor:
         """Log-probabilities `(len(index), vocabulary)` in float32 at the given positions (a CPU tensor)."""

@@ -110,18 +110,15 @@ def finalist_rows(front: Sequence[FrozenTrial], known: JsonObject) -> tuple[list
     names = list(known["base"]["scores"])
     rows = [["original", *_cells(known["base"], names)]]
     rows += [[str(trial.number), *_cells(entry, names)] for trial, entry in scored]
-    headers = ["Trial", *map(title_of, names), "Degenerate", EARLY]
-    if not any(row[-1] for row in rows):  # scored by an earlier version
-        return headers[:-1], [row[:-1] for row in rows]
-    return headers, rows
+    return ["Trial", *map(title_of, names), "Degenerate", EARLY], rows
 
 
 def _cells(entry: JsonObject, names: Sequence[str]) -> list[str]:
     if "failure" in entry:
         return [entry["failure"], *[""] * (len(names) + 1)]
     figures = [format_interval(entry["scores"][name], entry["intervals"].get(name)) for name in names]
-    early = entry.get("early_response_classes")
-    return [*figures, str(entry["response_classes"]["degenerate"]), f"{early['refusal']} and {early['degenerate']}" if early else ""]
+    early = entry["early_response_classes"]
+    return [*figures, str(entry["response_classes"]["degenerate"]), f"{early['refusal']} and {early['degenerate']}"]
 
 
 def score_rows(trial: FrozenTrial, base: Mapping[str, float], known: JsonObject) -> tuple[list[str], list[list[str]]]:

@@ -81,11 +81,13 @@ class _Trial(_Figures):
 
 
 class _Finalist(_Figures):
+    early_response_classes: dict[str, Count] = {}
     failure: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.failure is None and "degenerate" not in self.response_classes:
+        classes = self.response_classes.keys() & self.early_response_classes.keys()
+        if self.failure is None and not classes >= {"refusal", "degenerate"}:
             raise ValueError("it has neither response classes nor a failure")
         return self
 

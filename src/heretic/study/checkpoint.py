@@ -178,28 +178,13 @@ class Checkpoint:
                 f"The settings stored in {self.path} are not valid in this version: {reason(error)}. Start over with "
                 "--checkpoint-action restart (the file is kept)."
             ) from error
-        if "refusal_rule" not in attributes["settings"]:  # earlier versions had only this rule
-            before = before.model_copy(update={"refusal_rule": "markers"})
         try:
             result = Settings.model_validate({**stored, **given})
         except ValidationError as error:
             raise UsageError(f"The given settings do not fit those stored in {self.path}: {reason(error)}.") from error
-        changed = differences(before, result)
-        if before.refusal_rule != result.refusal_rule and "refusal_rule" not in attributes["settings"]:
-            changed = ["it was created by an earlier version, which judged responses by markers (continue it with --refusal-rule markers)"]
-        self._refuse(changed)
+        self._refuse(differences(before, result))
         require_consent(f"The study {self.path}", result, given, ask)
         return result
-
-    def degenerate_count_warning(self, n_degenerate: int) -> str | None:
-        """A warning if the study has trials of an earlier version, which counted all degenerate responses as refusals."""
-        if not n_degenerate or not self.exists or "base_response_classes" in self._attributes():
-            return None
-        return (
-            "The trials of this study so far are from an earlier version, which counted every degenerate response as a refusal. "
-            f"{n_degenerate} of the original's responses are degenerate; these prompts no longer count against a trial, so new trials "
-            "may have up to that many refusals fewer than old ones."
-        )
 
     def check_identity(self, identity: dict[str, str]) -> None:
         """Raise `CheckpointError` if the model's files or the prompts are no longer those of the study."""
