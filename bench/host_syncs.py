@@ -4,7 +4,8 @@
 
 Counted on the emulated device of the tests, so no accelerator is needed; nothing is timed. The model is a small Llama with random weights.
 `launches_per_layer` is the difference between models of 6 and of 3 layers, by 3. `plain` is transformers' own forward pass with a static
-cache, one row. `divergences` is the pass without the making of the maps, which is counted as `maps`. The last line is one JSON object.
+cache, one row without padding: a step for decode steps, else a prefill. `divergences` is the pass without the making of the maps, which is
+counted as `maps`. The last line is one JSON object.
 """
 
 import argparse
@@ -110,15 +111,16 @@ def measure(n_layers: int, mode: Any, n_trials: int, n_prompts: int, dtype: str)
         return found
 
 
-def plain(n_layers: int, dtype: str) -> int:
-    """Launches of a step of transformers' own forward pass with a static cache."""
+def plain(n_layers: int, dtype: str, n_tokens: int) -> int:
+    """Launches of transformers' own forward pass of so many tokens, with a static cache that is allocated."""
     with Emulation() as emulation, torch.inference_mode():
         model = tiny.build(num_hidden_layers=n_layers, dtype=getattr(torch, dtype)).to("cuda:0")
         cache = StaticCache(config=model.config, max_cache_len=32)
         ids = torch.ones(1, 5, dtype=torch.long, device="cuda:0")
         model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache.reset()
         emulation.counts.clear()
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :n_tokens], past_key_values=cache, use_cache=True)
         return emulation.counts.launches.total()
 
 
@@ -129,8 +131,8 @@ def main() -> None:
     parser.add_argument("--where", action="store_true", help="also print where synchronizations come from")
     options = parser.parse_args()
     few, many = LAYERS
-    plain_per_layer = (plain(many, options.dtype) - plain(few, options.dtype)) / (many - few)
-    result: dict[str, Any] = {"dtype": options.dtype, "plain_launches_per_layer": plain_per_layer}
+    per_step, per_prefill = ((plain(many, options.dtype, n) - plain(few, options.dtype, n)) / (many - few) for n in (1, 5))
+    result: dict[str, Any] = {"dtype": options.dtype, "plain_step_launches": per_step, "plain_prefill_launches": per_prefill}
     for mode, n_trials, n_prompts in CASES:
         small, large = (measure(n, mode, n_trials, n_prompts, options.dtype) for n in LAYERS)
         for part, own in large.items():
@@ -142,7 +144,7 @@ def main() -> None:
                 "waits_more_layers": own["waits"] - small[part]["waits"],
                 "launches": own["launches"],
                 "launches_per_layer": round(per_layer, 2),
-                "times_plain": round(per_layer / plain_per_layer, 2),
+                "times_plain": round(per_layer / (per_step if part == "decode step" else per_prefill), 2),
             }
     print(json.dumps(result))
 

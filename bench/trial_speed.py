@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3Mo
 
 from heretic.config import Settings
 from heretic.decoding import decoder as generation
+from heretic.decoding.compiled import CompiledStep
 from heretic.decoding.decoder import Optimizations
 from heretic.decoding.prefix_cache import PrefixCache
 from heretic.decoding.rows import Row, left_padded
@@ -251,7 +252,7 @@ def real_workload(settings: Settings) -> Workload:
     )
 
 
-def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workload:
+def shape_workload(name: str, length: int, n_prompts: int, mix: bool, compiled: bool) -> Workload:
     """Random weights and random prompts; nothing ends early, or with `mix` half of the rows after a few tokens."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
@@ -266,6 +267,8 @@ def shape_workload(name: str, length: int, n_prompts: int, mix: bool) -> Workloa
     directions = torch.nn.functional.normalize(torch.randn(config.num_hidden_layers + 1, config.hidden_size), dim=-1)
     hooks = AblationHooks(architecture, directions, "none")
     decoder = generation.Decoder(model, frozenset(), n_prompts, hooks.assign_rows)
+    if compiled:
+        hooks.is_uniform, decoder.compiled = True, CompiledStep(model, print)
     prompts = torch.randint(1, config.vocab_size, (2 * n_prompts, SHAPE_PROMPT_TOKENS)).tolist()
     good, bad = prompts[:n_prompts], prompts[n_prompts:]
     base: list[Tensor] = []
@@ -486,6 +489,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--mix", action="store_true", help="half of a shape's rows are decided within 15 tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="compile the decode step, before time is taken")
     parser.add_argument("--savings", action="store_true", help="also measure each saving alone and together")
     return parser.parse_args()
 
@@ -493,14 +497,13 @@ def parse_options() -> argparse.Namespace:
 def make_workload(options: argparse.Namespace) -> Workload:
     """What the options ask to be measured."""
     if options.model in SHAPES:
-        return shape_workload(options.model, options.length, options.prompts, options.mix)
+        return shape_workload(options.model, options.length, options.prompts, options.mix, options.compile)
+    given = {"max_response_length": options.length, "compile_decoding": options.compile, **AS_REFERENCE}
     if options.model == "demo":
-        return real_workload(Settings.model_validate({"demo": True, "max_response_length": options.length, **AS_REFERENCE}))
+        return real_workload(Settings.model_validate({"demo": True, **given}))
     good, bad = {"dataset": options.good}, {"dataset": options.bad}
     sources = {"good_prompts": good, "bad_prompts": bad, "good_evaluation_prompts": good, "bad_evaluation_prompts": bad}
-    return real_workload(
-        Settings.model_validate({"model": options.model, "max_response_length": options.length, **sources, **AS_REFERENCE})
-    )
+    return real_workload(Settings.model_validate({"model": options.model, **sources, **given}))
 
 
 def main() -> None:
@@ -517,7 +520,7 @@ def main() -> None:
 
     device = work.model.device
     theirs, ours = Clock(device), Clock(device, in_parts=device.type == "cpu")
-    work.ours(trials[:1], unlimited)  # neither side's first pass is counted
+    work.ours(trials[: options.trials_per_batch if options.compile else 1], unlimited)  # neither side's first pass is counted
     reference.score(trials[0], Clock(device))
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
@@ -554,6 +557,7 @@ def main() -> None:
         "trials": n,
         "trials_per_batch": options.trials_per_batch,
         "mix": options.mix,
+        "compiled": options.compile,
         "reference_batch_size": reference.batch_size,
         "reference_s": reference_s / n,
         "ours_s": ours_s / n,
@@ -592,6 +596,8 @@ def log_entry(result: dict[str, Any]) -> str:
         f"{result['peak_memory_bytes'] / 1e9:.2f} GB. Largest differences: {result['largest_refusal_difference']} refusals, "
         f"KL divergence {result['largest_kl_difference']:.2g}."
     )
+    if result["compiled"]:
+        text += " The decode step is compiled."
     if "ratio_stopping" in result:
         text += f" With trials stopped as in a search ({result['stopped']} of them): {result['ratio_stopping']:.2f} times."
     if "times_floor" in result:

@@ -125,5 +125,6 @@ def test_a_decode_step_waits_once_and_a_prefill_never(
     for case in ("full, 1 trials, 5 prompts", "full, 3 trials, 10 prompts"):
         waits = [result[f"{part}, {case}"]["waits"] for part in ("decode step", "prefill", "divergences")]
         assert waits == [1, 0, 1]
-        assert 1 < result[f"decode step, {case}"]["times_plain"] <= 1.3
+        for part in ("decode step", "prefill", "divergences"):
+            assert 1 < result[f"{part}, {case}"]["times_plain"] <= 1.3
         assert result[f"prefill, {case}"]["waits_more_layers"] == 0
