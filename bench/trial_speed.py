@@ -411,16 +411,21 @@ class Reference:
 
 def run_ours(work: Workload, ablations: Sequence[Ablation], clock: Clock, limit: Limit = unlimited) -> list[tuple[int, float, bool]]:
     """(b), with its parts timed."""
-    forward = generation.Decoder.forward
 
-    def counted(decoder: Any, tokens: Tensor, *args: Any) -> Tensor:
-        clock.tokens += tokens.numel()
-        with clock.part("prefill" if tokens.shape[1] > 1 else "decode"):
-            return forward(decoder, tokens, *args)
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(decoder: Any, tokens: Tensor, *args: Any) -> Tensor:
+            if name == "prefill" and tokens.shape[1] == 1:  # within a step
+                return function(decoder, tokens, *args)
+            clock.tokens += tokens.numel()
+            with clock.part(name):
+                return function(decoder, tokens, *args)
+
+        return wrapped
 
     make_maps = AblationHooks._make_maps
     with (
-        patch.object(generation.Decoder, "forward", counted),
+        patch.object(generation.Decoder, "forward", counted("prefill", generation.Decoder.forward)),
+        patch.object(generation.Decoder, "step", counted("decode", generation.Decoder.step)),
         patch.object(AblationHooks, "_make_maps", clock.timed("setup", make_maps)),
     ):
         return work.ours(ablations, limit)
