@@ -4,7 +4,7 @@
 
 Counted on the emulated device of the tests, so no accelerator is needed; nothing is timed. The model is a small Llama with random weights.
 `launches_per_layer` is the difference between models of 6 and of 3 layers, by 3. `plain` is transformers' own forward pass with a static
-cache, one row. The last line is one JSON object.
+cache, one row. `divergences` is the pass without the making of the maps, which is counted as `maps`. The last line is one JSON object.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from emulated import Counts, Emulation
 from heretic.decoding.decoder import Decoder
 from heretic.decoding.pool import Pool
 from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.editing.hooks import AblationHooks
 from heretic.model import Model
 from heretic.prompts import Prompt
 from heretic.scoring.divergence import OriginalAnswers
@@ -89,16 +90,23 @@ def measure(n_layers: int, mode: Any, n_trials: int, n_prompts: int, dtype: str)
         answers = OriginalAnswers(model, prompts, 4)
         answers.record(model)
         trials = [ablation(0.5 + i / n_trials) for i in range(n_trials)]
-        parts = {"decode step": (Pool, "_step"), "prefill": (Decoder, "prefill"), "divergences": (OriginalAnswers, "divergences")}
+        parts = {
+            "decode step": (Pool, "_step"),
+            "prefill": (Decoder, "prefill"),
+            "divergences": (OriginalAnswers, "divergences"),
+            "maps": (AblationHooks, "_make_maps"),
+        }
         found = {}
         for part, (owner, name) in parts.items():
             per_call = PerCall(emulation.counts)
             with counted(owner, name, per_call):
-                if part == "divergences":
+                if part in ("divergences", "maps"):
                     answers.divergences(model, trials)
                 else:
                     list(model.responses_of_trials(model.rows_of(prompts, n_trials), NEW_TOKENS, trials, is_decided=lambda text: False))
             found[part] = per_call.most()
+        # Maps are made once for all passes of a batch of trials.
+        found["divergences"]["launches"] -= found["maps"]["launches"]
         return found
 
 

@@ -4,9 +4,11 @@
     uv run --all-extras python bench/real_runs.py FOLDER --search 16 --tokens 60
 
 Three runs of the command `heretic` (search alone, learned edits alone, both), each in a process of its own with a study of its own; of each
-the trial with fewest refusals is saved. Refusals, harmless refusals and divergences are the program's own, of the final prompts, with 95 %
+the trial with the smallest divergence among those with 5 refusals or fewer is saved by a second call (if there is none: the one with
+fewest). Refusals, harmless refusals and divergences are the program's own, of the final prompts, with 95 %
 intervals. The rest comes from transformers alone, which loads the saved folders: refusals by the usual markers, and how often the likeliest
-of four answers is the right one in a task of lm-evaluation-harness. Seconds are those of a whole run, from the command to the saved model.
+of four answers is the right one in a task of lm-evaluation-harness. Seconds are those of the first call, from the
+command to the end of the study.
 
 What was made is kept in `--work`, where a second call finds it. The last line is one JSON object.
 """
@@ -21,17 +23,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from heretic.demo import BENCHMARKS
+from heretic.study.front import front_of
 from real_model import is_refusal, prompt_tokens, respond
 
 TASK = "demo_advice"
+FEW = 5  # refusals
 HEAD = (
     *("", "refusals", "refusals of harmless", "KL divergence", "sequence KL divergence"),
     *("refusals, transformers alone", "of harmless, transformers alone", TASK, "seconds"),
@@ -55,18 +62,32 @@ def run(name: str, folder: Path, work: Path, arguments: argparse.Namespace) -> d
             for kind in ("evaluation", "final") if arguments.prompts else ():
                 setting = f"{prompts}-evaluation-prompts" if kind == "evaluation" else f"final-{prompts}-prompts"
                 sizes += [f"--{setting}.split", f"[:{arguments.prompts}]"]
-        saving = ["--trial-index", 0, "--model-action", "save", "--export-strategy", "merge", "--save-directory", place / "model"]
-        saving += ["--study-checkpoint-dir", place / "study"]
-        command = [sys.executable, "-m", "heretic", "--config", folder / "config.toml", *RUNS[name], *sizes, *saving]
+        command = [sys.executable, "-m", "heretic", "--config", folder / "config.toml", *RUNS[name], *sizes]
+        command += ["--study-checkpoint-dir", place / "study"]
         place.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        with (place / "log.txt").open("w") as log:
-            code = subprocess.run(list(map(str, command)), check=False, stdout=log, stderr=subprocess.STDOUT, env=os.environ).returncode
-        if code != 0:
-            sys.exit(f"The run {name} ended with exit code {code}; see {place / 'log.txt'}.")
-        done.write_text(json.dumps(round(time.perf_counter() - start)), encoding="utf-8")
+        heretic([*command, "--model-action", "none", "--trial-index", 0], place / "log.txt")
+        seconds = round(time.perf_counter() - start)
+        saving = ["--model-action", "save", "--export-strategy", "merge", "--save-directory", place / "model"]
+        heretic([*command, "--trial-index", chosen(place / "study"), *saving], place / "saving.txt")
+        done.write_text(json.dumps(seconds), encoding="utf-8")
     record: dict[str, Any] = json.loads((place / "model" / "heretic.json").read_text(encoding="utf-8"))
     return {**record["measurements"]["again"], "trial": record["trial"]["number"], "seconds": json.loads(done.read_text(encoding="utf-8"))}
+
+
+def heretic(command: list[Any], log: Path) -> None:
+    """Run a command, with its output in a file."""
+    with log.open("w") as output:
+        code = subprocess.run(list(map(str, command)), check=False, stdout=output, stderr=subprocess.STDOUT, env=os.environ).returncode
+    if code != 0:
+        sys.exit(f"A run ended with exit code {code}; see {log}.")
+
+
+def chosen(folder: Path) -> int:
+    """Where on a study's front the trial is that is saved."""
+    storage = JournalStorage(JournalFileBackend(str(next(folder.glob("*.jsonl")))))
+    front = front_of(optuna.load_study(study_name=None, storage=storage))
+    return min(range(len(front)), key=lambda i: (max(front[i].user_attrs["refusals"], FEW), front[i].user_attrs["kl_divergence"]))
 
 
 def judged(folder: Path, prompts: dict[str, list[str]], tokens: int, limit: int | None) -> dict[str, Any]:

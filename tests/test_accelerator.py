@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,10 +21,16 @@ import test_compare as comparisons
 import tiny
 from conftest import Outcome
 from emulated import DeviceTensor, Emulation
+from heretic.decoding.decoder import Decoder
+from heretic.decoding.packed import packed_logits
+from heretic.decoding.pool import Pool
 from heretic.device import describe_device, free_memory
-from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.editing import hooks
+from heretic.editing.ablation import Ablation, ComponentParameters, OutputMap
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
+from heretic.prompts import Prompt
+from heretic.scoring.openings import Openings
 from heretic.session import stages
 from heretic.utils import SilentProgress
 from test_learned_runs import ONE, learn_briefly, write_study
@@ -49,6 +56,8 @@ def run(heretic: Heretic, name: str, *options: str) -> tuple[list[list[float]], 
     """A run with a study and a saved model of its own: its scores, and the weights of the first trial of its front."""
     outcome = heretic(*options, *SAVE, "--save-directory", name, "--study-checkpoint-dir", f"{name}-study")
     assert (outcome.code, outcome.err) == (0, ""), outcome.out + outcome.err
+    (report,) = Path(f"{name}-study").glob("*.report.html")
+    assert "</html>" in report.read_text()
     return scores_in(f"{name}-study"), load_file(f"{name}/model.safetensors")
 
 
@@ -78,6 +87,41 @@ def test_all_modes(workplace: Path, heretic: Heretic, mode: str, model_type: str
     emulation = Emulation((GIB,))
     check_like_the_cpu(heretic, emulation, "--row-normalization", mode, "--trials-per-batch", "2")
     assert emulation.memory.peak[0] > 50_000 and emulation.counts.launches.total() > 1000, "it ran there"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "pre", "full"])
+def test_the_demonstration(tmp_path: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    search = ("--n-trials", "4", "--n-startup-trials", "3", "--n-finalists", "1", "--seed", "1")
+    check_like_the_cpu(heretic, Emulation((GIB,)), "--demo", *search, "--dtypes", "float32", "--row-normalization", mode)
+
+
+@pytest.fixture
+def map_dtypes(monkeypatch: pytest.MonkeyPatch) -> set[tuple[torch.dtype, torch.dtype, str]]:
+    """The dtypes of outputs that were mapped, those of the maps, and the kind of device."""
+    seen: set[tuple[torch.dtype, torch.dtype, str]] = set()
+    apply = hooks.apply_output_map
+
+    def noted(y: torch.Tensor, edit: OutputMap, membership: torch.Tensor | None = None) -> torch.Tensor:
+        seen.add((y.dtype, edit.left.dtype, y.device.type))
+        return apply(y, edit, membership)
+
+    monkeypatch.setattr(hooks, "apply_output_map", noted)
+    return seen
+
+
+IN_BFLOAT16 = {(torch.bfloat16, torch.float32, kind) for kind in ("cpu", "cuda")}
+
+
+def test_trials_in_bfloat16(workplace: Path, heretic: Heretic, map_dtypes: set[Any]) -> None:
+    options = ("--dtypes", "bfloat16", "--row-normalization", "full", "--trials-per-batch", "2", "--n-finalists", "0")
+    assert heretic(*options, "--study-checkpoint-dir", "cpu").code == 0
+    with Emulation():
+        assert heretic(*options, "--study-checkpoint-dir", "other").code == 0
+    for own, other in zip(scores_in("cpu"), scores_in("other"), strict=True):
+        assert other == pytest.approx(own, rel=0.1, abs=2e-3)
+    assert map_dtypes == IN_BFLOAT16
 
 
 def test_where_things_are(workplace: Path) -> None:
@@ -148,15 +192,67 @@ def test_chat(workplace: Path) -> None:
         assert answers() == here
 
 
+def events_of(model: Any, monkeypatch: pytest.MonkeyPatch, waits: Callable[[], int]) -> str:
+    """What decoding does in which order: `s`, a step is launched; `t`, a text is judged; `n`, new tokens are waited for and noted."""
+    events: list[tuple[str, int]] = []
+    step, note = Decoder.step, Pool._note
+
+    def launched(self: Decoder, *arguments: Any) -> torch.Tensor:
+        logits = step(self, *arguments)
+        events.append(("s", waits()))
+        return logits
+
+    def noted(self: Pool, *arguments: Any) -> None:
+        events.append(("n", waits()))
+        note(self, *arguments)
+
+    def judged(text: str) -> bool:
+        events.append(("t", waits()))
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "step", launched)
+        patch.setattr(Pool, "_note", noted)
+        prompts = [Prompt("", text) for text in ("how do i bake bread", "fix my bike", "hello cat")]
+        assert len(list(model.responses_of_trials(model.rows_of(prompts, 1), 6, [], is_decided=judged))) == len(prompts)
+    for (kind, before), (following, after) in itertools.pairwise(events):
+        assert after == before or kind == "n" or (kind, following) == ("t", "s"), "the host waits for nothing else"
+    return "".join(kind for kind, _ in events)
+
+
+def test_texts_are_judged_while_the_device_computes_the_next_step(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch("(nt+s)+n", events_of(tiny.load("m"), monkeypatch, lambda: 0)), "on a CPU at once"
+    with Emulation() as emulation:
+        events = events_of(tiny.load("m"), monkeypatch, emulation.counts.waits.total)
+    assert re.fullmatch("n(st+n){5}", events)
+
+
+def test_packed_rows_and_openings_wait_for_nothing() -> None:
+    openings = Openings()
+    for tokens in ([7, 8], [7, 9], [10]):
+        openings.add(tokens, refuses=True)
+    rows = [[5, 6, 7, 8, 11], [5, 6, 7, 12]]
+    with Emulation() as emulation, torch.inference_mode():
+        model = tiny.build().to("cuda:0")
+        emulation.counts.clear()
+        for logits in packed_logits(model, rows, [3, 2]):
+            logprobs = torch.log_softmax(logits, dim=-1)
+            openings.without_refusals([7, 8], logprobs[:2])
+            openings.log_probability([7, 8], logprobs[:2], True)
+        assert emulation.counts.waits == {} and emulation.counts.launches.total() > 100
+
+
 @pytest.mark.slow
-def test_learned_edits(tmp_path: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_learned_edits(tmp_path: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch, map_dtypes: set[Any], dtype: str) -> None:
     monkeypatch.chdir(tmp_path)
     write_study(tmp_path)
     learn_briefly(monkeypatch.setattr)
-    assert heretic(*ONE, "--study-checkpoint-dir", "cpu").code == 0
+    assert heretic(*ONE, "--dtypes", dtype, "--study-checkpoint-dir", "cpu").code == 0
     with Emulation():
-        outcome = heretic(*ONE, "--study-checkpoint-dir", "other")
+        outcome = heretic(*ONE, "--dtypes", dtype, "--study-checkpoint-dir", "other")
     assert (outcome.code, outcome.err) == (0, "")
+    assert map_dtypes == {(getattr(torch, dtype), torch.float32, kind) for kind in ("cpu", "cuda")}
     # Each step rounds otherwise, and steps follow each other.
     assert scores_in("other")[0] == pytest.approx(scores_in("cpu")[0], rel=0.05, abs=1e-3)
 

@@ -127,6 +127,9 @@ class Settings(BaseModel):
     stop_dominated_trials: bool = Field(
         True, description="Stop a trial early once it can no longer reach the Pareto front; its refusals are then an estimate."
     )
+    compile_decoding: bool = Field(
+        False, description="Compile the decoding of trials with torch.compile; it takes minutes at the start of a search."
+    )
     max_response_length: int = Field(100, ge=1, description="Maximum number of tokens to generate per response.")
     response_prefix: str | None = Field(
         None, description="Common start of all responses, after which evaluation begins; detected automatically if not given."

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .config import Settings
 from .decoding.chat import ChatTemplate, Streamer
+from .decoding.compiled import CompiledStep
 from .decoding.decoder import Decoder, Optimizations
 from .decoding.packed import packed_logits
 from .decoding.plain import PlainDecoder
@@ -55,6 +56,12 @@ class Model:
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
         self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self.progress, optimizations or Optimizations())
+        self._compiles = settings.compile_decoding
+        if self._compiles and not (isinstance(self.decoder, Decoder) and self.decoder.can_compile):
+            self._compiles = False
+            self.progress.warning(
+                "compile_decoding has no effect on this model: it needs SDPA attention without sliding windows, and one device."
+            )
         self._template = ChatTemplate(self.tokenizer, self.progress)
         self._ids: dict[tuple[str, tuple[Prompt, ...]], list[list[int]]] = {}
 
@@ -86,6 +93,9 @@ class Model:
             self.hooks.remove()
         self.hooks = AblationHooks(self.architecture, directions, mode)
         self.decoder.assign_rows = self.hooks.assign_rows
+        if self._compiles and isinstance(self.decoder, Decoder):
+            self.hooks.is_uniform = True
+            self.decoder.compiled = CompiledStep(self.model, self.progress.warning)
 
     @property
     def _used_hooks(self) -> AblationHooks:

@@ -22,6 +22,7 @@ SEARCH = (
     "batch_size",
     "max_batch_size",
     "trials_per_batch",
+    "compile_decoding",
     "stop_dominated_trials",
     "n_learned_trials",
     "n_trials",

@@ -44,10 +44,12 @@ class BlockLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
-    def begin_with(self, keys: Tensor, values: Tensor, n_rows: int) -> None:
-        """Put the same columns `(1 or row, head, column, dim)` at the beginning of every row."""
+    def begin_with(self, keys: Tensor, values: Tensor, rows: Tensor) -> None:
+        """Begin each row with the columns of the row of `keys` and `values` that `rows (row,)` names."""
         self.lazy_initialization(keys, values)
-        self.update(keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
+        self.length = keys.shape[2]
+        for block, columns in ((self.keys, keys), (self.values, values)):
+            torch.index_select(columns, 0, rows, out=block[: len(rows), :, : self.length])
 
     def adopt(self, keys: Tensor, values: Tensor) -> None:
         """Use complete blocks that were computed before."""
@@ -90,7 +92,7 @@ class Blocks(Cache):
                 own.lazy_initialization(new.keys, new.values)
             rows, start = slice(first_row, first_row + new.n_rows), length - new.length
             for block, columns in ((own.keys, new.keys), (own.values, new.values)):
-                block[rows, :, :start] = 0  # masked values get weight zero, but must be finite
+                block[rows] = 0  # masked values get weight zero, but must be finite
                 block[rows, :, start:length] = columns
             own.length = length
 
@@ -129,12 +131,10 @@ class Prefix:
 
     def begin(self, cache: Blocks, rows: Sequence[Row]) -> None:
         """Initialize every row of an empty cache with the prefix."""
-        trials = [row.trial for row in rows]
-        sources = torch.tensor([self.row_of_trial[trial] for trial in (trials[:1] if len(set(trials)) == 1 else trials)])
+        sources = torch.tensor([self.row_of_trial[row.trial] for row in rows])
         on_device: dict[torch.device, Tensor] = {}
         for own, new in zip(self.cache.blocks, cache.blocks, strict=True):
             if own.is_initialized:
                 if own.device not in on_device:
                     on_device[own.device] = upload(sources, own.device)
-                there = on_device[own.device]
-                new.begin_with(own.keys[there], own.values[there], len(rows))
+                new.begin_with(own.keys, own.values, on_device[own.device])

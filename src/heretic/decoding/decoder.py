@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..device import embedding_weight, empty_cache, free_memory, input_device, is_out_of_memory
 from .blocks import Blocks, Prefix
+from .compiled import CompiledStep, can_compile
 from .pool import Pool
 from .prefix_cache import PrefixCache, pass_key
 from .rows import Row, padded_on
@@ -99,6 +100,8 @@ class Decoder:
         self.window = min(windows, default=sys.maxsize)  # a row this long is seen as a whole by every layer
         # transformers synchronizes to find out whether a mask is needed. With this the decoder always makes one, for SDPA attention.
         self.makes_mask = self.allows_holes and self.device.type != "cpu" and config._attn_implementation == "sdpa"
+        self.can_compile = can_compile(model, self.allows_holes)
+        self.compiled: CompiledStep | None = None
         self.max_rows: int | None = None
         self.bytes_per_row: int | None = None  # for the keys and values of a full response, once one was decoded
         self.n_tokens = 0  # computed so far, padding included
@@ -258,6 +261,18 @@ class Decoder:
         if self.first_layers:
             return self.prefix_cache.begin_at(key, self.first_layers[trial], cache) if known else nullcontext()
         return nullcontext() if known else self.prefix_cache.record(key, cache)
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether a step's shapes are to be among few."""
+        return self.compiled is not None
+
+    def step(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks, length: int) -> Tensor:
+        """Logits `(row, vocabulary)` after one more token `(row, 1)` of each row, which comes into column `length`."""
+        if self.compiled is None:
+            return self.forward(tokens, mask[:, : length + 1], positions, cache)[:, -1]
+        self.n_tokens += tokens.numel()
+        return self.compiled(tokens, mask, positions, cache, length)
 
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None, n_logits: int = 1) -> Tensor:
         """Logits `(row, position, vocabulary)` at the last `n_logits` positions."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..device import upload
 from .blocks import Blocks, Prefix
+from .compiled import rounded_columns, rounded_rows
 from .rows import Row
 
 Done = TypeVar("Done")
@@ -41,7 +42,10 @@ class DecoderInterface(Protocol):
 
     def prefill(self, rows: Sequence[Row], cache: Blocks | None, prefix: Prefix | None) -> tuple[Tensor, Tensor]: ...
 
-    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks | None) -> Tensor: ...
+    @property
+    def has_fixed_shapes(self) -> bool: ...
+
+    def step(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Blocks, length: int) -> Tensor: ...
 
 
 class Pool:
@@ -53,7 +57,7 @@ class Pool:
         self.decoder = decoder
         self.limit = min(n_rows, decoder.max_rows or n_rows)
         self.n_columns = 0
-        self.most_columns = n_columns + SLACK_COLUMNS
+        self.most_columns = self._rounded(n_columns + SLACK_COLUMNS)
         self.max_new_tokens = max_new_tokens
         self.is_finished = is_finished
         self.rows: list[Row] = []
@@ -79,8 +83,6 @@ class Pool:
             self._compact()
             self._admit(waiting, self.limit - len(self.rows), prefix)
             return
-        if self.length == self.n_columns:
-            self.check_texts()  # rows are moved below
         if len(self._gone) > len(self.rows) * COMPACT_SHARE:
             self._compact()
         if self.rows:
@@ -95,12 +97,18 @@ class Pool:
         """Remove the rows of some trials."""
         self._gone.update(i for i, row in enumerate(self.rows) if row.trial in trials)
 
+    def _rounded(self, n_columns: int) -> int:
+        return rounded_columns(n_columns) if self.decoder.has_fixed_shapes else n_columns
+
     def _allocate(self, fresh: Blocks) -> Blocks:
         """Allocate as many rows as fit in memory, now that the size of a row is known."""
         decoder = self.decoder
         decoder.bytes_per_row = max(1, fresh.bytes_per_position * self.most_columns)
-        self.limit = max(1, fresh.n_rows, min(self.limit, decoder.rows_that_fit() or 0))
-        self.n_columns = min(fresh.blocks[0].n_columns + SLACK_COLUMNS, self.most_columns)
+        fitting = decoder.rows_that_fit() or 0
+        if decoder.has_fixed_shapes and fitting < self.limit:
+            fitting = rounded_rows(fitting + 1) // 2  # not another number whenever another amount of memory is free
+        self.limit = max(1, fresh.n_rows, min(self.limit, fitting))
+        self.n_columns = min(self._rounded(fresh.blocks[0].n_columns + SLACK_COLUMNS), self.most_columns)
         self.mask = torch.zeros(self.limit, self.n_columns, dtype=torch.bool, device=decoder.device)
         self.next_tokens = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
         self.positions = torch.zeros(self.limit, dtype=torch.long, device=decoder.device)
@@ -138,14 +146,17 @@ class Pool:
         if self.length == self.n_columns:
             self._make_room()
             n = len(self.rows)
+        assert self.cache is not None
+        computed = min(rounded_rows(n), self.limit) if self.decoder.has_fixed_shapes else n
         if not self._assigned:
-            self.decoder.assign_rows([row.trial for row in self.rows])
+            self.decoder.assign_rows([row.trial for row in self.rows] + [self.rows[0].trial] * (computed - n))
             self._assigned = True
-        self.mask[:n, self.length] = True
+        self.mask[:computed, self.length] = True
+        inputs = self.next_tokens[:computed, None], self.mask[:computed], self.positions[:computed, None]
+        logits = self.decoder.step(*inputs, self.cache, self.length)[:n]
         self.length += 1
-        logits = self.decoder.forward(self.next_tokens[:n, None], self.mask[:n, : self.length], self.positions[:n, None], self.cache)
         self.positions[:n] += 1
-        chosen = self._choose(0, logits[:, -1])
+        chosen = self._choose(0, logits)
         self.check_texts()  # while an accelerator computes the step
         self._note(0, chosen)
 
@@ -189,7 +200,6 @@ class Pool:
 
     def _compact(self) -> None:
         """Move the last active rows to the places of finished ones."""
-        self.check_texts()
         if not self._gone or self.cache is None:
             return
         n_left = len(self.rows) - len(self._gone)
@@ -202,6 +212,8 @@ class Pool:
                 values[targets] = values[sources]
             for target, source in zip(holes, movers, strict=True):
                 self.rows[target], self._starts[target] = self.rows[source], self._starts[source]
+        moved = dict(zip(movers, holes, strict=True))
+        self._unchecked = [moved.get(i, i) for i in self._unchecked if i not in self._gone]
         del self.rows[n_left:], self._starts[n_left:]
         self._gone.clear()
         self._assigned = False
@@ -209,21 +221,23 @@ class Pool:
     def _make_room(self) -> None:
         """Make room for another column, by growing the blocks or, once they have their full size, by dropping unused columns."""
         if self.n_columns < self.most_columns:
-            self._grow(min(SLACK_COLUMNS, self.most_columns - self.n_columns))
+            self._grow(min(self.n_columns + SLACK_COLUMNS, self.most_columns))
         else:
             self._shift()
 
     def _grow(self, n_columns: int) -> None:
+        """Make blocks have so many columns."""
         assert self.cache is not None
-        self.cache.grow(n_columns)
-        self.mask = nn.functional.pad(self.mask, (0, n_columns))
-        self.n_columns += n_columns
+        n_new = self._rounded(n_columns) - self.n_columns
+        self.cache.grow(n_new)
+        self.mask = nn.functional.pad(self.mask, (0, n_new))
+        self.n_columns += n_new
 
     def _widen(self, n_columns: int) -> None:
         """Move all rows to the right, so that a longer one can end in the same column."""
         assert self.cache is not None
         if self.length + n_columns > self.n_columns:
-            self._grow(self.length + n_columns - self.n_columns)
+            self._grow(self.length + n_columns)
         self.cache.widen(n_columns, len(self.rows))
         self.mask = self.mask.roll(n_columns, dims=1)
         self._starts = [start + n_columns for start in self._starts]

@@ -74,9 +74,12 @@ class AblationHooks:
         self._constants = [self._prepare(writer) for writer in architecture.writers]
         self._maps: dict[nn.Module, OutputMap] = {}
         self._n_trials = 0
+        self._trials: dict[torch.device, Tensor] = {}
         self._membership: dict[tuple[torch.device, int], Tensor] = {}
         self._trial_of_row: Sequence[int] | None = None
         self._only_trial: int | None = None
+        # For a compiled pass: the same maps and tensors whatever the ablations and rows, so that it need not be compiled again.
+        self.is_uniform = False
         self._gates: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._handles = []
         for writer in architecture.writers:
@@ -133,7 +136,7 @@ class AblationHooks:
     def _direction(self, writer: Writer, constants: _Constants, ablation: Ablation) -> tuple[Tensor, Tensor | None]:
         """Unit `r (d,)` and its `c (d,)`. Both are interpolated and scaled in the same way, since `c` is linear in `r`."""
         n_layers = len(self.architecture.layers)
-        if ablation.learned is not None:
+        if ablation.learned is not None and writer.name in ablation.learned.directions:
             r = ablation.learned.directions[writer.name].to(constants.directions)
             return r, None if constants.c is None else self._gram(writer, constants, r)
         if ablation.direction_index is None:
@@ -183,14 +186,19 @@ class AblationHooks:
     def assign_rows(self, trial_of_row: Sequence[int] | None) -> None:
         """Row `k` of the batches that follow belongs to ablation `trial_of_row[k]`."""
         self._trial_of_row = trial_of_row
-        self._only_trial = trial_of_row[0] if trial_of_row and len(set(trial_of_row)) == 1 else None
+        shares = self.is_uniform and self._n_trials > 1
+        self._only_trial = trial_of_row[0] if trial_of_row and not shares and len(set(trial_of_row)) == 1 else None
+        self._trials.clear()
         self._membership.clear()
+        if shares and trial_of_row:
+            for device in {constants.directions.device for constants in self._constants}:
+                self._membership_for(device, 1)
 
     def _make_maps(self, ablations: Sequence[Ablation]) -> dict[nn.Module, OutputMap]:
         maps: dict[nn.Module, OutputMap] = {}
         for writer, constants in zip(self.architecture.writers, self._constants, strict=True):
             strengths = [self._strength(writer, ablation) for ablation in ablations]
-            if not any(strengths):
+            if not any(strengths) and not self.is_uniform:
                 continue
             if _is_swapped(writer, self.mode):
                 continue
@@ -286,20 +294,26 @@ class AblationHooks:
         """The trial of each pair of token and expert; `index (token, k)`."""
         if self._n_trials == 1:
             return torch.zeros(index.numel(), dtype=torch.long, device=index.device)
-        if self._trial_of_row is None:
-            raise ValueError("rows of several ablations must be assigned before a forward pass")
-        trials = upload(torch.tensor(self._trial_of_row), index.device)
+        trials = self._trials_on(index.device)
         return trials.repeat_interleave(index.numel() // len(trials))
+
+    def _trials_on(self, device: torch.device) -> Tensor:
+        """The trial of each row, copied to each device once per assignment."""
+        if device not in self._trials:
+            if self._trial_of_row is None:
+                raise ValueError("rows of several ablations must be assigned before a forward pass")
+            self._trials[device] = upload(torch.tensor(self._trial_of_row), device)
+        return self._trials[device]
 
     def _membership_of(self, output: Tensor) -> Tensor | None:
         """Membership of every token of an output, computed once per device and pass; None if there is only one ablation."""
         if self._n_trials == 1:
             return None
-        if self._trial_of_row is None:
-            raise ValueError("rows of several ablations must be assigned before a forward pass")
-        device, n_tokens = output.device, output.numel() // (output.shape[-1] * len(self._trial_of_row))
+        return self._membership_for(output.device, output.numel() // (output.shape[-1] * len(self._trials_on(output.device))))
+
+    def _membership_for(self, device: torch.device, n_tokens: int) -> Tensor:
         if (device, n_tokens) not in self._membership:
-            membership = trial_membership(upload(torch.tensor(self._trial_of_row), device), self._n_trials)
+            membership = trial_membership(self._trials_on(device), self._n_trials)
             self._membership[device, n_tokens] = membership.repeat_interleave(n_tokens, dim=0) if n_tokens > 1 else membership
         return self._membership[device, n_tokens]
 

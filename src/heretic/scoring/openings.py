@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..device import upload
+
 Path = tuple[int, ...]
 
 # Answers among so many refusals are taken for mistakes of the verdict.
@@ -62,11 +64,11 @@ class Openings:
         The path itself counts if it `is_refusal`. Minus infinity if no refusal begins as the path does.
         """
         parts, before = [], logprobs.new_zeros(())
-        for j, token in enumerate(path):
-            tokens = self.deciding(tuple(path[:j]))
-            if tokens:
-                parts.append(before + torch.logsumexp(logprobs[j, tokens], dim=0))
-            before = before + logprobs[j, token]
+        tokens = [[token, *self.deciding(tuple(path[:j]))] for j, token in enumerate(path)]
+        for own in logprobs[_places(tokens, logprobs.device)].split([len(own) for own in tokens]):
+            if len(own) > 1:
+                parts.append(before + torch.logsumexp(own[1:], dim=0))
+            before = before + own[0]
         if is_refusal and not self.refuses(path):
             parts.append(before)
         return torch.logsumexp(torch.stack(parts), dim=0) if parts else logprobs.new_full((), -torch.inf)
@@ -74,8 +76,7 @@ class Openings:
     def without_refusals(self, path: Sequence[int], logprobs: Tensor) -> Tensor:
         """Log-probabilities `(token, vocabulary)` along a path, given that no refusal begins there that is known."""
         found = logprobs.clone()
-        for j in range(len(path)):
-            found[j, self.deciding(tuple(path[:j]))] = NEVER
+        found[_places([self.deciding(tuple(path[:j])) for j in range(len(path))], found.device)] = NEVER
         return torch.log_softmax(found, dim=-1)
 
     def state(self) -> list[tuple[list[int], int, int]]:
@@ -89,3 +90,10 @@ class Openings:
         for path in self._counts:
             self._next.setdefault(path[:-1], {})[path[-1]] = None
         self._deciding.cache_clear()
+
+
+def _places(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each token of every row of `(token, vocabulary)`: one copy to a device, whatever their number."""
+    rows, columns = [j for j, own in enumerate(tokens) for _ in own], [token for own in tokens for token in own]
+    places = upload(torch.tensor([rows, columns], dtype=torch.long), device)
+    return places[0], places[1]

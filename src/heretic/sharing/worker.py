@@ -54,6 +54,7 @@ OWN = (
     "batch_size",
     "max_batch_size",
     "trials_per_batch",
+    "compile_decoding",
     "trust_remote_code",
     "trust_scorers",
     "scorers",
