@@ -125,7 +125,7 @@ def _reading(name: str, file: Path) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:  # there is no list of what transformers, tokenizers and gguf raise where a file is damaged
+    except Exception as error:  # there is no list of what transformers, tokenizers and gguf raise if a file is damaged
         raise _unreadable(name, file, error) from error
 
 
