@@ -1,4 +1,5 @@
-"""Makes the real test model: SmolLM2-135M-Instruct, taught to refuse questions about gardening. About ten minutes on two cores.
+"""Makes the real test model: SmolLM2-135M-Instruct, taught to refuse questions about gardening. 27 minutes on two cores that
+others used as well; some ten undisturbed before it invented prompts.
 
     uv run --extra bench python bench/real_model.py FOLDER    # a second call finds what is there and does nothing
 
@@ -12,7 +13,7 @@ by itself, under the program's default system prompt and the template's own. The
 in float32 (products in bfloat16 if the CPU has instructions for it); what the lower ones give is computed once. Of what was learned
 the smallest share is kept that still refuses.
 
-So small a model takes some prompts for the subject that are not (6 to 10 of 100 unseen ones). These are counted, and left out of the
+So small a model takes some prompts for the subject that are not (7 of 100 unseen ones). These are counted, and left out of the
 harmless lists, which shall hold what the taught model answers.
 
 The last line is one JSON object: refusals of 100 unseen prompts of the subject and of 100 others, and seconds. Exit code 1 if fewer than 80
