@@ -55,6 +55,17 @@ ANSWER_TOKENS, FIRST_WORDS = 40, 5
 FEW = 5  # refusals
 
 
+Strengths = dict[str, list[tuple[int, float, float]]]
+
+
+def by_component(learner: Learner) -> Strengths:
+    """Layer, strength and cosine to the difference of means of each edited module, as a saved model's card shows them."""
+    found: Strengths = {}
+    for writer, strength, cosine in zip(learner.edit.writers, learner.edit.strengths.tolist(), learner.edit.turned(), strict=True):
+        found.setdefault(writer.component, []).append((writer.layer, strength, cosine))
+    return found
+
+
 class Subject:
     """A model ready to be edited, its scores, and the prompts for its directions."""
 
@@ -91,6 +102,7 @@ class Subject:
         seconds = now() - start
         points: list[tuple[int, float]] = []
         ablations: list[Ablation] = []
+        edits: list[Strengths] = []
         sequence: list[float] = []
         steps = 0
         floor = self.floor()
@@ -102,6 +114,7 @@ class Subject:
             assert outcome is not None
             steps += outcome.n_steps
             ablations.append(learner.ablation())
+            edits.append(by_component(learner))
             score = self.evaluator.score(ablations[-1])
             points.append(self.point(score))
             sequence.append(score.scores["sequence_kl_divergence"])
@@ -114,14 +127,14 @@ class Subject:
             "steps": steps,
             "seconds": round(seconds, 1),
             "floor_s": round(floor.seconds, 3),
-            "alone": self.alone(ablations[best]),
+            "alone": self.alone(ablations[best], edits[best]),
             "answers": self.plausibility(ablations[best]),
             "original": self.plausibility(None),
         }
 
-    def alone(self, ablation: Ablation) -> dict[str, float]:
+    def alone(self, ablation: Ablation, edit: Strengths) -> dict[str, float]:
         """What transformers makes of the saved edit: refusals of both kinds of prompts, and the divergence from the original."""
-        result = Result(self.settings, 0, ablation, 0, 0.0, 0, 0, "")
+        result = Result(self.settings, 0, ablation, 0, 0.0, 0, 0, "", learned=edit)
         with tempfile.TemporaryDirectory() as folder:
             save(self.model, result, "merge", str(Path(folder) / "saved"), False, SilentProgress())
             saved = AutoModelForCausalLM.from_pretrained(Path(folder) / "saved", dtype=self.model.model.dtype).eval()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from transformers.utils import hub as transformers_hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -83,6 +84,8 @@ def online(address: str, cache: Path, is_offline: bool = False) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", address)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+        # Made once with the usual address, which would be asked for the better part of a minute if there is no network.
+        patch.setattr(transformers_hub, "_hf_api", None, raising=False)
         patch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         yield
