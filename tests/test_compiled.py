@@ -100,7 +100,7 @@ def test_tokens_are_those_of_generate_and_nothing_is_compiled_twice(tmp_path: Pa
         assert expected[: len(PROMPTS)] != expected[len(PROMPTS) :]
         assert all(own == whole[: len(own)] for own, whole in zip(found, expected, strict=True))
         assert len({len(own) for own in found}) >= 3
-    assert counters["stats"]["unique_graphs"] - before == 2, "16 rows, but no more than ten, and eight"
+    assert 1 <= counters["stats"]["unique_graphs"] - before <= 2  # 16 rows (but no more than ten), and eight if enough end early
     assert progress.warnings == []
 
 
