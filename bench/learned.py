@@ -10,7 +10,8 @@ divergence) below (1, 1 nat), as a share of the whole. `--leave-out` learns agai
 `alone` is a check by other means, of the edit with the smallest divergence among those with 5 refusals or fewer (else of the one with
 fewest): it is saved, loaded by transformers alone, and counted by the usual markers; `kl` is of first tokens. `answers` and `original` are
 mean log-probabilities under the original, per token from the sixth word on, of the edit's answers to harmful prompts and of the original's
-to harmless ones. `floor_s`: what the passes of learning cannot avoid on this machine. What to paste into LOG.md is printed before the last
+to harmless ones. `kl_floor`: the divergence that any edit has which never begins to refuse, since the original does at some harmless
+prompts. `floor_s`: what the passes of learning cannot avoid on this machine. What to paste into LOG.md is printed before the last
 line, which is one JSON object.
 """
 
@@ -100,6 +101,7 @@ class Subject:
         components = list(self.model.architecture.components)
         learner = Learner(self.model, self.evaluator.original.rule, self.good, self.bad, components, seed, parts)
         seconds = now() - start
+        kl_floor = self.kl_floor(learner)
         points: list[tuple[int, float]] = []
         ablations: list[Ablation] = []
         edits: list[Strengths] = []
@@ -127,10 +129,21 @@ class Subject:
             "steps": steps,
             "seconds": round(seconds, 1),
             "floor_s": round(floor.seconds, 3),
+            "kl_floor": kl_floor,
             "alone": self.alone(ablations[best], edits[best]),
             "answers": self.plausibility(ablations[best]),
             "original": self.plausibility(None),
         }
+
+    def kl_floor(self, learner: Learner) -> float:
+        """The divergence that is left to any edit which never begins with a token that only refusals begin with: the original does
+        at some harmless prompts. `-log(1 - p)` of these tokens, in the mean; taken from the learner before it begins."""
+        refusing = learner.openings.deciding(())
+        total = 0.0
+        for _, logprobs in self.model.logprobs_of_trials(self.evaluator.original.good_prompts, []):
+            p = logprobs[:, refusing].double().exp().sum(dim=-1)
+            total -= float(torch.log1p(-p.clamp(max=1 - 1e-9)).sum())
+        return round(total / len(self.evaluator.original.good_prompts), 5)
 
     def alone(self, ablation: Ablation, edit: Strengths) -> dict[str, float]:
         """What transformers makes of the saved edit: refusals of both kinds of prompts, and the divergence from the original."""
