@@ -277,6 +277,7 @@ def test_links_beside_a_record(workplace: Path, heretic: Heretic) -> None:
 def test_every_setting_is_one_that_a_journal_may_or_may_not_say() -> None:
     """A new setting has to be put on one side."""
     harmless = {
+        "compile_decoding",
         "dtypes",
         "device_map",
         "max_memory",

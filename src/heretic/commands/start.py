@@ -35,10 +35,10 @@ def run(settings: Settings, files: Sequence[str] = ()) -> int:
     check_answers(settings, can_ask())
     _check_extras(settings)
     model_source(settings)  # raises `ModelError` for a mistyped path
-    if settings.evaluate_model is None:
-        check_paths(settings)  # before a study is opened, of which mistyped paths would be reported as other prompts than its own
     console = Console()
     console.message(f"heretic {__version__}" + (f", settings from {' and '.join(files)}" if files else ""))
+    if settings.evaluate_model is None:
+        check_paths(settings)  # before a study is opened, of which mistyped paths would be reported as other prompts than its own
     with collector_paused():
         from ..saving.upload import HubRepository, check_destination
         from .evaluate import evaluate
@@ -170,6 +170,7 @@ def _worker_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", metavar="N", help="prompts per forward pass and trial")
     parser.add_argument("--max-batch-size", metavar="N", help="largest batch size that the automatic choice may use")
     parser.add_argument("--trials-per-batch", metavar="N", help="trials that share one forward pass")
+    parser.add_argument("--compile-decoding", action="store_true", default=None, help="compile the decode step")
     parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run Python code from the model repository")
     parser.add_argument("--trust-scorers", action="store_true", default=None, help="run scorers named by the study, without asking")
     parser.add_argument("--scorers", type=_json_or_text, metavar="JSON", help="settings of custom scorers, which a study does not store")
