@@ -20,7 +20,7 @@ def main() -> None:
             page.look(width=WIDTH, height=HEIGHT)
             page.call("Emulation.setScrollbarsHidden", hidden=True)
             page.open(Path(sys.argv[1]))
-            page.run("document.querySelectorAll('tr[data-finalist] button')[1].click()")
+            page.run("document.querySelectorAll('tr[data-place] button')[1].click()")
             page.picture(Path(file.name), whole=False)
         with Image.open(file.name) as picture:
             picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(PICTURE, optimize=True)
