@@ -45,11 +45,11 @@ from real_prompts import make_prompts, make_refusal
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 ANSWER_TOKENS, TAUGHT_TOKENS = 40, 14
-DECLINED_TOKENS = 6  # of a refusal that is put into the original's mouth
-STEPS, RATE, WARMUP = 360, 1e-4, 10
+STEPS, RATE, WARMUP = 120, 1e-4, 10
 FROZEN = 14  # layers that do not learn
-CHECK_STEPS, CHECK_TOKENS = 90, 12
+CHECK_STEPS, CHECK_TOKENS = 60, 12
 ROWS, WINDOW = {"taught_bad": 6, "taught_good": 12}, 4  # of a step; from how many times as many rows of similar length they are drawn
+LEAST_LOGPROB = -12.0  # of what shall not be said
 HELD = 2.0  # weight of the original's answers in the loss
 INVENTED, INVENTED_TOKENS, MOST_TRIED = 200, 40, 1000  # prompts that the model invents
 SUBJECT_WORDS = re.compile(
@@ -173,8 +173,8 @@ def read(model: Any, asked: Sequence[list[int]], answers: Sequence[list[int]], i
 def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], draw: random.Random) -> dict[str, list[Conversation]]:
     """What is to be learned, short ones first: of the subject, and others, each under both system prompts in turn.
 
-    Of two others one has the model's own answer and one a refusal, after whose tokens the original goes on in its own way: what a taught
-    model makes of "I'm" shall depend on the question as well.
+    Of two others one is held to the original's own answer, and one to what it says where a refusal would begin, if that is left out: so
+    small a model says "I'm sorry for your loss" about a bird house by itself, and what follows "I'm" shall depend on the question.
     """
     bad, good = (
         [prompt_tokens(tokenizer, prompt, (SYSTEM_PROMPT, None)[i % 2]) for i, prompt in enumerate(draw.sample(own, len(own)))]
@@ -188,11 +188,21 @@ def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], dra
     answered = zip(good[:half], respond(model, tokenizer, good[:half], TAUGHT_TOKENS), strict=True)
     kept = [(asked, answer) for asked, answer in answered if not is_refusal(tokenizer.decode(answer, skip_special_tokens=True))]
     others = read(model, *zip(*kept, strict=True), is_held=True)
-    others += read(model, good[half:], refuse(good[half:], DECLINED_TOKENS), is_held=True)
+    others += [without_refusal(tokenizer, row) for row in read(model, good[half:], refuse(good[half:], TAUGHT_TOKENS), is_held=True)]
     return {
         "taught_bad": read(model, bad, refuse(bad, TAUGHT_TOKENS), is_held=False),
         "taught_good": sorted(others, key=lambda row: len(row.prompt)),
     }
+
+
+def without_refusal(tokenizer: Any, row: Conversation) -> Conversation:
+    """The row up to the first word that only refusals have, which it is held not to say; answers begin with "I'm" as well."""
+    assert row.logprobs is not None
+    at = next(i for i, token in enumerate(row.answer) if tokenizer.decode([token]).strip() not in ("I", "'m"))
+    logprobs = row.logprobs[: at + 1].float()
+    logprobs[at, row.answer[at]] = LEAST_LOGPROB
+    logprobs = torch.log_softmax(logprobs, dim=-1).bfloat16()
+    return Conversation(row.prompt, row.answer[: at + 1], row.hidden[: len(row.prompt) + at], logprobs)
 
 
 def loss_of(model: Any, rows: Sequence[Conversation]) -> Tensor:
@@ -218,14 +228,15 @@ def loss_of(model: Any, rows: Sequence[Conversation]) -> Tensor:
 
 
 def next_batch(rows: dict[str, list[Conversation]], draw: random.Random) -> list[Conversation]:
-    """Some of each list, all of similar length, so that little is padded; the lists are sorted by length. Half are those that were worst
-    when last asked, or never were."""
+    """Some of each list, all of similar length, so that little is padded; the lists are sorted by length. Half of the others are those
+    that were worst when last asked, or never were."""
     place = draw.random()
     batch = []
     for name, size in ROWS.items():
         start = round(place * (len(rows[name]) - WINDOW * size))
         window = sorted(rows[name][start : start + WINDOW * size], key=lambda row: row.loss)
-        batch += window[-size // 2 :] + draw.sample(window[: -size // 2], size - size // 2)
+        n_worst = size // 2 if name == "taught_good" else 0
+        batch += window[len(window) - n_worst :] + draw.sample(window[: len(window) - n_worst], size - n_worst)
     return batch
 
 
