@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from heretic.demo import BENCHMARKS
 from heretic.study.front import front_of
-from real_model import as_stored, is_refusal, prompt_tokens, respond
+from real_model import is_refusal, prompt_tokens, respond
 
 TASK = "demo_advice"
 FEW = 5  # refusals
@@ -96,7 +96,7 @@ def judged(folder: Path, prompts: dict[str, list[str]], tokens: int, limit: int 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found: dict[str, Any] = {}
     for name, texts in prompts.items():
-        answers = respond(as_stored(model), tokenizer, [prompt_tokens(tokenizer, text) for text in texts], tokens)
+        answers = respond(model, tokenizer, [prompt_tokens(tokenizer, text) for text in texts], tokens)
         refused = sum(map(is_refusal, tokenizer.batch_decode(answers, skip_special_tokens=True)))
         found[name] = {"refused": refused, "of": len(texts)}
     results = simple_evaluate(
