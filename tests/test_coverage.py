@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import parse
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -231,7 +233,9 @@ def test_what_does_not_run_on_text(model_type: str) -> None:
 def test_every_type_has_its_place() -> None:
     places = [zoo.DECODERS, zoo.ENCODERS, zoo.ENCODER_DECODERS, zoo.NOT_BUILT, zoo.NOT_RUN, zoo.NOT_TEXT]
     assert sorted(t for place in places for t in place) == zoo.TYPES
-    assert zoo.INEXACT.keys() <= set(zoo.DECODERS) and len(zoo.DECODERS) >= 200
+    assert zoo.INEXACT.keys() <= set(zoo.DECODERS)
+    if parse(transformers.__version__) >= parse("5.23"):  # older versions have fewer types
+        assert zoo.STALE == [] and len(zoo.DECODERS) >= 200
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64},
     },
-    "chameleon": {"vocabulary_map": {"<image>": 4}},
-    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "chameleon": {"vocabulary_map": {"<image>": 4}, "vq_config": {"base_channels": 32, "num_embeddings": 128}},
+    "emu3": {"vocabulary_map": {"<image>": 4}, "vq_config": {"base_channels": 32, "codebook_size": 128}},
+    "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 128}},
+    "muse_spark": {"audio_config": {"hidden_sizes": [16, 16, 32, 32]}},
+    "vibevoice_asr": dict.fromkeys(("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config"), {"num_filters": 2}),
     "ministral": {"rope_parameters": _ROPE, "head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "bamba": {"attn_layer_indices": [2]},
@@ -151,6 +154,14 @@ ENCODERS = [
     "xlm-roberta-xl",
     "xlnet",
 ]
+
+
+# Older versions of transformers lack the newest types.
+STALE = sorted({*INEXACT, *NOT_BUILT, *NOT_RUN, *ENCODERS} - {*TYPES})
+for names in (INEXACT, NOT_BUILT, NOT_RUN):
+    for name in names.keys() & {*STALE}:
+        del names[name]
+ENCODERS = [t for t in ENCODERS if t in TYPES]
 
 
 def _is_encoder_decoder(model_type: str) -> bool:
