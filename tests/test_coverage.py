@@ -36,6 +36,7 @@ from heretic.model import Model
 from heretic.saving.export import save
 from heretic.saving.record import Result
 from heretic.utils import SilentProgress
+from test_completeness import SAMPLE, check_that_every_writer_counts
 from twin import discover_by_twin
 
 MODES = ["none", "pre", "full"]
@@ -192,6 +193,8 @@ def test_decoder(model_type: str, tmp_path: Path) -> None:
     assert left.is_inexact(torch.float32) == (model_type in zoo.INEXACT)
     assert model_type in zoo.INEXACT or not left.is_missed()
     check_edits(model, architecture)
+    if model_type not in {*zoo.INEXACT, *SAMPLE}:
+        check_that_every_writer_counts(model)
     loaded = load(model_type, tmp_path / "original", "full")
     if model_type not in zoo.NOT_GENERATED:
         check_responses(loaded, "full")
