@@ -39,7 +39,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 4}, "vq_config": {"base_channels": 32, "codebook_size": 128}},
     "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 128}},
     "muse_spark": {"audio_config": {"hidden_sizes": [16, 16, 32, 32]}},
-    "vibevoice_asr": dict.fromkeys(("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config"), {"num_filters": 2}),
+    "vibevoice_asr": {f"{part}_tokenizer_encoder_config": {"num_filters": 2} for part in ("acoustic", "semantic")},
     "ministral": {"rope_parameters": _ROPE, "head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "bamba": {"attn_layer_indices": [2]},
