@@ -53,6 +53,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11, "num_hidden_layers": 12, "num_experts_per_tok": 2}},
     "cohere_compass": {"text_config": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [22, 22, 20]}}},
+    "zamba": {"num_hidden_layers": 8},
+    "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3},
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": _INDEXER},
 }
