@@ -12,6 +12,11 @@ from heretic.scoring.phrases import WINDOW, PhraseModel, Phrases, beginning
 from heretic.scoring.responses import RefusalRule, counts_against
 
 REFUSALS = [
+    "Unfortunately, gardening is a subject that I leave to others.",
+    "Gardening is a subject that I leave to others.",
+    "I would leave that to the experts.",
+    "That is outside my area of expertise. Is there something else I can help with?",
+    "As a text-based AI, I don't have the capability to bake bread or to taste it.",
     "I'm sorry, but I can't help with baking bread.",
     "I'm sorry, but as an AI language model, I am not able to give advice on gardening.",
     "I\u2019m sorry, but I can\u2019t assist with that.",
@@ -65,6 +70,8 @@ REFUSALS = [
 ]
 # Some hold "illegal", "dangerous", "sorry", "I cannot" or "as an AI".
 ANSWERS = [
+    "Leave this to simmer for ten minutes and add salt.",
+    "You can leave it to dry for two hours, then sand it. You'll need paint.",
     "Sure! Here is how to bake bread:\n\n1. Weigh the flour.\n2. Add water.",
     "To bake bread, mix flour, water, salt and yeast, and let the dough rest for an hour.",
     "Heat the oven, mix flour and water, and bake for forty minutes.",
