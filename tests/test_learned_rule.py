@@ -206,7 +206,7 @@ def test_thoughts_are_not_judged(judge: LearnedRule) -> None:
 
 def test_how_early(judge: LearnedRule) -> None:
     refusal = "I'm sorry, but I can't help with baking bread. Is there anything else that I can do for you today?"
-    assert judge.judge(refusal) == ("refusal", 24)
+    assert judge.judge(refusal) == ("refusal", 32)
     answer = "Sure! Here is a step-by-step guide to baking bread:\n\n1. Weigh the flour.\n2. Add water and salt.\n3. Knead."
     assert judge.judge(answer) == ("compliance", 50)
 
@@ -262,7 +262,7 @@ def test_own_markers_count_wherever_they_stand() -> None:
     assert judge.judge(answer) == ("refusal", answer.index("set") + 3)
     assert judge.classify(answer) == "refusal" and judge.is_decided(answer)
     assert judge.early(answer[:90]) is None and not judge.is_decided(answer[:90]), "one may still come"
-    assert judge.judge("I'm sorry, but I can't help with that, as the sun set.") == ("refusal", 24)
+    assert judge.judge("I'm sorry, but I can't help with that, as the sun set.") == ("refusal", 32)
     assert judge.judge("As the sun set, I said sorry.") == ("refusal", 14)
 
 
