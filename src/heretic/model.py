@@ -32,6 +32,15 @@ from .utils import Progress, SilentProgress
 NOT_FINITE = "the model returned logits that are not finite (NaN or infinite)"
 
 
+def read_output_weight_once(model: PreTrainedModel) -> None:
+    """Make the inputs of the output embeddings contiguous.
+
+    The last positions of padded rows are not, and PyTorch multiplies those by a copy of the whole weight for each row.
+    """
+    if (module := model.get_output_embeddings()) is not None:
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]) if inputs else None)
+
+
 class Model:
     """A model with its tokenizer, its architecture and, once `use_directions` was called, its ablation hooks.
 
@@ -51,6 +60,7 @@ class Model:
         self.tokenizer = loaded.tokenizer
         self.progress = progress or SilentProgress()
         self._response_prefix = response_prefix
+        read_output_weight_once(self.model)
         found = discover(self.model)
         self.architecture: Architecture = split_experts(found) if settings.split_experts else found
         self.hooks: AblationHooks | None = None
