@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .config import Settings
 from .decoding.chat import ChatTemplate, Streamer
-from .decoding.compiled import CompiledStep
+from .decoding.compiled import CompiledStep, is_supported
 from .decoding.decoder import Decoder, Optimizations
 from .decoding.packed import packed_logits
 from .decoding.plain import PlainDecoder
@@ -67,6 +67,9 @@ class Model:
         rows_per_trial = settings.batch_size or settings.max_batch_size
         self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self.progress, optimizations or Optimizations())
         self._compiles = settings.compile_decoding
+        if self._compiles and not is_supported():
+            self._compiles = False
+            self.progress.warning(f"compile_decoding has no effect with PyTorch {torch.__version__}: it needs a later version.")
         if self._compiles and not (isinstance(self.decoder, Decoder) and self.decoder.can_compile):
             self._compiles = False
             self.progress.warning(
