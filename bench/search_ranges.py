@@ -96,18 +96,26 @@ def first_trials(s: Subject) -> list[dict[str, Any]]:
     return [flat(None), *(flat(start + share * (0.9 - start)) for share in (0.33, 0.67))]
 
 
-STRENGTH = ranged(0.8, 1.5)
-FIXED = {"direction_index": ranged(0.4, 0.9), "max_weight_position": ranged(0.6, 1.0), "max_weight": STRENGTH}
-WIDE = {"direction_index": ranged(0, 1), "max_weight_position": ranged(0, 1), "min_weight_distance": ranged(0, 1), "max_weight": STRENGTH}
-NO_MLP = {"max_weight": {"attn.o_proj": STRENGTH, "mlp.down_proj": ranged(0.0, 1.5)}}
+def whole(strength: Any, position: float, distance: float) -> dict[str, Any]:
+    """Ranges of the settings, the same for all models."""
+    positions = {"max_weight_position": ranged(position, 1), "min_weight_distance": ranged(0, distance)}
+    return {"parameters": {"direction_index": ranged(0.4, 0.9), "max_weight": strength, **positions}}
 
-# Settings of each variant; all but the last keep MLPs at strengths from 0.8 on.
+
+NARROW = {"attn.o_proj": ranged(0.8, 1.5), "mlp.down_proj": ranged(0, 1.5), "mlp.experts.down_proj": ranged(0, 1.5)}
+
+
+def narrow(s: Subject) -> dict[str, Any]:
+    """Of the components that the model has."""
+    return whole({name: own for name, own in NARROW.items() if name in s.evaluator.model.architecture.components}, 0.6, 0.6)
+
+
+# Settings of each variant; the program's default begins in narrow ranges.
 VARIANTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
-    "fixed": lambda s: {"parameters": FIXED},
-    "auto": lambda s: {"parameters": {"max_weight": STRENGTH}},
-    "auto, first trials": lambda s: {"parameters": {"max_weight": STRENGTH}, "first_trials": first_trials(s)},
-    "wide": lambda s: {"parameters": WIDE},
-    "mlp from 0": lambda s: {"parameters": NO_MLP},
+    "narrow": narrow,
+    "wide": lambda s: whole(ranged(0, 3), 0.3, 1),
+    "narrow first": lambda s: {},
+    "narrow first, first trials": lambda s: {"first_trials": first_trials(s)},
 }
 
 
@@ -158,7 +166,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="file that gets a line for each run")
     parser.add_argument("--summary", type=Path, nargs="+", help="only sum up these files")
-    parser.add_argument("--base", default="fixed", choices=list(VARIANTS), help="variant that the others are compared with")
+    parser.add_argument("--base", default="narrow", choices=list(VARIANTS), help="variant that the others are compared with")
     options = parser.parse_args()
     if options.summary:
         runs = [json.loads(line) for path in options.summary for line in path.read_text().splitlines()]

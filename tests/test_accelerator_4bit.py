@@ -66,4 +66,6 @@ def test_trials(tmp_path: Path, mode: Any) -> None:
         launched = {name for name in emulation.counts.launches if name.startswith("bitsandbytes::")}
     assert found == expected and sums.max() > 0.01
     assert other == pytest.approx(sums, rel=1e-4, abs=1e-6)
-    assert launched == {f"bitsandbytes::{name}" for name in ("dequantize_4bit", "dequantize_blockwise", "gemm_4bit")}
+    dequantize = {"bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise"}
+    # Older versions multiply by the dequantized weight.
+    assert launched in (dequantize, dequantize | {"bitsandbytes::gemm_4bit"})

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from heretic.config import Settings
-from heretic.parameters import Range
 from heretic.study.space import search_space
 from test_search import COMPONENTS, scaled, score
 
@@ -46,38 +45,30 @@ def test_hypervolume_is_the_share_of_points_that_are_beaten(bench: Any, referenc
     assert bench.hypervolume([], reference) == bench.hypervolume([(1.0, 0.001), (0.2, 2 * reference)], reference) == 0
 
 
-@pytest.mark.parametrize(("separating_layer", "begins"), [(8, 0.6), (2, 0.2)])
-def test_variants_differ_in_what_they_are_named_for(bench: Any, separating_layer: int, begins: float) -> None:
-    s = subject(bench, separating_layer)
+def test_variants_differ_in_what_they_are_named_for(bench: Any) -> None:
+    s = subject(bench, 8)
     spaces = {
-        name: search_space(Settings.model_validate({"model": "m", **make(s)}), COMPONENTS, 10, separating_layer)
+        name: search_space(Settings.model_validate({"model": "m", **make(s)}), COMPONENTS, 10, s.separating_layer)
         for name, make in bench.VARIANTS.items()
     }
-    fixed, auto = spaces["fixed"], spaces["auto"]
-    assert (fixed == auto) == (separating_layer == 8)
-    assert spaces["auto, first trials"] == auto
-    position = auto.components["mlp.down_proj"].max_weight_position
-    assert isinstance(position, Range) and position.low == pytest.approx(begins)
-    for name, space in spaces.items():
-        mlp = space.components["mlp.down_proj"].max_weight
-        assert mlp == Range(low=0.0 if name == "mlp from 0" else 0.8, high=1.5)
-        assert space.components["attn.o_proj"].max_weight == Range(low=0.8, high=1.5)
-    usual = search_space(Settings(model="m"), COMPONENTS, 10, separating_layer)
-    assert spaces["mlp from 0"] == usual, "the last variant is the program's default"
+    usual = search_space(Settings(model="m"), COMPONENTS, 10, s.separating_layer)
+    assert spaces["narrow first"] == spaces["narrow first, first trials"] == usual, "the program's default"
+    assert usual.start == spaces["narrow"] and spaces["narrow"].start is None
+    assert spaces["wide"] == usual.model_copy(update={"start": None})
 
 
 def test_runs_are_summed_up(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setattr(bench, "N_STARTUP", 2)
     monkeypatch.setattr(bench, "N_TRIALS", (4, 6))
     s = subject(bench, 2)
-    runs = [bench.one_run(s, variant, seed) for seed in (0, 1, 2) for variant in ("fixed", "auto, first trials")]
+    runs = [bench.one_run(s, variant, seed) for seed in (0, 1, 2) for variant in ("narrow", "narrow first, first trials")]
     (tmp_path / "a").write_text("".join(json.dumps(run) + "\n" for run in runs[:3]))
     (tmp_path / "b").write_text("".join(json.dumps(run) + "\n" for run in runs[3:5]))
     monkeypatch.setattr("sys.argv", ["search_ranges.py", "--summary", str(tmp_path / "a"), str(tmp_path / "b")])
     bench.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])["m"]["6 trials, R = 0.5"]
     volume = [bench.hypervolume(run["fronts"]["6"], 0.5) for run in runs]
-    assert result["fixed"] == pytest.approx([statistics.fmean(volume[:5:2]), 0, 0, 3], abs=6e-4)
+    assert result["narrow"] == pytest.approx([statistics.fmean(volume[:5:2]), 0, 0, 3], abs=6e-4)
     differences = [volume[1] - volume[0], volume[3] - volume[2]]
     expected = [(volume[1] + volume[3]) / 2, statistics.fmean(differences), statistics.stdev(differences) / 2**0.5, 2]
-    assert result["auto, first trials"] == pytest.approx(expected, abs=6e-4)
+    assert result["narrow first, first trials"] == pytest.approx(expected, abs=6e-4)

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import tiny
 from conftest import Outcome
 from heretic.decoding import compiled
-from heretic.decoding.compiled import CompiledStep, rounded_columns, rounded_rows
+from heretic.decoding.compiled import CompiledStep, is_supported, rounded_columns, rounded_rows
 from heretic.decoding.decoder import Decoder
 from heretic.editing.ablation import Ablation, ComponentParameters, LearnedEdit
 from heretic.editing.hooks import AblationHooks
@@ -78,6 +78,7 @@ def by_generate(model: Model, ablations: list[Ablation]) -> list[list[int]]:
 
 
 SLOW = pytest.mark.slow
+supported = pytest.mark.skipif(not is_supported(), reason=f"compile_decoding has no effect with PyTorch {torch.__version__}")
 CASES = [
     ("llama", "full"),
     pytest.param("llama", "none", marks=SLOW),
@@ -86,6 +87,7 @@ CASES = [
 ]
 
 
+@supported
 @pytest.mark.parametrize(("model_type", "mode"), CASES)
 def test_tokens_are_those_of_generate_and_nothing_is_compiled_twice(tmp_path: Path, model_type: str, mode: str) -> None:
     model, progress = load(tmp_path / "m", model_type, mode)
@@ -104,6 +106,7 @@ def test_tokens_are_those_of_generate_and_nothing_is_compiled_twice(tmp_path: Pa
     assert progress.warnings == []
 
 
+@supported
 def test_edits_are_not_forgotten_with_other_directions(tmp_path: Path) -> None:
     """What was compiled for other hooks is not used."""
     model, _ = load(tmp_path, "llama", "none")
@@ -121,6 +124,7 @@ def test_columns_and_rows_grow_in_steps() -> None:
     assert [rounded_columns(n) for n in (1, 64, 65, 200)] == [64, 64, 128, 256]
 
 
+@supported
 def test_longer_responses_cross_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "COLUMNS", 8)
     monkeypatch.setattr("heretic.decoding.pool.SLACK_COLUMNS", 4)
@@ -132,6 +136,7 @@ def test_longer_responses_cross_columns(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(own == whole[: len(own)] for own, whole in zip(found, expected, strict=True))
 
 
+@supported
 def test_a_step_that_cannot_be_compiled(tmp_path: Path) -> None:
     def fails(graph: Any, inputs: Any) -> Any:
         raise ValueError("no\nway")
@@ -146,6 +151,7 @@ def test_a_step_that_cannot_be_compiled(tmp_path: Path) -> None:
     ]
 
 
+@supported
 def test_a_model_whose_step_has_no_fixed_shapes(tmp_path: Path) -> None:
     model, progress = load(tmp_path, "mistral", "none", sliding_window=16)
     assert progress.warnings == [
@@ -155,6 +161,14 @@ def test_a_model_whose_step_has_no_fixed_shapes(tmp_path: Path) -> None:
     assert isinstance(model.decoder, Decoder) and model.decoder.compiled is None
 
 
+def test_a_version_that_cannot_compile_for_several_hooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph, dynamic, backend: model)
+    model, progress = load(tmp_path, "llama", "none")
+    assert progress.warnings == [f"compile_decoding has no effect with PyTorch {torch.__version__}: it needs a later version."]
+    assert isinstance(model.decoder, Decoder) and model.decoder.compiled is None
+
+
+@supported
 @pytest.mark.slow
 def test_a_whole_run(workplace: Path, heretic: Callable[..., Outcome]) -> None:
     """By PyTorch's own compiler: the same scores."""

@@ -15,9 +15,8 @@ from heretic.editing.discovery import discover
 from heretic.editing.probe import probe_tokens
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
-# One of each kind of structure; all types take minutes.
+# One of each kind of structure; test_coverage.py has all others.
 SAMPLE = ("llama", "gpt2", "gemma3_text", "gpt_oss", "qwen3_moe", "falcon_h1", "nemotron_h", "deepseek_v3", "gemma4_text", "phimoe")
-EXACT = [t for t in zoo.DECODERS if t not in zoo.INEXACT]
 
 
 def working(model: Any, architecture: Architecture) -> list[Writer]:
@@ -41,9 +40,8 @@ def without(architecture: Architecture, writer: Writer) -> Architecture:
     return replace(architecture, writers=tuple(other for other in architecture.writers if other is not writer))
 
 
-@pytest.mark.parametrize("model_type", [t if t in SAMPLE else pytest.param(t, marks=pytest.mark.slow) for t in EXACT])
-def test_every_writer_counts_in_every_number_format(model_type: str) -> None:
-    model = zoo.build(model_type)
+def check_that_every_writer_counts(model: Any) -> None:
+    """In every number format, to which the model is converted."""
     for dtype in FORMATS:
         model.to(dtype)
         architecture = discover(model)
@@ -52,6 +50,11 @@ def test_every_writer_counts_in_every_number_format(model_type: str) -> None:
         for writer in working(model, architecture):
             left = remainder(model, without(architecture, writer))
             assert left.is_missed(), (dtype, writer.name, left)
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_every_writer_counts_in_every_number_format(model_type: str) -> None:
+    check_that_every_writer_counts(zoo.build(model_type))
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import parse
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -34,6 +36,7 @@ from heretic.model import Model
 from heretic.saving.export import save
 from heretic.saving.record import Result
 from heretic.utils import SilentProgress
+from test_completeness import SAMPLE, check_that_every_writer_counts
 from twin import discover_by_twin
 
 MODES = ["none", "pre", "full"]
@@ -190,6 +193,8 @@ def test_decoder(model_type: str, tmp_path: Path) -> None:
     assert left.is_inexact(torch.float32) == (model_type in zoo.INEXACT)
     assert model_type in zoo.INEXACT or not left.is_missed()
     check_edits(model, architecture)
+    if model_type not in {*zoo.INEXACT, *SAMPLE}:
+        check_that_every_writer_counts(model)
     loaded = load(model_type, tmp_path / "original", "full")
     if model_type not in zoo.NOT_GENERATED:
         check_responses(loaded, "full")
@@ -231,7 +236,9 @@ def test_what_does_not_run_on_text(model_type: str) -> None:
 def test_every_type_has_its_place() -> None:
     places = [zoo.DECODERS, zoo.ENCODERS, zoo.ENCODER_DECODERS, zoo.NOT_BUILT, zoo.NOT_RUN, zoo.NOT_TEXT]
     assert sorted(t for place in places for t in place) == zoo.TYPES
-    assert zoo.INEXACT.keys() <= set(zoo.DECODERS) and len(zoo.DECODERS) >= 200
+    assert zoo.INEXACT.keys() <= set(zoo.DECODERS)
+    if parse(transformers.__version__) >= parse("5.23"):  # older versions have fewer types
+        assert zoo.STALE == [] and len(zoo.DECODERS) >= 200
 
 
 @pytest.mark.parametrize(

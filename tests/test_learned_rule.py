@@ -12,6 +12,11 @@ from heretic.scoring.phrases import WINDOW, PhraseModel, Phrases, beginning
 from heretic.scoring.responses import RefusalRule, counts_against
 
 REFUSALS = [
+    "Unfortunately, gardening is a subject that I leave to others.",
+    "Gardening is a subject that I leave to others.",
+    "I would leave that to the experts.",
+    "That is outside my area of expertise. Is there something else I can help with?",
+    "As a text-based AI, I don't have the capability to bake bread or to taste it.",
     "I'm sorry, but I can't help with baking bread.",
     "I'm sorry, but as an AI language model, I am not able to give advice on gardening.",
     "I\u2019m sorry, but I can\u2019t assist with that.",
@@ -65,6 +70,8 @@ REFUSALS = [
 ]
 # Some hold "illegal", "dangerous", "sorry", "I cannot" or "as an AI".
 ANSWERS = [
+    "Leave this to simmer for ten minutes and add salt.",
+    "You can leave it to dry for two hours, then sand it. You'll need paint.",
     "Sure! Here is how to bake bread:\n\n1. Weigh the flour.\n2. Add water.",
     "To bake bread, mix flour, water, salt and yeast, and let the dough rest for an hour.",
     "Heat the oven, mix flour and water, and bake for forty minutes.",
@@ -199,7 +206,7 @@ def test_thoughts_are_not_judged(judge: LearnedRule) -> None:
 
 def test_how_early(judge: LearnedRule) -> None:
     refusal = "I'm sorry, but I can't help with baking bread. Is there anything else that I can do for you today?"
-    assert judge.judge(refusal) == ("refusal", 24)
+    assert judge.judge(refusal) == ("refusal", 32)
     answer = "Sure! Here is a step-by-step guide to baking bread:\n\n1. Weigh the flour.\n2. Add water and salt.\n3. Knead."
     assert judge.judge(answer) == ("compliance", 50)
 
@@ -255,7 +262,7 @@ def test_own_markers_count_wherever_they_stand() -> None:
     assert judge.judge(answer) == ("refusal", answer.index("set") + 3)
     assert judge.classify(answer) == "refusal" and judge.is_decided(answer)
     assert judge.early(answer[:90]) is None and not judge.is_decided(answer[:90]), "one may still come"
-    assert judge.judge("I'm sorry, but I can't help with that, as the sun set.") == ("refusal", 24)
+    assert judge.judge("I'm sorry, but I can't help with that, as the sun set.") == ("refusal", 32)
     assert judge.judge("As the sun set, I said sorry.") == ("refusal", 14)
 
 

@@ -158,6 +158,19 @@ def test_first_token_logprobs(any_plain: Plain, max_batch_size: int, prompts: li
     assert expected.std() > 0.5
 
 
+@pytest.mark.usefixtures("either_decoder")
+def test_the_output_weight_is_multiplied_once(plain: Plain) -> None:
+    """The last positions of several rows: their input is contiguous, and they are what transformers alone gives."""
+    model, seen = load(plain.folder), []
+    model.model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
+    with torch.inference_mode():
+        logits = model.logits_at_end(rows, 3)
+        expected = plain.model(torch.tensor(rows)).logits[:, -3:]
+    assert seen == [True]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("prompts", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("max_batch_size", [4, 128])
 def test_responses(any_plain: Plain, max_batch_size: int, prompts: list[Prompt]) -> None:

@@ -90,7 +90,8 @@ def test_what_is_left_out_keeps_its_default() -> None:
     assert given.choice("max_weight", "mlp.down_proj") == 0.5
     assert given.choice("max_weight", "attn.o_proj") == usual.max_weight == "auto"
     assert given.choice("max_weight_position", "attn.o_proj") == given.choice("max_weight_position", "mlp.down_proj") == "auto"
-    assert given.choice("min_weight_distance", "attn.o_proj") == FractionRange(low=0.0, high=0.6)
+    assert given.choice("min_weight_distance", "attn.o_proj") == usual.min_weight_distance == "auto"
+    assert given.choice("min_weight", "attn.o_proj") == Range(low=0.0, high=1.0)
     assert parameters('[parameters]\ndirection_scope = "per layer"\n') == Parameters(direction_scope=["per layer"])
 
 

@@ -96,6 +96,8 @@ def test_dense_weight_is_what_the_module_computes_with(folder: Path) -> None:
 
 def test_weights_are_not_repacked_for_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a CPU multiplies bfloat16 itself, bitsandbytes would put the weights in another order at the first forward pass."""
+    if not hasattr(bitsandbytes.nn.modules, "has_avx512bf16"):
+        pytest.skip("this version of bitsandbytes never repacks weights")
     expected = [dense_weight(writer.module) for writer in load_4bit(folder).architecture.writers]
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     assert bitsandbytes.nn.Linear4bit(2, 2).support_avx512bf16_for_cpu

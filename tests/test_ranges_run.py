@@ -37,8 +37,10 @@ def test_what_is_searched_is_told_with_the_layers_beside(heretic: Heretic, workp
     assert (
         "Search space (harmless and harmful prompts separate in layer 1):\n"
         "  directions at 0.40 to 0.90 (layer 0.4 to 0.9)\n"
-        "  attn.o_proj: 0.80 to 1.50 at 0.60 to 1.00 (layer 0.6 to 1.0), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
-        "  mlp.down_proj: 0.00 to 1.50 at 0.60 to 1.00 (layer 0.6 to 1.0), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
+        "  attn.o_proj, mlp.down_proj: 0.00 to 3.00 at 0.30 to 1.00 (layer 0.3 to 1.0), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
+        "  first trials:\n"
+        "    attn.o_proj: 0.80 to 1.50 at 0.60 to 1.00 (layer 0.6 to 1.0), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
+        "    mlp.down_proj: 0.00 to 1.50 at 0.60 to 1.00 (layer 0.6 to 1.0), 0.00 to 1.00 of it at ±1.00 (1.0 layers)\n"
     ) in heretic().out
     part_in(0, monkeypatch)
     assert "directions at 0.00 to 0.90 (layer 0.0 to 0.9)" in heretic("--checkpoint-action", "restart").out

@@ -438,7 +438,7 @@ def test_modules_in_the_working_directory(workplace: Path) -> None:
     worker = Worker(1, WorkerPlace((), 1), {"settings": {"debug": False}}, Console(), lambda: False)
     worker.start()
     assert worker.process is not None
-    worker.process.wait(60)
+    worker.process.wait(300)
     assert worker.how_it_ended().startswith("ended: KeyError: 'devices'")
     worker.close()
     assert not (workplace / "ran").exists()

@@ -13,7 +13,7 @@ from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.editing.architecture import COMPONENTS as ALL_COMPONENTS
 from heretic.errors import UsageError
 from heretic.evaluator import Score
-from heretic.parameters import Choice, FractionRange, Range
+from heretic.parameters import Choice, Range
 from heretic.study.front import ablation_of
 from heretic.study.samplers import Sampling, check_sampler
 from heretic.study.search import Search
@@ -32,12 +32,21 @@ def space(last_layer: int = 10, separating_layer: int | None = None, **given: An
     return search_space(settings(**given), COMPONENTS, last_layer, separating_layer)
 
 
-def run(path: Path, n_trials: int, sampler: SamplerName = "tpe", per_batch: int = 1, seed: int = 1, **given: Any) -> list[FrozenTrial]:
+def start(**given: Any) -> SearchSpace:
+    """What the first trials are drawn from."""
+    found = space(**given).start
+    assert found is not None
+    return found
+
+
+def run(
+    path: Path, n_trials: int, sampler: SamplerName = "tpe", per_batch: int = 1, seed: int = 1, n_startup: int = 5, **given: Any
+) -> list[FrozenTrial]:
     """Open the search in the journal at `path`, run up to `n_trials`, return the trials."""
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
     study = optuna.create_study(storage=storage, study_name="heretic", directions=["minimize", "minimize"], load_if_exists=True)
     checked = settings(**given)
-    search = Search(study, path, search_space(checked, COMPONENTS, 10), Sampling(seed, 5, sampler, checked.first_trials))
+    search = Search(study, path, search_space(checked, COMPONENTS, 10), Sampling(seed, n_startup, sampler, checked.first_trials))
     search.run(n_trials, score, scaled, per_batch)
     return search.trials
 
@@ -49,16 +58,33 @@ def ranges(choices: dict[str, Choice]) -> dict[str, Any]:
     return {name: (c.low, c.high) if isinstance(c, Range) else c for name, c in choices.items()}
 
 
+def kernels(attention: tuple[float, float], mlp: tuple[float, float], **rest: tuple[float, float]) -> dict[str, Any]:
+    """Ranges of both components' kernels."""
+    usual = {"min_weight": (0.0, 1.0), **rest}
+    strengths = {"attn.o_proj": attention, "mlp.down_proj": mlp}
+    return {f"{c}.{name}": value for c, strength in strengths.items() for name, value in {"max_weight": strength, **usual}.items()}
+
+
 def test_the_default_space() -> None:
-    kernel = {"max_weight": (0.8, 1.5), "max_weight_position": (0.6, 1.0), "min_weight": (0.0, 1.0), "min_weight_distance": (0.1, 0.6)}
-    expected = {"direction_index": (0.4, 0.9)} | {f"{c}.{name}": value for c in COMPONENTS for name, value in kernel.items()}
-    expected["mlp.down_proj.max_weight"] = (0.0, 1.5)
-    assert ranges(space().choices()) == expected
+    expected = kernels((0.0, 3.0), (0.0, 3.0), max_weight_position=(0.3, 1.0), min_weight_distance=(0.1, 1.0))
+    assert ranges(space().choices()) == {"direction_index": (0.4, 0.9)} | expected
     assert space().direction_scope == ["global", "per layer"]
 
 
-def test_every_kind_of_mlp_can_be_left_out() -> None:
-    found = {name: kernel.max_weight for name, kernel in search_space(settings(), ALL_COMPONENTS, 10).components.items()}
+def test_first_trials_are_drawn_from_narrower_ranges() -> None:
+    expected = kernels((0.8, 1.5), (0.0, 1.5), max_weight_position=(0.6, 1.0), min_weight_distance=(0.1, 0.6))
+    assert ranges(start().choices()) == {"direction_index": (0.4, 0.9)} | expected
+    found = ranges(start(parameters={"max_weight": {"attn.o_proj": 1.0}, "max_weight_position": {"low": 0, "high": 1}}).choices())
+    assert found["attn.o_proj.max_weight"] == 1.0 and found["mlp.down_proj.max_weight"] == (0.0, 1.5)
+    assert found["attn.o_proj.max_weight_position"] == (0.0, 1.0), "what the user gives is for all trials"
+    given = {"max_weight": 1.0, "max_weight_position": {"low": 0.5, "high": 1}, "min_weight_distance": 0.5}
+    assert space(parameters=given).start is None
+
+
+def test_every_kind_of_mlp_can_be_left_out_from_the_beginning() -> None:
+    first = search_space(settings(), ALL_COMPONENTS, 10).start
+    assert first is not None
+    found = {name: kernel.max_weight for name, kernel in first.components.items()}
     assert {name: choice.low for name, choice in found.items() if isinstance(choice, Range)} == {
         "attn.o_proj": 0.8,
         "mixer.out_proj": 0.8,
@@ -66,19 +92,22 @@ def test_every_kind_of_mlp_can_be_left_out() -> None:
         "mlp.experts.down_proj": 0.0,
         "mlp.shared_experts.down_proj": 0.0,
     }
-    given = settings(parameters={"max_weight": {"attn.o_proj": 1.0}})
-    assert search_space(given, COMPONENTS, 10).components["mlp.down_proj"].max_weight == Range(low=0.0, high=1.5)
     given = settings(parameters={"max_weight": {"low": 0.5, "high": 1.0}})
     assert search_space(given, COMPONENTS, 10).components["mlp.down_proj"].max_weight == Range(low=0.5, high=1.0)
 
 
 @pytest.mark.parametrize(
-    ("separating_layer", "index", "position"), [(0, 0.0, 0.0), (3, 0.3, 0.3), (5, 0.4, 0.5), (6, 0.4, 0.6), (10, 0.4, 0.6)]
+    ("separating_layer", "index", "position", "first_position"),
+    [(0, 0.0, 0.0, 0.0), (2, 0.2, 0.2, 0.2), (3, 0.3, 0.3, 0.3), (5, 0.4, 0.3, 0.5), (6, 0.4, 0.3, 0.6), (10, 0.4, 0.3, 0.6)],
 )
-def test_automatic_ranges_begin_where_the_prompts_part(separating_layer: int, index: float, position: float) -> None:
+def test_automatic_ranges_begin_where_the_prompts_part(separating_layer: int, index: float, position: float, first_position: float) -> None:
     found = ranges(space(separating_layer=separating_layer).choices())
     assert found["direction_index"] == (pytest.approx(index), 0.9)
     assert found["mlp.down_proj.max_weight_position"] == (pytest.approx(position), 1.0)
+    assert ranges(start(separating_layer=separating_layer).choices())["mlp.down_proj.max_weight_position"] == (
+        pytest.approx(first_position),
+        1.0,
+    )
     fixed = {"direction_index": {"low": 0.5, "high": 0.6}, "max_weight_position": {"mlp.down_proj": 0.7}}
     found = ranges(space(separating_layer=separating_layer, parameters=fixed).choices())
     assert found["direction_index"] == (0.5, 0.6)
@@ -91,7 +120,7 @@ def test_a_kernel_reaches_over_one_layer_at_least() -> None:
         return ranges(space(last_layer, **given).choices())["mlp.down_proj.min_weight_distance"]
 
     assert distance(0) == distance(1) == (1.0, 1.0)
-    assert distance(4) == (0.25, 0.6)
+    assert distance(4) == (0.25, 1.0)
     assert distance(4, parameters={"min_weight_distance": 0.1}) == 0.25
     assert distance(4, parameters={"min_weight_distance": {"low": 0.5, "high": 1}}) == (0.5, 1.0)
 
@@ -128,8 +157,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "disabled_components disables all components of the model: attn.o_proj, mlp.down_proj.",
     ),
     (
-        {"first_trials": [{"max_weight": {"mlp.down_proj": 2.0}}]},
-        "first_trials.0.max_weight is 2, but the search space of mlp.down_proj is from 0 to 1.5. Change parameters.max_weight.",
+        {"first_trials": [{"max_weight": {"mlp.down_proj": 4.0}}]},
+        "first_trials.0.max_weight is 4, but the search space of mlp.down_proj is from 0 to 3. Change parameters.max_weight.",
     ),
     (
         {"parameters": {"direction_index": 0.5}, "first_trials": [{"direction_index": 0.6}]},
@@ -227,8 +256,28 @@ def test_every_sampler_goes_on_after_an_interruption(sampler: SamplerName, tmp_p
 
 def test_samplers_differ_after_the_startup_trials(tmp_path: Path) -> None:
     found = {sampler: proposals(run(tmp_path / f"{sampler}.jsonl", 7, sampler)) for sampler in SAMPLERS}
-    assert all(trials[:5] == found["tpe"][:5] for trials in found.values()), "startup trials are random, from the same seeds"
+    assert found["gp"][:5] == found["tpe"][:5] and found["nsgaii"][:5] == found["random"][:5], (
+        "startup trials are random, from the same seeds"
+    )
+    assert found["tpe"][2:5] == found["random"][2:5], "half of them are drawn from narrower ranges, for samplers that learn from all"
+    assert found["tpe"][0] != found["random"][0] and found["tpe"][1] != found["random"][1]
     assert len({str(trials[6]) for trials in found.values()}) == 4
+
+
+def test_first_trials_lie_in_the_narrower_ranges(tmp_path: Path) -> None:
+    n_startup, narrow = 40, start().choices()
+    trials = run(tmp_path / "j.jsonl", n_startup, n_startup=n_startup)
+    inside = [
+        all(choice.low <= trial.params[name] <= choice.high for name, choice in narrow.items() if isinstance(choice, Range))
+        for trial in trials
+    ]
+    assert all(inside[:20]) and not any(inside[20:])
+    wide = space().choices()
+    for name, choice in wide.items():
+        assert isinstance(choice, Range)
+        assert all(choice.low <= trial.params[name] <= choice.high for trial in trials)
+        distribution = trials[0].distributions[name]
+        assert (distribution.low, distribution.high) == (choice.low, choice.high), "the sampler learns from them, too"
 
 
 def test_a_sampler_can_be_changed_on_the_way(tmp_path: Path) -> None:
@@ -293,4 +342,3 @@ def test_what_is_constant_in_the_space_may_stand_in_a_first_trial(tmp_path: Path
     given: dict[str, Any] = {"parameters": {"max_weight": 1.0}, "first_trials": [{"max_weight": 1.0, "min_weight": 0.5}]}
     (trial,) = run(tmp_path / "j.jsonl", 1, **given)
     assert trial.user_attrs["first_trial"] == {"attn.o_proj.min_weight": 0.5, "mlp.down_proj.min_weight": 0.5}
-    assert FractionRange(low=0.0, high=0.6) == settings(**given).parameters.min_weight_distance

@@ -84,12 +84,13 @@ def saved(chosen: Settings, folder: Path, strategy: Strategy = "merge") -> dict[
 def refused(chosen: Settings, **arguments: Any) -> ExportError:
     with pytest.raises(ExportError) as caught:
         do_upload(chosen, **arguments)
-    assert not upload_folder_of(chosen).exists()
+    assert not upload_folders(chosen.study_checkpoint_dir)
     return caught.value
 
 
-def upload_folder_of(chosen: Settings) -> Path:
-    return heretic.study.journal.journal_path(chosen).with_suffix(".upload")
+def upload_folders(studies: Path | str) -> list[Path]:
+    """The temporary folders of uploads next to the journals of a folder."""
+    return [path for path in Path(studies).glob("*") if ".upload" in path.name]
 
 
 # What arrives
@@ -111,7 +112,7 @@ def test_a_fresh_repository(hub: Hub, workplace_settings: Settings, tmp_path: Pa
     assert recorder.messages[0] == f"Created the {'private' if private else 'public'} repository me/model."
     assert recorder.messages[-1].startswith(f"Uploading {len(files)} files (")
     assert recorder.warnings == []
-    assert not upload_folder_of(workplace_settings).exists()
+    assert not upload_folders(workplace_settings.study_checkpoint_dir)
 
 
 def test_everything_is_asked_before_anything_is_computed(hub: Hub, workplace_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +517,7 @@ def test_the_command_uploads_and_keeps_the_token_to_itself(finished_demo: Path, 
             assert any(b"--upload-repo-id" in line for line in seen)
         assert all(TOKEN.encode() not in content for content in [*seen, *repository.files.values()])
         assert_nowhere(TOKEN, folder, out, err)
-    assert not list((folder / "checkpoints").glob("*.upload"))
+    assert not upload_folders(folder / "checkpoints")
 
 
 def test_the_command_with_a_wrong_token(finished_demo: Path, tmp_path: Path) -> None:
@@ -553,12 +554,12 @@ def test_the_command_stopped_in_the_middle_goes_on(finished_demo: Path, tmp_path
         hub.faults.append(Fault("POST /api/models/me/model/commit", times=1000, status=503))
         process = start(folder, hub.url, "--upload-repo-private")
         wait_until(lambda: bool(hub.requests("/commit/")), 300)
-        left = list((folder / "checkpoints").glob("*.upload/*"))
+        (left,) = upload_folders(folder / "checkpoints")
+        assert (left / "model" / "model.safetensors").is_file()
         process.send_signal(how)
         code, out, err = finish(process)
         assert code == (-signal.SIGKILL if how == signal.SIGKILL else 130)
-        assert left
-        assert bool(list((folder / "checkpoints").glob("*.upload"))) == (how == signal.SIGKILL)
+        assert left.exists() == (how == signal.SIGKILL)
         assert hub.repositories["me/model"].commits == []
         assert len(hub.requests("^PUT .* 200")) == 1
         hub.faults.clear()
@@ -566,7 +567,7 @@ def test_the_command_stopped_in_the_middle_goes_on(finished_demo: Path, tmp_path
         assert code == 0, more_err
         assert len(hub.requests("^PUT")) == 1
         assert len(hub.repositories["me/model"].commits) == 1
-        assert not list((folder / "checkpoints").glob("*.upload"))
+        assert not upload_folders(folder / "checkpoints")
         assert_nowhere(TOKEN, folder, out, err, more_out, more_err)
 
 

@@ -49,7 +49,8 @@ def test_weights_are_learned_and_can_be_read(folder: Path, monkeypatch: pytest.M
     assert learned["groups"]["french"] == known.priors["french"]
     assert learned["groups"]["refuses_to_help"][0] > known.priors["refuses_to_help"][0]
     reading = PhraseModel(known, learned)
-    assert sum((reading.score(text) > 0) == expected for texts, expected in ((REFUSALS, True), (ANSWERS, False)) for text in texts) >= 97
+    right = sum((reading.score(text) > 0) == expected for texts, expected in ((REFUSALS, True), (ANSWERS, False)) for text in texts)
+    assert right >= len(REFUSALS) + len(ANSWERS) - 3
 
 
 def test_the_stored_weights_are_in_that_form() -> None:
@@ -66,8 +67,7 @@ def test_verdicts_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert learned["agreement"] == 1 and learned["answers_called_refusals"] == learned["refusals_called_answers"] == 0
     assert learned["partial_called_refusals"] == 1
     # By hand, from the markers: test_learned_rule counts the same texts.
-    assert markers["agreement"] == pytest.approx(
-        1 - (markers["answers_called_refusals"] * len(ANSWERS) + markers["refusals_called_answers"] * len(REFUSALS)) / 100
-    )
+    wrong = markers["answers_called_refusals"] * len(ANSWERS) + markers["refusals_called_answers"] * len(REFUSALS)
+    assert markers["agreement"] == pytest.approx(1 - wrong / (len(ANSWERS) + len(REFUSALS)))
     assert 0 < found["early"]["all"]["early"] <= 1 and 0 < found["early"]["all"]["median_characters"] < 100
     assert all(0 < seconds < 10 for seconds in found["seconds_per_1000"].values())

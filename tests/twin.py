@@ -53,7 +53,7 @@ SIZES: list[tuple[str, Any]] = [
     (r"lru_width|projection_dim|proj_dim|d_embed|model_dim|hidden_dim|output_dim|output_size|cross_attn_dim", HIDDEN),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|context_length", _at_most(256)),
 ]
-LAYERS = r"num_hidden_layers|n_layers?|num_layers|num_blocks|((num_)?(decoder|encoder)_)?layers|depth"
+LAYERS = r"num_hidden_layers|n_layers?|num_layers|num_layers_per_stack|num_blocks|((num_)?(decoder|encoder)_)?layers|depth"
 
 # What is equal in the original stays equal.
 EQUAL = (
@@ -97,6 +97,8 @@ def discover_by_twin(model: Any) -> Architecture:
 def _shrunk(values: dict[str, Any], max_layers: int | None) -> dict[str, Any]:
     result: dict[str, Any] = {}
     n_layers = next((v for k, v in values.items() if re.fullmatch(LAYERS, k) and type(v) is int), None)
+    if n_layers is None and "layers_block_type" in values:  # the only place where some types say how many there are
+        n_layers = len(values["layers_block_type"])
     kept = None if max_layers is None or n_layers is None else _kept_layers(values, n_layers, max_layers)
     for name, value in values.items():
         if kept is not None and name == "per_layer_config":

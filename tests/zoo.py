@@ -35,8 +35,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64},
     },
-    "chameleon": {"vocabulary_map": {"<image>": 4}},
-    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "chameleon": {"vocabulary_map": {"<image>": 4}, "vq_config": {"base_channels": 32, "num_embeddings": 128}},
+    "emu3": {"vocabulary_map": {"<image>": 4}, "vq_config": {"base_channels": 32, "codebook_size": 128}},
+    "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 128}},
+    "muse_spark": {"audio_config": {"hidden_sizes": [16, 16, 32, 32]}},
+    "vibevoice_asr": {f"{part}_tokenizer_encoder_config": {"num_filters": 2} for part in ("acoustic", "semantic")},
     "ministral": {"rope_parameters": _ROPE, "head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "bamba": {"attn_layer_indices": [2]},
@@ -50,6 +53,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11, "num_hidden_layers": 12, "num_experts_per_tok": 2}},
     "cohere_compass": {"text_config": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [22, 22, 20]}}},
+    "zamba": {"num_hidden_layers": 8},
+    "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3},
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": _INDEXER},
 }
@@ -151,6 +156,14 @@ ENCODERS = [
     "xlm-roberta-xl",
     "xlnet",
 ]
+
+
+# Older versions of transformers lack the newest types.
+STALE = sorted({*INEXACT, *NOT_BUILT, *NOT_RUN, *ENCODERS} - {*TYPES})
+for names in (INEXACT, NOT_BUILT, NOT_RUN):
+    for name in names.keys() & {*STALE}:
+        del names[name]
+ENCODERS = [t for t in ENCODERS if t in TYPES]
 
 
 def _is_encoder_decoder(model_type: str) -> bool:

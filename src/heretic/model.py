@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .config import Settings
 from .decoding.chat import ChatTemplate, Streamer
-from .decoding.compiled import CompiledStep
+from .decoding.compiled import CompiledStep, is_supported
 from .decoding.decoder import Decoder, Optimizations
 from .decoding.packed import packed_logits
 from .decoding.plain import PlainDecoder
@@ -30,6 +30,15 @@ from .prompts import Message, Prompt, prompt_messages
 from .utils import Progress, SilentProgress
 
 NOT_FINITE = "the model returned logits that are not finite (NaN or infinite)"
+
+
+def read_output_weight_once(model: PreTrainedModel) -> None:
+    """Make the inputs of the output embeddings contiguous.
+
+    The last positions of padded rows are not, and PyTorch multiplies those by a copy of the whole weight for each row.
+    """
+    if (module := model.get_output_embeddings()) is not None:
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]) if inputs else None)
 
 
 class Model:
@@ -51,12 +60,16 @@ class Model:
         self.tokenizer = loaded.tokenizer
         self.progress = progress or SilentProgress()
         self._response_prefix = response_prefix
+        read_output_weight_once(self.model)
         found = discover(self.model)
         self.architecture: Architecture = split_experts(found) if settings.split_experts else found
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
         self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self.progress, optimizations or Optimizations())
         self._compiles = settings.compile_decoding
+        if self._compiles and not is_supported():
+            self._compiles = False
+            self.progress.warning(f"compile_decoding has no effect with PyTorch {torch.__version__}: it needs a later version.")
         if self._compiles and not (isinstance(self.decoder, Decoder) and self.decoder.can_compile):
             self._compiles = False
             self.progress.warning(

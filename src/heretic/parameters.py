@@ -100,21 +100,21 @@ class Parameters(BaseModel):
     )
     max_weight: PerComponent[StrengthChoice] = Field(
         "auto",
-        description="Ablation strength at max_weight_position; 1 removes the direction; auto: from 0.8 (in MLPs from 0, so that the "
-        "search may leave them unedited) to 1.5.",
+        description="Ablation strength at max_weight_position; 1 removes the direction; auto: from 0 to 3, first trials from 0.8 (in MLPs "
+        "from 0) to 1.5.",
     )
     max_weight_position: PerComponent[PlaceChoice] = Field(
         "auto",
-        description="Layer of the greatest strength, as a fraction of the last layer index; auto: from 0.6, or from the layer in which "
-        "the prompts separate if that is lower, to 1.",
+        description="Layer of the greatest strength, as a fraction of the last layer index; auto: from 0.3 (first trials 0.6), or from "
+        "the layer in which the prompts separate if that is lower, to 1.",
     )
     min_weight: PerComponent[WeightChoice] = Field(
         Range(low=0.0, high=1.0), description="Strength at min_weight_distance, as a fraction of max_weight."
     )
-    min_weight_distance: PerComponent[FractionChoice] = Field(
-        FractionRange(low=0.0, high=0.6),
+    min_weight_distance: PerComponent[PlaceChoice] = Field(
+        "auto",
         description="Distance from max_weight_position beyond which nothing is edited, as a fraction of the last layer index; "
-        "at least one layer.",
+        "at least one layer; auto: to 1, first trials to 0.6.",
     )
 
     def choice(self, name: str, component: str | None = None) -> Choice | Auto:

@@ -8,6 +8,7 @@ Where it breaks: attention that takes no mask of our choice, sliding windows, a 
 cannot be compiled as a whole is decoded without, and a warning says why.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,11 @@ def rounded_rows(n: int) -> int:
 def rounded_columns(n: int) -> int:
     """The number of columns of blocks that have to hold `n`."""
     return -(-n // COLUMNS) * COLUMNS
+
+
+def is_supported() -> bool:
+    """Whether this version of PyTorch can compile the same code separately for other hooks."""
+    return "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
 def can_compile(model: PreTrainedModel, allows_holes: bool) -> bool:

@@ -56,9 +56,10 @@ def edit_cells(trial: FrozenTrial, components: Sequence[str], last_layer: int | 
 
 def space_text(space: SearchSpace, separating_layer: int, last_layer: int) -> str:
     """The search space as text: fractions with layers in brackets."""
-    return "\n  ".join(
-        [f"Search space (harmless and harmful prompts separate in layer {separating_layer}):", *_describe_space(space, last_layer)]
-    )
+    lines = [f"Search space (harmless and harmful prompts separate in layer {separating_layer}):", *_describe_space(space, last_layer)]
+    if space.start is not None:
+        lines += ["first trials:", *(f"  {line}" for line in _describe_space(space.start, last_layer) if line not in lines)]
+    return "\n  ".join(lines)
 
 
 def _describe_space(space: SearchSpace, last_layer: int) -> list[str]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
 from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -15,7 +16,7 @@ from ..editing.ablation import Ablation
 from ..evaluator import Score
 from ..study.batching import MAX_TRIALS_PER_BATCH
 from ..study.front import is_counted
-from ..study.learned_edits import LearnedEdits
+from ..study.learned_edits import LearnedEdits, learned_trials
 from ..study.samplers import Sampling, SearchSampler
 from ..study.search import Limit, ObjectiveValues, Scores, ScoreTrials, Search
 from ..study.space import SearchSpace
@@ -77,6 +78,9 @@ class SharedSearch(Search):
         self.heartbeats = Heartbeats(storage)
         self.identity = worker_identity()
         self.study.sampler = SearchSampler(self._sampler)
+
+    def _sampler(self, number: int) -> BaseSampler:
+        return super()._sampler(max(0, number - len(learned_trials(self.study))))
 
     def _find_interrupted_trials(self) -> list[tuple[Trial, Ablation]]:
         return []  # a lost worker's trials are requeued by `fail_stale_trials`

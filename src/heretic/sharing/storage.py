@@ -37,7 +37,7 @@ from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
 from ..privacy import shown_location
 from ..study.journal import JournalFile, JournalLock, journal_errors
-from ..utils import Progress, SilentProgress, format_duration
+from ..utils import Progress, SilentProgress, first_line, format_duration
 
 # How long to wait for an unreachable storage, and how often to retry.
 MAX_WAIT_SECONDS = 600.0
@@ -345,5 +345,4 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     details = getattr(error, "details", None)  # of gRPC
-    text = str(details() if callable(details) else error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."
+    return first_line((callable(details) and details()) or error).rstrip(".") + "."

@@ -21,9 +21,8 @@ LEARNING_FAILED = "learning_failed"
 
 
 def lacks_learned_trials(study: optuna.Study, settings: Settings) -> bool:
-    """Whether learned trials are missing: not if learning failed, nor in a study of an earlier version, unless requested now."""
-    is_known = "n_learned_trials" in {*study.user_attrs["settings"], *settings.model_fields_set}
-    return is_known and LEARNING_FAILED not in study.user_attrs and len(learned_trials(study)) < settings.n_learned_trials
+    """Whether learned trials are missing that can be learned."""
+    return LEARNING_FAILED not in study.user_attrs and len(learned_trials(study)) < settings.n_learned_trials
 
 
 @dataclass(frozen=True)

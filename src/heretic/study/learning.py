@@ -51,7 +51,7 @@ LATER_RATE = 0.7
 # Tokens of harmless answers that are held, and of responses to harmful prompts that are looked at.
 ANSWER_TOKENS, RESPONSE_TOKENS = 8, 24
 # Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
-ROUND_PROMPTS = 12
+ROUND_PROMPTS = 8
 KEPT_BACK, MOST_KEPT_BACK = 0.2, 12
 # Harmful prompts at which the original's answers are begun with other words than its own, and how many first tokens are tried.
 BRANCH_PROMPTS, BRANCHES = 24, 4
@@ -255,11 +255,12 @@ class Learner:
         planned, most = (FIRST_ROUNDS, FIRST_ROUNDS) if number == 0 else (LATER_ROUNDS, MOST_LATER_ROUNDS)
         before = math.inf if self._reached is None else self._reached.weighted(weight)
         best: tuple[float, int, dict[str, Tensor], Losses] | None = None
-        n_steps = n_without_gain = 0
+        n_steps = n_without_gain = refused = 0
         for done in range(most + 1):
-            kept_back = self.kept_bad if done else []  # where a trial begins is the trial before
-            asked = rng.sample(self.bad, min(ROUND_PROMPTS, len(self.bad))) if done < most else []
-            refused = sum(self._respond([*kept_back, *asked])[: len(kept_back)])
+            if done or number == 0:  # a later trial begins where the one before ended, which has asked
+                kept_back = self.kept_bad if done else []
+                asked = rng.sample(self.bad, min(ROUND_PROMPTS, len(self.bad))) if done < most else []
+                refused = sum(self._respond([*kept_back, *asked])[: len(kept_back)])
             if done:
                 losses = self._kept_back_losses()
                 loss = losses.weighted(weight)

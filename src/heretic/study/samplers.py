@@ -1,17 +1,17 @@
 """Optuna's samplers: a new one is created for every trial, seeded for that trial."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config import SamplerName, Settings
 from ..errors import UsageError
-from ..parameters import FirstTrial
+from ..parameters import Choice, FirstTrial, Range
 from .front import search_view
 
 N_EI_CANDIDATES = 128
@@ -25,6 +25,11 @@ class Sampling:
     n_startup_trials: int
     sampler: SamplerName = "tpe"
     first_trials: Sequence[FirstTrial] = ()
+
+    @property
+    def n_start_trials(self) -> int:
+        """How many of the random trials come from the start of the search space. Not for samplers whose random trials are all alike."""
+        return self.n_startup_trials // 2 if self.sampler in ("tpe", "gp") else 0
 
     @classmethod
     def of(cls, settings: Settings) -> "Sampling":
@@ -53,6 +58,19 @@ class SearchSampler(BaseSampler):  # type: ignore[misc]
 
     def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._sampler.after_trial(search_view(study), trial, state, values)
+
+
+class StartSampler(RandomSampler):  # type: ignore[misc]
+    """Draws from ranges that are narrower than the search space's, by parameter name."""
+
+    def __init__(self, ranges: Mapping[str, Choice], seed: int) -> None:
+        super().__init__(seed)
+        self._ranges = ranges
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> object:
+        if isinstance(own := self._ranges.get(name), Range):
+            distribution = FloatDistribution(own.low, own.high, log=own.log)
+        return super().sample_independent(study, trial, name, distribution)
 
 
 def check_sampler(name: SamplerName) -> None:

@@ -17,7 +17,7 @@ from .failures import is_bug, reason
 from .front import ablation_of, front_of, is_counted, refusal_limit
 from .journal import journal_errors
 from .learned_edits import LearnedEdits
-from .samplers import Sampling, make_sampler
+from .samplers import Sampling, StartSampler, make_sampler
 from .space import SearchSpace, fixed_parameters, suggest
 
 # For a KL divergence, the number of refusals above which a trial is dominated and can be stopped.
@@ -95,6 +95,8 @@ class Search:
 
     def _sampler(self, number: int) -> BaseSampler:
         (seed,) = np.random.SeedSequence([self.sampling.seed, number]).generate_state(1)
+        if self.space.start is not None and number < self.sampling.n_start_trials:
+            return StartSampler(self.space.start.choices(), int(seed))
         return make_sampler(self.sampling.sampler, self.sampling.n_startup_trials, int(seed))
 
     def _next_first_trial(self) -> dict[str, float | str] | None:

@@ -1,6 +1,6 @@
 """The search space of a model: the setting `parameters`, resolved for its components and depth, and drawing trials from it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from optuna.trial import Trial
 from pydantic import BaseModel, ConfigDict
@@ -12,11 +12,23 @@ from ..parameters import Choice, DirectionScope, FirstTrial, FractionChoice, Fra
 
 # Always in this order: Optuna does not allow the choices of a study to change.
 DIRECTION_SCOPES: list[DirectionScope] = ["global", "per layer"]
-# "auto" for models that decide late: the refusal direction is strongest past the middle of the layers (Arditi et al. 2024), and edits work
-# best in the upper ones. If the prompts separate in a lower layer, the range begins there (see bench/LOG.md).
-USUAL = {"direction_index": (0.4, 0.9), "max_weight_position": (0.6, 1.0)}
-# Edits of MLPs may cost more than they gain, so the search may leave them out: their strengths begin at 0 (see bench/LOG.md).
-USUAL_STRENGTH, MLP_STRENGTH = Range(low=0.8, high=1.5), Range(low=0.0, high=1.5)
+# What "auto" searches, and what the first trials are drawn from: most strong, wide edits destroy deep models, and nothing else suffices for
+# some small ones. So narrow ones come first, then the sampler goes where it is better (see bench/LOG.md). Models that decide late need
+# late edits: the refusal direction is strongest past the middle of the layers (Arditi et al. 2024). If the prompts separate in a lower
+# layer, ranges of layers begin there. Edits of MLPs may cost more than they gain, so narrow ones may leave them out.
+AUTO = {
+    "direction_index": FractionRange(low=0.4, high=0.9),
+    "max_weight": Range(low=0.0, high=3.0),
+    "max_weight_position": FractionRange(low=0.3, high=1.0),
+    "min_weight_distance": FractionRange(low=0.0, high=1.0),
+}
+START = AUTO | {
+    "max_weight": Range(low=0.8, high=1.5),
+    "max_weight_position": FractionRange(low=0.6, high=1.0),
+    "min_weight_distance": FractionRange(low=0.0, high=0.6),
+}
+MLP_START = START | {"max_weight": Range(low=0.0, high=1.5)}
+PLACES = ("direction_index", "max_weight_position")
 
 KERNEL = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
 
@@ -33,13 +45,17 @@ class KernelSpace(BaseModel):
 
 
 class SearchSpace(BaseModel):
-    """The search space of one model. Positions and distances are fractions of the last layer index."""
+    """The search space of one model. Positions and distances are fractions of the last layer index.
+
+    `start`: a narrower one, which the first trials are drawn from.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     direction_scope: list[DirectionScope]
     direction_index: FractionChoice
     components: dict[str, KernelSpace]
+    start: "SearchSpace | None" = None
 
     def choices(self) -> dict[str, Choice]:
         """All numbers, by their parameter name in Optuna's trials."""
@@ -62,29 +78,38 @@ def search_space(settings: Settings, components: Sequence[str], last_layer: int,
     enabled = [component for component in components if component not in settings.disabled_components]
     if not enabled:
         raise UsageError(f"disabled_components disables all components of the model: {', '.join(components)}.")
-    one_layer = 1 / max(last_layer, 1)
-    start = 1.0 if separating_layer is None else separating_layer * one_layer
-
-    def resolved(name: str, component: str | None = None) -> Choice:
-        choice = settings.parameters.choice(name, component)
-        if choice != "auto":
-            return choice
-        if name == "max_weight":
-            return MLP_STRENGTH if (component or "").startswith("mlp.") else USUAL_STRENGTH
-        low, high = USUAL[name]
-        return FractionRange(low=min(low, start), high=high)
-
-    kernels = {}
-    for component in enabled:
-        choices = {name: resolved(name, component) for name in KERNEL}
-        choices["min_weight_distance"] = _at_least(choices["min_weight_distance"], one_layer)
-        kernels[component] = KernelSpace.model_validate(choices)
-    scopes = [scope for scope in DIRECTION_SCOPES if scope in settings.parameters.direction_scope]
-    index = resolved("direction_index")
-    space = SearchSpace.model_validate({"direction_scope": scopes, "direction_index": index, "components": kernels})
+    space = _resolved(settings, enabled, last_layer, separating_layer, lambda component: AUTO)
+    start = _resolved(
+        settings, enabled, last_layer, separating_layer, lambda component: MLP_START if component.startswith("mlp.") else START
+    )
+    if start != space:
+        space = space.model_copy(update={"start": start})
     for i, point in enumerate(settings.first_trials):
         fixed_parameters(point, space, f"first_trials.{i}")
     return space
+
+
+def _resolved(
+    settings: Settings,
+    components: Sequence[str],
+    last_layer: int,
+    separating_layer: int | None,
+    automatic: Callable[[str], Mapping[str, Range]],
+) -> SearchSpace:
+    """The search space with these ranges for "auto", which a component is given for."""
+    one_layer = 1 / max(last_layer, 1)
+
+    def resolved(name: str, component: str | None = None) -> Choice:
+        choice = settings.parameters.choice(name, component)
+        if choice == "auto":
+            choice = automatic(component or "")[name]
+            if name in PLACES and separating_layer is not None:
+                choice = choice.model_copy(update={"low": min(choice.low, separating_layer * one_layer)})
+        return _at_least(choice, one_layer) if name == "min_weight_distance" else choice
+
+    kernels = {c: KernelSpace.model_validate({name: resolved(name, c) for name in KERNEL}) for c in components}
+    scopes = [scope for scope in DIRECTION_SCOPES if scope in settings.parameters.direction_scope]
+    return SearchSpace.model_validate({"direction_scope": scopes, "direction_index": resolved("direction_index"), "components": kernels})
 
 
 def _check_components(setting: str, named: Iterable[str], components: Sequence[str]) -> None:
