@@ -160,7 +160,7 @@ def test_the_study_tells_of_learned_trials(finished: Path) -> None:
         assert isinstance(attributes["refusals"], int) and isinstance(attributes["kl_divergence"], float)
         assert trial.values[0] == attributes["refusals"] / N_EVALUATED
         own = attributes["learned"]
-        assert (own["number"], own["weight"], own["steps"]) == (number, [12.0, 0.7][number], [2, 1][number] * learning.ROUND_STEPS)
+        assert (own["number"], own["weight"], own["steps"]) == (number, [12.0, 0.07][number], [2, 1][number] * learning.ROUND_STEPS)
         names = [f"model.layers.{i}.{name}" for i in range(8) for name in ("self_attn.o_proj", "mlp.down_proj")]
         assert [writer["writer"] for writer in own["writers"]] == names
         assert [writer["layer"] for writer in own["writers"]] == [i for i in range(8) for _ in range(2)]

@@ -386,6 +386,8 @@ def xet_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The hub with the client's Xet turned on, which gives up on a lost connection after two tries."""
     from huggingface_hub.utils import _xet
 
+    if not hasattr(_xet, "abort_xet_session"):
+        pytest.skip("this version of the client keeps its connections to Xet, so that the settings for tests do not reach it")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")

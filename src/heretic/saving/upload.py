@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: the base class of its HTTP client's errors
     HfHubHTTPError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from ..config import Settings
 from ..errors import ExportError
@@ -184,7 +185,7 @@ class _Hub:
         additions = _additions(folder)
         large = [addition for addition in additions if addition.upload_info.size >= LARGE]
         total = sum(addition.upload_info.size for addition in additions)
-        self._ask(partial(_check_card, folder))
+        self._ask(partial(_check_card, folder, self._api.endpoint))
         self._progress.message(f"Uploading {len(additions)} files ({format_size(total)}) to {self.repo_id}")
         for i, addition in enumerate(large, 1):
             size = format_size(addition.upload_info.size)
@@ -262,19 +263,23 @@ class _Hub:
         return failure
 
 
-def _check_card(folder: Path) -> None:
-    """Raise `ValueError` if the hub rejects the card's metadata. Otherwise it would do so after the large files were sent."""
-    try:
-        ModelCard((folder / CARD).read_text(encoding="utf-8")).validate()
-    except ValueError as error:
+def _check_card(folder: Path, endpoint: str) -> None:
+    """Raise `ValueError` if the hub rejects the card's metadata. Otherwise it would do so after the large files were sent.
+
+    The request is the one of `ModelCard.validate`, which in older versions of the client asks huggingface.co whatever the endpoint is.
+    """
+    card = {"repoType": "model", "content": (folder / CARD).read_text(encoding="utf-8")}
+    response = get_session().post(f"{endpoint}/api/validate-yaml", json=card, headers={"Accept": "text/plain"})
+    if response.status_code == 400:
         try:
-            reason = "; ".join(str(item["message"]) for item in json.loads(str(error))["errors"])
+            reason = "; ".join(str(item["message"]) for item in json.loads(response.text)["errors"])
         except (ValueError, LookupError, TypeError):
-            reason = str(error)
+            reason = response.text
         raise ValueError(
             f"the hub rejects the metadata of the model card: {reason}. It was copied from the original's card. Save the model to a folder "
             "instead (--model-action save), fix README.md there, and upload the folder with `hf upload`."
-        ) from error
+        )
+    hf_raise_for_status(response)
 
 
 def _additions(folder: Path) -> list[CommitOperationAdd]:

@@ -35,7 +35,7 @@ from ..scoring.responses import Kind, RefusalRule, normalize
 from .passes import Losses, Passes, Term
 
 # The weight of the refusals in each of eight trials; other numbers of trials spread over the same range.
-WEIGHTS = (12.0, 12.0, 6.0, 6.0, 3.0, 3.0, 1.5, 0.7)
+WEIGHTS = (12.0, 6.0, 3.0, 1.5, 0.7, 0.35, 0.15, 0.07)
 # What answers to harmful prompts count, beside those to harmless ones.
 ANSWERS_WEIGHT = 0.3
 # Prompts of each kind in a step.
