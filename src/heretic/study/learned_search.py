@@ -52,7 +52,7 @@ class LearnedTrials:
             learner = self._learner(prompts, done)
             n_left = n_trials - len(done)
             total = (n_left * LATER_ROUNDS + (0 if done else FIRST_ROUNDS - LATER_ROUNDS)) * ROUND_STEPS
-            with progress.task(f"Learning {n_left} edits", total) as advance:
+            with progress.task("Learning 1 edit" if n_left == 1 else f"Learning {n_left} edits", total) as advance:
                 for number in range(len(done), n_trials):
                     start, weight = time.perf_counter(), learner.next_weight()
                     outcome = learner.learn(number, weight, advance, should_stop)
