@@ -51,8 +51,8 @@ def take_samples(
     original = kept.get("original") or _responses(model, prompts, [], max_new_tokens, "Responses of the original")[0]
     if missing:
         ablations = [ablation_of(trial) for trial in missing]
-        trials = "1 trial" if len(missing) == 1 else f"{len(missing)} trials"
-        found = _responses(model, prompts, ablations, max_new_tokens, f"Responses of {trials} of the front")
+        told = "1 trial" if len(missing) == 1 else f"{len(missing)} trials"
+        found = _responses(model, prompts, ablations, max_new_tokens, f"Responses of {told} of the front")
         trials |= {str(trial.number): responses for trial, responses in zip(missing, found, strict=True)}
     verdicts = {name: [rule.described(text, is_cut_off=True) for text in found] for name, found in {"original": original, **trials}.items()}
     return {"prompts": texts, "original": original, "trials": trials, "verdicts": verdicts}
