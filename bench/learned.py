@@ -41,7 +41,7 @@ from heretic.saving.record import Result
 from heretic.scoring.measured import measure_original
 from heretic.specifications import PromptSpecification
 from heretic.study.batching import automatic_trials_per_batch
-from heretic.study.learning import Learner, Parts, weights
+from heretic.study.learning import Learner, Parts
 from heretic.study.samplers import Sampling
 from heretic.study.search import Search
 from heretic.study.space import search_space
@@ -108,8 +108,8 @@ class Subject:
         sequence: list[float] = []
         steps = 0
         floor = self.floor()
-        for number, weight in enumerate(weights(n_trials)):
-            start = now()
+        for number in range(n_trials):
+            start, weight = now(), learner.next_weight()
             with floor.counted(self.model.model):
                 outcome = learner.learn(number, weight, lambda n: None)
             seconds += now() - start

@@ -160,7 +160,8 @@ def test_the_study_tells_of_learned_trials(finished: Path) -> None:
         assert isinstance(attributes["refusals"], int) and isinstance(attributes["kl_divergence"], float)
         assert trial.values[0] == attributes["refusals"] / N_EVALUATED
         own = attributes["learned"]
-        assert (own["number"], own["weight"], own["steps"]) == (number, [12.0, 0.07][number], [2, 1][number] * learning.ROUND_STEPS)
+        assert (own["number"], own["steps"]) == (number, [2, 1][number] * learning.ROUND_STEPS)
+        assert own["weight"] in [(12.0,), (6.0, pytest.approx(10.2))][number]
         names = [f"model.layers.{i}.{name}" for i in range(8) for name in ("self_attn.o_proj", "mlp.down_proj")]
         assert [writer["writer"] for writer in own["writers"]] == names
         assert [writer["layer"] for writer in own["writers"]] == [i for i in range(8) for _ in range(2)]
@@ -495,6 +496,7 @@ def test_a_trial_that_gets_worse_goes_on(
         taught.edit.strengths.data += 0.001
 
     before = taught.edit.state()
+    monkeypatch.setattr(taught, "_weight", 2.5)
     monkeypatch.setattr(taught, "_reached", learning.Losses(0.2, 0.2))  # with weight 2: 0.6, and up to 0.75 is not worse
     monkeypatch.setattr(taught, "_kept_back_losses", kept_back)
     monkeypatch.setattr(taught, "_step", step)
@@ -504,6 +506,19 @@ def test_a_trial_that_gets_worse_goes_on(
     assert outcome.loss == pytest.approx(0.1 + 2 * refusing[kept]) and torch.equal(taught.edit.strengths, seen[kept]["strengths"])
     assert sum(advanced) == learning.LATER_ROUNDS * learning.ROUND_STEPS  # what was announced
     taught.edit.restore(before)
+
+
+def test_the_weight_of_the_refusals_falls_fast_while_nothing_refuses(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taught, "_weight", None)
+    assert taught.next_weight() == 12
+    monkeypatch.setattr(taught, "_weight", 4.0)
+    for refusing, expected in ((0.0, 2.0), (0.029, 2.0), (0.03, 3.4), (2.0, 3.4)):
+        monkeypatch.setattr(taught, "_reached", learning.Losses(0.1, refusing))
+        assert taught.next_weight() == pytest.approx(expected)
+    tensors, facts = taught.state()
+    monkeypatch.setattr(taught, "_weight", 1.0)
+    taught.restore(tensors, json.loads(json.dumps(facts)))
+    assert taught.next_weight() == pytest.approx(3.4), "a resumed run goes on from there"
 
 
 def test_a_gradient_that_is_not_finite(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:

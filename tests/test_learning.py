@@ -31,7 +31,6 @@ from heretic.saving.record import Result
 from heretic.scoring.openings import DEPTH, Openings
 from heretic.study import passes
 from heretic.study.front import search_view
-from heretic.study.learning import WEIGHTS, weights
 from heretic.study.passes import Originals, Term, checkpointed
 from heretic.study.samplers import Sampling, make_sampler
 from heretic.study.search import Search
@@ -372,13 +371,6 @@ def test_openings_are_told_by_their_first_tokens_and_kept() -> None:
     other = Openings()
     other.restore(json.loads(json.dumps(openings.state())))
     assert other.state() == openings.state() and other.deciding((1, 2)) == [3]
-
-
-def test_weights_fall_over_the_same_range() -> None:
-    assert weights(8) == list(WEIGHTS) and weights(1) == [WEIGHTS[0]]
-    assert weights(2) == [WEIGHTS[0], WEIGHTS[-1]] and len(weights(20)) == 20
-    for n in range(1, 21):
-        assert weights(n) == sorted(weights(n), reverse=True)
 
 
 # Passes

@@ -13,7 +13,7 @@ from ..evaluator import Evaluator
 from ..prompts import Prompt
 from .journal import journal_errors
 from .learned_edits import LearnedEdits, State, described, learned_trials
-from .learning import FIRST_ROUNDS, LATER_ROUNDS, ROUND_STEPS, Learner, weights
+from .learning import FIRST_ROUNDS, LATER_ROUNDS, ROUND_STEPS, Learner
 from .search import score_batch
 
 # The study's attribute with the reason why no edit could be learned.
@@ -53,8 +53,8 @@ class LearnedTrials:
             n_left = n_trials - len(done)
             total = (n_left * LATER_ROUNDS + (0 if done else FIRST_ROUNDS - LATER_ROUNDS)) * ROUND_STEPS
             with progress.task(f"Learning {n_left} edits", total) as advance:
-                for number, weight in list(enumerate(weights(n_trials)))[len(done) :]:
-                    start = time.perf_counter()
+                for number in range(len(done), n_trials):
+                    start, weight = time.perf_counter(), learner.next_weight()
                     outcome = learner.learn(number, weight, advance, should_stop)
                     if outcome is None:
                         return

@@ -10,8 +10,9 @@ The loss of a step, over some harmless and some harmful prompts of those that th
   begins are left out of its probabilities. So the edited model answers as the original would, if it did. Answers are the original's own,
   begun with other first tokens than its likeliest, and the edited model's.
 
-Trials follow each other with falling weights, each from where the one before it ended, so that together they are a trade-off. A part of the
-prompts is kept back: its loss says when a trial is done, and which of its moments is the best.
+Trials follow each other with falling weights, each from where the one before it ended, so that together they are a trade-off. Weights fall
+fast while nothing refuses, and slowly then: models differ in how little it takes, and in how many steps. A part of the prompts is kept
+back: its loss says when a trial is done, and which of its moments is the best.
 """
 
 import math
@@ -34,8 +35,10 @@ from ..scoring.openings import Openings
 from ..scoring.responses import Kind, RefusalRule, normalize
 from .passes import Losses, Passes, Term
 
-# The weight of the refusals in each of eight trials; other numbers of trials spread over the same range.
-WEIGHTS = (12.0, 6.0, 3.0, 1.5, 0.7, 0.35, 0.15, 0.07)
+# The weight of the refusals in the first trial, and what it is multiplied by from trial to trial: while the loss of refusals at the prompts
+# kept back is below so much, and else.
+FIRST_WEIGHT = 12.0
+FASTER, SLOWER, FEW_REFUSALS = 0.5, 0.85, 0.03
 # What answers to harmful prompts count, beside those to harmless ones.
 ANSWERS_WEIGHT = 0.3
 # Prompts of each kind in a step.
@@ -125,7 +128,9 @@ class Learner:
         self.openings = Openings()
         self._own_openings = Openings()  # of the original's responses to harmful prompts alone
         self.paths: dict[int, list[Path]] = {}
-        self._reached: Losses | None = None  # at the prompts kept back, by the trial before
+        # Of the trial before: the weight of the refusals, and the losses at the prompts kept back.
+        self._weight: float | None = None
+        self._reached: Losses | None = None
         self.passes = Passes(model, self.edit)
         self._take_original()
         refused = [i for i, paths in sorted(self.paths.items()) if any(path.refuses for path in paths)]
@@ -243,6 +248,12 @@ class Learner:
         """The present edit as an ablation."""
         return Ablation(None, {}, self.edit.frozen())
 
+    def next_weight(self) -> float:
+        """The weight of the refusals in the next trial. It falls slowly once some prompts refuse: until then, less may be changed."""
+        if self._weight is None or self._reached is None:
+            return FIRST_WEIGHT
+        return self._weight * (FASTER if self._reached.refusing < FEW_REFUSALS else SLOWER)
+
     def learn(
         self, number: int, weight: float, advance: Callable[[int], None], should_stop: Callable[[], bool] = lambda: False
     ) -> Outcome | None:
@@ -280,7 +291,7 @@ class Learner:
         advance(max(0, planned - done) * ROUND_STEPS)
         assert best is not None
         self.edit.restore(best[2])
-        self._reached = best[3]
+        self._weight, self._reached = weight, best[3]
         return Outcome(best[0], best[1], n_steps)
 
     def _step(self, weight: float, rng: random.Random, rate: float) -> None:
@@ -300,22 +311,17 @@ class Learner:
         """All that the next trial begins with, as tensors and plain data."""
         paths = [[path.prompt, list(path.tokens), path.refuses] for own in self.paths.values() for path in own]
         reached = None if self._reached is None else [self._reached.held, self._reached.refusing]
-        return self.edit.state(), {"paths": paths, "openings": self.openings.state(), "reached": reached}
+        return self.edit.state(), {"paths": paths, "openings": self.openings.state(), "weight": self._weight, "reached": reached}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.edit.restore(tensors)
         self.openings.restore(facts["openings"])
+        self._weight = facts["weight"]
         self._reached = None if facts["reached"] is None else Losses(*facts["reached"])
         self.paths = {}
         for prompt, tokens, refuses in facts["paths"]:
             self.paths.setdefault(prompt, []).append(Path(prompt, tuple(tokens), refuses))
-
-
-def weights(n_trials: int) -> list[float]:
-    """The weights of the refusals in so many trials, falling."""
-    last = len(WEIGHTS) - 1
-    return [WEIGHTS[round(i * last / max(1, n_trials - 1))] for i in range(n_trials)]
 
 
 def _split(items: Sequence[int], rng: random.Random) -> tuple[list[int], list[int]]:
