@@ -208,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo_id}"}, {}
         if account["role"] != "write" or namespace not in (account["name"], *account["organizations"]):
             return _refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
-        self.hub.repositories[repo_id] = Repository(request.get("visibility") == "private", {".gitattributes": b"*.safetensors lfs\n"})
+        private = request.get("visibility") == "private" or bool(request.get("private"))  # as newer and older clients say it
+        self.hub.repositories[repo_id] = Repository(private, {".gitattributes": b"*.safetensors lfs\n"})
         return 200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}, {}
 
     def _repository(self, path: str, account: dict[str, Any], body: bytes) -> tuple[int, Any, dict[str, str]]:
