@@ -15,6 +15,8 @@ from ..parameters import Choice, FirstTrial, Range
 from .front import search_view
 
 N_EI_CANDIDATES = 128
+# At least so many trials begin a search in the narrower ranges, however short it is: else 12 trials of a deep model mostly destroy it.
+MIN_START_TRIALS = 6
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Sampling:
 
     @property
     def n_start_trials(self) -> int:
-        """How many of the random trials come from the start of the search space. Not for samplers whose random trials are all alike."""
-        return self.n_startup_trials // 2 if self.sampler in ("tpe", "gp") else 0
+        """How many of the first trials come from the start of the search space. None for samplers whose random trials are all alike."""
+        return max(MIN_START_TRIALS, self.n_startup_trials // 2) if self.sampler in ("tpe", "gp") else 0
 
     @classmethod
     def of(cls, settings: Settings) -> "Sampling":
