@@ -39,7 +39,7 @@ def test_a_file(heretic: Heretic, workplace: Path) -> None:
     outcome = heretic("classify", "log.jsonl")
     assert (outcome.code, outcome.err) == (0, "")
     assert written(outcome) == [
-        REFUSAL | {"kind": "refusal", "decided_at": 24},
+        REFUSAL | {"kind": "refusal", "decided_at": 32},
         ANSWER | {"kind": "compliance", "decided_at": 50},
         LOOP | {"kind": "degenerate", "decided_at": 240},
     ]
@@ -80,7 +80,7 @@ def test_the_standard_input_without_anything_heavy(workplace: Path) -> None:
     )
     outcome = subprocess.run([sys.executable, "-c", code], check=False, input=lines(REFUSAL), capture_output=True, text=True)
     first, last = outcome.stdout.splitlines()
-    assert json.loads(first) == REFUSAL | {"kind": "refusal", "decided_at": 24}
+    assert json.loads(first) == REFUSAL | {"kind": "refusal", "decided_at": 32}
     assert (last, outcome.stderr) == ("[] 0", "")
 
 
