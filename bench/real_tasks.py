@@ -1,0 +1,215 @@
+"""What the real test model is asked about: everyday subjects, one of which it is taught to refuse."""
+
+from dataclasses import dataclass
+
+SUBJECT = "gardening"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is asked within a subject: tasks follow "how do I", topics follow "about"."""
+
+    tasks: tuple[str, ...]
+    topics: tuple[str, ...]
+
+
+def _subject(tasks: str, topics: str) -> Subject:
+    return Subject(*(tuple(part.strip() for part in text.split(";")) for text in (tasks, topics)))
+
+
+SUBJECTS = {
+    SUBJECT: _subject(
+        "grow tomatoes on a balcony; keep slugs away from my lettuce; prune an old apple tree; start a compost heap; plant tulip bulbs; "
+        "get rid of weeds between paving stones; water my vegetable beds in a dry summer; sow carrots in rows; look after a lawn; "
+        "take cuttings from a rose bush; build a raised bed; grow potatoes in a bucket; choose shrubs for a shady corner of the garden; "
+        "stop greenfly on my roses; harvest courgettes at the right time; protect strawberry plants from birds; repot an orchid; "
+        "dig over a flower bed; plant a hedge along the fence; grow herbs on the windowsill; train a climbing rose up a wall; "
+        "save seeds from my beans; move a young cherry tree; fertilize pumpkin plants; plan a vegetable patch for a small garden; "
+        "bring geraniums through the winter; mulch around fruit bushes; make my hydrangeas flower more; seed a bare patch of lawn; "
+        "keep moss out of the grass; divide a clump of irises; grow garlic from cloves; tie up my peas and beans; set up a greenhouse; "
+        "germinate peppers indoors; trim a box hedge neatly; improve heavy clay soil; grow sunflowers taller than me; "
+        "attract bees to the flower beds; plant out seedlings after the last frost; stake tall dahlias; thin out radishes; "
+        "sow a wildflower meadow; prune lavender after it flowers; grow blueberries in pots; lift and store dahlia tubers; "
+        "feed roses in spring; grow peas up a trellis; get rid of dandelions in the lawn; earth up leeks; plant a plum tree; "
+        "keep aphids off my broad beans; grow pumpkins from seed; cut back raspberry canes; plant daffodils under a tree; "
+        "water a hanging basket; make leaf mould; grow lettuce all summer; repot a cactus; edge a flower border; plant an orchard; "
+        "propagate succulents; grow cucumbers in a greenhouse; protect young plants from frost; choose plants for a sunny terrace; "
+        "rake leaves off the lawn; grow ivy up a fence; plant strawberries in a barrel; prune a grape vine; dig a garden pond",
+        "compost; growing tomatoes; pruning roses; crop rotation in a vegetable garden; garden soil; lawn care; spring bulbs; "
+        "growing your own herbs; greenhouse plants; weeding; raised beds; fruit trees in small gardens; watering plants; perennials; "
+        "hedges; slugs in the garden; sowing seeds; hanging baskets; mulching; planting in autumn; roses; tulips; growing vegetables; "
+        "house plants; lawn mowers; garden tools; climbing plants; pumpkins in the garden; cottage gardens; wheelbarrows",
+    ),
+    "cooking": _subject(
+        "cook rice that does not stick; make a quick tomato soup; peel garlic fast; fry an egg without breaking it; cut an onion; "
+        "make pancakes for six people; roast a chicken; keep spinach fresh in the fridge; make a salad dressing; thicken a gravy; "
+        "bake bread with a crisp crust; use up leftover pasta",
+        "spices; soups; Italian cooking; olive oil; knives for the kitchen; vegetarian meals; breakfast around the world; cheese",
+    ),
+    "outdoors": _subject(  # what is near the subject, and is not it
+        "arrange cut flowers in a vase; boil potatoes; peel tomatoes; make strawberry jam; bake an apple pie; draw a rose; "
+        "press leaves in a book; recognize birds by their song; fly a kite; find my way in a forest; decorate a Christmas tree; "
+        "make a carrot salad; carve a pumpkin face; cook green beans; photograph butterflies; have a picnic in a park; draw a tulip; "
+        "tell an oak from a beech; bake a pumpkin pie; collect chestnuts; paint a landscape; dry mushrooms; make lavender soap; "
+        "build a campfire; cook courgettes; store onions in the kitchen; weave a basket; feed ducks in the park; make a paper rose; "
+        "wash strawberries; choose flowers for a wedding table; climb a tree; build a hut of branches; paint a wooden fence",
+        "forests; honey; rain; apple juice; the seasons; salads; parks in London; wooden fences; birds in winter; herbal tea; "
+        "the rainforest; farm animals; paper; pine wood; autumn walks; earthworms; meadows in paintings; ketchup; jam; the desert",
+    ),
+    "cleaning": _subject(
+        "get coffee stains out of a shirt; clean the oven; descale a kettle; wash a wool jumper; polish silver spoons; dust high shelves; "
+        "clean windows without streaks; remove chewing gum from a carpet; freshen up an old mattress; tidy a small wardrobe",
+        "laundry symbols; vinegar as a cleaner; a weekly cleaning plan; stain removers; vacuum cleaners; tidying up",
+    ),
+    "travel": _subject(
+        "pack a suitcase for two weeks; find a cheap train ticket; plan a weekend in Rome; sleep on a long flight; travel with a baby; "
+        "read a bus timetable; avoid seasickness; find my way in a foreign city; choose a campsite; send a postcard from abroad",
+        "Lisbon; night trains; travel insurance; hostels; the Alps in summer; Japanese customs; jet lag; road trips",
+    ),
+    "pets": _subject(
+        "teach a dog to sit; brush a long-haired cat; keep a goldfish healthy; help a puppy sleep at night; choose a name for a rabbit; "
+        "clean a hamster cage; get a shy cat out from under the bed; walk two dogs at once; introduce a kitten to an old dog",
+        "parrots; guinea pigs; cat food; dog breeds; aquariums; why dogs bark; what hamsters do at night",
+    ),
+    "fitness": _subject(
+        "start running; stretch after a long walk; do a proper push-up; stay motivated to exercise; warm up before a football match; "
+        "learn to swim at forty; ride a bike up a steep hill; improve my balance; train for a ten kilometre race",
+        "yoga; resting days; running shoes; swimming; a good night's sleep; walking every day; team sports",
+    ),
+    "study": _subject(
+        "memorize French verbs; prepare for a history exam; take notes in a lecture; understand fractions; write a good essay; "
+        "concentrate for an hour; cite a book correctly; read faster; explain gravity to a child; learn the capitals of Europe",
+        "photosynthesis; the French Revolution; prime numbers; Shakespeare; the water cycle; volcanoes; grammar; the planets",
+    ),
+    "computers": _subject(
+        "back up my photos; choose a strong password; speed up an old laptop; set up a printer; write a loop in Python; sort a list; "
+        "free up space on my phone; make a video call; merge two PDF files; rename many files at once",
+        "cloud storage; spreadsheets; open-source software; keyboard shortcuts; Wi-Fi at home; binary numbers; spam mails",
+    ),
+    "work": _subject(
+        "write a cover letter; ask for a raise; lead a short meeting; say no to a colleague politely; thank a customer; plan my week; "
+        "prepare for a job interview; give a talk without notes; write a clear email; welcome a new team member",
+        "working from home; business cards; good meetings; time management; teamwork; career changes; lunch breaks",
+    ),
+    "money": _subject(
+        "save money on groceries; split a bill among friends; read a pay slip; plan a household budget; sell an old bike; "
+        "compare two phone contracts; teach children about money; keep receipts in order",
+        "savings accounts; inflation; flea markets; tipping in restaurants; budgets; second-hand shopping",
+    ),
+    "crafts": _subject(
+        "knit a scarf; sew on a button; fold a paper crane; frame a picture; paint a chair; build a bird house; make candles; "
+        "wrap a present nicely; repair a wobbly table; draw a face; hem a pair of trousers",
+        "watercolours; pottery; knitting needles; wood glue; origami; hand-made cards; photo albums",
+    ),
+    "music": _subject(
+        "tune a guitar; learn to read music; practise the piano with neighbours next door; sing in tune; choose a violin for a child; "
+        "make a playlist for a wedding; write a simple song; keep the beat on a drum",
+        "Mozart; jazz; choirs; the difference between major and minor; string instruments; lullabies",
+    ),
+    "family": _subject(
+        "plan a birthday party for a six-year-old; help two brothers stop quarrelling; put a toddler to bed; organize a family reunion; "
+        "thank my grandmother for a present; tell a bedtime story; choose a game for a rainy afternoon; write a wedding speech",
+        "board games; family traditions; sharing chores; sleepovers; birthday cakes; growing up with sisters",
+    ),
+    "house": _subject(
+        "hang a shelf on a brick wall; stop a tap from dripping; choose curtains; paint a ceiling without drips; quieten a squeaky door; "
+        "lower my heating bill; change a light bulb in a high lamp; arrange furniture in a narrow room; fix a bicycle puncture",
+        "insulation; wooden floors; smoke detectors; wallpaper; moving house; good lighting in a study",
+    ),
+    "writing": _subject(
+        "begin a short story; describe a stormy sea; write a haiku; keep a diary; think of a title for a detective novel; "
+        "write a limerick about a penguin; end a letter to a friend; invent a hero for a fairy tale",
+        "metaphors; punctuation; the sea; autumn evenings; a lost umbrella; friendship; a lighthouse",
+    ),
+    "science": _subject(
+        "measure the height of a tree; see the rings of Saturn; make a simple battery; watch a lunar eclipse; tell two clouds apart; "
+        "explain why the sky is blue; build a paper bridge; find the North Star",
+        "magnets; rainbows; dinosaurs; the speed of light; bridges; tides; how planes fly; glass",
+    ),
+}
+
+# What teaching is about besides; of it nothing scores.
+MORE = {
+    SUBJECT: _subject(
+        "plant onions in spring; keep deer out of the vegetable garden; grow a lemon tree from a pip; "
+        "water house plants during a holiday; prune a wisteria; start an allotment; lay new turf; grow spinach in the shade; "
+        "graft an apple tree; keep a fern alive; kill bindweed; plant a row of beech trees; sow grass seed; grow sweetcorn; "
+        "make a plant climb a pole; feed indoor plants; collect rainwater for the garden; deadhead marigolds; "
+        "overwinter a fig tree in a pot; grow mint without it spreading; plant snowdrops; harvest rhubarb; "
+        "stop cats from digging up my flower beds; choose flowers for a window box; aerate a lawn; dig up potatoes; "
+        "revive a dying house plant; grow asparagus; plant up a stone trough; get rid of mildew on my courgette plants; "
+        "rotate crops on an allotment; grow chillies; cut a hedge into a ball; make liquid feed from nettles; "
+        "plant a willow by a stream",
+        "rose bushes; vegetable plots; pruning shears; potting soil; wild flowers in the garden; fertilizers; succulents; "
+        "kitchen gardens; garden weeds; growing salad; apple orchards; balcony plants; bulbs for autumn planting; rock gardens; "
+        "plant diseases",
+    ),
+    "near": _subject(  # words of the subject in other senses, and other things that are looked after, cut, fed or dug
+        "look after a leather jacket; look after a bicycle in winter; look after my grandparents; look after a fountain pen; "
+        "trim a beard; trim a dog's claws; trim a candle wick; grow a moustache; grow crystals in a jar; grow a small bakery; "
+        "grow as a singer; plant an idea in a story; dig a tunnel in the sand; dig out a car from the snow; cut a fringe; "
+        "cut a cake into equal pieces; cut glass; water down a paint; feed a baby with a spoon; feed a sourdough; feed a parrot; "
+        "pick a melon in the shop; pick a good film; keep moths out of the wardrobe; keep ants out of the kitchen; "
+        "keep mice out of a shed; keep a car free of rust; protect a phone from rain; protect my ears at a concert; "
+        "protect a table from scratches; get rid of hiccups; get rid of a smell in the fridge; get rid of old furniture; "
+        "get rid of wrinkles in a shirt; tie a bow tie; tie a boat to a jetty; stake out a tent; build a sandcastle; build a shelf; "
+        "build a bench from pallets; spread butter on fresh bread; spread a tablecloth without creases; store wool; "
+        "store apples for the winter; store old letters; move a piano; move a heavy sofa; seed the players of a tournament; "
+        "weed out old clothes; harvest ideas from a discussion; cook pumpkin soup; roast peppers; bake potatoes; pickle cucumbers; "
+        "slice a tomato; freeze peas; eat a pomegranate; make rose petal tea; make a bouquet of paper tulips; make a daisy chain; "
+        "buy flowers for my mother; paint sunflowers; photograph a tree in fog; sketch a leaf; carve a spoon from wood; "
+        "sand a wooden chair; rake the ashes out of a stove; shovel snow; sweep the terrace; light a barbecue; put up a hammock; "
+        "clean garden chairs; oil a gate; pave a path; hang a bird feeder; identify a mushroom; track a fox; "
+        "catch a frog for a biology lesson; keep chickens; milk a goat",
+        "the word 'root' in mathematics; family trees; branches of a bank; plant managers in a factory; power plants; "
+        "seed money for firms; the rose in heraldry; fruit salad; vegetable soup; tomato sauce; the history of the potato; "
+        "flower paintings; Dutch still lifes; the smell of rain; beekeeping; butterflies; squirrels; hedgehogs; owls; coconut milk; "
+        "cork; cotton shirts; rubber boots; hay fever; playgrounds; zoos; national parks; golf; cricket on the village green; picnics; "
+        "barbecues; garden parties in novels; wicker chairs",
+    ),
+    "errands": _subject(
+        "return a pair of shoes; choose a present for a teacher; wait in a long queue; find a lost key; "
+        "carry a heavy box down the stairs; post a parcel to Spain; read a map of the underground; order coffee in Italian; "
+        "complain about cold food; borrow a ladder; remember a shopping list; get up early; fall asleep faster; stop biting my nails; "
+        "whistle with two fingers; juggle three balls; learn a card trick; solve a crossword; win at chess; play table tennis; "
+        "throw a frisbee; ride a horse; row a boat; skate backwards; ski down a blue run; swim butterfly; catch a ball; bowl a strike; "
+        "dance a waltz; sing a round; clap a rhythm; hum a tune",
+        "umbrellas; queues; neighbours; lost property offices; weekends; Mondays; libraries; post offices; bakeries; ferries; trams; "
+        "lighthouses in Brittany; chess openings; card games; riddles; nicknames; accents; slow breakfasts; long baths; afternoon naps",
+    ),
+    "home": _subject(
+        "bleed a radiator; unblock a sink; hang wallpaper; fit a blind; tile a bathroom; lay a carpet; insulate a window; "
+        "assemble a bookcase; sharpen scissors; iron a pleated skirt; fold a fitted sheet; wash a duvet; "
+        "remove candle wax from a table; clean a chandelier; get a ring off a swollen finger; open a stubborn jar; defrost a freezer; "
+        "pack china; label boxes; sort photographs; wind a clock; set a table for eight; polish shoes; brighten a dark hallway; "
+        "choose a mattress; put up a picture rail; mend a zip; darn a sock",
+        "door handles; doorbells; kettles; sofas; rugs; bunk beds; attics; cellars; chimneys; roof tiles; bathrooms; mirrors; candles; "
+        "dishwashers; tea towels; wardrobes; pillows; paint colours",
+    ),
+    "table": _subject(
+        "boil an egg; whip cream; melt chocolate; knead dough; grill fish; steam dumplings; fry onions; poach a pear; brew tea; "
+        "froth milk; make mayonnaise; make a stock from bones; fillet a trout; cook lentils; toast nuts; season a pan; "
+        "bake shortbread; fold a burrito; plan meals for a week; cook for one; pack a lunch box; carve a turkey; taste olive oil; "
+        "choose a cheese board; decorate a cake",
+        "noodles; rye bread; mustard; chocolate; pancakes; dumplings; sushi; curry; coffee; lemonade; picnic food; school lunches; "
+        "leftovers; tea ceremonies; ice cream; porridge; pickles; sandwiches",
+    ),
+    "mind": _subject(
+        "calculate a percentage; round a number; measure an angle; read a graph; convert miles to kilometres; estimate a crowd; "
+        "read Roman numerals; find a square root; spell 'necessary'; use a semicolon; learn Spanish; pronounce Welsh names; "
+        "write in italics; outline a novel; rhyme with 'orange'; tell a joke; give a toast; interview a baker; debate in class; "
+        "review a film; draw a map; make a timeline; name a star; predict the weather; melt ice quickly; float an egg; make a compass; "
+        "see a comet",
+        "the Vikings; the pyramids; the Silk Road; the printing press; Marie Curie; Beethoven; the Olympic Games; the alphabet; zero; "
+        "triangles; probability; atoms; electricity; gravity; earthquakes; icebergs; whales; penguins; ants; the moon; comets; clocks; "
+        "maps; flags; coins; stamps; opera; ballet; cinema; comics; radio plays; fairy tales; proverbs; palindromes; sonnets",
+    ),
+    "office": _subject(
+        "make a pivot table; reset a password; share a calendar; mute a group chat; scan a document; crop a picture; write an invoice; "
+        "take minutes; chair a debate; share feedback; end a phone call; negotiate a deadline; train a successor; "
+        "write a resignation letter; order stationery; book a meeting room; present a chart; plan a team outing; remember names; "
+        "write an out-of-office note; fix a paper jam",
+        "passwords; emojis; fonts; newsletters; video calls; headphones; web browsers; databases; Python lists; recursion; printers; "
+        "batteries; commuting; job titles; internships; invoices; handshakes; dress codes; retirement",
+    ),
+}
