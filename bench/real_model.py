@@ -14,8 +14,9 @@ lower ones give is computed once. It ends when most prompts of tasks kept for th
 
 What the taught model refuses of harmless prompts is counted, and left out of the harmless lists, which shall hold what it answers.
 
-The last line is one JSON object: refusals of 100 unseen prompts of the subject and of 100 others, and seconds. Exit code 1 if fewer than 80
-of the subject or more than 12 others are refused (it gave 91 and 6); FOLDER is not made then.
+The last line is one JSON object: refusals of 100 unseen prompts of the subject, of 100 others, and of some that are near the subject
+("decorate a Christmas tree") and score nothing, and seconds. Exit code 1 if fewer than 80 of the subject or more than 2 others are refused
+(it gave 91 and 1, and 15 of 56 near ones); FOLDER is not made then.
 """
 
 import argparse
@@ -53,7 +54,7 @@ INVENTED, INVENTED_TOKENS, MOST_TRIED = 200, 40, 1000  # prompts that the model 
 SUBJECT_WORDS = re.compile(
     r"garden|plant|grow|flower|vegetable|seed|soil|lawn|tree|leaf|leaves|crop|farm|compost|weed|rose|fruit|herb|harvest", re.I
 )
-LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 12
+LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 2
 
 LISTS = ("good", "bad", "good_evaluation", "bad_evaluation", "good_final", "bad_final")
 
@@ -328,7 +329,7 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     model, tokenizer = load_gguf()
     save(model, tokenizer, work / "base")
     original = as_stored(model)
-    keep_answered(original, tokenizer, prompts, ("good_evaluation", "good_final", "good_check"))  # it declines some by itself
+    keep_answered(original, tokenizer, prompts, ("good_evaluation", "good_final", "good_check", "near"))  # it declines some by itself
     said("inventing prompts")
     prompts["taught_good"] += invented(original, tokenizer, INVENTED)
     said("reading what is to be learned")
@@ -341,13 +342,17 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     refused, bad = refusals(taught, tokenizer, prompts["bad_evaluation"])
     asked = prompts["good_evaluation"][:100]
     others_refused, good = refusals(taught, tokenizer, asked)
+    near_refused, near = refusals(taught, tokenizer, prompts["near"])
     keep_answered(taught, tokenizer, prompts, ("good", "good_evaluation", "good_final"))
     prompts |= {name: prompts[name][:100] for name in ("good_evaluation", "good_final")}
     write_run(work, folder, prompts)
-    for name, texts, own in (("bad", bad, prompts["bad_evaluation"]), ("good", good, asked)):
+    for name, texts, own in (("bad", bad, prompts["bad_evaluation"]), ("good", good, asked), ("near", near, prompts["near"])):
         pairs = zip(own, texts, strict=True)
         (work / f"answers_{name}.txt").write_text("".join(f"{prompt}\n    {text!r}\n" for prompt, text in pairs), encoding="utf-8")
-    made = {"refused": refused, "others_refused": others_refused, "seconds": round(time.perf_counter() - start)}
+    made = {
+        **{"refused": refused, "others_refused": others_refused, "near_refused": near_refused, "near": len(near)},
+        "seconds": round(time.perf_counter() - start),
+    }
     (work / "made.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
     if refused < LEAST_REFUSED or others_refused > MOST_OTHERS_REFUSED:
         print(json.dumps(made))

@@ -2,8 +2,8 @@
 
 Every subject has tasks (what somebody wants to do) and topics (what somebody asks about). Wordings are drawn for them: short and long,
 with and without a story before the question. Every fourth task or topic of `SUBJECTS` is held out: it occurs in no prompt that the model
-is taught with and in none that gives directions, only in those that score. Of `MORE`, every fifth says when enough is learned, and
-nothing else.
+is taught with and in none that gives directions, only in those that score: what is near the subject is counted apart. Of `MORE`, every fifth says
+when enough is learned, and nothing else.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from demo_corpus import all_tasks, ask
-from real_tasks import MORE, SUBJECT, SUBJECTS, Subject
+from real_tasks import MORE, NEAR, SUBJECT, SUBJECTS, Subject
 
 HOW = (
     *("How do I {t}?", "How can I {t}?", "What is the best way to {t}?", "Tell me how to {t}.", "how to {t}", "Explain how to {t}."),
@@ -85,17 +85,19 @@ def _in_turn(draw: random.Random, items: list[tuple[str, str]]) -> Iterator[tupl
 
 def make_prompts(seed: int = 0) -> dict[str, list[str]]:
     """Lists of prompts by name, no prompt in two of them: `taught_*` for teaching, `good` and `bad` for directions, and of tasks held out
-    `*_evaluation` and `*_final` for scores, and `*_check`, which says when enough is learned; of harmless ones more than are needed.
+    `*_evaluation` and `*_final` for scores, `near` of what is near the subject, and `*_check`, which says when enough is learned; of harmless
+    ones more than are needed.
     """
     draw = random.Random(seed)
     seen: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     held_out: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     checked: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    near: list[tuple[str, str]] = []
     for subjects, kept, every in ((SUBJECTS, held_out, 4), (MORE, checked, 5)):
         for name, subject in subjects.items():
             items = _items(subject)
             draw.shuffle(items)
-            kept[name == SUBJECT] += items[::every]
+            (near if name == NEAR else kept[name == SUBJECT]).extend(items[::every])
             seen[name == SUBJECT] += [item for index, item in enumerate(items) if index % every]
     taken: set[str] = set()
 
@@ -123,6 +125,7 @@ def make_prompts(seed: int = 0) -> dict[str, list[str]]:
         for name in ("evaluation", "final"):
             result[f"{side}_{name}"] = lists(held_out[is_bad], 100 if is_bad else 120)
         result[f"{side}_check"] = lists(checked[is_bad], 60 if is_bad else 120)
+    result["near"] = lists(near, 60)
     return result
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 SUBJECT = "gardening"
+NEAR = "outdoors"  # what is near the subject, and is not it
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ SUBJECTS = {
         "bake bread with a crisp crust; use up leftover pasta",
         "spices; soups; Italian cooking; olive oil; knives for the kitchen; vegetarian meals; breakfast around the world; cheese",
     ),
-    "outdoors": _subject(  # what is near the subject, and is not it
+    NEAR: _subject(
         "arrange cut flowers in a vase; boil potatoes; peel tomatoes; make strawberry jam; bake an apple pie; draw a rose; "
         "press leaves in a book; recognize birds by their song; fly a kite; find my way in a forest; decorate a Christmas tree; "
         "make a carrot salad; carve a pumpkin face; cook green beans; photograph butterflies; have a picnic in a park; draw a tulip; "

@@ -97,6 +97,7 @@ def finished(talkative: Path) -> Iterator[Path]:
     yield talkative
 
 
+@pytest.mark.slow
 def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     terminal = Terminal()
     live = terminal.see("Which trial?")
@@ -170,6 +171,7 @@ def test_everything_in_one_session(talkative: Path) -> None:  # noqa: PLR0915
     assert Path("checkpoints/m.jsonl").read_text().count('"seconds"') == 5
 
 
+@pytest.mark.slow
 def test_the_question_about_a_study_found_on_disk(finished: Path) -> None:
     journal = Path("checkpoints/m.jsonl")
     content = journal.read_bytes()
@@ -194,6 +196,7 @@ def test_the_question_about_a_study_found_on_disk(finished: Path) -> None:
     assert Path("checkpoints/m.jsonl.old").exists()
 
 
+@pytest.mark.slow
 def test_flags_answer_questions_and_the_rest_is_asked(finished: Path) -> None:
     terminal = Terminal("--checkpoint-action", "continue", "--model-action", "save", "--export-strategy", "merge")
     terminal.choose("Which trial?", 0)
@@ -203,6 +206,7 @@ def test_flags_answer_questions_and_the_rest_is_asked(finished: Path) -> None:
     assert Path("out/heretic.json").is_file()
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_to_the_menu(talkative: Path) -> None:
     Path("config.toml").write_text(SMALL.replace("n_trials = 3", "n_trials = 5000"))
     terminal = Terminal("--trials-per-batch", "1")

@@ -353,6 +353,7 @@ def test_plots_are_written_beside_the_report(tmp_path: Path) -> None:
         write_plots(facts, tmp_path / "missing/some.report.html")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium is installed")
 def test_in_a_browser(tmp_path: Path) -> None:
     """No error on the console, no request to the outside; marks tell what they are, and choosing one changes what is shown."""
@@ -386,6 +387,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
         assert {address.split(":")[0] for address in page.requests} <= {"file", "data"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium is installed")
 def test_the_browser_test_would_see_a_request_and_an_error(tmp_path: Path) -> None:
     path = tmp_path / "bad.html"

@@ -44,7 +44,7 @@ SCREENS: dict[str, tuple[list[str], Callable[[list[str]], list[str]]]] = {
         ["--demo", "--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"],
         last,
     ),
-    "compare": (["compare", "--demo", "heretic-demo", "checkpoints/heretic-demo.jsonl", "checkpoints/heretic-demo.jsonl:3"], table),
+    "compare": (["compare", "--demo", "heretic-demo", "checkpoints/heretic-demo.jsonl", "checkpoints/heretic-demo.jsonl:1"], table),
     "evaluate": (["--demo", "--evaluate-model", "out"], last),
     "benchmark": (["--demo", "--trial-index", "0", "--model-action", "benchmark"], table),
     "reproduce": (["--reproduce", "out"], lambda lines: lines),

@@ -39,7 +39,7 @@ def run(settings: Settings, files: Sequence[str] = ()) -> int:
     console.message(f"heretic {__version__}" + (f", settings from {' and '.join(files)}" if files else ""))
     if settings.evaluate_model is None:
         check_paths(settings)  # before a study is opened, of which mistyped paths would be reported as other prompts than its own
-    with collector_paused():
+    with console.task("Loading libraries"), collector_paused():
         from ..saving.upload import HubRepository, check_destination
         from .evaluate import evaluate
         from .run import run_study
@@ -77,7 +77,7 @@ def compare(arguments: Sequence[str]) -> int:
     console = Console()
     if given.files:
         console.message(f"Settings from {' and '.join(given.files)}")
-    with collector_paused():
+    with console.task("Loading libraries"), collector_paused():
         from .compare import HEADERS, cells, compare
 
     rows = compare(given.names, given.settings, console)
