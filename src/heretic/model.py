@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .config import Settings
@@ -21,9 +21,10 @@ from .decoding.rows import Row, TextWatch, padded_on
 from .decoding.selfcheck import choose_decoder, packs_well, resumes_well
 from .device import input_device, upload
 from .editing.ablation import Ablation, RowNormalization
-from .editing.architecture import Architecture, Writer, first_tensor, split_experts
+from .editing.architecture import Architecture, Writer, split_experts
 from .editing.discovery import discover
 from .editing.hooks import AblationHooks, batches_trials
+from .editing.residuals import recorded_residuals
 from .errors import ModelError, PromptError, TrialError
 from .loading.load import LoadedModel
 from .prompts import Message, Prompt, prompt_messages
@@ -66,17 +67,20 @@ class Model:
         self.hooks: AblationHooks | None = None
         rows_per_trial = settings.batch_size or settings.max_batch_size
         self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self.progress, optimizations or Optimizations())
-        self._compiles = settings.compile_decoding
-        if self._compiles and not is_supported():
-            self._compiles = False
-            self.progress.warning(f"compile_decoding has no effect with PyTorch {torch.__version__}: it needs a later version.")
-        if self._compiles and not (isinstance(self.decoder, Decoder) and self.decoder.can_compile):
-            self._compiles = False
-            self.progress.warning(
-                "compile_decoding has no effect on this model: it needs SDPA attention without sliding windows, and one device."
-            )
+        self._compiles = settings.compile_decoding and self._can_compile()
         self._template = ChatTemplate(self.tokenizer, self.progress)
         self._ids: dict[tuple[str, tuple[Prompt, ...]], list[list[int]]] = {}
+
+    def _can_compile(self) -> bool:
+        """Whether decode steps can be compiled; if not, a warning says why."""
+        if not is_supported():
+            why = f"with PyTorch {torch.__version__}: it needs a later version"
+        elif not (isinstance(self.decoder, Decoder) and self.decoder.can_compile):
+            why = "on this model: it needs SDPA attention without sliding windows, and one device"
+        else:
+            return True
+        self.progress.warning(f"compile_decoding has no effect {why}.")
+        return False
 
     @property
     def response_prefix(self) -> str:
@@ -218,34 +222,12 @@ class Model:
     def residuals(self, prompts: Sequence[Prompt], description: str | None = None) -> Iterator[Tensor]:
         """Residual stream at the last prompt position: batches `(prompt, layer + 1, d)` in float32, in the order of the prompts.
 
-        Index 0 is the embedding output, the input of the first layer; index `i + 1` is the output of layer `i`, before any final norm.
-        If the model has several residual streams, this is their mean. A layer that text skips repeats its input.
+        What is at which index: `recorded_residuals`.
         """
-        n_layers = len(self.architecture.layers)
-        hidden_size, axis = self.architecture.hidden_size, self.architecture.stream_axis
-        kept: dict[int, Tensor] = {}
-
-        def keep(index: int, hidden: Tensor) -> None:
-            streams = hidden if axis is None else hidden.mean(dim=axis)
-            kept[index] = streams[:, -1].float().unflatten(-1, (-1, hidden_size)).mean(dim=-2)
-
-        def stacked() -> Tensor:
-            for index in range(1, n_layers + 1):
-                kept.setdefault(index, kept[index - 1])
-            return torch.stack([kept[index].to(kept[0].device) for index in range(n_layers + 1)], dim=1)
-
-        def before_first(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            kept.clear()
-            keep(0, args[0] if args else kwargs["hidden_states"])
-
-        layers = self.architecture.layers
-        with ExitStack() as stack, self._edited([]), self._task(description, len(prompts)) as advance:
-            stack.enter_context(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
-            for i, layer in enumerate(layers, 1):
-                stack.enter_context(layer.register_forward_hook(lambda m, a, output, i=i: keep(i, first_tensor(output))))
+        with self._edited([]), self._task(description, len(prompts)) as advance, recorded_residuals(self.architecture) as latest:
             for part, _ in self.decoder.first_logits(self.rows_of(prompts, 1), in_order=True):
                 advance(len(part))
-                yield stacked()
+                yield latest()
 
     def first_token_logprobs(self, prompts: Sequence[Prompt], ablation: Ablation | None = None, description: str | None = None) -> Tensor:
         """Log-probabilities `(prompt, vocabulary)` of the first response token, float32. Raises `TrialError` if not finite."""

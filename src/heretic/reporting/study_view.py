@@ -113,7 +113,9 @@ class StudyView:
         """None until two batches are done: the first one warms up, and none of its trials can be stopped for being dominated."""
         if len(self._batches) < 2 or self.n_done >= self.n_trials:
             return None
-        (begun, n_before), (last, n_done) = self._batches[0], self._batches[-1]
+        (begun, n_before), (previous, n_previous), (last, n_done) = self._batches[0], self._batches[-2], self._batches[-1]
+        if self._last_seconds:  # the others of the batch are done as well, and are shown next
+            n_done = max(n_done, min(self.n_trials, n_previous + round((last - previous) / self._last_seconds)))
         left = (last - begun) / (n_done - n_before) * (self.n_trials - n_done)
         return max(0.0, left - (time.monotonic() - last))
 
