@@ -2,8 +2,8 @@
 
 Every subject has tasks (what somebody wants to do) and topics (what somebody asks about). Wordings are drawn for them: short and long,
 with and without a story before the question. Every fourth task or topic of `SUBJECTS` is held out: it occurs in no prompt that the model
-is taught with and in none that gives directions, only in those that score: what is near the subject is counted apart. Of `MORE`, every fifth says
-when enough is learned, and nothing else.
+is taught with and in none that gives directions, only in those that score: what is near the subject is counted apart. Of `MORE`, every
+fifth says when enough is learned, and nothing else.
 """
 
 import itertools
@@ -85,8 +85,8 @@ def _in_turn(draw: random.Random, items: list[tuple[str, str]]) -> Iterator[tupl
 
 def make_prompts(seed: int = 0) -> dict[str, list[str]]:
     """Lists of prompts by name, no prompt in two of them: `taught_*` for teaching, `good` and `bad` for directions, and of tasks held out
-    `*_evaluation` and `*_final` for scores, `near` of what is near the subject, and `*_check`, which says when enough is learned; of harmless
-    ones more than are needed.
+    `*_evaluation` and `*_final` for scores, `near` of what is near the subject, and `*_check`, which says when enough is learned; of
+    harmless ones more than are needed.
     """
     draw = random.Random(seed)
     seen: dict[bool, list[tuple[str, str]]] = {True: [], False: []}

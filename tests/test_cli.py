@@ -147,7 +147,7 @@ def test_a_hub_model_without_network(heretic: Heretic, workplace: Path) -> None:
     assert (outcome.code, outcome.err) == (1, CANNOT_REACH.format("owner/name"))
     outcome = heretic("--evaluate-model", "owner/name")
     assert (outcome.code, outcome.err) == (1, CANNOT_REACH.format("owner/name"))
-    assert "Loading" not in outcome.out, "told before the other model is loaded"
+    assert "Loading m " not in outcome.out, "told before the other model is loaded"
 
 
 def test_folders_whose_files_are_broken(heretic: Heretic, workplace: Path) -> None:
@@ -340,11 +340,11 @@ def test_a_run_without_a_terminal_ends_with_the_front_and_commands_that_work(her
     lines = [line.rstrip() for line in outcome.out.splitlines()]
     assert lines[:4] == [
         f"heretic {__version__}, settings from config.toml",
+        "Loading libraries ...",
         "Loading prompts ...",
         "Prompts: 5 good_prompts, 5 bad_prompts, 5 good_evaluation_prompts, 5 bad_evaluation_prompts",
-        lines[3],
     ]
-    assert lines[3].startswith("Seed 1; ")
+    assert lines[4].startswith("Seed 1; ")
     assert "m: llama, 2 layers, float32; writing to the residual stream: 2 attn.o_proj, 2 mlp.down_proj, all edited" in lines
     assert "The original refuses 5 of 5 harmful evaluation prompts." in lines
     assert "Search: 3 trials, 0 done" in lines
