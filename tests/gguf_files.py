@@ -15,7 +15,7 @@ SPECIAL = ["<pad>", "<start>", "<end>"]
 HEADS, KEY_HEADS = 4, 2
 # Their numbers take a block of 32 to a row.
 SIZES: dict[str, Any] = {
-    "vocab_size": len(SPECIAL) + 258,
+    "vocab_size": len(SPECIAL) + 257,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -112,9 +112,9 @@ def _as_stored(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([*SPECIAL, *bytes_to_unicode().values(), "th", "the"])
-    writer.add_token_types([gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * 258)
-    writer.add_token_merges(["t h", "th e"])  # a list of one is read as a single text by older versions of transformers
+    writer.add_token_list([*SPECIAL, *bytes_to_unicode().values(), "th"])
+    writer.add_token_types([gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * 257)
+    writer.add_token_merges(["t h", "t h"])  # a list of one is read as a single text by older versions of transformers
     writer.add_pad_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
