@@ -79,6 +79,15 @@ def test_the_time_left_is_that_of_batches_after_the_first(monkeypatch: pytest.Mo
     ]
 
 
+def test_trials_of_others_that_are_shown_late_tell_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shared study several trials may be done before the first of them is shown."""
+    monkeypatch.setattr(study_view.time, "monotonic", lambda: 100.0)
+    view = StudyView(Console(), 24, 4, Baseline(10, 10))
+    for seconds in (1.0, 2.0):
+        view.show(create_trial(values=[0.0, 0.0], user_attrs={"seconds": seconds, "refusals": 1, "kl_divergence": 0.1}), [], 8)
+    assert view._times() == "0 s elapsed"
+
+
 @pytest.mark.parametrize(("width", "has_plot"), [(120, True), (100, True), (80, False), (60, False)])
 def test_the_live_view_shows_the_plot_beside_the_figures_where_there_is_room(width: int, has_plot: bool) -> None:
     console = Console()

@@ -116,6 +116,8 @@ class StudyView:
         (begun, n_before), (previous, n_previous), (last, n_done) = self._batches[0], self._batches[-2], self._batches[-1]
         if self._last_seconds:  # the others of the batch are done as well, and are shown next
             n_done = max(n_done, min(self.n_trials, n_previous + round((last - previous) / self._last_seconds)))
+        if n_done <= n_before:  # of a shared study: others had finished these before the first of them was shown
+            return None
         left = (last - begun) / (n_done - n_before) * (self.n_trials - n_done)
         return max(0.0, left - (time.monotonic() - last))
 
