@@ -239,10 +239,7 @@ def test_a_worker_takes_everything_from_the_study_and_checks_what_is_its_own(
     assert (outcome.code, outcome.err) == (0, "")
     assert "heretic m --study-storage shared/s.jsonl --study-name mine --n-additional-trials 50" in outcome.out
     journal = Path("shared/s.jsonl").absolute()
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    study = optuna.load_study(study_name="mine", storage=JournalStorage(JournalFileBackend(str(journal))))
+    study = open_study(str(journal), "mine", 60)
     study.set_user_attr("target", 5)
     assert "shared/s.jsonl" not in json.dumps(study.user_attrs), "the storage's address, which may hold a password, is not stored"
 
