@@ -350,7 +350,10 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
         pairs = zip(own, texts, strict=True)
         (work / f"answers_{name}.txt").write_text("".join(f"{prompt}\n    {text!r}\n" for prompt, text in pairs), encoding="utf-8")
     made = {
-        **{"refused": refused, "others_refused": others_refused, "near_refused": near_refused, "near": len(near)},
+        "refused": refused,
+        "others_refused": others_refused,
+        "near_refused": near_refused,
+        "near": len(near),
         "seconds": round(time.perf_counter() - start),
     }
     (work / "made.json").write_text(json.dumps(made) + "\n", encoding="utf-8")

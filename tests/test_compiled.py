@@ -46,6 +46,18 @@ def learned(name: str) -> Ablation:
     return Ablation(None, {}, LearnedEdit({name: r}, {name: 1.1}))
 
 
+class Step(CompiledStep):
+    """Knows the shapes that it was called with."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.shapes: set[torch.Size] = set()
+
+    def __call__(self, tokens: torch.Tensor, mask: torch.Tensor, *args: Any) -> torch.Tensor:
+        self.shapes.add(mask.shape)
+        return super().__call__(tokens, mask, *args)
+
+
 def load(folder: Path, model_type: str, mode: Any, backend: Any = "eager", **changes: Any) -> tuple[Model, tiny.Recorder]:
     """A model whose decode step is compiled, as far as `backend` does."""
     progress = tiny.Recorder()
@@ -54,7 +66,7 @@ def load(folder: Path, model_type: str, mode: Any, backend: Any = "eager", **cha
     model.use_directions(tiny.unit_directions(3, 32).float(), mode)
     assert isinstance(model.decoder, Decoder)
     if model.decoder.compiled is not None:
-        model.decoder.compiled = CompiledStep(model.model, progress.warning, backend)
+        model.decoder.compiled = Step(model.model, progress.warning, backend)
     return model, progress
 
 
@@ -102,7 +114,9 @@ def test_tokens_are_those_of_generate_and_nothing_is_compiled_twice(tmp_path: Pa
         assert expected[: len(PROMPTS)] != expected[len(PROMPTS) :]
         assert all(own == whole[: len(own)] for own, whole in zip(found, expected, strict=True))
         assert len({len(own) for own in found}) >= 3
-    assert 1 <= counters["stats"]["unique_graphs"] - before <= 2  # 16 rows (but no more than ten), and eight if enough end early
+    assert isinstance(model.decoder, Decoder) and isinstance(model.decoder.compiled, Step)
+    assert {rows for rows, _ in model.decoder.compiled.shapes} <= {8, 10}  # of ten rows; eight if enough end early
+    assert counters["stats"]["unique_graphs"] - before == len(model.decoder.compiled.shapes)
     assert progress.warnings == []
 
 

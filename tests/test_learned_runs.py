@@ -187,7 +187,7 @@ def test_the_screen_and_the_report_tell_of_learned_trials(finished: Path) -> Non
         said,
     )
     assert said.index("Learned edit 2/2: ") < said.index("\nSearch: 2 trials, 0 done\n") < said.index("\nTrial 1/2: ")
-    assert "2 trials done" in said  # those of the search
+    assert "\n2 trials done, 2 edits learned\n" in said
     index, trial = place_in_front(finished)
     row = next(line for line in said.splitlines() if line.startswith(f"│ {index} ") and "learned" in line)
     cells = [cell.strip() for cell in row.strip("│").split("│")]
@@ -298,7 +298,7 @@ def test_another_seed_learns_another_edit(finished: Path, place: Path, heretic: 
     assert not same_edits(edits_of(place), edits_of(finished)[:1])
     assert edits_of(place)[0].keys() == edits_of(finished)[0].keys()
     assert len(study_of(place).trials) == 1
-    assert "Search:" not in outcome.out and "0 trials done" in outcome.out and "learned" in outcome.out
+    assert "Search:" not in outcome.out and "\n0 trials done, 1 edit learned\n" in outcome.out
 
 
 def test_ctrl_c_in_learning_shows_the_front(place: Path) -> None:

@@ -64,7 +64,7 @@ def test_screens_and_examples(
         (lines, rows), (lines_now, rows_now) = masked(SHOWN[name]), masked(printed[name])
         assert lines == lines_now
         assert rows <= rows_now
-    assert len(printed) >= len(SHOWN) - 1
+    assert SHOWN.keys() - printed.keys() <= {"benchmark"}
 
     monkeypatch.chdir(folder)
     for page in ("analysis.md", "exporting.md"):

@@ -230,6 +230,13 @@ def test_a_crash_in_a_shared_pass_fails_only_who_causes_it(tmp_path: Path) -> No
     assert {trial.state for trial in trials} == {TrialState.FAIL, TrialState.COMPLETE}
 
 
+def test_whoever_shows_a_trial_knows_how_many_of_its_batch_are_scored(tmp_path: Path) -> None:
+    opened = search(tmp_path / "j.jsonl")
+    seen = []
+    opened.run(7, score, scaled, 3, on_trial=lambda trial: seen.append((opened.n_done, opened.n_scored)))
+    assert seen == [(1, 3), (2, 3), (3, 3), (4, 6), (5, 6), (6, 6), (7, 7)]
+
+
 def test_a_wish_to_stop_is_granted_after_the_running_trials(tmp_path: Path) -> None:
     opened = search(tmp_path / "j.jsonl")
     opened.run(9, score, scaled, 2, should_stop=lambda: opened.n_done >= 4)

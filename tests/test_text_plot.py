@@ -64,7 +64,7 @@ def test_the_time_left_is_that_of_batches_after_the_first(monkeypatch: pytest.Mo
         told_of_batch = set()
         for i in range(4):
             attributes = {"seconds": seconds / 4, "refusals": 1, "kl_divergence": 0.1}
-            view.show(create_trial(values=[0.0, 0.0], user_attrs=attributes), [], 4 + 4 * batch + i + 1)
+            view.show(create_trial(values=[0.0, 0.0], user_attrs=attributes), [], 4 + 4 * batch + i + 1, 8 + 4 * batch)
             told_of_batch.add(view._times())
         told.append(view._times())
         assert told_of_batch == {told[-1]}, "the same with every trial of a batch"

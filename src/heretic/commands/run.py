@@ -134,13 +134,13 @@ def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) ->
     if not is_new:
         action: str | None = settings.checkpoint_action
         if action is None and console.can_ask:
-            action = ask_checkpoint_action(str(checkpoint.path), checkpoint.n_done)
+            action = ask_checkpoint_action(str(checkpoint.path), checkpoint.progress)
             if action is None:
                 return None
         is_new = action == "restart"
     if not is_new:
         settings = checkpoint.restored(settings, terminal_ask())
-        console.message(f"Continuing the study {checkpoint.path} ({checkpoint.n_done} trials done).")
+        console.message(f"Continuing the study {checkpoint.path} ({checkpoint.progress}).")
     check_sampler(settings.sampler)
     if settings.seed is None:
         settings = settings.model_copy(update={"seed": secrets.randbelow(2**32)})

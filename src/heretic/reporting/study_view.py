@@ -63,12 +63,12 @@ class StudyView:
         if self._live is not None:
             self._live.__exit__(None, None, None)
 
-    def show(self, latest: FrozenTrial, trials: Sequence[FrozenTrial], n_done: int) -> None:
-        """Update the view with the trials so far; `latest` has just finished."""
+    def show(self, latest: FrozenTrial, trials: Sequence[FrozenTrial], n_done: int, n_scored: int | None = None) -> None:
+        """Update the view with the trials so far; `latest` has just finished. `n_scored`: with those that are shown next."""
         self.trials, self.n_done = list(trials), n_done
         if self._batches and latest.user_attrs.get("seconds") == self._last_seconds:
             self._batches.pop()
-        self._batches.append((time.monotonic(), n_done))
+        self._batches.append((time.monotonic(), n_done if n_scored is None else n_scored))
         self._last_seconds = latest.user_attrs.get("seconds")
         if latest.state == TrialState.FAIL:
             self.console.warning(f"Trial {latest.number} failed: {latest.user_attrs.get('failure', 'interrupted')}")
@@ -113,9 +113,7 @@ class StudyView:
         """None until two batches are done: the first one warms up, and none of its trials can be stopped for being dominated."""
         if len(self._batches) < 2 or self.n_done >= self.n_trials:
             return None
-        (begun, n_before), (previous, n_previous), (last, n_done) = self._batches[0], self._batches[-2], self._batches[-1]
-        if self._last_seconds:  # the others of the batch are done as well, and are shown next
-            n_done = max(n_done, min(self.n_trials, n_previous + round((last - previous) / self._last_seconds)))
+        (begun, n_before), (last, n_done) = self._batches[0], self._batches[-1]
         if n_done <= n_before:  # of a shared study: others had finished these before the first of them was shown
             return None
         left = (last - begun) / (n_done - n_before) * (self.n_trials - n_done)

@@ -33,10 +33,10 @@ COMPARED_PROMPTS = 5
 CHAT_TOKENS = 2048
 
 
-def ask_checkpoint_action(path: str, n_done: int) -> str | None:
+def ask_checkpoint_action(path: str, progress: str) -> str | None:
     """Continue a study found on disk, or start over; None: leave."""
     return select(
-        f"There is already a study in {path} with {n_done} trials done. What do you want to do?",
+        f"There is already a study in {path} with {progress}. What do you want to do?",
         [("Continue it", "continue"), ("Start over (the existing file is kept under another name)", "restart"), ("Leave", None)],
     )
 

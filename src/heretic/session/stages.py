@@ -229,7 +229,7 @@ def search_with_view(console: Console, ready: Ready, target: int) -> bool:
                 ready.batch_size,
                 evaluator.stops_dominated,
                 should_stop,
-                lambda trial: view.show(trial, search.trials, search.n_done),
+                lambda trial: view.show(trial, search.trials, search.n_done, search.n_scored),
             )
             return should_stop()
 
@@ -370,7 +370,7 @@ def show_outcome(settings: Settings, console: Console, checkpoint: Checkpoint, r
     """Print the front and, if no setting says what to do with it, the command lines that continue from there."""
     attributes = checkpoint.study.user_attrs
     front = front_of(checkpoint.study)
-    console.heading(f"{checkpoint.n_done} trials done")
+    console.heading(checkpoint.progress)
     console.show(front_table(front, attributes.get("last_layer"), Baseline.of(attributes), settings.objectives))
     if (table := finalists_table(front, known_finalists(checkpoint.study))) is not None:
         console.show(table)

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal._file import get_lock_file
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 from pydantic import ValidationError
 
 from ..config import Settings
@@ -17,7 +18,7 @@ from ..errors import CheckpointError, UsageError
 from ..trust import Ask, require_consent
 from ..utils import JsonObject
 from .attributes import damage_of
-from .front import is_counted
+from .front import is_counted, is_learned
 from .journal import UNREADABLE, JournalFile, JournalLock, damaged_line, free_name, journal_errors, journal_path
 from .learned_edits import LearnedEdits, artifact_folder
 from .space import SearchSpace
@@ -202,6 +203,14 @@ class Checkpoint:
     def n_done(self) -> int:
         """How many trials of the study's search are done."""
         return 0 if self.found is None else sum(map(is_counted, self.found.get_trials(deepcopy=False)))
+
+    @property
+    def progress(self) -> str:
+        """How far the study is, such as `3 trials done`, or `0 trials done, 2 edits learned`."""
+        trials = [] if self.found is None else self.found.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        n_learned = sum(map(is_learned, trials))
+        edits = "edit" if n_learned == 1 else "edits"
+        return f"{self.n_done} trials done" + (f", {n_learned} {edits} learned" if n_learned else "")
 
     def note(self, **attributes: object) -> None:
         """Store attributes of the study, so that a later run can show them without loading the model."""

@@ -66,6 +66,7 @@ class Search:
         self.on_crash: Callable[[Exception], None] = lambda error: None
         self.on_bug: Callable[[int, Exception], None] = lambda number, error: None
         self._cut_off = self._find_interrupted_trials()
+        self._n_untold = 0
 
     def _find_interrupted_trials(self) -> list[tuple[Trial, Ablation]]:
         """Trials that an earlier process asked for and did not finish. Those without all parameters are closed."""
@@ -87,6 +88,11 @@ class Search:
     def n_done(self) -> int:
         """How many trials of the search are done, according to `is_counted`."""
         return sum(map(is_counted, self.trials))
+
+    @property
+    def n_scored(self) -> int:
+        """`n_done`, and those of the same batch that are scored and told next."""
+        return self.n_done + self._n_untold
 
     @property
     def front(self) -> list[FrozenTrial]:
@@ -200,7 +206,7 @@ class Search:
         start = time.perf_counter()
         results = self._score(asked, score_trials, limit)
         seconds = time.perf_counter() - start
-        for (trial, _), result in zip(asked, results, strict=True):
+        for (trial, _), result, self._n_untold in zip(asked, results, reversed(range(len(asked))), strict=True):
             self._tell(trial, result, seconds / len(asked), objectives)
             on_told()
         return seconds
