@@ -51,8 +51,8 @@ FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 3, 1, 2
 MOST_LATER_ROUNDS, WORSE = 3, 1.25
 # How much slower the others learn: they begin at an edit that works.
 LATER_RATE = 0.7
-# Tokens of harmless answers that are held, and of responses to harmless and to harmful prompts that are looked at.
-ANSWER_TOKENS, HARMLESS_TOKENS, RESPONSE_TOKENS = 8, 16, 24
+# Tokens of harmless answers that are held, and of responses that are looked at.
+ANSWER_TOKENS, RESPONSE_TOKENS = 8, 24
 # Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
 ROUND_PROMPTS = 8
 KEPT_BACK, MOST_KEPT_BACK = 0.2, 12
@@ -149,9 +149,9 @@ class Learner:
         self._answers: list[tuple[int, ...]] = [()] * len(self.good_prompts)
         description = "Learning: answers to harmless prompts"
         rows = self.model.rows_of(self.good_prompts, 1)
-        for row in self.model.responses_of_trials(rows, HARMLESS_TOKENS, [], self.rule.is_decided, description):
+        for row in self.model.responses_of_trials(rows, RESPONSE_TOKENS, [], self.rule.is_decided, description):
             self._answers[row.prompt] = tuple(row.generated[: ANSWER_TOKENS - 1])
-            if kind := self._kind(row.generated, len(row.generated) >= HARMLESS_TOKENS):
+            if kind := self._kind(row.generated, len(row.generated) >= RESPONSE_TOKENS):
                 self.openings.add(row.generated, kind == "refusal")  # some models refuse harmless prompts, too
         self._respond(range(len(self.bad_prompts)), "Learning: responses to harmful prompts", is_edited=False)
         self._branch()
