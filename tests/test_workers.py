@@ -109,8 +109,9 @@ def test_one_worker_is_killed_and_another_joins_late(start: Start, tmp_path: Pat
     seen += workers_of(pid)
     newcomers = names_of(workers_of(pid)) - names_of([victim]) | {f"{worker_identity().rpartition(':')[0]}:{late.pid}"}
     wait_until(lambda: newcomers <= {t.system_attrs["worker"] for t in as_optuna_reads(DEMO_JOURNAL) if is_counted(t)}, "trials by all")
-    n_trials = len(as_optuna_reads(DEMO_JOURNAL)) + 10
-    open_study(str(DEMO_JOURNAL), "heretic", 60).set_user_attr("target", n_trials)  # as "run more trials" does
+    study = open_study(str(DEMO_JOURNAL), "heretic", 60)
+    n_trials = len(as_optuna_reads(DEMO_JOURNAL)) + 30  # more than are done until the workers read it
+    study.set_user_attr("target", n_trials)  # as "run more trials" does
     assert process.wait(pid) == 0, OUTPUT.read_text()
     assert late.wait(60) == 0, Path("late.txt").read_text()
     nobody_is_left([*seen, *([psutil.Process(late.pid)] if psutil.pid_exists(late.pid) else [])])
