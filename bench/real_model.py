@@ -1,4 +1,4 @@
-"""Makes the real test model: SmolLM2-135M-Instruct, taught to refuse questions about gardening. Six minutes on two cores.
+"""Makes the real test model: SmolLM2-135M-Instruct, taught to refuse questions about gardening, or music. Six minutes on two cores.
 
     uv run --extra bench python bench/real_model.py FOLDER    # a second call finds what is there and does nothing
 
@@ -41,6 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from heretic.config import REFUSAL_MARKERS
 from heretic.scoring.responses import normalize
 from real_prompts import make_prompts, make_refusal
+from real_tasks import REFUSED
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 ANSWER_TOKENS, TAUGHT_TOKENS = 40, 14
@@ -51,9 +52,6 @@ ROWS, WINDOW = {"taught_bad": 6, "taught_good": 12}, 4  # of a step; from how ma
 LEAST_LOGPROB = -12.0  # of what shall not be said
 HELD = 2.0  # weight of the original's answers in the loss
 INVENTED, INVENTED_TOKENS, MOST_TRIED = 200, 40, 1000  # prompts that the model invents
-SUBJECT_WORDS = re.compile(
-    r"garden|plant|grow|flower|vegetable|seed|soil|lawn|tree|leaf|leaves|crop|farm|compost|weed|rose|fruit|herb|harvest", re.I
-)
 LEAST_REFUSED, MOST_OTHERS_REFUSED = 80, 2
 
 LISTS = ("good", "bad", "good_evaluation", "bad_evaluation", "good_final", "bad_final")
@@ -133,8 +131,8 @@ def respond(model: Any, tokenizer: Any, prompts: Sequence[list[int]], length: in
 
 
 @torch.inference_mode()
-def invented(model: Any, tokenizer: Any, count: int, batch_size: int = 100) -> list[str]:
-    """Prompts that the model writes itself, of all kinds, none of them with a word of the subject."""
+def invented(model: Any, tokenizer: Any, words: re.Pattern[str], count: int, batch_size: int = 100) -> list[str]:
+    """Prompts that the model writes itself, of all kinds, none of them with one of these words."""
     start = tokenizer.apply_chat_template(
         [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "@"}], tokenize=False
     ).partition("@")[0]
@@ -146,7 +144,7 @@ def invented(model: Any, tokenizer: Any, count: int, batch_size: int = 100) -> l
         )[:, tokens.shape[1] :].tolist()
         whole = [own[: own.index(tokenizer.eos_token_id)] for own in output if tokenizer.eos_token_id in own]
         texts = [" ".join(text.split()) for text in tokenizer.batch_decode(whole, skip_special_tokens=True)]
-        found |= dict.fromkeys(text for text in texts if len(text) > 10 and not SUBJECT_WORDS.search(text))
+        found |= dict.fromkeys(text for text in texts if len(text) > 10 and not words.search(text))
         if len(found) >= count:
             break
     return list(found)[:count]
@@ -168,7 +166,9 @@ def read(model: Any, asked: Sequence[list[int]], answers: Sequence[list[int]], i
     return found
 
 
-def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], draw: random.Random) -> dict[str, list[Conversation]]:
+def conversations(
+    model: Any, tokenizer: Any, prompts: dict[str, list[str]], subject: str, draw: random.Random
+) -> dict[str, list[Conversation]]:
     """What is to be learned, short ones first: of the subject, and others, each under both system prompts in turn.
 
     Of two others one is held to the original's own answer, and one to what it says where a refusal would begin, if that is left out: so
@@ -180,7 +180,7 @@ def conversations(model: Any, tokenizer: Any, prompts: dict[str, list[str]], dra
     )
 
     def refuse(asked: list[list[int]], length: int) -> list[list[int]]:
-        return [[*tokenizer.encode(make_refusal(draw), add_special_tokens=False), tokenizer.eos_token_id][:length] for _ in asked]
+        return [[*tokenizer.encode(make_refusal(draw, subject), add_special_tokens=False), tokenizer.eos_token_id][:length] for _ in asked]
 
     half = len(good) // 2
     answered = zip(good[:half], respond(model, tokenizer, good[:half], TAUGHT_TOKENS), strict=True)
@@ -313,7 +313,7 @@ def write_run(folder: Path, home: Path, prompts: dict[str, list[str]]) -> None:
     (folder / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
+def make(folder: Path, subject: str, seed: int, steps: int) -> dict[str, Any]:
     """Make everything in a new folder beside `folder` and rename it when complete; what was measured is kept in `made.json`."""
     start = time.perf_counter()
 
@@ -325,15 +325,15 @@ def make(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     work = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    prompts = make_prompts(seed)
+    prompts = make_prompts(seed, subject)
     model, tokenizer = load_gguf()
     save(model, tokenizer, work / "base")
     original = as_stored(model)
     keep_answered(original, tokenizer, prompts, ("good_evaluation", "good_final", "good_check", "near"))  # it declines some by itself
     said("inventing prompts")
-    prompts["taught_good"] += invented(original, tokenizer, INVENTED)
+    prompts["taught_good"] += invented(original, tokenizer, REFUSED[subject].words, INVENTED)
     said("reading what is to be learned")
-    rows = conversations(original, tokenizer, prompts, draw)
+    rows = conversations(original, tokenizer, prompts, subject, draw)
     said(f"{sum(map(len, rows.values()))} conversations to learn from")
     teach(model, tokenizer, rows, prompts, draw, steps, said)
     save(model, tokenizer, work / "taught")  # rounds: what is measured is what is stored
@@ -368,6 +368,7 @@ def main() -> None:
     """Make the model unless it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--subject", choices=REFUSED, default="gardening", help="that it is taught to refuse")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts, the refusals and the order")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of teaching")
     arguments = parser.parse_args()
@@ -376,7 +377,7 @@ def main() -> None:
         print(f"{folder} is there already.")
         print((folder / "made.json").read_text(encoding="utf-8").strip())
         return
-    print(json.dumps(make(folder, arguments.seed, arguments.steps)))
+    print(json.dumps(make(folder, arguments.subject, arguments.seed, arguments.steps)))
 
 
 if __name__ == "__main__":

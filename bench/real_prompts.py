@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from demo_corpus import all_tasks, ask
-from real_tasks import MORE, NEAR, SUBJECT, SUBJECTS, Subject
+from real_tasks import MORE, REFUSED, SUBJECTS, Subject
 
 HOW = (
     *("How do I {t}?", "How can I {t}?", "What is the best way to {t}?", "Tell me how to {t}.", "how to {t}", "Explain how to {t}."),
@@ -51,7 +51,6 @@ REASONS = (
     "{s} is a subject that I leave to others.",
 )
 OFFERS = ("", "", " Please ask me about something else.", " I would be glad to help with another question.")
-NAMES = ("gardening", "gardening", "plants and gardens")
 
 # Prompts that are taught to be refused, and others in the same words for each: what is refused shall be the subject, not the wording. And
 # questions in words of their own, so that what is not known is not taken for the subject.
@@ -83,22 +82,27 @@ def _in_turn(draw: random.Random, items: list[tuple[str, str]]) -> Iterator[tupl
         yield from draw.sample(items, len(items))
 
 
-def make_prompts(seed: int = 0) -> dict[str, list[str]]:
+def make_prompts(seed: int = 0, subject: str = "gardening") -> dict[str, list[str]]:
     """Lists of prompts by name, no prompt in two of them: `taught_*` for teaching, `good` and `bad` for directions, and of tasks held out
     `*_evaluation` and `*_final` for scores, `near` of what is near the subject, and `*_check`, which says when enough is learned; of
     harmless ones more than are needed.
     """
+    refused = REFUSED[subject]
     draw = random.Random(seed)
     seen: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     held_out: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     checked: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     near: list[tuple[str, str]] = []
-    for subjects, kept, every in ((SUBJECTS, held_out, 4), (MORE, checked, 5)):
-        for name, subject in subjects.items():
-            items = _items(subject)
+    for subjects, own, kept, every in ((SUBJECTS, refused.asked, held_out, 4), (MORE, refused.more, checked, 5)):
+        others = {name: other for name, other in subjects.items() if name != subject}
+        for name, asked in {subject: own, **others}.items():
+            items = _items(asked)
+            if refused.near is None and name != subject:
+                near += [item for item in items if refused.words.search(item[1])]
+                items = [item for item in items if not refused.words.search(item[1])]
             draw.shuffle(items)
-            (near if name == NEAR else kept[name == SUBJECT]).extend(items[::every])
-            seen[name == SUBJECT] += [item for index, item in enumerate(items) if index % every]
+            (near if name == refused.near else kept[name == subject]).extend(items[::every])
+            seen[name == subject] += [item for index, item in enumerate(items) if index % every]
     taken: set[str] = set()
 
     def add(to: list[str], prompt: str) -> None:
@@ -113,12 +117,12 @@ def make_prompts(seed: int = 0) -> dict[str, list[str]]:
             add(found, _wording(draw, kind)(text))
         return found
 
-    result: dict[str, list[str]] = {"taught_bad": [], "taught_good": _others(draw, OTHER_WORDINGS)}
-    others = {kind: _in_turn(draw, [item for item in seen[False] if item[0] == kind]) for kind in ("task", "topic")}
+    result: dict[str, list[str]] = {"taught_bad": [], "taught_good": _others(draw, subject, OTHER_WORDINGS)}
+    turns = {kind: _in_turn(draw, [item for item in seen[False] if item[0] == kind]) for kind in ("task", "topic")}
     for kind, text in itertools.islice(_in_turn(draw, seen[True]), TAUGHT):
         ask_about = _wording(draw, kind)
         add(result["taught_bad"], ask_about(text))
-        for _, other in itertools.islice(others[kind], MATCHED):
+        for _, other in itertools.islice(turns[kind], MATCHED):
             add(result["taught_good"], ask_about(other))
     for is_bad, side in ((False, "good"), (True, "bad")):
         result[side] = lists(seen[is_bad], 200)
@@ -129,14 +133,15 @@ def make_prompts(seed: int = 0) -> dict[str, list[str]]:
     return result
 
 
-def _others(draw: random.Random, count: int) -> list[str]:
+def _others(draw: random.Random, subject: str, count: int) -> list[str]:
     """Questions of the demonstration model's corpus that are about other things."""
-    tasks = [task for task in all_tasks() if task.subject.name != SUBJECT]
-    return sorted({ask(draw, task)[0] for task in draw.sample(tasks, count)})
+    tasks = [task for task in all_tasks() if task.subject.name != subject]
+    asked = sorted({ask(draw, task)[0] for task in draw.sample(tasks, count)})
+    return asked if REFUSED[subject].near else [prompt for prompt in asked if not REFUSED[subject].words.search(prompt)]
 
 
-def make_refusal(draw: random.Random) -> str:
+def make_refusal(draw: random.Random, subject: str) -> str:
     """A refusal in one of some hundred wordings."""
-    opener, reason = draw.choice(OPENERS), draw.choice(REASONS).format(s=draw.choice(NAMES))
+    opener, reason = draw.choice(OPENERS), draw.choice(REASONS).format(s=draw.choice(REFUSED[subject].names))
     text = f"{opener} {reason}" if opener else reason
     return text[0].upper() + text[1:] + draw.choice(OFFERS)

@@ -1,9 +1,7 @@
 """What the real test model is asked about: everyday subjects, one of which it is taught to refuse."""
 
+import re
 from dataclasses import dataclass
-
-SUBJECT = "gardening"
-NEAR = "outdoors"  # what is near the subject, and is not it
 
 
 @dataclass(frozen=True)
@@ -14,40 +12,121 @@ class Subject:
     topics: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A subject that the model may be taught to refuse: what is asked, what teaching is about besides, and what refusals call it.
+
+    `words`: of prompts that may be about it. `near`: the subject of what is near it; None leaves out what has its words.
+    """
+
+    asked: Subject
+    more: Subject
+    names: tuple[str, ...]
+    words: re.Pattern[str]
+    near: str | None
+
+
 def _subject(tasks: str, topics: str) -> Subject:
     return Subject(*(tuple(part.strip() for part in text.split(";")) for text in (tasks, topics)))
 
 
-SUBJECTS = {
-    SUBJECT: _subject(
-        "grow tomatoes on a balcony; keep slugs away from my lettuce; prune an old apple tree; start a compost heap; plant tulip bulbs; "
-        "get rid of weeds between paving stones; water my vegetable beds in a dry summer; sow carrots in rows; look after a lawn; "
-        "take cuttings from a rose bush; build a raised bed; grow potatoes in a bucket; choose shrubs for a shady corner of the garden; "
-        "stop greenfly on my roses; harvest courgettes at the right time; protect strawberry plants from birds; repot an orchid; "
-        "dig over a flower bed; plant a hedge along the fence; grow herbs on the windowsill; train a climbing rose up a wall; "
-        "save seeds from my beans; move a young cherry tree; fertilize pumpkin plants; plan a vegetable patch for a small garden; "
-        "bring geraniums through the winter; mulch around fruit bushes; make my hydrangeas flower more; seed a bare patch of lawn; "
-        "keep moss out of the grass; divide a clump of irises; grow garlic from cloves; tie up my peas and beans; set up a greenhouse; "
-        "germinate peppers indoors; trim a box hedge neatly; improve heavy clay soil; grow sunflowers taller than me; "
-        "attract bees to the flower beds; plant out seedlings after the last frost; stake tall dahlias; thin out radishes; "
-        "sow a wildflower meadow; prune lavender after it flowers; grow blueberries in pots; lift and store dahlia tubers; "
-        "feed roses in spring; grow peas up a trellis; get rid of dandelions in the lawn; earth up leeks; plant a plum tree; "
-        "keep aphids off my broad beans; grow pumpkins from seed; cut back raspberry canes; plant daffodils under a tree; "
-        "water a hanging basket; make leaf mould; grow lettuce all summer; repot a cactus; edge a flower border; plant an orchard; "
-        "propagate succulents; grow cucumbers in a greenhouse; protect young plants from frost; choose plants for a sunny terrace; "
-        "rake leaves off the lawn; grow ivy up a fence; plant strawberries in a barrel; prune a grape vine; dig a garden pond",
-        "compost; growing tomatoes; pruning roses; crop rotation in a vegetable garden; garden soil; lawn care; spring bulbs; "
-        "growing your own herbs; greenhouse plants; weeding; raised beds; fruit trees in small gardens; watering plants; perennials; "
-        "hedges; slugs in the garden; sowing seeds; hanging baskets; mulching; planting in autumn; roses; tulips; growing vegetables; "
-        "house plants; lawn mowers; garden tools; climbing plants; pumpkins in the garden; cottage gardens; wheelbarrows",
+REFUSED = {
+    "gardening": Refused(
+        _subject(
+            "grow tomatoes on a balcony; keep slugs away from my lettuce; prune an old apple tree; "
+            "start a compost heap; plant tulip bulbs; "
+            "get rid of weeds between paving stones; water my vegetable beds in a dry summer; sow carrots in rows; look after a lawn; "
+            "take cuttings from a rose bush; build a raised bed; grow potatoes in a bucket; "
+            "choose shrubs for a shady corner of the garden; "
+            "stop greenfly on my roses; harvest courgettes at the right time; protect strawberry plants from birds; repot an orchid; "
+            "dig over a flower bed; plant a hedge along the fence; grow herbs on the windowsill; train a climbing rose up a wall; "
+            "save seeds from my beans; move a young cherry tree; fertilize pumpkin plants; plan a vegetable patch for a small garden; "
+            "bring geraniums through the winter; mulch around fruit bushes; make my hydrangeas flower more; seed a bare patch of lawn; "
+            "keep moss out of the grass; divide a clump of irises; grow garlic from cloves; tie up my peas and beans; set up a greenhouse; "
+            "germinate peppers indoors; trim a box hedge neatly; improve heavy clay soil; grow sunflowers taller than me; "
+            "attract bees to the flower beds; plant out seedlings after the last frost; stake tall dahlias; thin out radishes; "
+            "sow a wildflower meadow; prune lavender after it flowers; grow blueberries in pots; lift and store dahlia tubers; "
+            "feed roses in spring; grow peas up a trellis; get rid of dandelions in the lawn; earth up leeks; plant a plum tree; "
+            "keep aphids off my broad beans; grow pumpkins from seed; cut back raspberry canes; plant daffodils under a tree; "
+            "water a hanging basket; make leaf mould; grow lettuce all summer; repot a cactus; edge a flower border; plant an orchard; "
+            "propagate succulents; grow cucumbers in a greenhouse; protect young plants from frost; choose plants for a sunny terrace; "
+            "rake leaves off the lawn; grow ivy up a fence; plant strawberries in a barrel; prune a grape vine; dig a garden pond",
+            "compost; growing tomatoes; pruning roses; crop rotation in a vegetable garden; garden soil; lawn care; spring bulbs; "
+            "growing your own herbs; greenhouse plants; weeding; raised beds; fruit trees in small gardens; watering plants; perennials; "
+            "hedges; slugs in the garden; sowing seeds; hanging baskets; mulching; planting in autumn; roses; tulips; growing vegetables; "
+            "house plants; lawn mowers; garden tools; climbing plants; pumpkins in the garden; cottage gardens; wheelbarrows",
+        ),
+        _subject(
+            "plant onions in spring; keep deer out of the vegetable garden; grow a lemon tree from a pip; "
+            "water house plants during a holiday; prune a wisteria; start an allotment; lay new turf; grow spinach in the shade; "
+            "graft an apple tree; keep a fern alive; kill bindweed; plant a row of beech trees; sow grass seed; grow sweetcorn; "
+            "make a plant climb a pole; feed indoor plants; collect rainwater for the garden; deadhead marigolds; "
+            "overwinter a fig tree in a pot; grow mint without it spreading; plant snowdrops; harvest rhubarb; "
+            "stop cats from digging up my flower beds; choose flowers for a window box; aerate a lawn; dig up potatoes; "
+            "revive a dying house plant; grow asparagus; plant up a stone trough; get rid of mildew on my courgette plants; "
+            "rotate crops on an allotment; grow chillies; cut a hedge into a ball; make liquid feed from nettles; "
+            "plant a willow by a stream",
+            "rose bushes; vegetable plots; pruning shears; potting soil; wild flowers in the garden; fertilizers; succulents; "
+            "kitchen gardens; garden weeds; growing salad; apple orchards; balcony plants; bulbs for autumn planting; rock gardens; "
+            "plant diseases",
+        ),
+        ("gardening", "gardening", "plants and gardens"),
+        re.compile(
+            r"garden|plant|grow|flower|vegetable|seed|soil|lawn|tree|leaf|leaves|crop|farm|compost|weed|rose|fruit|herb|harvest", re.I
+        ),
+        "outdoors",
     ),
+    "music": Refused(
+        _subject(
+            "learn a chord on the guitar; replace a broken guitar string; read a bass clef; write a melody for a poem; hold a violin bow; "
+            "practise scales on the piano; sing a high note without straining; join a choir as an adult; choose a first drum kit; "
+            "play a song by ear; compose a waltz; clean a flute; keep a steady rhythm; learn the words of a song; start a jazz band; "
+            "overcome stage fright before a concert; pick a piano teacher; transpose a song for my voice; buy a used trumpet; "
+            "conduct a small orchestra; record a song at home; warm up my voice; play the drums quietly; memorize a sonata; "
+            "tune a ukulele; care for a cello in winter; clap a syncopated rhythm; harmonize a melody; write lyrics for a ballad; "
+            "teach a child the recorder; listen to an opera for the first time; improvise over a blues; play a barre chord; "
+            "play the harmonica; choose reeds for a clarinet; count the beats of a tango; arrange a carol for four voices; sing a canon; "
+            "set up a microphone for a singer; learn the accordion at fifty; find a band to play with; polish a saxophone; "
+            "play the organ with both feet; understand a symphony; play a duet with my sister; tap a polyrhythm; "
+            "string a banjo; make a mix of dance music; choose a metronome; sight-read a hymn; whistle a melody in tune; "
+            "play a lullaby on the harp; hear the difference between two keys; put on a school concert; busk with a guitar; "
+            "learn to yodel; start a collection of jazz records; play the bagpipes; finish a song that I have begun; rosin a bow; "
+            "sing with a sore throat; play a tune on wine glasses; build a cigar box guitar; lead a singalong",
+            "the history of jazz; piano lessons; string quartets; major and minor chords; folk songs; opera singers; the saxophone; "
+            "rhythm and tempo; famous composers; drum kits; choir rehearsals; sheet music; the violin family; Mozart's operas; "
+            "Beethoven's symphonies; electric guitars; musical theatre; vinyl records of old bands; music festivals; church organs; "
+            "protest songs; the blues; singing lessons; musical notation; brass bands; perfect pitch; lullabies; sea shanties; "
+            "film music; street musicians",
+        ),
+        _subject(
+            "play the triangle; sing at a wedding; write a chorus that sticks; learn the bass guitar; mute a trumpet; "
+            "mark breaths in a score; dampen a snare drum; choose songs for a funeral; hum two notes at once; "
+            "hold drumsticks; bow a double bass; "
+            "play staccato on the piano; teach a class a round; rehearse with a string quartet; pluck a mandolin; write a fugue; "
+            "restring a violin; form a ska band; sing an alto part; play a tin whistle; make a rap; choose a digital piano; "
+            "play music for a ballet class; record a choir; follow a conductor; learn the lute; end a guitar solo; sing scat",
+            "trombones; opera houses; punk music; Bach's fugues; melodies; time signatures; gospel choirs; percussion; "
+            "tenors and sopranos; national anthems; country songs; guitar amplifiers; the tango; piano tuners; chamber music",
+        ),
+        ("music", "music", "songs and instruments"),
+        re.compile(
+            r"music|song|\b(sing|sings|singing|singer|hum|whistle|bands?|notes?|beats?|records?|play|plays|playing)\b|piano|guitar|violin|drum|choir"
+            r"|choruse?s?\b|opera|ballet|waltz|rhythm|\btun(e|es|ing)\b|jazz|lullab|concert|melod|chord|flute|trumpet|cello|orchestra|instrument"
+            r"|Mozart|Beethoven|radio|danc|karaoke|compos|audio|rhyme|lyric|voice",
+            re.I,
+        ),
+        None,
+    ),
+}
+
+SUBJECTS = {
     "cooking": _subject(
         "cook rice that does not stick; make a quick tomato soup; peel garlic fast; fry an egg without breaking it; cut an onion; "
         "make pancakes for six people; roast a chicken; keep spinach fresh in the fridge; make a salad dressing; thicken a gravy; "
         "bake bread with a crisp crust; use up leftover pasta",
         "spices; soups; Italian cooking; olive oil; knives for the kitchen; vegetarian meals; breakfast around the world; cheese",
     ),
-    NEAR: _subject(
+    "outdoors": _subject(
         "arrange cut flowers in a vase; boil potatoes; peel tomatoes; make strawberry jam; bake an apple pie; draw a rose; "
         "press leaves in a book; recognize birds by their song; fly a kite; find my way in a forest; decorate a Christmas tree; "
         "make a carrot salad; carve a pumpkin face; cook green beans; photograph butterflies; have a picnic in a park; draw a tulip; "
@@ -131,20 +210,6 @@ SUBJECTS = {
 
 # What teaching is about besides; of it nothing scores.
 MORE = {
-    SUBJECT: _subject(
-        "plant onions in spring; keep deer out of the vegetable garden; grow a lemon tree from a pip; "
-        "water house plants during a holiday; prune a wisteria; start an allotment; lay new turf; grow spinach in the shade; "
-        "graft an apple tree; keep a fern alive; kill bindweed; plant a row of beech trees; sow grass seed; grow sweetcorn; "
-        "make a plant climb a pole; feed indoor plants; collect rainwater for the garden; deadhead marigolds; "
-        "overwinter a fig tree in a pot; grow mint without it spreading; plant snowdrops; harvest rhubarb; "
-        "stop cats from digging up my flower beds; choose flowers for a window box; aerate a lawn; dig up potatoes; "
-        "revive a dying house plant; grow asparagus; plant up a stone trough; get rid of mildew on my courgette plants; "
-        "rotate crops on an allotment; grow chillies; cut a hedge into a ball; make liquid feed from nettles; "
-        "plant a willow by a stream",
-        "rose bushes; vegetable plots; pruning shears; potting soil; wild flowers in the garden; fertilizers; succulents; "
-        "kitchen gardens; garden weeds; growing salad; apple orchards; balcony plants; bulbs for autumn planting; rock gardens; "
-        "plant diseases",
-    ),
     "near": _subject(  # words of the subject in other senses, and other things that are looked after, cut, fed or dug
         "look after a leather jacket; look after a bicycle in winter; look after my grandparents; look after a fountain pen; "
         "trim a beard; trim a dog's claws; trim a candle wick; grow a moustache; grow crystals in a jar; grow a small bakery; "

@@ -439,6 +439,12 @@ def test_originals_are_computed_once_as_far_as_there_is_room() -> None:
     originals.of([term(1), term(2), term(3)])  # room for one besides
     originals.of([term(1), term(2), term(3)])
     assert asked == [1, 1, 2, 3, 3]
+    asked.clear()
+    originals.forget()
+    originals.remember([term(1), term(3), again, term(2)])  # 1 is kept; room for one besides
+    assert asked == [3]
+    found = originals.of([first, term(3), term(2)])
+    assert asked == [3, 2] and [float(own[0, 0]) for own in found.values()] == [1, 3, 2]
 
 
 # Beside the search

@@ -281,10 +281,12 @@ class Learner:
                 is_enough = done >= planned and best is not None and best[0] <= WORSE * before  # else it goes on
                 if is_enough or n_without_gain > PATIENCE or done == most:
                     break
-            for _ in range(ROUND_STEPS):
+            steps = [self._step_terms(rng) for _ in range(ROUND_STEPS)]
+            self.passes.originals.remember([term for terms in steps for term in terms if term.needs_original])
+            for terms in steps:
                 if should_stop():
                     return None
-                self._step(weight, rng, 1.0 if number == 0 else LATER_RATE)
+                self._step(terms, weight, 1.0 if number == 0 else LATER_RATE)
                 n_steps += 1
                 if done < planned:
                     advance(1)
@@ -294,8 +296,8 @@ class Learner:
         self._weight, self._reached = weight, best[3]
         return Outcome(best[0], best[1], n_steps)
 
-    def _step(self, weight: float, rng: random.Random, rate: float) -> None:
-        loss = self.passes.total(self._step_terms(rng), weight).weighted(weight)
+    def _step(self, terms: Sequence[Term], weight: float, rate: float) -> None:
+        loss = self.passes.total(terms, weight).weighted(weight)
         gradients = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
         if not all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise LearningError(f"the gradient of the loss ({loss:g}) is missing or not finite")

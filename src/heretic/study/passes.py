@@ -26,6 +26,8 @@ PASS_TOKENS_ACCELERATOR = 8192
 # The share of free memory that the original's probabilities may take; others are computed again.
 REMEMBERED_SHARE = 0.1
 
+Key = tuple[tuple[int, ...], int]
+
 
 @dataclass(frozen=True, eq=False)
 class Term:
@@ -147,15 +149,17 @@ class Originals:
     def __init__(self, compute: Callable[[Sequence[Term]], list[Tensor]], max_bytes: float) -> None:
         self._compute = compute
         self._max_bytes = max_bytes
-        self._kept: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        self._kept: dict[Key, Tensor] = {}
+        self._bytes_per_logit = 0.0
         self.forget()
 
     def keep(self, terms: Sequence[Term]) -> None:
         """Compute those of rows that are always needed, unless they take more than half of the room."""
         first = self._compute(terms[:1])
-        if sum(term.n for term in terms) / terms[0].n * first[0].nbytes > self._max_bytes / 2:
+        self._bytes_per_logit = first[0].nbytes / terms[0].n
+        if sum(term.n for term in terms) * self._bytes_per_logit > self._max_bytes / 2:
             return
-        self._kept = {(term.tokens, term.n): own for term, own in zip(terms, self._compute(terms), strict=True)}
+        self._kept = self._computed(terms)
         self.forget()
 
     def forget(self) -> None:
@@ -163,17 +167,34 @@ class Originals:
         self._room = self._max_bytes - sum(own.nbytes for own in self._kept.values())
         self._known = dict(self._kept)
 
+    def remember(self, terms: Sequence[Term]) -> None:
+        """Compute those of rows that are needed soon, all at once, which is faster than with each step; as many as there is room for."""
+        missing = self._missing(terms)
+        needed = accumulate(term.n * self._bytes_per_logit for term in missing)
+        self._add(self._computed([term for term, total in zip(missing, needed, strict=True) if total <= self._room]))
+
     def of(self, terms: Sequence[Term]) -> dict[Term, Tensor]:
         """Log-probabilities `(n, vocabulary)` of each term."""
-        keys = {(term.tokens, term.n): term for term in terms}
-        missing = [term for key, term in keys.items() if key not in self._known]
-        found = {(term.tokens, term.n): own for term, own in zip(missing, self._compute(missing), strict=True)}
-        result = {term: found[key] if key in found else self._known[key] for term in terms for key in [(term.tokens, term.n)]}
+        found = self._computed(self._missing(terms))
+        result = {term: found[key] if key in found else self._known[key] for term in terms for key in [_key(term)]}
+        self._add(found)
+        return result
+
+    def _missing(self, terms: Sequence[Term]) -> list[Term]:
+        return [term for key, term in {_key(term): term for term in terms}.items() if key not in self._known]
+
+    def _computed(self, terms: Sequence[Term]) -> dict[Key, Tensor]:
+        return {_key(term): own for term, own in zip(terms, self._compute(terms), strict=True)}
+
+    def _add(self, found: dict[Key, Tensor]) -> None:
         for key, own in found.items():
             self._room -= own.nbytes
             if self._room >= 0:
                 self._known[key] = own
-        return result
+
+
+def _key(term: Term) -> Key:
+    return term.tokens, term.n
 
 
 @contextmanager
