@@ -413,6 +413,25 @@ def taught() -> Learner:
     return Learner(model, LearnedRule(), good, bad, list(model.architecture.components), 1)
 
 
+def test_answers_of_an_edit_do_not_acquit_how_the_original_refuses(taught: Learner) -> None:
+    """An answer that begins like the original's refusals is learned along, but the beginning stays one of a refusal; another one counts."""
+    opening = next(own for path in taught.paths[0] if path.refuses for own in [taught.openings.decided(path.tokens)])
+    answers = [(), opening]
+    state = taught.openings.state()
+    before = [taught.paths[0].copy(), taught._own_openings.state()]
+    try:
+        for beginning in answers:
+            tokens = [*beginning, *taught.model.tokenizer.encode(" Warm the milk first, then stir it well.", add_special_tokens=False)]
+            assert not taught._note(0, tokens, True, is_edited=True)
+            assert taught.paths[0][-1].tokens == tuple(tokens) and not taught.paths[0][-1].refuses
+            assert (taught.openings.state() == state) == bool(beginning)
+            taught.openings.restore(state)
+        assert taught.openings.refuses(opening)
+    finally:
+        taught.paths[0] = before[0]
+    assert taught._own_openings.state() == before[1]
+
+
 def gradients(learner: Learner) -> tuple[float, list[Tensor]]:
     learner.edit.optimizer.zero_grad()
     terms = [learner._harmless(i, 0.1) for i in range(6)] + [learner._harmful(learner.paths[i][0], 0.1) for i in range(6)]

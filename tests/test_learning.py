@@ -343,15 +343,17 @@ def test_probabilities_of_refusals_along_a_path(seed: int) -> None:
 def test_the_original_given_that_it_does_not_refuse() -> None:
     """Probabilities by Bayes's rule, token by token; the gradient of a divergence from them is finite."""
     openings = Openings()
-    for tokens, refuses in (([1, 2, 3], True), ([0, 1, 1], False), ([0, 3, 1], True), ([2, 1, 1], False)):
+    seen = [([1, 2, 3], True), ([0, 1, 1], False), ([0, 3, 1], True), ([0, 3, 2], True), ([2, 1, 1], False)]
+    for tokens, refuses in seen:
         openings.add(tokens, refuses)
     logprobs = torch.log_softmax(torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
-    found = openings.without_refusals([0, 1, 1], logprobs)
-    for j, refused in enumerate(([1], [3], [])):
-        left = [token for token in range(VOCABULARY) if token not in refused]
-        own = logprobs[j].exp()
-        expected = [float(own[token] / own[left].sum()) if token in left else 0.0 for token in range(VOCABULARY)]
-        assert found[j].exp().tolist() == pytest.approx(expected, abs=1e-12)
+    path = [0, 1, 1]
+    found = openings.without_refusals(path, logprobs)
+    for j in range(3):
+        # By Bayes' rule, with the chance of an answer after each token counted among the responses that go on with it.
+        begun = {t: [refuses for tokens, refuses in seen if tokens[: j + 1] == [*path[:j], t]] for t in range(VOCABULARY)}
+        joint = [float(logprobs[j, t].exp()) * (begun[t].count(False) / len(begun[t]) if begun[t] else 1) for t in range(VOCABULARY)]
+        assert found[j].exp().tolist() == pytest.approx([own / sum(joint) for own in joint], abs=1e-12)
     edited = logprobs.clone().requires_grad_()
     divergence(found, edited).sum().backward()
     assert edited.grad is not None and edited.grad.isfinite().all()
@@ -363,6 +365,7 @@ def test_openings_are_told_by_their_first_tokens_and_kept() -> None:
     openings.add([1, 4], refuses=False)
     assert [openings.refuses(t) for t in ([], [1], [1, 2], [1, 2, 3], [1, 4], [9])] == [False, False, True, True, False, False]
     assert openings.deciding((1,)) == [2] and openings.decided([1, 2, 9]) == (1, 2)
+    assert [openings.begins_as_refusal(tokens) for tokens in ([1, 2, 9], [1, 4, 2], [9])] == [True, False, False]
     openings.add([1, 2, 5], refuses=False)
     assert openings.deciding((1,)) == [] and openings.deciding((1, 2)) == [3]  # what was looked up before is not remembered
     long = list(range(10, 10 + 2 * DEPTH))

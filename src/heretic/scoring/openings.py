@@ -7,6 +7,7 @@ prefixes that leave the path: `sum_j p(path[:j]) * sum_t p(t | path[:j])` over t
 Where it breaks: a refusal that has never been seen is not counted. So what is learned must be shown what the model says by now.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -51,6 +52,10 @@ class Openings:
         path = tuple(tokens[:DEPTH])
         return next((path[:end] for end in range(1, len(path) + 1) if self.refuses(path[:end])), path)
 
+    def begins_as_refusal(self, tokens: Sequence[int]) -> bool:
+        """Whether some beginning of a response is a refusal's alone."""
+        return self.refuses(self.decided(tokens))
+
     def deciding(self, path: Path) -> list[int]:
         """The tokens with which `path` becomes a refusal."""
         return self._deciding(path)
@@ -74,10 +79,25 @@ class Openings:
         return torch.logsumexp(torch.stack(parts), dim=0) if parts else logprobs.new_full((), -torch.inf)
 
     def without_refusals(self, path: Sequence[int], logprobs: Tensor) -> Tensor:
-        """Log-probabilities `(token, vocabulary)` along a path, given that no refusal begins there that is known."""
+        """Log-probabilities `(token, vocabulary)` along a path, given that the response does not become a refusal (Bayes' rule).
+
+        Every token is weighted with the share of answers among the responses known to go on with it: a token that begins most refusals is
+        unlikely then, even if some answer begins with it, too.
+        """
         found = logprobs.clone()
-        found[_places([self.deciding(tuple(path[:j])) for j in range(len(path))], found.device)] = NEVER
+        known = [self._answering(tuple(path[:j])) for j in range(len(path))]
+        weights = torch.tensor([weight for own in known for weight in own.values()])
+        found[_places([list(own) for own in known], found.device)] += upload(weights.to(found.dtype), found.device)
         return torch.log_softmax(found, dim=-1)
+
+    def _answering(self, path: Path) -> dict[int, float]:
+        """By token that is known to follow, the logarithm of the share of answers."""
+        found = {}
+        for token in self._next.get(path, {}):
+            answers, refusals = self._counts[*path, token]
+            if refusals:
+                found[token] = NEVER if self.refuses((*path, token)) else math.log(answers / (answers + refusals))
+        return found
 
     def state(self) -> list[tuple[list[int], int, int]]:
         """All that has been seen, as plain data."""

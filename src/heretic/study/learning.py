@@ -6,9 +6,9 @@ The loss of a step, over some harmless and some harmful prompts of those that th
 - harmful, with a weight: `-log(1 - p)`, where `p` is the probability of all refusals known to begin as some response does (`Openings`).
   They are taken from what the model says under the present edit, every few steps: an edit that only unlearns the refusals of the
   original learns to refuse in other words;
-- harmful: KL(original || edited) along answers, where the original is taken given that it does not refuse: tokens with which a refusal
-  begins are left out of its probabilities. So the edited model answers as the original would, if it did. Answers are the original's own,
-  begun with other first tokens than its likeliest, and the edited model's.
+- harmful: KL(original || edited) along answers, where the original is taken given that it does not refuse: tokens with which refusals
+  begin are left out of its probabilities, or made as rare as answers are that begin so. So the edited model answers as the original would,
+  if it did. Answers are the original's own, begun with other first tokens than its likeliest, and the edited model's.
 
 Trials follow each other with falling weights, each from where the one before it ended, so that together they are a trade-off. Weights fall
 fast while nothing refuses, and slowly then: models differ in how little it takes, and in how many steps. A part of the prompts is kept
@@ -187,7 +187,9 @@ class Learner:
         if kind is not None and not is_edited:
             self._own_openings.add(tokens, refuses)
         if kind is not None and (self.parts.present_refusals or not is_edited or not refuses):
-            self.openings.add(tokens, refuses)
+            # An edit's answer does not acquit what the original's refusals begin with, or "I'm glad" would do instead of "I'm sorry".
+            if refuses or not (is_edited and self._own_openings.begins_as_refusal(tokens)):
+                self.openings.add(tokens, refuses)
             paths = self.paths.setdefault(prompt, [])
             paths.append(Path(prompt, tuple(tokens), refuses))
             del paths[:-REMEMBERED_PATHS]
