@@ -18,8 +18,9 @@ from ..device import upload
 
 Path = tuple[int, ...]
 
-# Answers among so many refusals are taken for mistakes of the verdict.
-MISTAKEN = 0.02
+# A beginning is a refusal's alone if it has at most so many answers for each refusal: a verdict may be mistaken, and an edit that turns "I'm
+# sorry" into "I'm glad", since a few answers begin so, makes the model ramble.
+FEW_ANSWERS = 0.1
 # Tokens after which it no longer matters how a response began.
 DEPTH = 24
 # The logarithm of a probability of 0: finite, so that products with it are 0.
@@ -43,9 +44,9 @@ class Openings:
         self._deciding.cache_clear()
 
     def refuses(self, tokens: Sequence[int]) -> bool:
-        """Whether refusals, and next to nothing else, have been seen to begin so."""
+        """Whether refusals, and few answers, have been seen to begin so."""
         answers, refusals = self._counts.get(tuple(tokens), (0, 0))
-        return refusals > 0 and answers <= MISTAKEN * refusals
+        return refusals > 0 and answers <= FEW_ANSWERS * refusals
 
     def decided(self, tokens: Sequence[int]) -> Path:
         """The shortest beginning of a response that is a refusal's alone; all of it if there is none."""
