@@ -368,6 +368,13 @@ def test_openings_are_told_by_their_first_tokens_and_kept() -> None:
     assert [openings.begins_as_refusal(tokens) for tokens in ([1, 2, 9], [1, 4, 2], [9])] == [True, False, False]
     openings.add([1, 2, 5], refuses=False)
     assert openings.deciding((1,)) == [] and openings.deciding((1, 2)) == [3]  # what was looked up before is not remembered
+    for _ in range(20):
+        openings.add([7, 8], refuses=True)
+    found = []
+    for _ in range(3):  # one answer for ten refusals may be a mistake, or a rare way to begin; more are not
+        openings.add([7, 9], refuses=False)
+        found.append(openings.refuses([7]))
+    assert found == [True, True, False] and openings.refuses([7, 8]) and not openings.refuses([7, 9])
     long = list(range(10, 10 + 2 * DEPTH))
     openings.add(long, refuses=True)
     assert not openings.refuses(long[: DEPTH + 1]) and openings.refuses(long[:DEPTH])
