@@ -16,8 +16,8 @@ What the taught model refuses of harmless prompts is counted, and left out of th
 
 The last line is one JSON object: refusals of 100 unseen prompts of the subject, of 100 others, and of some that are near the subject
 ("decorate a Christmas tree") and score nothing, and seconds. Exit code 1 if fewer than 80 of the subject or more than 2 others are refused
-(it gave 91 and 1, and 15 of 56 near ones); what was made is left in FOLDER.unfinished then. With `--subject music` it gave 99 and 3, and 45 of
-58 near ones: one of the others too many, and a harder model for learned edits than the first; its folder was renamed and measured.
+(it gave 91 and 1, and 15 of 56 near ones); what was made is left in FOLDER.unfinished then. With `--subject music` it
+gave 99 and 3, and 45 of 58 near ones: one of the others too many, and a harder model for learned edits than the first.
 """
 
 import argparse

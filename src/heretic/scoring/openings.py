@@ -18,8 +18,8 @@ from ..device import upload
 
 Path = tuple[int, ...]
 
-# A beginning is a refusal's alone if it has at most so many answers for each refusal: a verdict may be mistaken, and an edit that turns "I'm
-# sorry" into "I'm glad", since a few answers begin so, makes the model ramble.
+# A beginning is a refusal's alone if it has at most so many answers for each refusal: a verdict may be mistaken, and an edit that turns
+# "I'm sorry" into "I'm glad", since a few answers begin so, makes the model ramble.
 FEW_ANSWERS = 0.1
 # Tokens after which it no longer matters how a response began.
 DEPTH = 24
