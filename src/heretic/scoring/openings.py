@@ -87,8 +87,8 @@ class Openings:
         """
         found = logprobs.clone()
         known = [self._answering(tuple(path[:j])) for j in range(len(path))]
-        weights = torch.tensor([weight for own in known for weight in own.values()])
-        found[_places([list(own) for own in known], found.device)] += upload(weights.to(found.dtype), found.device)
+        weights = torch.tensor([weight for own in known for weight in own.values()], dtype=found.dtype)
+        found[_places([list(own) for own in known], found.device)] += upload(weights, found.device)
         return torch.log_softmax(found, dim=-1)
 
     def _answering(self, path: Path) -> dict[int, float]:
