@@ -413,14 +413,12 @@ def taught() -> Learner:
     return Learner(model, LearnedRule(), good, bad, list(model.architecture.components), 1)
 
 
-def test_answers_of_an_edit_do_not_acquit_how_the_original_refuses(taught: Learner) -> None:
+def test_answers_of_an_edit_do_not_count_for_how_the_original_refuses(taught: Learner) -> None:
     """An answer that begins like the original's refusals is learned along, but the beginning stays one of a refusal; another one counts."""
     opening = next(own for path in taught.paths[0] if path.refuses for own in [taught.openings.decided(path.tokens)])
-    answers = [(), opening]
-    state = taught.openings.state()
-    before = [taught.paths[0].copy(), taught._own_openings.state()]
+    state, own_state, paths = taught.openings.state(), taught._own_openings.state(), taught.paths[0].copy()
     try:
-        for beginning in answers:
+        for beginning in ((), opening):
             tokens = [*beginning, *taught.model.tokenizer.encode(" Warm the milk first, then stir it well.", add_special_tokens=False)]
             assert not taught._note(0, tokens, True, is_edited=True)
             assert taught.paths[0][-1].tokens == tuple(tokens) and not taught.paths[0][-1].refuses
@@ -428,8 +426,8 @@ def test_answers_of_an_edit_do_not_acquit_how_the_original_refuses(taught: Learn
             taught.openings.restore(state)
         assert taught.openings.refuses(opening)
     finally:
-        taught.paths[0] = before[0]
-    assert taught._own_openings.state() == before[1]
+        taught.paths[0] = paths
+    assert taught._own_openings.state() == own_state
 
 
 def gradients(learner: Learner) -> tuple[float, list[Tensor]]:

@@ -187,7 +187,7 @@ class Learner:
         if kind is not None and not is_edited:
             self._own_openings.add(tokens, refuses)
         if kind is not None and (self.parts.present_refusals or not is_edited or not refuses):
-            # An edit's answer does not acquit what the original's refusals begin with, or "I'm glad" would do instead of "I'm sorry".
+            # An edit's answers do not count for what the original's refusals begin with, or "I'm glad" would do instead of "I'm sorry".
             if refuses or not (is_edited and self._own_openings.begins_as_refusal(tokens)):
                 self.openings.add(tokens, refuses)
             paths = self.paths.setdefault(prompt, [])
