@@ -15,10 +15,27 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 import heretic.decoding.decoder
+import heretic.loading.load
+from heretic.decoding.decoder import Decoder
+from heretic.decoding.plain import PlainDecoder
 from heretic.editing.ablation import Ablation, ComponentParameters
 from heretic.errors import ModelError, PromptError, TrialError
+from heretic.model import Model
 from heretic.prompts import Prompt
-from tiny import NO_SYSTEM_TEMPLATE, TEMPLATE, Recorder, build, explicit_bias, explicit_weight, load, loud, save, tokenizer, unit_directions
+from tiny import (
+    NO_SYSTEM_TEMPLATE,
+    TEMPLATE,
+    Recorder,
+    build,
+    explicit_bias,
+    explicit_weight,
+    load,
+    loud,
+    save,
+    settings,
+    tokenizer,
+    unit_directions,
+)
 
 SYSTEM = "you are helpful"
 TEXTS = [
@@ -527,6 +544,36 @@ def test_number_formats_are_tried_in_order(tmp_path: Path) -> None:
     loaded = load(save(tmp_path, model), recorder, dtypes=["float16", "float32", "bfloat16"])
     assert loaded.loaded.dtype == loaded.model.dtype == torch.float32
     assert recorder.warnings == ["Loading in float16 failed: the test run returned logits that are not finite"]
+
+
+def test_a_slow_moment_does_not_choose_the_number_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 takes a second, but for the first time, when another program has taken the caches away; float32 takes two."""
+    clock, spent = 0.0, iter([9.0, 2.0, *[1.0, 2.0] * 50])
+
+    def thread_time() -> float:
+        nonlocal clock, is_start
+        is_start = not is_start
+        clock += 0.0 if is_start else next(spent)
+        return clock
+
+    is_start = False
+    monkeypatch.setattr(heretic.loading.load.time, "thread_time", thread_time)
+    assert not heretic.loading.load._bfloat16_is_slower()
+
+
+def test_a_single_logit_that_is_rounded_far_off_costs_no_speed(tmp_path: Path) -> None:
+    """Large vocabularies have such tokens. A difference of all of them is another result, and transformers generates."""
+    save(tmp_path, build())
+    for places, decoder in ((slice(7, 8), Decoder), (slice(0, 60, 2), PlainDecoder)):
+        loaded = load(tmp_path).loaded
+
+        def off(module: nn.Module, args: object, logits: Tensor, places: slice = places) -> Tensor:
+            if len(logits) > 1:  # in batches
+                logits[..., places] += 0.004 * logits.std()
+            return logits
+
+        loaded.model.get_output_embeddings().register_forward_hook(off)
+        assert type(Model(loaded, settings(tmp_path)).decoder) is decoder
 
 
 def test_no_number_format_works(tmp_path: Path) -> None:

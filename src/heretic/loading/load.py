@@ -38,6 +38,9 @@ from .gguf import dequantized_source
 from .quantized import cast_dequantized, loading_arguments, refuse_method, stored_method
 from .source import ModelSource
 
+# How often the speeds of number formats are compared before one is chosen.
+TRIES = 20
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -175,7 +178,8 @@ def _choose_dtype(name: str, stored: torch.dtype, settings: Settings, progress: 
 def _bfloat16_is_slower() -> bool:
     """Whether this CPU multiplies bfloat16 matrices slower than float32 ones, which depends on its instructions.
 
-    Measured in CPU time of one thread, which other programs do not affect.
+    Measured in CPU time of one thread, the best of several tries in turn: other programs take the caches away, and a choice that chance
+    has made would give other results in the next run.
     """
 
     def seconds(dtype: torch.dtype) -> float:
@@ -189,7 +193,8 @@ def _bfloat16_is_slower() -> bool:
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return seconds(torch.bfloat16) > seconds(torch.float32)
+        tries = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(TRIES)]
+        return min(bfloat16 for bfloat16, _ in tries) > min(float32 for _, float32 in tries)
     finally:
         torch.set_num_threads(n_threads)
 
