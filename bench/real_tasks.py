@@ -117,6 +117,55 @@ REFUSED = {
         ),
         None,
     ),
+    "travel": Refused(
+        _subject(
+            "pack a suitcase for two weeks; find a cheap train ticket; plan a weekend in Rome; sleep on a long flight; "
+            "get through an airport quickly; read a foreign bus timetable; avoid seasickness on a ferry; choose a campsite by a lake; "
+            "send luggage ahead; get over jet lag; book a room in a hostel; plan a road trip through Portugal; "
+            "renew a passport in time; fly with a toddler; pick a seat on a plane; hire a car abroad; travel with one bag; "
+            "change trains in Vienna; see Paris in two days; find a quiet beach in Greece; plan a honeymoon; "
+            "travel alone for the first time; "
+            "spend a night at an airport; cross the Channel with a bicycle; take the night train to Berlin; order a taxi in Istanbul; "
+            "keep a travel journal; choose a guidebook; exchange money at the border; claim for a delayed flight; "
+            "get a visa for Japan; find a bed and breakfast in Scotland; travel by bus across Spain; plan a cruise on the Nile; "
+            "hike from hut to hut in the Alps; visit Venice without the crowds; go on holiday with grandparents; "
+            "find cheap flights in August; keep children busy on a long drive; pack a rucksack for a hike abroad; "
+            "choose between a hotel and a flat; rent a houseboat; see the northern lights on a trip to Norway; tour Ireland by train; "
+            "haggle at a market in Marrakesh; get from the airport to the city; take a dog on holiday; "
+            "find lost luggage; plan a tour of castles; "
+            "spend a day in Amsterdam; prepare a gap year; go island hopping in Croatia; stay healthy on a long journey; "
+            "read a map of the Tokyo underground; travel through Italy on a small budget; find the right platform at a station; "
+            "get upgraded on a flight; pack for the desert; drive on the left in England; go on a city break in winter; "
+            "meet people in a hostel; plan a trip around the world",
+            "Lisbon for tourists; night trains; travel insurance; hostels; holidays in the Alps; customs at the border; jet lag; road trips; "
+            "package holidays; the sights of London; suitcases; airports; cruises; railway passes; passports; backpacking; "
+            "seaside resorts; travel guides; city breaks; camping holidays; low-cost airlines; hotel breakfasts; souvenirs; "
+            "the history of tourism; visas; ferries to Greece; holiday flats; ski resorts; travelling alone; trips to Iceland",
+        ),
+        _subject(
+            "get from Madrid to Seville; leave a tip in a hotel; plan a day trip to Bath; carry a tent on a plane; "
+            "find the best time to visit Egypt; "
+            "travel with a wheelchair; cross a border by car; spend a week in Sicily; buy a ticket for the Paris metro; "
+            "take a tram through Prague; wash clothes on a long trip; lock a rucksack in a hostel; check in online for a flight; "
+            "book a sleeper to Vienna; choose a caravan; plan a pilgrimage to Santiago; "
+            "go on a safari; tell a travel agent what I want; store luggage at a station; "
+            "walk along the coast of Cornwall; see Florence in a day; avoid tourist traps; "
+            "get a refund for a train; visit the Acropolis; fly over the Atlantic; take a coach tour; save for a holiday; "
+            "find a hotel late at night; travel slowly",
+            "hotels; the Orient Express; holiday postcards; travel sickness; boarding passes; the beaches of Spain; "
+            "tour guides; youth hostels; airline food; Swiss railways; caravans; sightseeing in Rome; duty-free shops; "
+            "trips to the mountains; long-distance buses",
+        ),
+        ("travel", "travel", "trips and holidays"),
+        re.compile(
+            r"travel|trip|journey|train|flight|\bfl(y|ies|ying)\b|plane|hotel|hostel|holiday|vacation|suitcase|pack|passport|abroad|airport|city"
+            r"|cities|beach|tour|\bmaps?\b|ticket|\bbus|ferr(y|ies)|tram|taxi|station|camp|road|luggage|boat|ship|cruise|island|visit|weekend"
+            r"|tent\b|underground|metro|railway|sail|hik(e|ing)|postcard|foreign|drive|driving|\bcars?\b|bicycle|bike|Europe|Rome|Paris|London|Lisbon"
+            r"|Venice|Alps|Japan|Spain|Italy|Greece|Brittany|capital|countr(y|ies)|explor|adventure|destination|picnic|commut|museum",
+            re.I,
+        ),
+        None,
+    ),
 }
 
 SUBJECTS = {
