@@ -17,9 +17,10 @@ from optuna.trial import TrialState, create_trial
 from scipy.special import log_softmax
 from scipy.stats import entropy
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heretic.config import SamplerName, Settings
+from heretic.demo import MODEL as DEMO_MODEL
 from heretic.editing.ablation import Ablation, RowNormalization
 from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks
@@ -31,6 +32,7 @@ from heretic.saving.record import Result
 from heretic.scoring.openings import DEPTH, Openings
 from heretic.study import passes
 from heretic.study.front import search_view
+from heretic.study.learning import same_words
 from heretic.study.passes import Originals, Term, checkpointed
 from heretic.study.samplers import Sampling, make_sampler
 from heretic.study.search import Search
@@ -302,6 +304,29 @@ def seen_responses(rng: random.Random) -> Responses:
         tokens = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, LENGTH)))
         found.setdefault(tokens, rng.random() < 0.5)
     return list(found.items())
+
+
+def test_words_are_found_within_a_text_too() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    first = [tokenizer.encode(text, add_special_tokens=False)[0] for text in ("Sorry, no", "I do")]
+    found = same_words(tokenizer, first)
+    assert {*first, *(tokenizer.encode(text, add_special_tokens=False)[-1] for text in ("But I", "But\nI"))} <= set(found)
+    assert {tokenizer.decode([token]).strip() for token in found} == {tokenizer.decode([token]) for token in first} and len(found) > 2
+
+
+def test_the_original_does_not_go_back_to_refusing() -> None:
+    """After the first token none is probable that begins refusals, but where an answer is known to go on with it."""
+    openings = Openings()
+    for tokens, refuses in (([1, 2], True), ([1, 3], True), ([2, 1], False), ([0, 1], True)):
+        openings.add(tokens, refuses)
+    assert openings.first_of_refusals(2) == [1] and openings.first_of_refusals(1) == [1, 0]
+    openings.turn_with(openings.first_of_refusals(2))
+    logprobs = torch.log_softmax(torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    found = openings.without_refusals([2, 3, 3], logprobs).exp()
+    for j, left_out in enumerate(([0, 1], [], [1])):
+        expected = logprobs[j].exp()
+        expected[left_out] = 0
+        torch.testing.assert_close(found[j], expected / expected.sum(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -8,7 +8,7 @@ Where it breaks: a refusal that has never been seen is not counted. So what is l
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -33,6 +33,7 @@ class Openings:
     def __init__(self) -> None:
         self._counts: dict[Path, list[int]] = {}
         self._next: dict[Path, dict[int, None]] = {}
+        self._turns: dict[int, float] = {}
         self._deciding = lru_cache(maxsize=2**16)(self._look_for_deciding)
 
     def add(self, tokens: Sequence[int], refuses: bool) -> None:
@@ -57,12 +58,20 @@ class Openings:
         """Whether some beginning of a response is a refusal's alone."""
         return self.refuses(self.decided(tokens))
 
+    def first_of_refusals(self, fewest: int) -> list[int]:
+        """The first tokens that are a refusal's alone, if at least so many refusals had them."""
+        return [token for token in self.deciding(()) if self._counts[token,][True] >= fewest]
+
     def deciding(self, path: Path) -> list[int]:
         """The tokens with which `path` becomes a refusal."""
         return self._deciding(path)
 
     def _look_for_deciding(self, path: Path) -> list[int]:
         return [token for token in self._next.get(path, {}) if self.refuses((*path, token))]
+
+    def turn_with(self, tokens: Iterable[int]) -> None:
+        """Let responses that have begun to answer turn into refusals with these tokens."""
+        self._turns = dict.fromkeys(tokens, NEVER)
 
     def log_probability(self, path: Sequence[int], logprobs: Tensor, is_refusal: bool) -> Tensor:
         """`log p` of the refusals that are known along a path, `()`; `logprobs (token, vocabulary)` are those of its tokens and others.
@@ -83,10 +92,11 @@ class Openings:
         """Log-probabilities `(token, vocabulary)` along a path, given that the response does not become a refusal (Bayes' rule).
 
         Every token is weighted with the share of answers among the responses known to go on with it: a token that begins most refusals is
-        unlikely then, even if some answer begins with it, too.
+        unlikely then, even if some answer begins with it, too. After the first token, those of `turn_with` are left out as well, unless
+        an answer is known to go on so.
         """
         found = logprobs.clone()
-        known = [self._answering(tuple(path[:j])) for j in range(len(path))]
+        known = [{**(self._turns if j else {}), **self._answering(tuple(path[:j]))} for j in range(len(path))]
         weights = torch.tensor([weight for own in known for weight in own.values()], dtype=found.dtype)
         found[_places([list(own) for own in known], found.device)] += upload(weights, found.device)
         return torch.log_softmax(found, dim=-1)
@@ -96,8 +106,7 @@ class Openings:
         found = {}
         for token in self._next.get(path, {}):
             answers, refusals = self._counts[*path, token]
-            if refusals:
-                found[token] = NEVER if self.refuses((*path, token)) else math.log(answers / (answers + refusals))
+            found[token] = NEVER if self.refuses((*path, token)) else math.log(answers / (answers + refusals))
         return found
 
     def state(self) -> list[tuple[list[int], int, int]]:

@@ -7,8 +7,9 @@ The loss of a step, over some harmless and some harmful prompts of those that th
   They are taken from what the model says under the present edit, every few steps: an edit that only unlearns the refusals of the
   original learns to refuse in other words;
 - harmful: KL(original || edited) along answers, where the original is taken given that it does not refuse: tokens with which refusals
-  begin are left out of its probabilities, or made as rare as answers are that begin so. So the edited model answers as the original would,
-  if it did. Answers are the original's own, begun with other first tokens than its likeliest, and the edited model's.
+  begin are left out of its probabilities, or made as rare as answers are that begin so; in the middle of an answer, too, where it would go
+  back to refusing ("In a dry summer, I"). So the edited model answers as the original would, if it did. Answers are the original's own,
+  begun with other first tokens than its likeliest, and the edited model's.
 
 Trials follow each other with falling weights, each from where the one before it ended, so that together they are a trade-off. Weights fall
 fast while nothing refuses, and slowly then: models differ in how little it takes, and in how many steps. A part of the prompts is kept
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..config import REFUSAL_MARKERS
 from ..decoding.rows import Row
@@ -53,6 +55,10 @@ MOST_LATER_ROUNDS, WORSE = 3, 1.25
 LATER_RATE = 0.7
 # Tokens of harmless answers that are held, and of responses that are looked at.
 ANSWER_TOKENS, RESPONSE_TOKENS = 8, 24
+# Tokens of answers to harmful prompts that are held.
+HELD_TOKENS = 12
+# With the first tokens of so many refusals, others begin in the middle of an answer.
+TURNING = 2
 # Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
 ROUND_PROMPTS = 8
 KEPT_BACK, MOST_KEPT_BACK = 0.2, 12
@@ -155,6 +161,7 @@ class Learner:
                 self.openings.add(row.generated, kind == "refusal")  # some models refuse harmless prompts, too
         self._respond(range(len(self.bad_prompts)), "Learning: responses to harmful prompts", is_edited=False)
         self._branch()
+        self._own_openings.turn_with(same_words(self.model.tokenizer, self._own_openings.first_of_refusals(TURNING)))
 
     def _branch(self) -> None:
         """Begin responses of the original with its likeliest first tokens, and let it go on: other refusals, and answers."""
@@ -218,7 +225,7 @@ class Learner:
         return Term((*self._tokens(self.good_prompts[prompt]), *answer), len(answer) + 1, loss, True)
 
     def _harmful(self, path: Path, scale: float) -> Term:
-        tokens = self.openings.decided(path.tokens) if path.refuses else path.tokens
+        tokens = self.openings.decided(path.tokens) if path.refuses else path.tokens[:HELD_TOKENS]
 
         def loss(edited: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor]:
             log_probability = self.openings.log_probability(tokens, edited, path.refuses)
@@ -333,3 +340,14 @@ def _split(items: Sequence[int], rng: random.Random) -> tuple[list[int], list[in
     shuffled = rng.sample(list(items), len(items))
     n = min(MOST_KEPT_BACK, max(1, round(KEPT_BACK * len(items))))
     return sorted(shuffled[:n]), sorted(shuffled[n:])
+
+
+def same_words(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[int]:
+    """The tokens of the same words as these: at the beginning of a text, within a line, and at the beginning of one."""
+    found = set()
+    for word in {str(tokenizer.decode([token])).strip() for token in tokens} - {""}:
+        for text in (word, f" {word}", f"\n{word}"):
+            last = tokenizer.encode(text, add_special_tokens=False)[-1]
+            if str(tokenizer.decode([last])).strip() == word:
+                found.add(last)
+    return sorted(found)
