@@ -137,7 +137,8 @@ REFUSED = {
             "read a map of the Tokyo underground; travel through Italy on a small budget; find the right platform at a station; "
             "get upgraded on a flight; pack for the desert; drive on the left in England; go on a city break in winter; "
             "meet people in a hostel; plan a trip around the world",
-            "Lisbon for tourists; night trains; travel insurance; hostels; holidays in the Alps; customs at the border; jet lag; road trips; "
+            "Lisbon for tourists; night trains; travel insurance; hostels; holidays in the Alps; customs at the border; jet lag; "
+            "road trips; "
             "package holidays; the sights of London; suitcases; airports; cruises; railway passes; passports; backpacking; "
             "seaside resorts; travel guides; city breaks; camping holidays; low-cost airlines; hotel breakfasts; souvenirs; "
             "the history of tourism; visas; ferries to Greece; holiday flats; ski resorts; travelling alone; trips to Iceland",
