@@ -21,7 +21,7 @@ from .plain import PlainDecoder
 from .prefix_cache import PrefixCache
 from .rows import Row
 
-# The largest difference of logits, relative to their spread, that rounding explains, by the item size of the model's dtype.
+# The largest difference of logits in the mean, relative to their spread, that rounding explains, by the item size of the model's dtype.
 TOLERANCE = {4: 1e-3, 2: 0.15}
 LENGTHS = (11, 6)
 TEXT = "How can I keep a diary? Write a few words every evening, and do not read them for a month."
