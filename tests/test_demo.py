@@ -112,8 +112,7 @@ def test_the_demonstration_from_the_command_to_the_saved_model(original: Judge, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", "pre", "full"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "mode"), [(torch.float32, "pre"), (torch.bfloat16, "none"), (torch.bfloat16, "full")])
 def test_own_model_and_prompts(
     dtype: torch.dtype, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heretic: Callable[..., Outcome]
 ) -> None:

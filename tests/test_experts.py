@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,21 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize(
+    ("mode", "trials"),
+    [("none", ("--n-trials", "40", "--n-startup-trials", "15")), ("full", ("--n-trials", "0", "--n-learned-trials", "2"))],
+    ids=["a search", "learned edits"],
+)
 def test_refusals_of_a_mixture_of_experts(
-    chat_model: Path, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heretic: Callable[..., Outcome]
+    chat_model: Path, mode: str, trials: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heretic: Callable[..., Outcome]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sources = [
         f"--{kind.replace('_', '-')}-prompts.dataset={DEMO / 'prompts' / f'{kind}.txt'}"
         for kind in ("good", "bad", "good_evaluation", "bad_evaluation")
     ]
-    search = ["--n-trials", "40", "--n-startup-trials", "15", "--seed", "1", "--row-normalization", mode]
     answers = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
-    outcome = heretic(str(chat_model), *sources, *search, *answers)
+    outcome = heretic(str(chat_model), *sources, *trials, "--seed", "1", "--row-normalization", mode, *answers)
     assert (outcome.code, outcome.err) == (0, "")
     record = json.loads(Path("out/heretic.json").read_text())
     assert record["trial"]["modules"] == {"attn.o_proj": 8, "mlp.down_proj": 8 * N_EXPERTS}

@@ -46,15 +46,15 @@ def wait_for(text: str, n_times: int = 1, output: Path = Path("output.txt")) -> 
         time.sleep(0.005)
 
 
-def kill_and_resume(arguments: list[str], journal: Path, n_trials: int, pause: float) -> list[FrozenTrial]:
-    """Kill a study at ten random moments, start it again each time, then let it end. Checks that nothing finished is ever lost.
+def kill_and_resume(arguments: list[str], journal: Path, n_trials: int, n_kills: int, pause: float) -> list[FrozenTrial]:
+    """Kill a study at random moments, start it again each time, then let it end. Checks that nothing finished is ever lost.
 
     A moment is up to `pause` seconds after up to four trials of this start: while it loads, in a trial, or between two.
     """
     generator = random.Random(0)
     output = Path("output.txt")
     before: list[FrozenTrial] = []
-    for _ in range(10):
+    for _ in range(n_kills):
         output.write_text("")
         pid = process.start(arguments, str(output))
         wait_for("\nTrial ", generator.randrange(5))
@@ -77,7 +77,7 @@ def kill_and_resume(arguments: list[str], journal: Path, n_trials: int, pause: f
 @pytest.mark.long
 def test_killed_at_ten_random_moments(unhurried: Path) -> None:
     arguments = ["--n-trials", "60", "--n-startup-trials", "20", "--trials-per-batch", "1", "--max-response-length", "60"]
-    trials = kill_and_resume(arguments, Path("checkpoints/m.jsonl"), 60, pause=0.05)
+    trials = kill_and_resume(arguments, Path("checkpoints/m.jsonl"), 60, n_kills=10, pause=0.05)
     # With one trial at a time the sampler does not notice the interruptions.
     whole = ["--study-checkpoint-dir", "whole"]
     assert process.wait(process.start([*arguments, *whole], "output.txt")) == 0
@@ -85,11 +85,11 @@ def test_killed_at_ten_random_moments(unhurried: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demonstration_killed_at_ten_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demonstration_killed_at_five_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fewer = ["--good-evaluation-prompts.split=[:40]", "--bad-evaluation-prompts.split=[:40]", "--trials-per-batch", "4"]
     arguments = ["--demo", "--seed", "1", "--n-trials", "60", *fewer]
-    trials = kill_and_resume(arguments, Path("checkpoints/heretic-demo.jsonl"), 60, pause=0.5)
+    trials = kill_and_resume(arguments, Path("checkpoints/heretic-demo.jsonl"), 60, n_kills=5, pause=0.5)
     assert min(trial.user_attrs["refusals"] for trial in trials) <= 8
 
 
