@@ -1,6 +1,7 @@
 """Whole runs that learn edits: what the study holds, what is saved, what a kill costs, and what is reported if nothing can be learned."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -546,6 +547,15 @@ def test_a_gradient_that_is_not_finite(taught: Learner, monkeypatch: pytest.Monk
     with pytest.raises(LearningError, match=r"^the gradient of the loss \(nan\) is missing or not finite$"):
         taught.learn(0, 6.0, lambda n: None)
     assert torch.equal(taught.edit.directions, before["directions"])
+
+
+def test_a_loss_that_is_not_finite(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = taught.edit.state()
+    monkeypatch.setattr(taught, "_step", lambda terms, weight, rate: None)
+    monkeypatch.setattr(taught.passes, "total", lambda terms: learning.Losses(0.1, math.nan))
+    with pytest.raises(LearningError, match=r"^the loss at the prompts that are kept back is not finite \(0.1, nan\)$"):
+        taught.learn(0, 6.0, lambda n: None)
+    taught.edit.restore(before)
 
 
 # Other kinds of models

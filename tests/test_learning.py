@@ -350,10 +350,7 @@ def test_probabilities_of_refusals_along_a_path(seed: int) -> None:
         kinds = {is_refusal for tokens, is_refusal in responses if tokens[: len(prefix)] == prefix}
         return kinds == {True}
 
-    for response, is_refusal in responses:
-        decided = next((response[:n] for n in range(1, len(response) + 1) if refuses(response[:n])), response)
-        assert openings.decided(response) == decided
-        path = decided if is_refusal else response
+    def check(path: tuple[int, ...], is_refusal: bool) -> None:
         counted = 0.0
         for s, p in probability.items():
             common = next((j for j in range(len(path)) if s[j] != path[j]), len(path))
@@ -363,6 +360,12 @@ def test_probabilities_of_refusals_along_a_path(seed: int) -> None:
         logprobs = torch.tensor(np.stack([conditional[path[:j]] for j in range(len(path))]), requires_grad=True)
         found = openings.log_probability(path, logprobs, is_refusal)
         assert math.exp(found.item()) == pytest.approx(counted, abs=1e-12)
+
+    for response, is_refusal in responses:
+        decided = next((response[:n] for n in range(1, len(response) + 1) if refuses(response[:n])), response)
+        assert openings.decided(response) == decided
+        check(decided if is_refusal else response, is_refusal)
+        check(response, False)  # an edit's answer may begin as only the original's refusals do
 
 
 def test_the_original_given_that_it_does_not_refuse() -> None:

@@ -76,15 +76,17 @@ class Openings:
     def log_probability(self, path: Sequence[int], logprobs: Tensor, is_refusal: bool) -> Tensor:
         """`log p` of the refusals that are known along a path, `()`; `logprobs (token, vocabulary)` are those of its tokens and others.
 
-        The path itself counts if it `is_refusal`. Minus infinity if no refusal begins as the path does.
+        The path itself counts if it `is_refusal`. A path that has become a refusal is not followed further: all that goes on so is counted.
+        Minus infinity if no refusal begins as the path does.
         """
         parts, before = [], logprobs.new_zeros(())
-        tokens = [[token, *self.deciding(tuple(path[:j]))] for j, token in enumerate(path)]
+        end = next((j for j in range(len(path)) if self.refuses(path[:j])), len(path))
+        tokens = [[token, *self.deciding(tuple(path[:j]))] for j, token in enumerate(path[:end])]
         for own in logprobs[_places(tokens, logprobs.device)].split([len(own) for own in tokens]):
             if len(own) > 1:
                 parts.append(before + torch.logsumexp(own[1:], dim=0))
             before = before + own[0]
-        if is_refusal and not self.refuses(path):
+        if is_refusal and end == len(path) and not self.refuses(path):
             parts.append(before)
         return torch.logsumexp(torch.stack(parts), dim=0) if parts else logprobs.new_full((), -torch.inf)
 

@@ -316,7 +316,10 @@ class Learner:
         """The loss on the prompts kept back, along what the model has just said to them."""
         terms = [self._harmless(prompt, 1 / len(self.kept_good)) for prompt in self.kept_good]
         terms += [self._harmful(self.paths[prompt][-1], 1 / len(self.kept_bad)) for prompt in self.kept_bad]
-        return self.passes.total(terms)
+        losses = self.passes.total(terms)
+        if not math.isfinite(losses.held + losses.refusing):
+            raise LearningError(f"the loss at the prompts that are kept back is not finite ({losses.held:g}, {losses.refusing:g})")
+        return losses
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next trial begins with, as tensors and plain data."""
