@@ -113,6 +113,7 @@ def test_transformers_decoding_finds_the_end(script: Any) -> None:
     assert module.cut([5, 6], model) == [5, 6]
 
 
+@pytest.mark.long
 def test_a_decode_step_waits_once_and_a_prefill_never(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

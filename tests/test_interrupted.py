@@ -105,7 +105,7 @@ def killed_before(call: int, result: Path, target: Path) -> bool:
     return code != 0
 
 
-@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("swaps", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_killed_before_every_step(tmp_path: Path, result: Path, swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old folder or the new one is there. Where the system swaps no folders, the old one is gone for a moment between two renames;
     the next run brings it back first."""

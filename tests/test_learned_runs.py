@@ -276,7 +276,7 @@ def killed_at(trial: int, step: int, number: int = signal.SIGKILL) -> Callable[[
     return prepare
 
 
-@pytest.mark.parametrize(("trial", "step"), [(0, 6), (1, 2)])
+@pytest.mark.parametrize(("trial", "step"), [pytest.param(0, 6, marks=pytest.mark.long), (1, 2)])
 def test_a_kill_in_the_middle_of_learning_changes_nothing(finished: Path, tmp_path: Path, trial: int, step: int) -> None:
     """What was finished is kept; what was cut off is learned again, the same; and so is the search after it."""
     write_study(tmp_path)
@@ -293,6 +293,7 @@ def test_a_kill_in_the_middle_of_learning_changes_nothing(finished: Path, tmp_pa
     assert [t.values for t in study_of(tmp_path).trials] == [t.values for t in study_of(finished).trials]
 
 
+@pytest.mark.long
 def test_another_seed_learns_another_edit(finished: Path, place: Path, heretic: Callable[..., Outcome]) -> None:
     outcome = heretic("--seed", "2", *ONE)
     assert (outcome.code, outcome.err) == (0, "")
