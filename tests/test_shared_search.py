@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -17,14 +18,17 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 import process
+from heretic.console import Console
 from heretic.editing.ablation import Ablation
 from heretic.errors import CheckpointError, UsageError
 from heretic.evaluator import Score
 from heretic.parameters import FirstTrial
 from heretic.privacy import shown_location
 from heretic.sharing import storage as storage_module
+from heretic.sharing.devices import WorkerPlace
 from heretic.sharing.shared_search import Heartbeats, SharedSearch
 from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
+from heretic.sharing.workers import Worker
 from heretic.study.front import is_counted
 from heretic.study.journal import JournalFile, JournalLock
 from heretic.study.samplers import Sampling
@@ -453,3 +457,13 @@ def test_a_trial_that_nobody_has_claimed_is_given_up_soon(tmp_path: Path, monkey
     monkeypatch.setattr(slow.study, "ask", asked)
     slow.run(3, usual_score, scaled)
     assert sum(map(is_counted, slow.trials)) == 3
+
+
+def test_what_a_worker_says_that_its_user_should_know(capsys: pytest.CaptureFixture[str]) -> None:
+    """Warnings, and that the study is there again, which the parent need not have noticed; nothing else."""
+    worker = Worker(2, WorkerPlace((), 1), {}, Console(), lambda: False)
+    lines = ["Loading ...", "Warning: The study s cannot be reached; retrying: no", "The study s can be reached again.", "Error: no"]
+    worker._read(SimpleNamespace(stdout=[f"{line}\n".encode() for line in lines]))  # type: ignore[arg-type]
+    expected = "Warning: Worker 2: The study s cannot be reached; retrying: no\nWorker 2: The study s can be reached again.\n"
+    assert capsys.readouterr().out == expected
+    assert list(worker.lines) == lines

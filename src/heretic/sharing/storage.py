@@ -42,6 +42,8 @@ from ..utils import Progress, SilentProgress, first_line, format_duration
 # How long to wait for an unreachable storage, and how often to retry.
 MAX_WAIT_SECONDS = 600.0
 RETRY_SECONDS = 1.0
+# How the message ends that a study which could not be reached is there again.
+REACHED_AGAIN = "can be reached again."
 # Heartbeats per timeout.
 HEARTBEATS_PER_TIMEOUT = 5
 # A trial is marked with its worker right after it is created. If the mark is missing for this long, the worker died in between.
@@ -267,7 +269,7 @@ class SharedStorage(_Retrying, BaseHeartbeat):  # type: ignore[misc]
         if self._is_unreachable_now:
             self._is_unreachable_now = False
             self._heartbeats.clear()  # no heartbeats could be recorded
-            self.progress.message(f"The study {self.location} can be reached again.")
+            self.progress.message(f"The study {self.location} {REACHED_AGAIN}")
         return result
 
     def _note_unreachable(self, attempt: RetryCallState) -> None:

@@ -30,7 +30,7 @@ from ..utils import JsonObject
 from .devices import WorkerPlace, place_workers
 from .preparation import ATTRIBUTE
 from .shared_study import storage_of, target_of
-from .storage import WITHDRAWN, WORKER, worker_identity
+from .storage import REACHED_AGAIN, WITHDRAWN, WORKER, worker_identity
 
 POLL_SECONDS = 0.3
 # A worker that repeatedly ends without finishing a trial is not restarted after this many starts.
@@ -86,6 +86,8 @@ class Worker:
                 self._console.message(line)
             elif line.startswith("Warning:"):
                 self._console.warning(f"Worker {self.number}: {line.removeprefix('Warning: ')}")
+            elif line.endswith(REACHED_AGAIN):  # the parent need not have noticed
+                self._console.message(f"Worker {self.number}: {line}")
 
     @property
     def identity(self) -> str:
