@@ -80,13 +80,13 @@ class Openings:
         Minus infinity if no refusal begins as the path does.
         """
         parts, before = [], logprobs.new_zeros(())
-        end = next((j for j in range(len(path)) if self.refuses(path[:j])), len(path))
-        tokens = [[token, *self.deciding(tuple(path[:j]))] for j, token in enumerate(path[:end])]
+        followed = self.decided(path)
+        tokens = [[token, *self.deciding(followed[:j])] for j, token in enumerate(followed)]
         for own in logprobs[_places(tokens, logprobs.device)].split([len(own) for own in tokens]):
             if len(own) > 1:
                 parts.append(before + torch.logsumexp(own[1:], dim=0))
             before = before + own[0]
-        if is_refusal and end == len(path) and not self.refuses(path):
+        if is_refusal and not self.refuses(followed):
             parts.append(before)
         return torch.logsumexp(torch.stack(parts), dim=0) if parts else logprobs.new_full((), -torch.inf)
 
