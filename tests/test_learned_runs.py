@@ -433,7 +433,8 @@ def test_answers_of_an_edit_do_not_count_for_how_the_original_refuses(taught: Le
 
 
 def gradients(learner: Learner) -> tuple[float, list[Tensor]]:
-    learner.edit.optimizer.zero_grad()
+    for optimizer in learner.edit.optimizers:
+        optimizer.zero_grad()
     terms = [learner._harmless(i, 0.1) for i in range(6)] + [learner._harmful(learner.paths[i][0], 0.1) for i in range(6)]
     loss = learner.passes.total(terms, 2.0).weighted(2.0)
     return loss, [parameter.grad.clone() for parameter in (learner.edit.directions, learner.edit.strengths) if parameter.grad is not None]

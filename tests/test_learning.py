@@ -24,7 +24,7 @@ from heretic.demo import MODEL as DEMO_MODEL
 from heretic.editing.ablation import Ablation, RowNormalization
 from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks
-from heretic.editing.learning import FIRST_STRENGTH, LearnableEdit, divergence, refusal_loss
+from heretic.editing.learning import DIRECTION_RATE, FIRST_STRENGTH, LearnableEdit, divergence, refusal_loss
 from heretic.errors import LearningError
 from heretic.evaluator import Score
 from heretic.saving.export import save
@@ -209,6 +209,21 @@ def test_where_learning_begins() -> None:
     torch.testing.assert_close(edit.directions.detach().double(), expected, rtol=0, atol=1e-6)
     edit.directions.data[0] = -edit.directions.data[0]
     assert edit.turned() == pytest.approx([-1.0, 1.0, 1.0])
+
+
+def test_directions_turn_as_far_after_many_steps_as_at_first() -> None:
+    """Whatever size their gradients have: a vector that grows longer with its steps would turn less and less."""
+    edit = LearnableEdit(AblationHooks(discover(build("llama", num_hidden_layers=3)), unit_directions(4, 32), "none"), ["mlp.down_proj"])
+    generator = torch.Generator().manual_seed(0)
+    for size in [1.0, 1e-3] * 30:
+        before = edit.directions.detach().double()
+        edit.directions.grad = size * torch.randn(before.shape, generator=generator)
+        edit.strengths.grad = torch.zeros_like(edit.strengths)
+        edit.step()
+        after = edit.directions.detach().double()
+        torch.testing.assert_close(after.norm(dim=-1), torch.ones(len(after), dtype=torch.float64), rtol=0, atol=1e-6)
+        angles = torch.arccos((before * after).sum(dim=-1))
+        assert 0.4 * DIRECTION_RATE < float(angles.min()) <= float(angles.max()) < 1.6 * DIRECTION_RATE
 
 
 def test_steps_go_on_from_a_state_exactly() -> None:
@@ -423,7 +438,8 @@ def test_checkpointing_changes_no_gradient(kind: str) -> None:
     kept: list[int] = []
 
     def gradients() -> list[Tensor]:
-        edit.optimizer.zero_grad()
+        for optimizer in edit.optimizers:
+            optimizer.zero_grad()
         n_bytes = 0
 
         def pack(tensor: Tensor) -> Tensor:

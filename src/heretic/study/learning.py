@@ -39,7 +39,7 @@ from .passes import Losses, Passes, Term
 
 # The weight of the refusals in the first trial, and what it is multiplied by from trial to trial: while the loss of refusals at the prompts
 # kept back is below so much, and else.
-FIRST_WEIGHT = 12.0
+FIRST_WEIGHT = 4.0
 FASTER, SLOWER, FEW_REFUSALS = 0.5, 0.85, 0.03
 # What answers to harmful prompts count, beside those to harmless ones.
 ANSWERS_WEIGHT = 0.1
