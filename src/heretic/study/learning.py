@@ -37,10 +37,10 @@ from ..scoring.openings import Openings
 from ..scoring.responses import Kind, RefusalRule, normalize
 from .passes import Losses, Passes, Term
 
-# The weight of the refusals in the first trial, and what it is multiplied by from trial to trial: while the loss of refusals at the prompts
-# kept back is below so much, and else.
+# The weight of the refusals in the first trial, and what it is multiplied by from trial to trial: while nothing refuses, and if the loss of
+# refusals at the prompts kept back is so much or more; in between, in proportion.
 FIRST_WEIGHT = 4.0
-FASTER, SLOWER, FEW_REFUSALS = 0.5, 0.85, 0.03
+FASTER, SLOWER, SOME_REFUSALS = 0.5, 0.85, 0.03
 # What answers to harmful prompts count, beside those to harmless ones.
 ANSWERS_WEIGHT = 0.1
 # Prompts of each kind in a step.
@@ -261,7 +261,7 @@ class Learner:
         """The weight of the refusals in the next trial. It falls slowly once some prompts refuse: until then, less may be changed."""
         if self._weight is None or self._reached is None:
             return FIRST_WEIGHT
-        return self._weight * (FASTER if self._reached.refusing < FEW_REFUSALS else SLOWER)
+        return self._weight * (FASTER + (SLOWER - FASTER) * min(1.0, self._reached.refusing / SOME_REFUSALS))
 
     def learn(
         self, number: int, weight: float, advance: Callable[[int], None], should_stop: Callable[[], bool] = lambda: False
