@@ -12,8 +12,8 @@ The loss of a step, over some harmless and some harmful prompts of those that th
   begun with other first tokens than its likeliest, and the edited model's.
 
 Trials follow each other with falling weights, each from where the one before it ended, so that together they are a trade-off. Weights fall
-fast while nothing refuses, and the more slowly, the more does: models differ in how little it takes, and in how many steps. A part of the prompts is kept
-back: its loss says when a trial is done, and which of its moments is the best.
+fast while nothing refuses, and the more slowly, the more does: models differ in how little it takes, and in how many steps. A part of the
+prompts is kept back: its loss says when a trial is done, and which of its moments is the best.
 """
 
 import math
