@@ -31,6 +31,9 @@ class Emulation(contextlib.ExitStack):
         self.computer = Computer(self.memory, self.counts)
 
     def __enter__(self) -> "Emulation":
+        # PyTorch's engine of gradients begins at the first use, with a thread for every device. It has to begin before there are some:
+        # no process with such threads can be forked, and other tests fork theirs.
+        torch.ones((), requires_grad=True).backward()
         torch._C._ensureCUDADeviceGuardSet()
         self.enter_context(_replaced(torch.cuda, self._cuda()))
         self.enter_context(_replaced(torch.accelerator, self._accelerator()))
