@@ -91,6 +91,7 @@ def test_answers_differ_from_their_first_word_on(original: Judge) -> None:
     assert all(len(answer.split()) >= 5 for answer in answers)
 
 
+@pytest.mark.long
 def test_the_demonstration_from_the_command_to_the_saved_model(original: Judge, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("heretic")), "--demo", "--n-trials", "40", "--n-startup-trials", "15", "--seed", "1"]
     answers = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]

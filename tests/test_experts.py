@@ -62,7 +62,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "trials"),
-    [("none", ("--n-trials", "40", "--n-startup-trials", "15")), ("full", ("--n-trials", "0", "--n-learned-trials", "2"))],
+    [("none", ("--n-trials", "24", "--n-startup-trials", "10")), ("full", ("--n-trials", "0", "--n-learned-trials", "2"))],
     ids=["a search", "learned edits"],
 )
 def test_refusals_of_a_mixture_of_experts(

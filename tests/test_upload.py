@@ -494,6 +494,7 @@ def assert_nowhere(token: str, folder: Path, *texts: str) -> None:
     assert not [path for path in files if token.encode() in path.read_bytes()]
 
 
+@pytest.mark.long
 def test_the_command_uploads_and_keeps_the_token_to_itself(finished_demo: Path, tmp_path: Path) -> None:
     """In no output with --debug, no file, and no command line, that of every process there is looked at during the upload."""
     folder = copy_of(finished_demo, tmp_path)
@@ -522,6 +523,7 @@ def test_the_command_uploads_and_keeps_the_token_to_itself(finished_demo: Path, 
     assert not upload_folders(folder / "checkpoints")
 
 
+@pytest.mark.long
 def test_the_command_with_a_wrong_token(finished_demo: Path, tmp_path: Path) -> None:
     """Told before the model is loaded."""
     folder = copy_of(finished_demo, tmp_path)
@@ -535,6 +537,7 @@ def test_the_command_with_a_wrong_token(finished_demo: Path, tmp_path: Path) -> 
         assert_nowhere("hf_WrongWrongWrong", folder, out, err)
 
 
+@pytest.mark.long
 def test_the_command_without_the_right_to_write(finished_demo: Path, tmp_path: Path) -> None:
     """To a repository that exists: told before the model is loaded as well."""
     folder = copy_of(finished_demo, tmp_path)
