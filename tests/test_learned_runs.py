@@ -515,7 +515,7 @@ def test_a_trial_that_gets_worse_goes_on(
         seen.append(taught.edit.state())
         return learning.Losses(0.1, next(losses))
 
-    def step(weight: float, rng: object, rate: float) -> None:
+    def step(terms: object, weight: float) -> None:
         taught.edit.strengths.data += 0.001
 
     before = taught.edit.state()
@@ -556,7 +556,7 @@ def test_a_gradient_that_is_not_finite(taught: Learner, monkeypatch: pytest.Monk
 
 def test_a_loss_that_is_not_finite(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
     before = taught.edit.state()
-    monkeypatch.setattr(taught, "_step", lambda terms, weight, rate: None)
+    monkeypatch.setattr(taught, "_step", lambda terms, weight: None)
     monkeypatch.setattr(taught.passes, "total", lambda terms: learning.Losses(0.1, math.nan))
     with pytest.raises(LearningError, match=r"^the loss at the prompts that are kept back is not finite \(0.1, nan\)$"):
         taught.learn(0, 6.0, lambda n: None)

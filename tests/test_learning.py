@@ -24,7 +24,7 @@ from heretic.demo import MODEL as DEMO_MODEL
 from heretic.editing.ablation import Ablation, RowNormalization
 from heretic.editing.discovery import discover
 from heretic.editing.hooks import AblationHooks
-from heretic.editing.learning import DIRECTION_RATE, FIRST_STRENGTH, LearnableEdit, divergence, refusal_loss
+from heretic.editing.learning import AVERAGED, DIRECTION_RATE, FIRST_STRENGTH, LearnableEdit, divergence, refusal_loss
 from heretic.errors import LearningError
 from heretic.evaluator import Score
 from heretic.saving.export import save
@@ -33,7 +33,7 @@ from heretic.scoring.openings import DEPTH, Openings
 from heretic.study import passes
 from heretic.study.front import search_view
 from heretic.study.learning import same_words
-from heretic.study.passes import Originals, Term, checkpointed
+from heretic.study.passes import Originals, Passes, Term, checkpointed
 from heretic.study.samplers import Sampling, make_sampler
 from heretic.study.search import Search
 from heretic.study.space import search_space
@@ -207,7 +207,7 @@ def test_where_learning_begins() -> None:
     mean = directions[1] + directions[3]
     expected = torch.stack([directions[1], mean / mean.norm(), directions[3]])
     torch.testing.assert_close(edit.directions.detach().double(), expected, rtol=0, atol=1e-6)
-    edit.directions.data[0] = -edit.directions.data[0]
+    edit.averages[0][0] = -edit.averages[0][0]
     assert edit.turned() == pytest.approx([-1.0, 1.0, 1.0])
 
 
@@ -226,6 +226,28 @@ def test_directions_turn_as_far_after_many_steps_as_at_first() -> None:
         assert 0.4 * DIRECTION_RATE < float(angles.min()) <= float(angles.max()) < 1.6 * DIRECTION_RATE
 
 
+def test_the_edit_is_the_average_of_its_steps() -> None:
+    model = build("llama", num_hidden_layers=3)
+    edit = LearnableEdit(AblationHooks(discover(model), unit_directions(4, 32), "none"), ["mlp.down_proj"])
+    generator = torch.Generator().manual_seed(0)
+    seen = [(edit.directions.detach().double().numpy().copy(), edit.strengths.detach().double().numpy().copy())]
+    for _ in range(12):
+        for parameter in (edit.directions, edit.strengths):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        edit.step()
+        seen.append((edit.directions.detach().double().numpy().copy(), edit.strengths.detach().double().numpy().copy()))
+    shares = np.array([AVERAGED**12, *((1 - AVERAGED) * AVERAGED ** (12 - i) for i in range(1, 13))])
+    assert shares.sum() == pytest.approx(1)
+    directions, strengths = (np.tensordot(shares, np.stack(own), axes=1) for own in zip(*seen, strict=True))
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    frozen = edit.frozen()
+    for i, name in enumerate(frozen.strengths):
+        assert frozen.strengths[name] == pytest.approx(strengths[i], abs=1e-6)
+        np.testing.assert_allclose(frozen.directions[name].numpy(), directions[i], atol=1e-6)
+    assert edit.turned() == pytest.approx((directions * seen[0][0]).sum(axis=-1), abs=1e-6)
+    assert not np.allclose(directions, seen[-1][0], atol=1e-3), "where the last step ended is another edit"
+
+
 def test_steps_go_on_from_a_state_exactly() -> None:
     def steps(edit: LearnableEdit, hooks: AblationHooks, model: Any, n: int) -> None:
         for _ in range(n):
@@ -242,6 +264,7 @@ def test_steps_go_on_from_a_state_exactly() -> None:
     other.restore(state)
     steps(other, hooks, model, 2)
     assert torch.equal(edit.directions, other.directions) and torch.equal(edit.strengths, other.strengths)
+    assert all(map(torch.equal, edit.averages, other.averages))
     assert not torch.equal(edit.strengths, state["strengths"])
 
 
@@ -251,7 +274,8 @@ def test_steps_go_on_from_a_state_exactly() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", TYPES)
 def test_what_was_learned_is_what_is_saved(kind: str, mode: RowNormalization, tmp_path: Path) -> None:
-    """Logits with the maps that are learned through, with the edit as a trial, and of the saved model in transformers alone."""
+    """Logits with the maps of the edit, with the edit as a trial, and of the saved model in transformers alone. The loss that says which
+    edit is the best is the edit's, too, and not that of where the last step ended."""
     model_type, changes = TYPES[kind]
     folder = save_original(tmp_path / "m", build(model_type, **changes))
     model = load(folder, row_normalization=mode)
@@ -259,21 +283,27 @@ def test_what_was_learned_is_what_is_saved(kind: str, mode: RowNormalization, tm
     assert model.hooks is not None
     edit = LearnableEdit(model.hooks, list(model.architecture.components))
     generator = torch.Generator().manual_seed(1)
-    edit.directions.data += 0.1 * torch.randn(edit.directions.shape, generator=generator)
-    edit.strengths.data += torch.randn(edit.strengths.shape, generator=generator)
+    for average, size in zip(edit.averages, (0.1, 1.0), strict=True):
+        average.add_(size * torch.randn(average.shape, generator=generator))
     ablation = Ablation(None, {}, edit.frozen())
+    assert ablation.learned is not None
     with torch.no_grad():
         original = model.model(input_ids=TOKENS).logits
-        with model.hooks.mapping(edit.maps()):
+        with model.hooks.mapping(edit.maps(of_average=True)):
             learned = model.model(input_ids=TOKENS).logits
         with model.hooks.active([ablation]):
             applied = model.model(input_ids=TOKENS).logits
     scale = float(original.std())
     assert float((learned - original).abs().max()) > 0.1 * scale
     torch.testing.assert_close(applied, learned, rtol=0, atol=1e-5 * scale)
+    term = Term(tuple(TOKENS[0].tolist()), 12, lambda edited, original: (edited.square().mean(), edited.new_zeros(())), False)
+    expected = torch.log_softmax(applied[0], dim=-1).square().mean().item()
+    assert Passes(model, edit).total([term]).held == pytest.approx(expected, rel=1e-5)
     found = {w.component: [] for w in edit.writers} | {
         component: [
-            (w.layer, float(s), c) for w, s, c in zip(edit.writers, edit.strengths, edit.turned(), strict=True) if w.component == component
+            (w.layer, float(s), c)
+            for w, s, c in zip(edit.writers, ablation.learned.strengths.values(), edit.turned(), strict=True)
+            if w.component == component
         ]
         for component in {w.component for w in edit.writers}
     }

@@ -24,13 +24,17 @@ FIRST_STRENGTH = 0.8
 DIRECTION_RATE, DIRECTION_MOMENTUM = 0.07, 0.8
 # Adam's rate and moments (Kingma & Ba 2015) for strengths.
 STRENGTH_RATE, STRENGTH_BETAS = 0.1, (0.8, 0.95)
+# What remains of the average of all steps with each one. Steps do not shrink near an optimum, but their average comes to rest there
+# (Polyak & Juditsky 1992).
+AVERAGED = 0.85
 
 
 class LearnableEdit:
     """Directions `(layer, d)` and strengths `(writer,)` in float32 (float64 in tests), with their optimizers. On the CPU, and moved for a
     pass.
 
-    `components`: those that are edited; `last_layer` and beyond are as any other.
+    Gradients are taken where the last step ended; the edit itself is the average of the steps. `components`: those that are edited;
+    `last_layer` and beyond are as any other.
     """
 
     def __init__(self, hooks: AblationHooks, components: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
@@ -47,6 +51,7 @@ class LearnableEdit:
             torch.optim.Muon([self.directions], lr=DIRECTION_RATE, momentum=DIRECTION_MOMENTUM, weight_decay=0.0),
             torch.optim.Adam([self.strengths], lr=STRENGTH_RATE, betas=STRENGTH_BETAS),
         ]
+        self.averages = [parameter.detach().clone() for parameter in (self.directions, self.strengths)]
 
     def _unit_direction(self, writer: Writer, directions: Tensor) -> Tensor:
         """What leaves the writer's output: its layer's direction, by the gain of a norm that follows."""
@@ -55,50 +60,53 @@ class LearnableEdit:
             r = r * writer.gain.to(r)
         return F.normalize(r, dim=-1)
 
-    def maps(self) -> dict[nn.Module, OutputMap]:
-        """The output maps by module, through which gradients reach directions and strengths."""
-        edits = {w.name: (self._unit_direction(w, self.directions), s) for w, s in zip(self.writers, self.strengths, strict=True)}
+    def maps(self, of_average: bool = False) -> dict[nn.Module, OutputMap]:
+        """The output maps by module, through which gradients reach directions and strengths; or those of the edit, which none reach."""
+        directions, strengths = self.averages if of_average else (self.directions, self.strengths)
+        edits = {w.name: (self._unit_direction(w, directions), s) for w, s in zip(self.writers, strengths, strict=True)}
         return self.hooks.maps_of(edits)
 
     def frozen(self) -> LearnedEdit:
         """The edit as it is now, as data."""
-        with torch.no_grad():
-            directions = {writer.name: self._unit_direction(writer, self.directions).float() for writer in self.writers}
-        return LearnedEdit(directions, {w.name: s for w, s in zip(self.writers, self.strengths.tolist(), strict=True)})
+        directions, strengths = self.averages
+        unit = {writer.name: self._unit_direction(writer, directions).float() for writer in self.writers}
+        return LearnedEdit(unit, {w.name: s for w, s in zip(self.writers, strengths.tolist(), strict=True)})
 
     def turned(self) -> list[float]:
         """By writer, the cosine between the direction of its layer and the difference of means that it began at."""
-        with torch.no_grad():
-            cosines = F.cosine_similarity(self.directions, self.initial, dim=-1)
+        cosines = F.cosine_similarity(self.averages[0], self.initial, dim=-1)
         return [float(cosines[self.layers.index(writer.layer)]) for writer in self.writers]
 
-    def step(self, rate: float = 1.0) -> None:
-        """Follow the gradients that have gathered, at a share of the usual rates, and clear them."""
-        for optimizer, usual in zip(self.optimizers, (DIRECTION_RATE, STRENGTH_RATE), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * usual
+    def step(self) -> None:
+        """Follow the gradients that have gathered, and clear them."""
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.directions.data = F.normalize(self.directions.data, dim=-1)  # a longer one would turn less
+        for average, parameter in zip(self.averages, (self.directions, self.strengths), strict=True):
+            average.lerp_(parameter.detach(), 1 - AVERAGED)
 
     def state(self) -> dict[str, Tensor]:
         """All that learning goes on from, as tensors."""
-        found = {"directions": self.directions.detach().clone(), "strengths": self.strengths.detach().clone()}
-        for name, parameter, optimizer in self._learned():
+        found: dict[str, Tensor] = {}
+        for name, parameter, average, optimizer in self._learned():
+            found |= {name: parameter.detach().clone(), f"average.{name}": average.clone()}
             for key, value in optimizer.state[parameter].items():
                 found[f"{name}.{key}"] = value.detach().clone()
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` gave. Changes the edit."""
-        for name, parameter, optimizer in self._learned():
+        for name, parameter, average, optimizer in self._learned():
             parameter.data.copy_(state[name])
+            average.copy_(state[f"average.{name}"])
             optimizer.state[parameter] = {
                 key.removeprefix(f"{name}."): value.clone() for key, value in state.items() if key.startswith(f"{name}.")
             }
 
-    def _learned(self) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
-        """By name, what is learned, and what learns it."""
-        return zip(("directions", "strengths"), (self.directions, self.strengths), self.optimizers, strict=True)
+    def _learned(self) -> Iterator[tuple[str, Tensor, Tensor, torch.optim.Optimizer]]:
+        """By name, what is learned, its average, and what learns it."""
+        return zip(("directions", "strengths"), (self.directions, self.strengths), self.averages, self.optimizers, strict=True)
 
 
 def refusal_loss(log_probability: Tensor) -> Tensor:

@@ -51,8 +51,6 @@ ROUND_STEPS = 10
 FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 3, 1, 2
 # Rounds of a later trial whose loss is so many times that where it began.
 MOST_LATER_ROUNDS, WORSE = 3, 1.25
-# How much slower the others learn: they begin at an edit that works.
-LATER_RATE = 0.7
 # Tokens of harmless answers that are held, and of responses that are looked at.
 ANSWER_TOKENS, RESPONSE_TOKENS = 8, 24
 # Tokens of answers to harmful prompts that are held.
@@ -295,7 +293,7 @@ class Learner:
             for terms in steps:
                 if should_stop():
                     return None
-                self._step(terms, weight, 1.0 if number == 0 else LATER_RATE)
+                self._step(terms, weight)
                 n_steps += 1
                 if done < planned:
                     advance(1)
@@ -305,12 +303,12 @@ class Learner:
         self._weight, self._reached = weight, best[3]
         return Outcome(best[0], best[1], n_steps)
 
-    def _step(self, terms: Sequence[Term], weight: float, rate: float) -> None:
+    def _step(self, terms: Sequence[Term], weight: float) -> None:
         loss = self.passes.total(terms, weight).weighted(weight)
         gradients = [parameter.grad for parameter in (self.edit.directions, self.edit.strengths)]
         if not all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise LearningError(f"the gradient of the loss ({loss:g}) is missing or not finite")
-        self.edit.step(rate)
+        self.edit.step()
 
     def _kept_back_losses(self) -> Losses:
         """The loss on the prompts kept back, along what the model has just said to them."""

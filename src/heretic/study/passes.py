@@ -62,7 +62,7 @@ class Passes:
         self.checkpoints = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.model.modules())
 
     def total(self, terms: Sequence[Term], weight: float | None = None) -> Losses:
-        """The losses of some terms; with their gradients if the refusals have a `weight`."""
+        """The losses of some terms under the edit; or where its last step ended, with their gradients, if the refusals have a `weight`."""
         originals = self.originals.of([term for term in terms if term.needs_original])
         losses: list[Losses] = []
         self._in_passes(terms, lambda part: losses.append(self._pass(part, originals, weight)))
@@ -106,7 +106,7 @@ class Passes:
         kept = [None if grad is None else grad.clone() for grad in before]
         try:
             with torch.set_grad_enabled(weight is not None), ExitStack() as stack:
-                stack.enter_context(self.model.hooks.mapping(self.edit.maps()))
+                stack.enter_context(self.model.hooks.mapping(self.edit.maps(of_average=weight is None)))
                 if self.checkpoints and weight is not None:
                     stack.enter_context(checkpointed(self.model.architecture.layers))
                 losses = []
