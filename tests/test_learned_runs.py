@@ -171,7 +171,7 @@ def test_the_study_tells_of_learned_trials(finished: Path) -> None:
         assert [writer["layer"] for writer in own["writers"]] == [i for i in range(8) for _ in range(2)]
         tensors = load_file(edit_file(finished, trial))
         assert {name for name in tensors if name.startswith("direction.")} == {f"direction.{name}" for name in names}
-        strengths = tensors["state.strengths"].tolist()
+        strengths = tensors["state.average.strengths"].tolist()
         assert [writer["strength"] for writer in own["writers"]] == [round(s, 4) for s in strengths]
         for name in names:
             assert float(tensors[f"direction.{name}"].double().norm()) == pytest.approx(1, abs=1e-6)
