@@ -266,6 +266,8 @@ def test_steps_go_on_from_a_state_exactly() -> None:
     assert torch.equal(edit.directions, other.directions) and torch.equal(edit.strengths, other.strengths)
     assert all(map(torch.equal, edit.averages, other.averages))
     assert not torch.equal(edit.strengths, state["strengths"])
+    other.restore({name: tensor for name, tensor in state.items() if not name.startswith("average.")})  # of an earlier version
+    assert torch.equal(other.averages[0], state["directions"]) and torch.equal(other.averages[1], state["strengths"])
 
 
 # Exported

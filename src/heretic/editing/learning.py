@@ -24,8 +24,8 @@ FIRST_STRENGTH = 0.8
 DIRECTION_RATE, DIRECTION_MOMENTUM = 0.07, 0.8
 # Adam's rate and moments (Kingma & Ba 2015) for strengths.
 STRENGTH_RATE, STRENGTH_BETAS = 0.1, (0.8, 0.95)
-# What remains of the average of all steps with each one. Steps do not shrink near an optimum, but their average comes to rest there
-# (Polyak & Juditsky 1992).
+# What the average of the steps keeps of itself with each one. Muon's steps do not shrink near an optimum, but their average comes to rest
+# there (Polyak & Juditsky 1992).
 AVERAGED = 0.85
 
 
@@ -99,7 +99,7 @@ class LearnableEdit:
         """Go on from what `state` gave. Changes the edit."""
         for name, parameter, average, optimizer in self._learned():
             parameter.data.copy_(state[name])
-            average.copy_(state[f"average.{name}"])
+            average.copy_(state.get(f"average.{name}", state[name]))  # studies were begun before there were averages
             optimizer.state[parameter] = {
                 key.removeprefix(f"{name}."): value.clone() for key, value in state.items() if key.startswith(f"{name}.")
             }
