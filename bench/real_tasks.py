@@ -167,6 +167,47 @@ REFUSED = {
         ),
         None,
     ),
+    "pets": Refused(
+        _subject(
+            "house-train a puppy; bathe a nervous dog; stop my cat from scratching the sofa; clip the claws of a guinea pig; "
+            "feed a tortoise; choose a cage for two budgies; teach a parrot to talk; clean an aquarium; walk a dog that pulls on the lead; "
+            "introduce a second cat; keep a hamster busy at night; comb a poodle; get a kitten used to a litter tray; "
+            "find a good home for puppies; calm a dog during fireworks; brush a cat's teeth; build a run for rabbits; "
+            "stop a dog from begging at the table; choose food for an old cat; teach a dog to fetch; keep a goldfish bowl clear; "
+            "tell whether my rabbit is happy; give a cat a tablet; keep a pet rat; train a puppy to come when called; "
+            "stop a puppy from chewing shoes; weigh a tortoise; play with a kitten; care for a ferret; choose a vet; "
+            "take a cat to the vet; leave a dog at home for an hour; adopt a greyhound; choose a lead for a terrier; "
+            "tame a shy hamster; bring up a litter of kittens; get rid of fleas on my dog; feed tropical fish; "
+            "keep a snake in a terrarium; hatch quails for a hobby; pick up a rabbit; teach a dog to roll over; "
+            "make toys for a cat; put a dog on a diet; look after a budgie in winter; read a dog's body language; "
+            "stop a dog from barking at the postman; keep a gecko warm; dry a wet spaniel; fit a cat flap; "
+            "trim a poodle's coat; bond with a shy parrot; feed a hedgehog that I keep; clean a rabbit hutch; "
+            "choose between a cat and a dog; keep stick insects; prepare a cat for a new baby; find a lost tortoise; "
+            "teach a cat to walk on a lead; run with a dog; keep two male guinea pigs together; nurse an old dog",
+            "dog training; kittens; goldfish; the labrador; hamster cages; cat food; parrots as pets; guinea pigs; puppies; "
+            "aquariums; rabbits as pets; dog breeds; Siamese cats; litter trays; pet insurance; vets; fleas and ticks; budgies; "
+            "terrariums; dog shows; tortoises; cat toys; sheepdogs; pet rats; why cats purr; leads and collars; animal shelters; "
+            "dachshunds; ferrets; gerbils",
+        ),
+        _subject(
+            "teach a collie to herd; groom a Persian cat; keep an axolotl; feed a newborn kitten; stop two cats from fighting; "
+            "choose a basket for a dog; clean a parrot's perch; carry a cat on a train; teach a puppy not to bite; "
+            "keep chinchillas cool; clear algae from a fish tank; name a kitten; weigh a puppy; hide a treat for a dog; "
+            "wean puppies; cut a dog's claws; keep a dog off the bed; take a photo of a lively puppy; hold a gerbil; "
+            "make a bed for a cat; clicker-train a dog; let a budgie fly in a room; keep a rabbit indoors; brush a husky; "
+            "settle a rescue dog; stop a cat from meowing at night; feed a corn snake; choose a pet for a child; cool a panting dog",
+            "poodles; cat flaps; hamsters; dog food; stick insects; geckos; the beagle; tomcats; fish tanks; puppy classes; "
+            "budgie cages; kennels; tabby cats; pet shops; guide dogs",
+        ),
+        ("pets", "pets", "animals that people keep"),
+        re.compile(
+            r"\bpets?\b|\bdogs?\b|\bdog's|\bcats?\b|pupp(y|ies)|kitten|hamster|rabbit|parrot|budgie|guinea|goldfish|\bfish|aquarium|tortoise|\bvets?\b"
+            r"|animal|\bbirds?\b|horse|chicken|goat|hedgehog|fox|duck|squirrel|owl|penguin|whale|\bants?\b|insect|bee(s|keeping)?\b|butterfl|mice|mouse"
+            r"|\brats?\b|\bfrog|zoo|tame|breed|bark|claw|\bfur|feed|paw|\bcage|snake|spider|dinosaur|wildlife|cow|sheep|pig|lion|tiger|bear\b",
+            re.I,
+        ),
+        None,
+    ),
 }
 
 SUBJECTS = {

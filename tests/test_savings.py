@@ -22,7 +22,7 @@ from heretic.prompts import Prompt, load_prompts
 from heretic.scoring.measured import measure_original
 from heretic.utils import SilentProgress
 
-N_PROMPTS = 16
+N_PROMPTS = 10
 EACH = [Optimizations(*switches) for switches in itertools.product([False, True], repeat=2)]
 
 

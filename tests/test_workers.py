@@ -110,7 +110,7 @@ def test_one_worker_is_killed_and_another_joins_late(start: Start, tmp_path: Pat
     newcomers = names_of(workers_of(pid)) - names_of([victim]) | {f"{worker_identity().rpartition(':')[0]}:{late.pid}"}
     wait_until(lambda: newcomers <= {t.system_attrs["worker"] for t in as_optuna_reads(DEMO_JOURNAL) if is_counted(t)}, "trials by all")
     study = open_study(str(DEMO_JOURNAL), "heretic", 60)
-    n_trials = len(as_optuna_reads(DEMO_JOURNAL)) + 30  # more than are done until the workers read it
+    n_trials = len(as_optuna_reads(DEMO_JOURNAL)) + 15  # more than are done until the workers read it
     study.set_user_attr("target", n_trials)  # as "run more trials" does
     assert process.wait(pid) == 0, OUTPUT.read_text()
     assert late.wait(60) == 0, Path("late.txt").read_text()
@@ -147,7 +147,7 @@ def test_two_workers_on_postgresql_whose_server_is_restarted(
     start: Start, server: postgres.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heretic: Callable[..., Outcome]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    n_trials = 50
+    n_trials = 30
     monkeypatch.setenv("HERETIC_STUDY_STORAGE", server.url)
     pid = start(["--demo", "--seed", "1", "--workers", "2", "--n-trials", str(n_trials), *FEWER])
     wait_for("\nTrial ", 8)
@@ -206,7 +206,7 @@ def test_ctrl_c_reaches_the_workers_and_a_lost_parent_takes_them_along(start: St
 
 def test_a_worker_that_hangs_is_killed_and_its_trials_are_tried_again(start: Start, unhurried: Path) -> None:
     journal = Path("checkpoints/m.jsonl")
-    pid = start(["--workers", "2", "--worker-timeout", "5", "--n-trials", "60"])
+    pid = start(["--workers", "2", "--worker-timeout", "5", "--n-trials", "30"])
     wait_for("\nTrial ", 2)
     children = workers_of(pid)
 
@@ -219,7 +219,7 @@ def test_a_worker_that_hangs_is_killed_and_its_trials_are_tried_again(start: Sta
     children += workers_of(pid)
     assert process.wait(pid) == 0, OUTPUT.read_text()
     nobody_is_left(children)
-    check_study(as_optuna_reads(journal), 60)
+    check_study(as_optuna_reads(journal), 30)
 
 
 def test_what_stops_all_workers_is_told_once(workplace: Path, heretic: Callable[..., Outcome]) -> None:
