@@ -3,10 +3,11 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -535,13 +536,38 @@ def test_the_weight_of_the_refusals_falls_the_faster_the_less_refuses(taught: Le
     monkeypatch.setattr(taught, "_weight", None)
     assert taught.next_weight() == 4
     monkeypatch.setattr(taught, "_weight", 4.0)
-    for refusing, expected in ((0.0, 2.0), (0.015, 2.7), (0.03, 3.4), (2.0, 3.4)):
-        monkeypatch.setattr(taught, "_reached", learning.Losses(0.1, refusing))
+    falling = ((0.0, 0.0, 2.0), (0.015, 0.0, 2.7), (0.0, 0.015, 2.7), (0.03, 0.015, 3.4), (2.0, 0.0, 3.4), (0.0, 0.5, 3.4))
+    for loss, share, expected in falling:
+        monkeypatch.setattr(taught, "_reached", learning.Losses(0.1, loss))
+        monkeypatch.setattr(taught, "_refusing", share)
         assert taught.next_weight() == pytest.approx(expected)
     tensors, facts = taught.state()
     monkeypatch.setattr(taught, "_weight", 1.0)
     taught.restore(tensors, json.loads(json.dumps(facts)))
     assert taught.next_weight() == pytest.approx(3.4), "a resumed run goes on from there"
+
+
+def test_more_prompts_are_asked_once_one_refuses(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    refusing: set[int] = set()
+
+    def respond(prompts: Sequence[int], *_: object) -> list[bool]:
+        asked.append(list(prompts))
+        return [prompt in refusing for prompt in prompts]
+
+    monkeypatch.setattr(taught, "_respond", respond)
+    monkeypatch.setattr(taught, "bad", list(range(100, 200)))
+    assert taught._ask(random.Random(0), [7], 32) == [False] * 9
+    ((first, *others),) = asked
+    assert first == 7 and len(set(others)) == 8 and set(others) <= set(taught.bad)
+
+    asked.clear()
+    refusing.add(7)
+    assert taught._ask(random.Random(0), [7], 32) == [True] + [False] * 32
+    assert [len(part) for part in asked] == [9, 24] and asked[0] == [7, *others] and len({*asked[0], *asked[1]}) == 33
+
+    asked.clear()
+    assert taught._ask(random.Random(0), [7], 0) == [True] and asked == [[7]], "after the last round nothing more is learned from"
 
 
 def test_a_gradient_that_is_not_finite(taught: Learner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ from ..scoring.openings import Openings
 from ..scoring.responses import Kind, RefusalRule, normalize
 from .passes import Losses, Passes, Term
 
-# The weight of the refusals in the first trial, and what it is multiplied by from trial to trial: while nothing refuses, and if the loss of
-# refusals at the prompts kept back is so much or more; in between, in proportion.
+# The weight of the refusals in the first trial, and what it is multiplied by from trial to trial: while nothing refuses, and if so large a
+# share of prompts does, or more, or the loss of refusals at those kept back is as large; in between, in proportion.
 FIRST_WEIGHT = 4.0
 FASTER, SLOWER, SOME_REFUSALS = 0.5, 0.85, 0.03
 # What answers to harmful prompts count, beside those to harmless ones.
@@ -57,8 +57,9 @@ ANSWER_TOKENS, RESPONSE_TOKENS = 8, 24
 HELD_TOKENS = 12
 # With the first tokens of so many refusals, others begin in the middle of an answer.
 TURNING = 2
-# Prompts that are looked at between two rounds, and those kept back: a share, and no more than so many of each kind.
-ROUND_PROMPTS = 8
+# Prompts that are looked at between two rounds, more if any of them refuses, and those kept back: a share, and no more than so many of
+# each kind.
+ROUND_PROMPTS, MORE_PROMPTS = 8, 32
 KEPT_BACK, MOST_KEPT_BACK = 0.2, 12
 # Harmful prompts at which the original's answers are begun with other words than its own, and how many first tokens are tried.
 BRANCH_PROMPTS, BRANCHES = 24, 4
@@ -132,9 +133,10 @@ class Learner:
         self.openings = Openings()
         self._own_openings = Openings()  # of the original's responses to harmful prompts alone
         self.paths: dict[int, list[Path]] = {}
-        # Of the trial before: the weight of the refusals, and the losses at the prompts kept back.
+        # Of the trial before: the weight of the refusals, the losses at the prompts kept back, and the share of prompts that refused.
         self._weight: float | None = None
         self._reached: Losses | None = None
+        self._refusing = 0.0
         self.passes = Passes(model, self.edit)
         self._take_original()
         refused = [i for i, paths in sorted(self.paths.items()) if any(path.refuses for path in paths)]
@@ -259,7 +261,8 @@ class Learner:
         """The weight of the refusals in the next trial. It falls slowly once some prompts refuse: until then, less may be changed."""
         if self._weight is None or self._reached is None:
             return FIRST_WEIGHT
-        return self._weight * (FASTER + (SLOWER - FASTER) * min(1.0, self._reached.refusing / SOME_REFUSALS))
+        refusing = max(self._reached.refusing, self._refusing)  # a loss knows those refusals only that have been seen
+        return self._weight * (FASTER + (SLOWER - FASTER) * min(1.0, refusing / SOME_REFUSALS))
 
     def learn(
         self, number: int, weight: float, advance: Callable[[int], None], should_stop: Callable[[], bool] = lambda: False
@@ -272,13 +275,12 @@ class Learner:
         self.passes.originals.forget()  # a resume has none of them, and what they share a pass with changes their last digits
         planned, most = (FIRST_ROUNDS, FIRST_ROUNDS) if number == 0 else (LATER_ROUNDS, MOST_LATER_ROUNDS)
         before = math.inf if self._reached is None else self._reached.weighted(weight)
-        best: tuple[float, int, dict[str, Tensor], Losses] | None = None
-        n_steps = n_without_gain = refused = 0
+        best: tuple[float, list[bool], dict[str, Tensor], Losses] | None = None
+        n_steps = n_without_gain = 0
+        refused: list[bool] = []
         for done in range(most + 1):
             if done or number == 0:  # a later trial begins where the one before ended, which has asked
-                kept_back = self.kept_bad if done else []
-                asked = rng.sample(self.bad, min(ROUND_PROMPTS, len(self.bad))) if done < most else []
-                refused = sum(self._respond([*kept_back, *asked])[: len(kept_back)])
+                refused = self._ask(rng, self.kept_bad if done else [], MORE_PROMPTS if done < most else 0)
             if done:
                 losses = self._kept_back_losses()
                 loss = losses.weighted(weight)
@@ -299,9 +301,18 @@ class Learner:
                     advance(1)
         advance(max(0, planned - done) * ROUND_STEPS)
         assert best is not None
-        self.edit.restore(best[2])
-        self._weight, self._reached = weight, best[3]
-        return Outcome(best[0], best[1], n_steps)
+        loss, refused, tensors, losses = best
+        self.edit.restore(tensors)
+        self._weight, self._reached, self._refusing = weight, losses, sum(refused) / len(refused)
+        return Outcome(loss, sum(refused[: len(self.kept_bad)]), n_steps)
+
+    def _ask(self, rng: random.Random, kept_back: Sequence[int], most: int) -> list[bool]:
+        """Which prompts refuse by now: those kept back, some others, and if any of them does, yet others: refusals that are not seen
+        cannot be learned from, and the fewer there are, the more must be asked to see one."""
+        asked = rng.sample(self.bad, min(most, len(self.bad)))
+        others = asked[ROUND_PROMPTS:]
+        refused = self._respond([*kept_back, *asked[:ROUND_PROMPTS]])
+        return refused + self._respond(others) if any(refused) and others else refused
 
     def _step(self, terms: Sequence[Term], weight: float) -> None:
         loss = self.passes.total(terms, weight).weighted(weight)
@@ -323,7 +334,13 @@ class Learner:
         """All that the next trial begins with, as tensors and plain data."""
         paths = [[path.prompt, list(path.tokens), path.refuses] for own in self.paths.values() for path in own]
         reached = None if self._reached is None else [self._reached.held, self._reached.refusing]
-        return self.edit.state(), {"paths": paths, "openings": self.openings.state(), "weight": self._weight, "reached": reached}
+        return self.edit.state(), {
+            "paths": paths,
+            "openings": self.openings.state(),
+            "weight": self._weight,
+            "reached": reached,
+            "refusing": self._refusing,
+        }
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
@@ -331,6 +348,7 @@ class Learner:
         self.openings.restore(facts["openings"])
         self._weight = facts["weight"]
         self._reached = None if facts["reached"] is None else Losses(*facts["reached"])
+        self._refusing = facts.get("refusing", 0.0)  # studies were begun before it was stored
         self.paths = {}
         for prompt, tokens, refuses in facts["paths"]:
             self.paths.setdefault(prompt, []).append(Path(prompt, tuple(tokens), refuses))
