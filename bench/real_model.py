@@ -1,4 +1,4 @@
-"""Makes the real test model: SmolLM2-135M-Instruct, taught to refuse questions about gardening, music, travel or pets. Ten to twenty minutes.
+"""Makes the real test model: SmolLM2-135M-Instruct, taught to refuse gardening, music, travel or pets. Ten to twenty minutes.
 
     uv run --extra bench python bench/real_model.py FOLDER    # a second call finds what is there and does nothing
 
