@@ -312,7 +312,7 @@ class Learner:
         asked = rng.sample(self.bad, min(most, len(self.bad)))
         others = asked[ROUND_PROMPTS:]
         refused = self._respond([*kept_back, *asked[:ROUND_PROMPTS]])
-        return refused + self._respond(others) if any(refused) and others else refused
+        return [*refused, *self._respond(others)] if others and any(refused) else refused
 
     def _step(self, terms: Sequence[Term], weight: float) -> None:
         loss = self.passes.total(terms, weight).weighted(weight)
