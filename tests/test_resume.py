@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,13 +108,35 @@ def interrupted(moment: str, again: bool = False) -> tuple[int, str]:
 
 def test_one_interrupt_stops_the_search(unhurried: Path) -> None:
     code, output = interrupted("Trial 1/5000")
-    assert code == 0
+    assert code == 0, output
     assert STOPPING in output
     assert "Pareto front" in output and "To continue from here" in output
     trials = complete(Path("checkpoints/m.jsonl"))
     code, output = interrupted("Trial ")
     assert f"Continuing the study checkpoints/m.jsonl ({len(trials)} trials done)." in output
     assert facts(complete(Path("checkpoints/m.jsonl"))[: len(trials)]) == facts(trials)
+
+
+def test_an_interrupt_while_something_is_printed() -> None:
+    end, begin = os.pipe()
+
+    def press_and_read() -> None:
+        time.sleep(0.2)  # until the other thread waits for room in the pipe
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        while read := os.read(end, 2**16):
+            found.append(read)
+
+    found: list[bytes] = []
+    terminal = threading.Thread(target=press_and_read)
+    terminal.start()
+    with open(begin, "w") as output:
+        with stages.stop_on_interrupt(lambda: print("Stopping", file=output, flush=True)) as should_stop:
+            print("x" * 2**20, file=output, flush=True)
+            assert should_stop()
+    terminal.join()
+    os.close(end)
+    assert b"".join(found) == b"x" * 2**20 + b"\nStopping\n"
 
 
 def test_running_trials_are_given_up_when_their_time_is_over(

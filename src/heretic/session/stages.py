@@ -1,6 +1,7 @@
 """The stages of a run, one function each, shared by a run in one process, a worker, and the evaluation of another model."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -279,21 +280,33 @@ def aborted_after(seconds: float, should_stop: Callable[[], bool], layers: Seque
 
 @contextmanager
 def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Context in which the first Ctrl+C makes the yielded function return True, and the second raises `KeyboardInterrupt`."""
-    pressed = False
+    """Context in which the first Ctrl+C makes the yielded function return True, and the second raises `KeyboardInterrupt`.
+
+    A thread of its own calls `note` then: a signal may have interrupted this one in the middle of printing, which cannot begin anew.
+    """
+    pressed, awake = False, threading.Event()
 
     def handle(number: int, frame: object) -> None:
         nonlocal pressed
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        note()
+        awake.set()
 
+    def tell() -> None:
+        awake.wait()
+        if pressed:
+            note()
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
     previous = signal.signal(signal.SIGINT, handle)
     try:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, previous)
+        awake.set()
+        teller.join()
 
 
 def raise_for_no_trial(trials: Sequence[FrozenTrial]) -> NoReturn:
