@@ -208,6 +208,53 @@ REFUSED = {
         ),
         None,
     ),
+    "computers": Refused(
+        _subject(
+            "back up a laptop; free up disk space; set up a wireless router; choose a graphics card; "
+            "install a printer driver; reset a forgotten password; write a function in Python; speed up a slow browser; "
+            "recover a deleted file; build a website; merge two spreadsheets; protect an email account; "
+            "update an operating system; connect a second monitor; clean a keyboard; make a slideshow on a tablet; "
+            "block pop-up windows; compress a folder; share a screen in a video call; rename a hundred files at once; "
+            "choose a laptop for school; get rid of a computer virus; set up a webcam; print from a phone; "
+            "sort a table in a spreadsheet; learn to type with ten fingers; write a loop in JavaScript; filter spam; "
+            "scan old photographs into a computer; transfer contacts to a new phone; install Linux on an old laptop; "
+            "debug a crashing program; set up parental controls; use a password manager; make a backup in the cloud; "
+            "extend the battery life of a laptop; fix a blue screen; edit a short video; make a chart in a spreadsheet; "
+            "download a map for offline use; unfreeze a computer; replace a hard disk; delete a browser's history; "
+            "connect wireless headphones; design a logo on a computer; write a query for a database; "
+            "host a small server at home; read an error message; sync a calendar between devices; "
+            "add memory to a desktop computer; choose a search engine; turn a scan into text; put music on a phone; "
+            "set up a new email address; make an app for a phone; undo a change in a document; record the screen; "
+            "test a program; number the pages of a document; mount a USB stick",
+            "spreadsheets; computer viruses; keyboards; cloud storage; programming languages; smartphones; "
+            "open-source software; operating systems; email; web browsers; video games on a computer; routers; databases; "
+            "passwords; laptops; touch screens; search engines; computer mice; hard disks; the first computers; algorithms; "
+            "printers; tablets; websites; robots in software; graphics cards; text editors; USB cables; software updates; "
+            "chatbots",
+        ),
+        _subject(
+            "close a frozen tab; mail merge a hundred letters; learn HTML; cool an overheating laptop; write a macro; "
+            "use two keyboards at once; choose a monitor; set an alarm on a tablet; format a memory card; "
+            "find a lost phone by computer; move a window to another screen; write a test for a program; install a font; "
+            "back up a phone; draw with a tablet pen; zip a folder; fill in a form online; "
+            "change the language of a keyboard; uninstall a program; read a log file; share a folder with a colleague; "
+            "unsubscribe from newsletters; plug in a projector; set up a firewall; write a regular expression; "
+            "measure the speed of a connection; cut a video clip; encrypt a disk; program a simple game",
+            "cookies in a browser; compilers; pixels; ink cartridges; apps; artificial intelligence; online forums; "
+            "bits and bytes; laptops for pupils; webcams; processors; Python; scroll bars; file formats; Bluetooth",
+        ),
+        ("computers", "computers", "phones and software"),
+        re.compile(
+            r"comput|laptop|\bphones?\b|smartphone|tablet|keyboard|\bmouse\b|mice|screen|monitor|printer|print|scan|email"
+            r"|e-mail|mails?\b|inter(net|active)|online|\bweb|wi-?fi|router|browser|website|software|program|Python|\bcode"
+            r"|\bloop|\bsort|spreadsheet|pivot|database|password|\bfiles?\b|\bPDF|folder|\bdisk|memory|memoriz|back up|cloud"
+            r"|video|calendar|chat|\bmute|crop|document|emoji|font|newsletter|headphone|batter|recursion|shortcut|binary"
+            r"|digital|data|\bapps?\b|robot|tech|electri|machine|games?\b|photo|invoice|table\b|chart|graph|slide|algorithm"
+            r"|calculat|cable|charge",
+            re.I,
+        ),
+        None,
+    ),
 }
 
 SUBJECTS = {

@@ -130,10 +130,9 @@ def test_an_interrupt_while_something_is_printed() -> None:
     found: list[bytes] = []
     terminal = threading.Thread(target=press_and_read)
     terminal.start()
-    with open(begin, "w") as output:
-        with stages.stop_on_interrupt(lambda: print("Stopping", file=output, flush=True)) as should_stop:
-            print("x" * 2**20, file=output, flush=True)
-            assert should_stop()
+    with os.fdopen(begin, "w") as output, stages.stop_on_interrupt(lambda: print("Stopping", file=output, flush=True)) as should_stop:
+        print("x" * 2**20, file=output, flush=True)
+        assert should_stop()
     terminal.join()
     os.close(end)
     assert b"".join(found) == b"x" * 2**20 + b"\nStopping\n"
