@@ -93,7 +93,7 @@ def test_answers_differ_from_their_first_word_on(original: Judge) -> None:
 
 @pytest.mark.long
 def test_the_demonstration_from_the_command_to_the_saved_model(original: Judge, tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).with_name("heretic")), "--demo", "--n-trials", "40", "--n-startup-trials", "15", "--seed", "1"]
+    command = [str(Path(sys.executable).with_name("heretic")), "--demo", "--n-trials", "0", "--n-learned-trials", "2", "--seed", "1"]
     answers = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
     run = subprocess.run([*command, *answers], cwd=tmp_path, check=False, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
@@ -101,7 +101,7 @@ def test_the_demonstration_from_the_command_to_the_saved_model(original: Judge, 
 
     record = json.loads((tmp_path / "out/heretic.json").read_text())
     scores = record["scores"]
-    assert scores["refusals"] <= 20 and scores["kl_divergence"] <= 0.1
+    assert scores["refusals"] <= 5 and scores["kl_divergence"] <= 0.02
     edited = Judge(tmp_path / "out")
     assert edited.model.generation_config.to_dict() == original.model.generation_config.to_dict()
     assert edited.tokenizer.chat_template == original.tokenizer.chat_template

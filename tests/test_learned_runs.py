@@ -598,7 +598,7 @@ def refused_by(folder: Path) -> int:
     return sum(LearnedRule().judge(answer, True).kind == "refusal" for answer in answers)
 
 
-@pytest.mark.parametrize("mode", [*(pytest.param(mode, marks=pytest.mark.long) for mode in ("none", "pre")), "full"])
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.long), "full"])
 def test_a_4_bit_run_learns(place: Path, heretic: Callable[..., Outcome], mode: str) -> None:
     outcome = heretic("--quantization", "bnb_4bit", *ONE, "--row-normalization", mode, *saved_as("merge", 0))
     assert (outcome.code, outcome.err) == (0, "")
@@ -608,7 +608,7 @@ def test_a_4_bit_run_learns(place: Path, heretic: Callable[..., Outcome], mode: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", "pre", "full"])
+@pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_mixture_of_experts_learns(chat_model: Path, place: Path, heretic: Callable[..., Outcome], mode: str) -> None:
     """Fused experts, as a component of their own; what is saved is judged by transformers alone."""
     outcome = heretic(str(chat_model), *ONE, "--row-normalization", mode, "--split-experts", *saved_as("merge", 0))
