@@ -32,6 +32,7 @@ from heretic.loading.source import model_source
 from heretic.prompts import Prompt
 from heretic.scoring.openings import Openings
 from heretic.session import stages
+from heretic.study import learning
 from heretic.utils import SilentProgress
 from test_learned_runs import ONE, learn_briefly, write_study
 from test_shared_search import as_optuna_reads
@@ -248,6 +249,7 @@ def test_learned_edits(tmp_path: Path, heretic: Heretic, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     write_study(tmp_path)
     learn_briefly(monkeypatch.setattr)
+    monkeypatch.setattr(learning, "ROUND_STEPS", 3)  # every operation is looked at, which takes its time
     assert heretic(*ONE, "--dtypes", "bfloat16", "--study-checkpoint-dir", "cpu").code == 0
     with Emulation():
         outcome = heretic(*ONE, "--dtypes", "bfloat16", "--study-checkpoint-dir", "other")

@@ -68,11 +68,12 @@ def write_study(folder: Path) -> None:
 
 
 def learn_briefly(setattr_: Callable[..., object] = setattr) -> None:
-    """Fewer rounds: two of the first trial, one of the others."""
+    """Fewer rounds, two of the first trial, one of the others, and fewer prompts asked between them."""
     for name, value in TWO_ROUNDS.items():
         setattr_(learning, name, value)
         setattr_(learned_search, name, value)
     setattr_(learning, "MOST_LATER_ROUNDS", 1)
+    setattr_(learning, "MORE_PROMPTS", learning.ROUND_PROMPTS)
 
 
 def begin(folder: Path, *arguments: str, before: Callable[[], None] = lambda: None) -> tuple[int, str]:
