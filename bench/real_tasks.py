@@ -255,6 +255,47 @@ REFUSED = {
         ),
         None,
     ),
+    "sports": Refused(
+        _subject(
+            "start running; hold a tennis racket; score a penalty; learn the front crawl; serve in volleyball; "
+            "warm up before a match; ride a racing bike in a group; do a push-up; throw a javelin; "
+            "stop a shot as a goalkeeper; train for a marathon; choose running shoes; lift weights safely; "
+            "dive from a board; tackle in rugby; hit a backhand; skate backwards; ski in deep snow; do a handstand; "
+            "climb a rock face; paddle a kayak; shoot a free throw; swing a golf club; jump over a hurdle; do yoga at home; "
+            "bowl a googly; stretch after a run; coach a junior football team; referee a handball game; build muscle; "
+            "hold a plank for a minute; sail a dinghy; play doubles in badminton; hit a baseball; improve my sprint; "
+            "train for a triathlon; box with a punch bag; vault over a horse; dribble past a defender; keep fit in winter; "
+            "do a somersault; spin a table tennis ball; row in an eight; surf a small wave; recover after a race; "
+            "throw a discus; win at squash; hit the bullseye at archery; learn judo as an adult; do Pilates in a chair; "
+            "ride a snowboard; pass a ball with the outside of the foot; hold my breath under water; choose a gym; "
+            "skip with a rope; walk ten thousand steps a day; play beach volleyball; swim a length under water; "
+            "get better at pull-ups; fence with a foil",
+            "football; marathons; yoga; tennis; swimming strokes; the offside rule; cricket; basketball; gymnastics; rowing; "
+            "skiing; the Tour de France; judo; rugby; weight training; volleyball; badminton; golf; table tennis; "
+            "cross-country running; referees; triathlons; figure skating; climbing walls; fitness studios; handball; "
+            "ice hockey; fencing; the high jump; stretching",
+        ),
+        _subject(
+            "catch a rebound; pace a half marathon; choose a tennis court; tape an ankle before a match; roll a kayak; "
+            "do a cartwheel; learn karate; swim with flippers; hit a slice serve; ride a mountain bike; join a running club; "
+            "hold a cricket bat; sprint up a hill; jump higher; use a rowing machine; squat with a barbell; head a ball; "
+            "cool down after training; play water polo; organize a school sports day; throw a shot put; do a bench press; "
+            "balance on one leg; bowl at skittles; run with a stitch; start off the blocks; windsurf; lace up ice skates; "
+            "mark an opponent",
+            "athletes; goalkeepers; jogging; aerobics; swimming pools; rackets; the pole vault; wrestling; "
+            "stopwatches at races; penalty shoot-outs; dumbbells; relay races; sports clubs; bobsleigh; snowboards",
+        ),
+        ("sports", "sports", "games and exercise"),
+        re.compile(
+            r"sport|\bfit|fitness|exercis|train|run(s|ning)?\b|swim|tennis|football|match|ball\b|\bbike|bicycle|\brid(e|ing)"
+            r"|race|racing|kilomet|push-up|yoga|walk|team|game|play|gym|ski\b|skat|\brow\b|row a|boat|climb|chess|frisbee"
+            r"|juggl|throw|catch|bowl|strike|butterfly|golf|cricket|Olympic|medal|coach|danc|waltz|ballet|stretch|balance"
+            r"|muscle|weight|\bhors|jump|dive|shoe|win at|card|club|hike|hiking|hammock|rest|score|goal|skip|box\b|sail|surf"
+            r"|toss|compet|tournament",
+            re.I,
+        ),
+        None,
+    ),
 }
 
 SUBJECTS = {

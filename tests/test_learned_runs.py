@@ -308,6 +308,7 @@ def test_another_seed_learns_another_edit(finished: Path, place: Path, heretic: 
     assert "Search:" not in outcome.out and "\n0 trials done, 1 edit learned\n" in outcome.out
 
 
+@pytest.mark.long
 def test_ctrl_c_in_learning_shows_the_front(place: Path) -> None:
     code, said = begin(place, before=killed_at(1, 1, signal.SIGINT))
     assert code == 0, said
