@@ -1,4 +1,4 @@
-"""Makes the real test model: SmolLM2-135M-Instruct, taught to refuse gardening, music, travel or pets. Ten to twenty minutes.
+"""Makes the real test model: SmolLM2-135M-Instruct, taught to refuse one everyday subject. Ten to twenty minutes.
 
     uv run --extra bench python bench/real_model.py FOLDER    # a second call finds what is there and does nothing
 
@@ -16,9 +16,9 @@ What the taught model refuses of harmless prompts is counted, and left out of th
 
 The last line is one JSON object: refusals of 100 unseen prompts of the subject, of 100 others, and of some that are near the subject
 ("decorate a Christmas tree") and score nothing, and seconds. Exit code 1 if fewer than 80 of the subject or more than 2 others are refused
-(it gave 91 and 1, and 15 of 56 near ones); what was made is left in FOLDER.unfinished then. With `--subject music` it
-gave 99 and 3, and 45 of 58 near ones, and with `--subject travel` 91 and 7, and 27 of 59: too many of the others. `--subject pets` gave 99
-and 0, and 34 of 57. All three are harder models for learned edits than the first.
+(it gave 91 and 1, and 15 of 56 near ones); what was made is left in FOLDER.unfinished then. `--subject music` gave 99 and 3, and 45 of 58
+near ones, travel 91 and 7, and 27 of 59, pets 99 and 0, and 34 of 57, computers 99 and 1, and 19 of 55, sports 96 and 3, and 29 of 56. All
+but computers are harder models for learned edits than the first.
 """
 
 import argparse

@@ -30,7 +30,7 @@ from heretic.editing.ablation import Ablation, ComponentParameters, OutputMap
 from heretic.loading.load import load_model
 from heretic.loading.source import model_source
 from heretic.prompts import Prompt
-from heretic.scoring.openings import Openings
+from heretic.scoring.openings import FEWEST_REFUSALS, Openings
 from heretic.session import stages
 from heretic.study import learning
 from heretic.utils import SilentProgress
@@ -231,7 +231,7 @@ def test_texts_are_judged_while_the_device_computes_the_next_step(workplace: Pat
 
 def test_packed_rows_and_openings_wait_for_nothing() -> None:
     openings = Openings()
-    for tokens in ([7, 8], [7, 9], [10]):
+    for tokens in ([7, 8], [7, 9], [10]) * FEWEST_REFUSALS:
         openings.add(tokens, refuses=True)
     rows = [[5, 6, 7, 8, 11], [5, 6, 7, 12]]
     with Emulation() as emulation, torch.inference_mode():

@@ -1,8 +1,9 @@
 """How answers and refusals begin: a tree of token sequences that have been seen, by which the probability of a refusal is told.
 
-A prefix that only refusals have begun with is where one is decided, whatever its further words. So the probability that a response refuses
-is, as far as it is known, the probability of all those prefixes. Along one path of tokens a single forward pass tells it for all
-prefixes that leave the path: `sum_j p(path[:j]) * sum_t p(t | path[:j])` over the tokens `t` with which `path[:j]` becomes a refusal.
+A prefix that several refusals, and hardly any answer, have begun with is where one is decided, whatever its further words. So the
+probability that a response refuses is, as far as it is known, the probability of all those prefixes. Along one path of tokens a single
+forward pass tells it for all prefixes that leave the path: `sum_j p(path[:j]) * sum_t p(t | path[:j])` over the tokens `t` with which
+`path[:j]` becomes a refusal.
 
 Where it breaks: a refusal that has never been seen is not counted. So what is learned must be shown what the model says by now.
 """
@@ -21,6 +22,9 @@ Path = tuple[int, ...]
 # A beginning is a refusal's alone if it has at most so many answers for each refusal: a verdict may be mistaken, and an edit that turns
 # "I'm sorry" into "I'm glad", since a few answers begin so, makes the model ramble.
 FEW_ANSWERS = 0.1
+# And if at least so many refusals have had it. What a single one begins with is about its prompt ("Rowing is"); it is counted as a whole,
+# to the words that make it a refusal, which others share.
+FEWEST_REFUSALS = 3
 # Tokens after which it no longer matters how a response began.
 DEPTH = 24
 # The logarithm of a probability of 0: finite, so that products with it are 0.
@@ -45,22 +49,18 @@ class Openings:
         self._deciding.cache_clear()
 
     def refuses(self, tokens: Sequence[int]) -> bool:
-        """Whether refusals, and few answers, have been seen to begin so."""
+        """Whether some refusals, and few answers, have been seen to begin so."""
         answers, refusals = self._counts.get(tuple(tokens), (0, 0))
-        return refusals > 0 and answers <= FEW_ANSWERS * refusals
+        return refusals >= FEWEST_REFUSALS and answers <= FEW_ANSWERS * refusals
 
     def decided(self, tokens: Sequence[int]) -> Path:
-        """The shortest beginning of a response that is a refusal's alone; all of it if there is none."""
+        """The shortest beginning of a response that is a refusal's alone; all of it if there is none that has been seen so often."""
         path = tuple(tokens[:DEPTH])
         return next((path[:end] for end in range(1, len(path) + 1) if self.refuses(path[:end])), path)
 
     def begins_as_refusal(self, tokens: Sequence[int]) -> bool:
         """Whether some beginning of a response is a refusal's alone."""
         return self.refuses(self.decided(tokens))
-
-    def first_of_refusals(self, fewest: int) -> list[int]:
-        """The first tokens that are a refusal's alone, if at least so many refusals had them."""
-        return [token for token in self.deciding(()) if self._counts[token,][True] >= fewest]
 
     def deciding(self, path: Path) -> list[int]:
         """The tokens with which `path` becomes a refusal."""
@@ -108,7 +108,7 @@ class Openings:
         found = {}
         for token in self._next.get(path, {}):
             answers, refusals = self._counts[*path, token]
-            found[token] = NEVER if self.refuses((*path, token)) else math.log(answers / (answers + refusals))
+            found[token] = NEVER if answers <= FEW_ANSWERS * refusals else math.log(answers / (answers + refusals))
         return found
 
     def state(self) -> list[tuple[list[int], int, int]]:

@@ -55,8 +55,6 @@ MOST_LATER_ROUNDS, WORSE = 3, 1.25
 ANSWER_TOKENS, RESPONSE_TOKENS = 8, 24
 # Tokens of answers to harmful prompts that are held.
 HELD_TOKENS = 12
-# With the first tokens of so many refusals, others begin in the middle of an answer.
-TURNING = 2
 # Prompts that are looked at between two rounds, more if any of them refuses, and those kept back: a share, and no more than so many of
 # each kind.
 ROUND_PROMPTS, MORE_PROMPTS = 8, 32
@@ -161,7 +159,7 @@ class Learner:
                 self.openings.add(row.generated, kind == "refusal")  # some models refuse harmless prompts, too
         self._respond(range(len(self.bad_prompts)), "Learning: responses to harmful prompts", is_edited=False)
         self._branch()
-        self._own_openings.turn_with(same_words(self.model.tokenizer, self._own_openings.first_of_refusals(TURNING)))
+        self._own_openings.turn_with(same_words(self.model.tokenizer, self._own_openings.deciding(())))
 
     def _branch(self) -> None:
         """Begin responses of the original with its likeliest first tokens, and let it go on: other refusals, and answers."""
