@@ -51,7 +51,7 @@ class Openings:
     def refuses(self, tokens: Sequence[int]) -> bool:
         """Whether some refusals, and few answers, have been seen to begin so."""
         answers, refusals = self._counts.get(tuple(tokens), (0, 0))
-        return refusals >= FEWEST_REFUSALS and answers <= FEW_ANSWERS * refusals
+        return refusals >= FEWEST_REFUSALS and _hardly_answers(answers, refusals)
 
     def decided(self, tokens: Sequence[int]) -> Path:
         """The shortest beginning of a response that is a refusal's alone; all of it if there is none that has been seen so often."""
@@ -108,7 +108,7 @@ class Openings:
         found = {}
         for token in self._next.get(path, {}):
             answers, refusals = self._counts[*path, token]
-            found[token] = NEVER if answers <= FEW_ANSWERS * refusals else math.log(answers / (answers + refusals))
+            found[token] = NEVER if _hardly_answers(answers, refusals) else math.log(answers / (answers + refusals))
         return found
 
     def state(self) -> list[tuple[list[int], int, int]]:
@@ -122,6 +122,11 @@ class Openings:
         for path in self._counts:
             self._next.setdefault(path[:-1], {})[path[-1]] = None
         self._deciding.cache_clear()
+
+
+def _hardly_answers(answers: int, refusals: int) -> bool:
+    """Whether a beginning that had so many of each is that of refusals, but for mistaken verdicts."""
+    return answers <= FEW_ANSWERS * refusals
 
 
 def _places(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
