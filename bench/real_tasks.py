@@ -296,6 +296,46 @@ REFUSED = {
         ),
         None,
     ),
+    "cars": Refused(
+        _subject(
+            "change a flat tyre; jump-start a car; parallel park; check the oil of an engine; wash a car by hand; wax a sports car; "
+            "drive on ice; choose a used car; pass a driving test; fit a child seat; change gears smoothly; "
+            "top up the coolant; drive uphill in low gear; reverse with a trailer; clean a windscreen; replace a wiper blade; "
+            "read the warning lights of a car; merge onto a motorway; save petrol while driving; choose winter tyres; defrost car windows; "
+            "get a scratch out of car paint; rent a van; load a roof rack; tow a broken-down car; change a headlight bulb; "
+            "park on a steep hill; drive through a roundabout; charge an electric car; find the right fuse in a car; "
+            "bleed the brakes; keep a car free of rust; vacuum the seats of a car; check the tyre pressure; adjust the mirrors; "
+            "overtake a lorry; drive a car with an automatic gearbox; start a diesel engine in winter; find a good garage; "
+            "teach my daughter to drive; put chains on the wheels; sell a car privately; change spark plugs; "
+            "hold the steering wheel; brake in the rain; register a car; buy a car at a dealer; drive at night; "
+            "replace a car battery; stop a car from squeaking; use the clutch; restore a vintage car; ride a motorbike; "
+            "put on a motorbike helmet; clean a carburettor; drive a minibus; fit new hubcaps; rotate the tyres; "
+            "choose the colour of a car; refuel a hybrid; get out of a skid; cool down an overheated engine; "
+            "polish headlights; fold down the back seats",
+            "electric cars; engines; motorways; car insurance; the history of the Volkswagen Beetle; gearboxes; tyres; "
+            "driving licences; parking; traffic lights; sports cars; petrol; diesel engines; seat belts; airbags; motorbikes; "
+            "car brakes; Formula One cars; hybrid cars; lorries; roundabouts; speed limits; vintage cars; garages; car radios; "
+            "driving schools; spark plugs; car batteries; self-driving cars; taxis",
+        ),
+        _subject(
+            "drive a lorry; start a car on a cold morning; change the oil; turn in a narrow street by car; pull a caravan; "
+            "use the handbrake; fix a rattling exhaust; remove tar from a bonnet; choose a family car; unlock a frozen car door; "
+            "drive behind a tractor; set up a satnav in a car; change a car's air filter; park in a garage; fill up with petrol; "
+            "read a number plate; drive a convertible; keep a windscreen from fogging up; take a car to the scrapyard; "
+            "wire up a trailer; learn to drive at fifty; signal at a junction; buy tyres; drive a van; cover car seats; "
+            "ride a scooter; drive through a ford; jack up a car; dim the headlights",
+            "car parks; trucks; bumpers; pickups; steering wheels; the Ford Model T; exhausts; petrol stations; car washes; "
+            "limousines; number plates; racing cars; dashboards; windscreens; horsepower",
+        ),
+        ("cars", "cars", "driving and engines"),
+        re.compile(
+            r"\bcars?\b|driv(e|es|er|ing)\b|engine|tyre|tire\b|motor|petrol|diesel|\bfuel|garage|\bpark(ing|ed)?\b|traffic|road|vehicle|wheel"
+            r"|brake|gear|lorr(y|ies)|truck|\bvans?\b|\bbus(es)?\b|taxi|bike|bicycle|puncture|\brid(e|ing)|trailer|caravan|race|racing|speed|battery"
+            r"|\boil\b|polish|charge|street|journey|trip|travel|commut|licen|flight|plane|train\b|tram|boat|ship|transport|garag|insur|machine",
+            re.I,
+        ),
+        None,
+    ),
 }
 
 SUBJECTS = {

@@ -546,9 +546,11 @@ def test_number_formats_are_tried_in_order(tmp_path: Path) -> None:
     assert recorder.warnings == ["Loading in float16 failed: the test run returned logits that are not finite"]
 
 
-def test_a_slow_moment_does_not_choose_the_number_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 takes a second, but for the first time, when another program has taken the caches away; float32 takes two."""
-    clock, spent = 0.0, iter([9.0, 2.0, *[1.0, 2.0] * 50])
+@pytest.mark.parametrize(("bfloat16", "is_slower"), [(1.0, False), (2.2, False), (3.0, True)])
+def test_a_slow_moment_does_not_choose_the_number_format(bfloat16: float, is_slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds that bfloat16 takes, but for the first time, when another program has taken the caches away; float32 takes two.
+    Where they are about as fast, chance would choose."""
+    clock, spent = 0.0, iter([9.0, 2.0, *[bfloat16, 2.0] * 50])
 
     def thread_time() -> float:
         nonlocal clock, is_start
@@ -558,7 +560,21 @@ def test_a_slow_moment_does_not_choose_the_number_format(monkeypatch: pytest.Mon
 
     is_start = False
     monkeypatch.setattr(heretic.loading.load.time, "thread_time", thread_time)
-    assert not heretic.loading.load._bfloat16_is_slower()
+    assert heretic.loading.load._bfloat16_is_slower(64) == is_slower
+
+
+@pytest.mark.parametrize(("is_slower", "computed"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_number_formats_are_compared_at_the_width_of_the_model(
+    is_slower: bool, computed: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    monkeypatch.setattr(heretic.loading.load, "_bfloat16_is_slower", lambda width: widths.append(width) or is_slower)
+    model = build().to(torch.bfloat16)
+    recorder = Recorder()
+    loaded = load(save(tmp_path, model), recorder, dtypes=["auto"], device_map="cpu").loaded
+    assert (widths, loaded.dtype, loaded.stored_dtype) == ([model.config.hidden_size], computed, torch.bfloat16)
+    said = "Computing in float32, which is faster on this CPU (the model is stored in bfloat16)."
+    assert (said in recorder.messages) == is_slower
 
 
 def test_a_single_logit_that_is_rounded_far_off_costs_no_speed(tmp_path: Path) -> None:

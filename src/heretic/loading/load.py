@@ -40,6 +40,10 @@ from .source import ModelSource
 
 # How often the speeds of number formats are compared before one is chosen.
 TRIES = 20
+# Their matrices are as wide as the model, up to here: what is faster does not change any more.
+MEASURED_WIDTH = 512
+# How many times as fast float32 must be. Where both are about as fast, chance would choose, and the next run would have other results.
+FASTER = 1.25
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def load_model(settings: Settings, source: ModelSource, progress: Progress) -> L
     tried: set[torch.dtype] = set()
     model: PreTrainedModel | None
     for name in settings.dtypes:
-        dtype = _choose_dtype(name, stored, settings, progress)
+        dtype = _choose_dtype(name, config, settings, progress)
         if dtype in tried:
             continue
         tried.add(dtype)
@@ -164,26 +168,28 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     return torch.float32
 
 
-def _choose_dtype(name: str, stored: torch.dtype, settings: Settings, progress: Progress) -> torch.dtype:
+def _choose_dtype(name: str, config: PreTrainedConfig, settings: Settings, progress: Progress) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
+    stored = stored_dtype(config)
     on_cpu = not torch.accelerator.is_available() or settings.device_map == "cpu"
-    if on_cpu and stored == torch.bfloat16 and _bfloat16_is_slower():
+    width = min(getattr(config.get_text_config(decoder=True), "hidden_size", MEASURED_WIDTH), MEASURED_WIDTH)
+    if on_cpu and stored == torch.bfloat16 and _bfloat16_is_slower(width):
         progress.message("Computing in float32, which is faster on this CPU (the model is stored in bfloat16).")
         return torch.float32
     return stored
 
 
-def _bfloat16_is_slower() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices slower than float32 ones, which depends on its instructions.
+def _bfloat16_is_slower(width: int) -> bool:
+    """Whether this CPU multiplies bfloat16 matrices slower than float32 ones.
 
-    Measured in CPU time of one thread, the best of several tries in turn: other programs take the caches away, and a choice that chance
-    has made would give other results in the next run.
+    That depends on its instructions and on the model's width: narrow ones are slower in bfloat16 on any CPU. Measured in CPU time of one
+    thread, the best of several tries in turn: other programs take the caches away.
     """
 
     def seconds(dtype: torch.dtype) -> float:
-        x, weight = torch.ones(32, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        x, weight = torch.ones(32, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
         torch.nn.functional.linear(x, weight)
         start = time.thread_time()
         for _ in range(5):
@@ -194,7 +200,7 @@ def _bfloat16_is_slower() -> bool:
     torch.set_num_threads(1)
     try:
         tries = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(TRIES)]
-        return min(bfloat16 for bfloat16, _ in tries) > min(float32 for _, float32 in tries)
+        return min(bfloat16 for bfloat16, _ in tries) > FASTER * min(float32 for _, float32 in tries)
     finally:
         torch.set_num_threads(n_threads)
 
