@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -26,15 +27,18 @@ from transformers import AutoModelForCausalLM
 
 import process
 from conftest import Outcome
-from heretic.errors import LearningError
+from heretic.editing.ablation import LearnedEdit
+from heretic.errors import LearningError, TrialError
+from heretic.evaluator import Evaluator, Score
 from heretic.prompts import Prompt
 from heretic.scoring.learned_rule import LearnedRule
 from heretic.study import learned_search, learning
 from heretic.study.front import front_of, is_learned
+from heretic.study.learned_edits import LearnedEdits, State, learned_trials
 from heretic.study.learning import Learner
 from test_demo import DEMO, SYSTEM, Judge, lines, mean_kl
 from test_experts import N_EXPERTS, chat_model
-from tiny import load
+from tiny import Recorder, load
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
 N_PROMPTS, N_EVALUATED = 40, 20
@@ -362,6 +366,27 @@ def test_a_model_that_refuses_too_little(workplace: Path, heretic: Callable[...,
     assert len(study_of(workplace).trials) == 4
 
 
+def test_nothing_can_be_learned_and_there_is_no_search(workplace: Path, heretic: Callable[..., Outcome]) -> None:
+    outcome = heretic("--n-learned-trials", "2", "--n-trials", "0", "--n-startup-trials", "0")
+    told = "Error: There is no trial: no edit could be learned. Run the same command with --n-trials 200, for a search.\n"
+    assert (outcome.code, outcome.err) == (1, told)
+    assert "which is too few." in outcome.out and "The search continues" not in outcome.out
+    again = heretic("--n-learned-trials", "2", "--n-trials", "2")
+    assert (again.code, again.err) == (0, "") and len(study_of(workplace).trials) == 2
+
+
+def test_prompts_that_leave_no_room_for_responses(workplace: Path, heretic: Callable[..., Outcome]) -> None:
+    """Directions take none, but learning does, and so does the detection of a prefix."""
+    Path("long.txt").write_text("hello\n" + "how " * 225, encoding="utf-8")  # with the template 235 tokens
+    told = "Error: bad_prompts: prompt 2 has 235 tokens, which with {} new ones exceeds the model's context length of 256. Shorten it. It"
+    lines = Path("config.toml").read_text(encoding="utf-8").splitlines()
+    for n, arguments in ((24, ["--n-learned-trials", "1"]), (32, [])):
+        if n == 32:
+            Path("config.toml").write_text("\n".join(line for line in lines if "response_prefix" not in line), encoding="utf-8")
+        outcome = heretic("--bad-prompts.dataset", "long.txt", *arguments)
+        assert outcome.code == 1 and outcome.err.startswith(told.format(n))
+
+
 # What goes wrong
 
 
@@ -400,11 +425,66 @@ def test_an_edit_that_is_missing_or_damaged(copied: Path, heretic: Callable[...,
 
 
 def test_learning_cannot_go_on_from_an_edit_that_is_missing(copied: Path, heretic: Callable[..., Outcome]) -> None:
-    trial = study_of(copied).trials[1]
-    edit_file(copied, trial).unlink()
-    outcome = heretic("--n-learned-trials", "3")
-    assert (outcome.code, outcome.err) == (1, lost(trial))
-    assert len(study_of(copied).trials) == 4
+    edit_file(copied, study_of(copied).trials[1]).unlink()
+    outcome = heretic("--n-learned-trials", "3", "--n-trials", "3")
+    assert (outcome.code, outcome.err) == (0, "")
+    told = "No more edits are learned: they start from the edit of trial 1, which is missing or damaged. The search continues without them."
+    assert told in " ".join(outcome.out.split())
+    assert len(study_of(copied).trials) == 5
+
+
+def test_an_edit_whose_objective_fails(place: Path, heretic: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is recorded as a failed trial, so that a resumed run does not fail on it again."""
+
+    def objectives(evaluator: Evaluator, score: Score) -> tuple[float, ...]:
+        raise TrialError("the objective of the scorer mine is nan, which is not a finite number")
+
+    monkeypatch.setattr(Evaluator, "objectives", objectives)
+    outcome = heretic(*ONE)
+    told = "Error: No trial could be scored: all 1 failed. The last one: TrialError: the objective of the scorer mine is nan, which is not"
+    assert outcome.code == 1 and outcome.err.startswith(told)
+    (trial,) = study_of(place).trials
+    assert trial.state == TrialState.FAIL and is_learned(trial)
+
+
+def test_another_process_learns_the_same_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that begin at the same time: what the other one has recorded is not recorded again."""
+    study = optuna.create_study(directions=["minimize"])
+    recorder = Recorder()
+
+    def record(number: int) -> FrozenTrial:
+        attributes = {"origin": "learned", "learned": {"number": number}}
+        study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=attributes))
+        return study.trials[-1]
+
+    def learn(number: int, *_: object) -> learning.Outcome:
+        if number == 1:
+            record(1)
+        return learning.Outcome(0.0, 0, 10)
+
+    learner = SimpleNamespace(next_weight=lambda: 1.0, learn=learn)
+    monkeypatch.setattr(learned_search.LearnedTrials, "_learner", lambda *_: learner)
+    monkeypatch.setattr(learned_search.LearnedTrials, "_record_trial", lambda own, learner, facts, start: record(facts["number"]))
+    evaluator: Any = SimpleNamespace(settings=SimpleNamespace(n_learned_trials=4), progress=recorder)
+    learned_search.LearnedTrials(study, "here", LearnedEdits(None), evaluator).learn(([], []))
+    assert recorder.messages == ["Another process learns the edits of this study. They are left to it."]
+    assert [trial.user_attrs["learned"]["number"] for trial in study.trials] == [0, 1]
+    record(1)  # should both have recorded it
+    assert [trial.number for trial in learned_trials(study)] == [0, 1]
+
+
+def test_a_kept_edit_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trial is, too, and must not be there without it after the power has failed."""
+    flushed: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    edits = LearnedEdits.of_journal(tmp_path / "study.jsonl")
+    edit = LearnedEdit({"w": torch.ones(4)}, {"w": 0.5})
+    name = edits.keep(optuna.create_study(), edit, State({"directions": torch.ones(1, 4)}, {"weight": 1.0}))
+    assert flushed == [tmp_path / "study.jsonl.artifacts" / name]
+    assert list((tmp_path / "study.jsonl.artifacts").iterdir()) == flushed
+    trial = optuna.trial.create_trial(value=1.0, user_attrs={"learned": {"edit": name}})
+    found, state = edits.load(trial)
+    assert torch.equal(found.directions["w"], torch.ones(4)) and (found.strengths, state.facts) == ({"w": 0.5}, {"weight": 1.0})
 
 
 # Passes that do not fit

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 import process
 from heretic.console import Console
 from heretic.editing.ablation import Ablation
-from heretic.errors import CheckpointError, UsageError
+from heretic.errors import CheckpointError, HereticError, UsageError
 from heretic.evaluator import Score
 from heretic.parameters import FirstTrial
 from heretic.privacy import shown_location
@@ -28,7 +28,7 @@ from heretic.sharing import storage as storage_module
 from heretic.sharing.devices import WorkerPlace
 from heretic.sharing.shared_search import Heartbeats, SharedSearch
 from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
-from heretic.sharing.workers import Worker
+from heretic.sharing.workers import Supervisor, Worker
 from heretic.study.front import is_counted
 from heretic.study.journal import JournalFile, JournalLock
 from heretic.study.samplers import Sampling
@@ -467,3 +467,12 @@ def test_what_a_worker_says_that_its_user_should_know(capsys: pytest.CaptureFixt
     expected = "Warning: Worker 2: The study s cannot be reached; retrying: no\nWorker 2: The study s can be reached again.\n"
     assert capsys.readouterr().out == expected
     assert list(worker.lines) == lines
+
+
+def test_a_first_worker_that_ends_before_it_has_prepared_anything() -> None:
+    """No trial of the search is asked for, so none is missing, but nothing would come of waiting."""
+    worker: Any = SimpleNamespace(number=1, is_running=False, n_starts=1, identity="here:1", close=lambda: None)
+    worker.how_it_ended, worker.error = lambda: "ended: no memory", lambda: "no memory"
+    supervisor = Supervisor(Console(), optuna.create_study(), [worker], lambda: 0)
+    with pytest.raises(HereticError, match=r"^no memory$"):
+        supervisor.restart_ended()

@@ -198,14 +198,14 @@ class Model:
     def check_lengths(self, prompts: Sequence[Prompt], setting: str, n_new_tokens: int, remedy: str = "max_response_length") -> None:
         """Raise `PromptError` for the first prompt that, with its response, exceeds the model's context length.
 
-        `remedy` is the setting that limits the response.
+        `remedy` is the setting that limits the response; empty: none does.
         """
         context = self.context_length
         if context is None:
             return
         for i, ids in enumerate(self._token_ids(prompts)):
             if len(ids) + n_new_tokens > context:
-                lower = f", or decrease {remedy}" if n_new_tokens > 1 else ""
+                lower = f", or decrease {remedy}" if remedy and n_new_tokens > 1 else ""
                 raise PromptError(
                     f"{setting}: prompt {i + 1} has {len(ids)} tokens, which with {n_new_tokens} new ones exceeds the model's "
                     f"context length of {context}. Shorten it{lower}. It begins: {prompts[i].user[:60]!r}"

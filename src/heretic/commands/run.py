@@ -105,7 +105,7 @@ def _run_alone(
         console.heading(f"Search: {target} trials, {search.n_done} done")
         report = search_up_to(target)
     if not search.front:
-        raise_for_no_trial(search.trials)
+        raise_for_no_trial(search.study)
 
     # 6. The Pareto front, and what to do with it
     if not finish_without_asking(settings, console, checkpoint, report):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import Settings
 from ..console import Console
+from ..device import empty_cache
 from ..editing.completeness import remainder
 from ..editing.directions import mean_residual, refusal_directions, separating_layer, winsorize
 from ..errors import Aborted, CheckpointError, DirectionError, HereticError, ReportError
@@ -33,7 +34,7 @@ from ..reporting.samples import sample_prompts, take_samples
 from ..reporting.study_view import StudyView
 from ..reporting.tables import finalists_table, front_table, geometry_table, space_text
 from ..scoring.measured import MeasuredOriginal, measure_original
-from ..scoring.response_prefix import find_response_prefix
+from ..scoring.response_prefix import PREFIX_TOKENS, find_response_prefix
 from ..scoring.score_tables import Baseline
 from ..scoring.scorers import fingerprints
 from ..study.batching import BatchSize
@@ -42,7 +43,8 @@ from ..study.failures import ONE_BY_ONE, failure_as_warning, traceback_of, warn_
 from ..study.finalists import ATTRIBUTE, final_settings, known_finalists, missing_finalists, score_finalists
 from ..study.front import front_of
 from ..study.journal import file_name, journal_path
-from ..study.learned_search import LearnedTrials, lacks_learned_trials
+from ..study.learned_search import LEARNING_FAILED, LearnedTrials, lacks_learned_trials
+from ..study.learning import RESPONSE_TOKENS
 from ..study.search import Search
 from ..study.space import SearchSpace, search_space
 from .answers import command_lines
@@ -139,12 +141,15 @@ def _percent(share: float) -> str:
 
 def check_lengths(settings: Settings, model: Model, prompts: Prompts) -> None:
     """Raise `PromptError` if prompts, with the tokens generated after them, exceed the model's context length."""
+    generated = max(PREFIX_TOKENS if settings.response_prefix is None else 1, RESPONSE_TOKENS if settings.n_learned_trials else 1)
     after = {
+        "good_prompts": (generated, ""),
+        "bad_prompts": (generated, ""),
         "good_evaluation_prompts": (settings.kl_tokens, "kl_tokens"),
         "bad_evaluation_prompts": (settings.max_response_length, "max_response_length"),
     }
     for name, found in prompts.of_study.items():
-        model.check_lengths(found, name, *after.get(name, (1, "")))
+        model.check_lengths(found, name, *after[name])
     if settings.n_finalists and (settings.final_good_prompts or settings.final_bad_prompts):
         _check_final_lengths(settings, model, prompts)  # others are checked when they are needed
 
@@ -249,6 +254,7 @@ def learn_with_messages(console: Console, trials: LearnedTrials, prompts: Prompt
 
     with stop_on_interrupt(note_stop) as should_stop, aborted_after(GRACE_SECONDS, should_stop, evaluator.model.architecture.layers):
         trials.learn((prompts.good, prompts.bad), show, should_stop)
+        empty_cache()  # of what was learned from
         return should_stop()
 
 
@@ -309,8 +315,11 @@ def stop_on_interrupt(note: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         teller.join()
 
 
-def raise_for_no_trial(trials: Sequence[FrozenTrial]) -> NoReturn:
-    reasons = [trial.user_attrs["failure"] for trial in trials if "failure" in trial.user_attrs]
+def raise_for_no_trial(study: Study) -> NoReturn:
+    """Raise `HereticError` with the reason why a study has no trial to choose, or `KeyboardInterrupt` if it was stopped before."""
+    reasons = [trial.user_attrs["failure"] for trial in study.get_trials(deepcopy=False) if "failure" in trial.user_attrs]
+    if not reasons and LEARNING_FAILED in study.user_attrs and not study.user_attrs.get("target"):
+        raise HereticError("There is no trial: no edit could be learned. Run the same command with --n-trials 200, for a search.")
     if not reasons:
         raise KeyboardInterrupt
     raise HereticError(f"No trial could be scored: all {len(reasons)} failed. The last one: {reasons[-1]}")

@@ -16,6 +16,7 @@ from ..study.checkpoint import SHARED, Checkpoint
 from ..study.finalists import missing_finalists
 from ..study.front import front_of, is_counted
 from ..study.learned_search import lacks_learned_trials
+from .preparation import ATTRIBUTE
 from .shared_study import open_for_workers
 from .storage import WORKER, requeue
 from .worker import join
@@ -45,12 +46,12 @@ def run_shared(
     if settings.workers is None:
         ready = join(settings, console, study, store, prepares=True)
         _search_here(console, checkpoint, ready, target)
-    elif checkpoint.n_done < target or (is_new and settings.n_learned_trials):
+    elif checkpoint.n_done < target or (ATTRIBUTE not in study.user_attrs and lacks_learned_trials(study, settings)):
         console.message(f"Seed {settings.seed}; a run of several workers cannot be repeated exactly.")
         supervise(settings, console, study, url, prepares=True)
 
     if not front_of(study):
-        raise_for_no_trial(study.get_trials(deepcopy=False))
+        raise_for_no_trial(study)
     is_finished = checkpoint.n_done >= target
     lacks = missing_finalists(study, settings) or lacks_learned_trials(study, settings)
     if ready is None and is_finished and (settings.report or lacks):

@@ -204,11 +204,12 @@ class Supervisor:
 
         Raises `HereticError` if none is left, or if the directions cannot be computed.
         """
+        is_prepared = ATTRIBUTE in self.study.user_attrs
         for worker in self.workers:
             if worker.is_running or worker.number in self._given_up:
                 continue
             trials = self._trials()
-            if sum(map(is_counted, trials)) >= self.target():
+            if is_prepared and sum(map(is_counted, trials)) >= self.target():
                 return
             worker.close()
             if any(is_counted(trial) and trial.system_attrs.get(WORKER) == worker.identity for trial in trials):
@@ -219,7 +220,7 @@ class Supervisor:
                 worker.start()
                 continue
             self._given_up.add(worker.number)
-            if len(self._given_up) == len(self.workers) or ATTRIBUTE not in self.study.user_attrs:
+            if len(self._given_up) == len(self.workers) or not is_prepared:
                 raise HereticError(worker.error() or f"Worker {worker.number} {how}, as it did at {worker.n_starts - 1} earlier starts.")
             self.console.warning(f"Worker {worker.number} {how}. It is not restarted; {self._n_left()} continue.")
 

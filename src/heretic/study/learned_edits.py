@@ -6,6 +6,7 @@ the edit: each edited module's strength, and how far its direction has turned. T
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from optuna.artifacts._protocol import ArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial, TrialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..editing.ablation import Ablation, LearnedEdit
@@ -56,16 +57,19 @@ class LearnedEdits:
 
     def keep(self, study: optuna.Study, edit: LearnedEdit, state: State) -> str:
         """Store an edit with the state after it. Returns its name for the trial. It is flushed to the disk before this returns."""
-        base = getattr(self.store, "_base_path", None)
+        base = getattr(self.store, "_base_path", None)  # of a store of files
         if base is not None:
             Path(base).mkdir(parents=True, exist_ok=True)
         tensors = {f"direction.{name}": r.contiguous() for name, r in edit.directions.items()}
         tensors |= {f"{STATE}{name}": tensor.contiguous() for name, tensor in state.tensors.items()}
         metadata = {"strengths": json.dumps(dict(edit.strengths)), "facts": json.dumps(state.facts)}
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=base) as folder:
             path = Path(folder) / FILE_NAME
-            save_file(tensors, path, metadata=metadata)
+            path.write_bytes(save(tensors, metadata))  # `save_file` has an error of its own for a full disk
             artifact_id: str = upload_artifact(artifact_store=self.store, file_path=str(path), study_or_trial=study)
+        if base is not None:
+            with (Path(base) / artifact_id).open("r+b") as file:
+                os.fsync(file.fileno())
         return artifact_id
 
     def load(self, trial: FrozenTrial) -> tuple[LearnedEdit, State]:
@@ -105,9 +109,13 @@ def _check(directions: Mapping[str, Tensor], strengths: object) -> None:
 
 
 def learned_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The learned trials, in the order in which they were learned from each other."""
-    done = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)) if is_learned(trial)]
-    return sorted(done, key=lambda trial: trial.user_attrs["learned"]["number"])
+    """The learned trials, in the order in which they were learned from each other; the first of each number, should two processes have
+    learned."""
+    done: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
+        if is_learned(trial):
+            done.setdefault(trial.user_attrs["learned"]["number"], trial)
+    return [done[number] for number in sorted(done)]
 
 
 def described(names: Sequence[tuple[str, str, int]], strengths: Sequence[float], turned: Sequence[float]) -> list[JsonObject]:

@@ -8,8 +8,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ..config import Settings
-from ..errors import Aborted, LearningError
-from ..evaluator import Evaluator
+from ..editing.ablation import Ablation
+from ..errors import Aborted, CheckpointError, LearningError, TrialError
+from ..evaluator import Evaluator, Score
 from ..prompts import Prompt
 from .journal import journal_errors
 from .learned_edits import LearnedEdits, State, described, learned_trials
@@ -58,6 +59,9 @@ class LearnedTrials:
                     outcome = learner.learn(number, weight, advance, should_stop)
                     if outcome is None:
                         return
+                    if len(learned_trials(self.study)) > number:
+                        progress.message("Another process learns the edits of this study. They are left to it.")
+                        return
                     facts = {"number": number, "weight": weight, "steps": outcome.n_steps}
                     on_trial(self._record_trial(learner, facts, start))
                     if should_stop():
@@ -66,7 +70,8 @@ class LearnedTrials:
             return
         except LearningError as error:
             which = "No more" if learned_trials(self.study) else "No"
-            progress.warning(f"{which} edits are learned: {error}. The search continues without them.")
+            goes_on = " The search continues without them." if settings.n_trials else ""
+            progress.warning(f"{which} edits are learned: {error}.{goes_on}")
             with journal_errors(str(self.location)):
                 self.study.set_user_attr(LEARNING_FAILED, str(error))
 
@@ -76,7 +81,10 @@ class LearnedTrials:
         components = [name for name in model.architecture.components if name not in settings.disabled_components]
         learner = Learner(model, self.evaluator.original.rule, *prompts, components, settings.seed or 0)
         if done:
-            _, state = self.edits.load(done[-1])
+            try:
+                _, state = self.edits.load(done[-1])
+            except CheckpointError as error:
+                raise LearningError(f"they start from the edit of trial {done[-1].number}, which is missing or damaged") from error
             learner.restore(state.tensors, state.facts)
         return learner
 
@@ -84,7 +92,7 @@ class LearnedTrials:
         """Score the learner's edit, store it, and add the trial with `facts` about it to the study atomically."""
         ablation = learner.ablation()
         assert ablation.learned is not None
-        (score,) = score_batch(self.evaluator.score_trials, [ablation], lambda kl: float("inf"))
+        score, values = self._score(ablation)
         edit = learner.edit
         writers = [(writer.name, writer.component, writer.layer) for writer in edit.writers]
         with journal_errors(str(self.location)):
@@ -99,7 +107,14 @@ class LearnedTrials:
                 failure = {"failure": f"{type(score).__name__}: {score}"}
                 trial = create_trial(state=TrialState.FAIL, user_attrs=attributes | failure)
             else:
-                values = list(self.evaluator.objectives(score))
                 trial = create_trial(state=TrialState.COMPLETE, values=values, user_attrs=attributes | score.attributes())
             self.study.add_trial(trial)
             return learned_trials(self.study)[-1]
+
+    def _score(self, ablation: Ablation) -> tuple[Score | Exception, list[float]]:
+        """The score of an edit with its objective values, or the error that scoring it ended with."""
+        (score,) = score_batch(self.evaluator.score_trials, [ablation], lambda kl: float("inf"))
+        try:
+            return score, [] if isinstance(score, Exception) else list(self.evaluator.objectives(score))
+        except TrialError as error:
+            return error, []

@@ -47,8 +47,8 @@ ANSWERS_WEIGHT = 0.1
 STEP_PROMPTS = 8
 # Steps between two looks at what the model says by now, and at the prompts kept back.
 ROUND_STEPS = 10
-# Rounds of the first trial and of the others, and how many may pass without any gain.
-FIRST_ROUNDS, LATER_ROUNDS, PATIENCE = 3, 1, 2
+# Rounds of the first trial and of the others.
+FIRST_ROUNDS, LATER_ROUNDS = 3, 1
 # Rounds of a later trial whose loss is so many times that where it began.
 MOST_LATER_ROUNDS, WORSE = 3, 1.25
 # Tokens of harmless answers that are held, and of responses that are looked at.
@@ -274,19 +274,18 @@ class Learner:
         planned, most = (FIRST_ROUNDS, FIRST_ROUNDS) if number == 0 else (LATER_ROUNDS, MOST_LATER_ROUNDS)
         before = math.inf if self._reached is None else self._reached.weighted(weight)
         best: tuple[float, list[bool], dict[str, Tensor], Losses] | None = None
-        n_steps = n_without_gain = 0
+        n_steps = 0
         refused: list[bool] = []
         for done in range(most + 1):
-            if done or number == 0:  # a later trial begins where the one before ended, which has asked
+            if done or number == 0:  # a later trial begins with what the one before has heard
                 refused = self._ask(rng, self.kept_bad if done else [], MORE_PROMPTS if done < most else 0)
             if done:
                 losses = self._kept_back_losses()
                 loss = losses.weighted(weight)
-                n_without_gain = 0 if best is None or loss < best[0] else n_without_gain + 1
-                if not n_without_gain:
+                if best is None or loss < best[0]:
                     best = (loss, refused, self.edit.state(), losses)
-                is_enough = done >= planned and best is not None and best[0] <= WORSE * before  # else it goes on
-                if is_enough or n_without_gain > PATIENCE or done == most:
+                is_enough = done >= planned and best[0] <= WORSE * before  # else it goes on
+                if is_enough or done == most:
                     break
             steps = [self._step_terms(rng) for _ in range(ROUND_STEPS)]
             self.passes.originals.remember([term for terms in steps for term in terms if term.needs_original])
