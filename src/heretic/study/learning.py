@@ -9,7 +9,7 @@ The loss of a step, over some harmless and some harmful prompts of those that th
 - harmful: KL(original || edited) along answers, where the original is taken given that it does not refuse: tokens with which refusals
   begin are left out of its probabilities, or made as rare as answers are that begin so; in the middle of an answer, too, where it would go
   back to refusing ("In a dry summer, I"). So the edited model answers as the original would, if it did. Answers are the original's own,
-  begun with other first tokens than its likeliest, and the edited model's.
+  begun with each of its likeliest first tokens, too, and the edited model's.
 
 Trials follow each other with falling weights, each from where the one before it ended, so that together they are a trade-off. Weights fall
 fast while nothing refuses, and the more slowly, the more does: models differ in how little it takes, and in how many steps. A part of the
@@ -59,7 +59,7 @@ HELD_TOKENS = 12
 # each kind.
 ROUND_PROMPTS, MORE_PROMPTS = 8, 32
 KEPT_BACK, MOST_KEPT_BACK = 0.2, 12
-# Harmful prompts at which the original's answers are begun with other words than its own, and how many first tokens are tried.
+# Harmful prompts at which the original's responses are begun with its likeliest first tokens, and how many of these.
 BRANCH_PROMPTS, BRANCHES = 24, 4
 # Paths of a prompt that are remembered.
 REMEMBERED_PATHS = 6
