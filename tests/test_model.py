@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 import heretic.decoding.decoder
+import heretic.editing.hooks
 import heretic.loading.load
 from heretic.decoding.decoder import Decoder
 from heretic.decoding.plain import PlainDecoder
 from heretic.editing.ablation import Ablation, ComponentParameters
-from heretic.errors import ModelError, PromptError, TrialError
+from heretic.errors import ModelError, PromptError, TrialError, UnsupportedModelError
 from heretic.model import Model
 from heretic.prompts import Prompt
 from tiny import (
@@ -518,6 +520,46 @@ def test_streamed_answer(ending: Plain) -> None:
 
 
 # Loading
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss", "mixtral", "qwen3_moe"])
+def test_transposed_weights_and_experts_that_are_offloaded(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their layout is found by gradients, of weights that Accelerate loads anew for every call."""
+    save(tmp_path, build(model_type))
+    here = load(tmp_path)
+    _offload(monkeypatch)
+    away = load(tmp_path)
+    assert all(parameter.is_meta for parameter in away.model.parameters())
+    assert away.architecture.components == here.architecture.components
+    for mode in ("none", "full"):
+        for model in (here, away):
+            model.use_directions(unit_directions(3, 32), mode)
+        torch.testing.assert_close(away.first_token_logprobs(FEW, ABLATIONS[0]), here.first_token_logprobs(FEW, ABLATIONS[0]))
+    assert (here.first_token_logprobs(FEW) - here.first_token_logprobs(FEW, ABLATIONS[0])).abs().max() > 0.1
+
+
+def test_offloaded_experts_that_only_an_edit_of_their_weights_reaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, build("mixtral"))
+    _offload(monkeypatch)
+    model = load(tmp_path)
+    monkeypatch.setattr(heretic.editing.hooks, "_is_swapped", lambda writer, mode: writer.storage.n_experts is not None)
+    with pytest.raises(UnsupportedModelError) as caught:
+        model.use_directions(unit_directions(3, 32), "full")
+    assert str(caught.value) == (
+        "model.layers.0.mlp.experts is offloaded, and an edit of it replaces weights, which are loaded anew for every pass. "
+        "Let it fit into memory (--max-memory, --quantization bnb_4bit)."
+    )
+
+
+def _offload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have weights lie in main memory but for the moment that they are needed, as those have that do not fit on an accelerator."""
+    load_weights = heretic.loading.load._load_weights
+
+    def offloaded(*arguments: Any) -> nn.Module:
+        model: nn.Module = cpu_offload(load_weights(*arguments), execution_device=torch.device("cpu"))
+        return model
+
+    monkeypatch.setattr(heretic.loading.load, "_load_weights", offloaded)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

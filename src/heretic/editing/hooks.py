@@ -20,6 +20,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..device import upload
+from ..errors import UnsupportedModelError
 from .ablation import (
     Ablation,
     OutputMap,
@@ -93,6 +94,11 @@ class AblationHooks:
 
     def _prepare(self, writer: Writer) -> _Constants:
         storage = writer.storage
+        if _is_swapped(writer, self.mode) and next(writer.module.parameters(recurse=False)).is_meta:
+            raise UnsupportedModelError(
+                f"{writer.name} is offloaded, and an edit of it replaces weights, which are loaded anew for every pass. Let it fit into "
+                "memory (--max-memory, --quantization bnb_4bit)."
+            )
         with align_module_device(writer.module):
             device = getattr(writer.module, storage.weight or storage.bias or "").device
             bias = None if storage.bias is None else getattr(writer.module, storage.bias).detach().float().clone()

@@ -4,11 +4,13 @@ A linear module's weight is known. In any other module (fused experts, transpose
 the last one before its output, and along which axis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device, send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,9 +36,32 @@ class Found:
 
 def find_storage(model: PreTrainedModel, found: Found, tokens: Tensor, hidden_size: int) -> Storage | None:
     """The parameters that produce the module's output; None if none was found."""
+    if isinstance(found.module, nn.Linear):
+        return Storage(bias=None if found.module.bias is None else "bias")
+    with resident(found.module):
+        return _find_stored(model, found, tokens, hidden_size)
+
+
+@contextmanager
+def resident(module: nn.Module) -> Iterator[None]:
+    """Context in which a module has its parameters, and a call leaves them in place. Accelerate loads those that it offloads anew for each
+    call, and so the ones that are there before it are not those that it uses."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if not getattr(hook, "offload", False):
+        yield
+        return
+    own: Any = module
+    loading, device = own.forward, hook.execution_device
+    with align_module_device(module):
+        own.forward = lambda *args, **kwargs: own._old_forward(*send_to_device(args, device), **send_to_device(kwargs, device))
+        try:
+            yield
+        finally:
+            own.forward = loading
+
+
+def _find_stored(model: PreTrainedModel, found: Found, tokens: Tensor, hidden_size: int) -> Storage | None:
     module = found.module
-    if isinstance(module, nn.Linear):
-        return Storage(bias=None if module.bias is None else "bias")
     own = {name: p for name, p in module.named_parameters(recurse=False) if p.is_floating_point() and p.dim() <= 3}
     shares = _parameter_shares(model, found, own, tokens, hidden_size)
     weights = [(name, axis) for (name, axis) in shares if own[name].dim() >= 2 and not _is_bias(own, name, hidden_size)]
@@ -117,7 +142,7 @@ def takes_gates(found: Found) -> bool:
     if gates.shape != index.shape or hidden.shape[:-1] != index.shape[:1]:
         return False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), resident(found.module):
             whole = found.module(hidden, index, gates)
             pairs = found.module(*as_pairs(hidden, index, gates))
     except (RuntimeError, ValueError, IndexError):  # some only work with their own number of experts per token
@@ -128,6 +153,11 @@ def takes_gates(found: Found) -> bool:
 
 def is_sum(found: Found, storage: Storage) -> bool:
     """Whether the module's output is zero if its last weight and bias are zero."""
+    with resident(found.module):
+        return _is_zero_without(found, storage)
+
+
+def _is_zero_without(found: Found, storage: Storage) -> bool:
     parameters = [getattr(found.module, name) for name in (storage.weight, storage.bias) if name]
     kept = [p.data for p in parameters]
     try:
