@@ -69,12 +69,12 @@ def test_a_part_without_a_dataset_changes_the_usual_source() -> None:
 
 
 def test_lists_tables_and_flags_on_the_command_line() -> None:
-    lists = ["--dtypes", '["float32"]', "--refusal-markers", "no way,sorry"]
+    lists = ["--dtypes", '["float32"]', "--refusal-markers", "sorry, but no", "--refusal-markers", "no way"]
     tables = ["--max-memory", '{"0": "20GB"}', "--device-map", '{"": "cpu"}']
     flags = ["--debug", "--no-trust-remote-code", "--no-upload-repo-private"]
     settings = load_settings(["m", *lists, *tables, *flags, "--max-shard-size", "1000000"])
     assert settings.dtypes == ["float32"]
-    assert settings.refusal_markers == ["no way", "sorry"]
+    assert settings.refusal_markers == ["sorry, but no", "no way"]
     assert settings.max_memory == {"0": "20GB"}
     assert settings.device_map == {"": "cpu"}
     assert settings.debug
@@ -172,6 +172,13 @@ COMMAND_LINES = {
         "Setting refusal_markers (on the command line): an empty marker would match every response, got ['sorry', ' ']."
     ),
     ("m", "--max-shard-size", "5GiB"): "Setting max_shard_size (on the command line): a size has the form 500MB or 5GB, got '5GiB'.",
+    ("m", "--max-shard-size", "0"): "Setting max_shard_size (on the command line): a size is greater than 0, got '0'.",
+    ("m", "--max-shard-size", "0.0GB"): "Setting max_shard_size (on the command line): a size is greater than 0, got '0.0GB'.",
+    ("m", "--evaluate-model", ""): "Setting evaluate_model (on the command line): String should have at least 1 character, got ''.",
+    ("m", "--workers", "0"): (
+        "Setting workers (on the command line): Input should be 'auto', got '0'.\n"
+        "Setting workers (on the command line): Input should be greater than 0, got '0'."
+    ),
     ("m", "--good-prompts.dataset", ""): (
         "Setting good_prompts.dataset (on the command line): String should have at least 1 character, got ''."
     ),

@@ -1,6 +1,7 @@
 """A loaded model at work, against plain transformers: one prompt at a time, no padding, no cache of ours, weights edited by hand."""
 
 import copy
+import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import heretic.loading.load
 from heretic.decoding.decoder import Decoder
 from heretic.decoding.plain import PlainDecoder
 from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.editing.completeness import remainder
 from heretic.errors import ModelError, PromptError, TrialError, UnsupportedModelError
 from heretic.model import Model
 from heretic.prompts import Prompt
@@ -450,6 +452,32 @@ def test_chat_template(plain: Plain) -> None:
     assert (recorder.messages, recorder.warnings) == ([], [])
 
 
+def test_a_template_in_a_file_that_only_processors_read(tmp_path: Path) -> None:
+    recorder = Recorder()
+    expected = load(save(tmp_path, build())).render(MESSAGES)
+    template = (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    assert load(tmp_path, recorder).render(MESSAGES) == expected
+    assert recorder.warnings == []
+
+
+def test_a_tokenizer_that_tells_the_types_of_tokens(tmp_path: Path) -> None:
+    """As those made for BERT do, whatever the model takes."""
+    save(tmp_path, build())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_input_names": names}), encoding="utf-8")
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path)("hello")
+    assert len(load(tmp_path).responses(FEW, 2)) == len(FEW)
+
+
+def test_a_model_in_float64(tmp_path: Path) -> None:
+    model = load(save(tmp_path, build(dtype=torch.float64)), dtypes=["auto"])
+    assert model.loaded.dtype == torch.float64
+    assert not remainder(model.model, model.architecture).is_inexact(torch.float64)
+
+
 def test_template_that_refuses_a_system_message(tmp_path: Path) -> None:
     recorder = Recorder()
     model = load(save(tmp_path, build(), NO_SYSTEM_TEMPLATE), recorder)
@@ -463,6 +491,37 @@ def test_template_that_refuses_a_system_message(tmp_path: Path) -> None:
     reference = Plain(tmp_path)
     expected = torch.stack([reference.logprobs(Prompt("", f"{p.system}\n\n{p.user}" if p.system else p.user)) for p in PROMPTS])
     torch.testing.assert_close(model.first_token_logprobs(PROMPTS).double(), expected, rtol=0, atol=1e-4)
+
+
+PARTS = (
+    "{% for message in messages %}<{{ message['role'] }}> {% for part in message['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }} {% endif %}{% endfor %}<end> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+
+
+def test_templates_that_take_parts(tmp_path: Path) -> None:
+    """Those of models that read images: of a text they would render nothing."""
+    save(tmp_path, build())
+    model = load(save(tmp_path / "parts", build(), PARTS))
+    assert model.render(MESSAGES) == "<system> you are a cat <end> <user> hello <end> <assistant> "
+    expected = torch.stack([Plain(tmp_path).logprobs(prompt) for prompt in PROMPTS])
+    torch.testing.assert_close(model.first_token_logprobs(PROMPTS).double(), expected, rtol=0, atol=1e-4)
+    model = load(save(tmp_path / "no system", build(), NO_SYSTEM + PARTS))
+    assert model.render(MESSAGES) == "<user> you are a cat\n\nhello <end> <assistant> "
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% if add_generation_prompt %}<assistant> {% endif %}", "{{ raise_exception('no') }}", "{{ '<user>' + messages[1]['text'] }}"],
+)
+def test_templates_that_leave_out_the_prompt(template: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(save(tmp_path, build(), template))
+    assert str(caught.value) == (
+        "The chat template leaves out the user's message, given as text or as a list of parts. "
+        "Put one that contains it into the model's folder, as chat_template.jinja."
+    )
 
 
 def test_no_template(tmp_path: Path) -> None:

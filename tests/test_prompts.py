@@ -1,6 +1,7 @@
 """Prompt sources: text files, dataset folders, slices, and the exact line for each that cannot be used."""
 
 import codecs
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ def test_folders_and_files_that_are_no_dataset(folder: Path) -> None:
     assert told("d", "train", "text") == (
         "bad_prompts: the dataset d cannot be loaded: JSON parse error: Missing a closing quotation mark in string. in row 1. " + HELP
     )
+    shutil.copy("d/train.jsonl", "d/TRAIN.JSONL")
+    assert "d/TRAIN.JSONL is a data file" in told("d/TRAIN.JSONL")
     assert told("d/train.jsonl") == ("bad_prompts: d/train.jsonl is a data file; use its folder, with split and column, or a text file.")
     Path("broken").mkdir()
     Path("broken/state.json").write_text("{")

@@ -97,7 +97,9 @@ class Settings(BaseModel):
     gguf_file: str | None = Field(
         None, min_length=1, description="GGUF file to use from the model's repository or folder; its weights are dequantized."
     )
-    evaluate_model: str | None = Field(None, description="Score this model (hub id or local path) against the original model, and exit.")
+    evaluate_model: str | None = Field(
+        None, min_length=1, description="Score this model (hub id or local path) against the original model, and exit."
+    )
     demo: bool = Field(False, description="Use the embedded demonstration model and its prompts.")
     dtypes: list[DtypeName] = Field(
         ["auto", "float16", "bfloat16", "float32"],
@@ -319,13 +321,11 @@ class Settings(BaseModel):
     @field_validator("max_shard_size", mode="before")
     @classmethod
     def _check_size(cls, size: object) -> object:
-        if not isinstance(size, str):
-            return size
-        if size.isdigit():
-            return int(size)
-        if not _SIZE.fullmatch(size.strip()):
+        if isinstance(size, str) and not size.isdigit() and not _SIZE.fullmatch(size.strip()):
             raise ValueError("a size has the form 500MB or 5GB")
-        return size
+        if not str(size).strip("-.0KMGTB ") or str(size).startswith("-"):
+            raise ValueError("a size is greater than 0")
+        return int(size) if isinstance(size, str) and size.isdigit() else size
 
     @field_validator("refusal_markers")
     @classmethod

@@ -22,7 +22,7 @@ from .specifications import PromptSpecification
 from .utils import first_line
 
 # Files for the datasets library. Read as text files, their markup would become prompts.
-DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
+DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 
 _SLICE = re.compile(r"\[[^\]]*\]")
 
@@ -141,7 +141,7 @@ def _texts(specification: PromptSpecification, setting: str) -> list[str]:
 
 def _check_path(specification: PromptSpecification, setting: str) -> None:
     path = expand(specification.dataset)
-    if path.is_file() and path.suffix in DATA_FILES:
+    if path.is_file() and path.suffix.lower() in DATA_FILES:
         raise PromptError(f"{setting}: {path} is a data file; use its folder, with split and column, or a text file.")
     if not path.exists() and (path.suffix == ".txt" or path.is_absolute() or specification.dataset.startswith(".")):
         raise PromptError(f"{setting}: the file or folder {specification.dataset} does not exist. Check the path.")

@@ -157,6 +157,8 @@ def load_settings_of_names(arguments: Sequence[str], ask: Ask | None = None) -> 
 
 def _command_line(parsed: JsonObject, cli_source: CliSettingsSource[Any]) -> Source:
     given = {key: value for key, value in parsed.items() if value is not None}
+    if "refusal_markers" in given:  # text, whose commas separate nothing, unlike those of names
+        given["refusal_markers"] = [text if text.lstrip().startswith("[") else json.dumps([text]) for text in given["refusal_markers"]]
     with _reading("on the command line"):
         return Source("on the command line", cli_source(parsed_args=given)())
 
@@ -316,4 +318,4 @@ def _holds(values: object, location: Sequence[int | str]) -> bool:
 
 def _is_type_tag(part: int | str) -> bool:
     """Whether pydantic added this part of a location to distinguish the branches of a union."""
-    return isinstance(part, str) and (part in ("str", "int", "float", *TAGS) or "[" in part)
+    return isinstance(part, str) and (part in ("str", "int", "float", "constrained-int", *TAGS) or "[" in part)

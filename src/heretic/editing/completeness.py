@@ -51,7 +51,7 @@ class Remainder:
 
     def is_inexact(self, dtype: torch.dtype) -> bool:
         """Whether a model that computes in `dtype` has operations that edits cannot reproduce, or a writer was missed."""
-        return self.direction > ROUNDING[dtype]
+        return self.direction > ROUNDING.get(dtype, ROUNDING[torch.float32])
 
 
 def full_ablation(architecture: Architecture) -> Ablation:

@@ -1,5 +1,6 @@
 """Loads a model, its tokenizer and its processor through transformers' auto classes, in the first dtype that works."""
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from transformers import (
     modeling_utils,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..config import Settings
@@ -151,6 +153,10 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     except Exception as error:  # tokenizers' own error is a plain `Exception`
         raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {first_line(error)}") from error
+    if tokenizer.chat_template is None:  # transformers reads this file with processors only, which take images, too
+        with suppress(OSError, ValueError, KeyError):
+            path = cached_file(source.path, "chat_template.json", revision=source.revision)
+            tokenizer.chat_template = json.loads(Path(path or "").read_text(encoding="utf-8"))["chat_template"]
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"The tokenizer of {source.name} has neither a padding nor an end token; add one to its files.")
@@ -279,7 +285,7 @@ def _take_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def _test_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    inputs = tokenizer("Hello", return_tensors="pt").to(input_device(model))
+    inputs = tokenizer("Hello", return_tensors="pt", return_token_type_ids=False).to(input_device(model))
     with torch.no_grad():
         output = cast(Any, model).generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
     if not torch.isfinite(output.logits[0]).all():
