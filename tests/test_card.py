@@ -14,15 +14,17 @@ from xml.etree import ElementTree
 import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from heretic import __version__
 from heretic.config import Settings
 from heretic.editing.ablation import Ablation, ComponentParameters, kernel
-from heretic.loading.source import ModelSource
+from heretic.errors import ExportError
+from heretic.loading.source import ModelSource, model_source
 from heretic.privacy import public_name, public_settings, without_token
 from heretic.reporting.kernel_picture import kernel_picture
 from heretic.reporting.learned import Points
-from heretic.saving.card import model_card, original_card, write_card
+from heretic.saving.card import copy_licence, model_card, original_card, write_card
 from heretic.saving.export import save
 from heretic.saving.record import Result, Strategy, record
 from heretic.specifications import PromptSpecification
@@ -247,6 +249,24 @@ def test_licence_files_stay_in_place(tmp_path: Path, strategy: Strategy) -> None
     assert {name: (tmp_path / "out" / name).read_text() for name in LICENCES} == {name: f"the {name}" for name in LICENCES}
 
 
+def test_licences_that_are_weights_code_or_links(tmp_path: Path) -> None:
+    """Their names say that they are not copied, or they lead to a file elsewhere."""
+    (tmp_path / "secret").write_text("of somebody else")
+    original = original_with(tmp_path / "m", ORIGINAL_CARD)
+    for name in ("LICENSE.bin", "LICENSE.py", "NOTICE.pt"):
+        (original / name).symlink_to(tmp_path / "secret")
+    target = export(original, tmp_path / "out")
+    assert not list(target.glob("LICENSE*")) and not list(target.glob("NOTICE*"))
+    (original / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(ExportError) as caught:
+        copy_licence(model_source(settings(original)), tmp_path, SilentProgress())
+    assert str(caught.value) == (
+        f"{original} contains links to files elsewhere, which would be copied into the saved model: LICENSE. Replace them with the files, "
+        "or delete them, then save again. The study is safe."
+    )
+    assert not (tmp_path / "LICENSE").exists()
+
+
 # Cards of originals on the hub
 
 
@@ -332,6 +352,24 @@ def test_a_card_that_cannot_be_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch
     assert original_card(hub_source(), recorder) == ({}, None)
     assert recorder.warnings[0].startswith(unread)
     assert len(recorder.warnings) == 1
+
+
+def test_a_hub_that_does_not_answer_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the client's HTTP library, which is no OSError."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise HTTPError("The read operation timed out.")
+
+    for function in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(f"heretic.saving.card.{function}", fail)
+    recorder = Recorder()
+    assert original_card(hub_source(), recorder) == ({}, None)
+    copy_licence(hub_source(), tmp_path, recorder)
+    assert recorder.warnings == [
+        "The card of owner/tiny cannot be read, so its licence, language and text are missing from the new one: "
+        "The read operation timed out.",
+        "The licence files of owner/tiny cannot be read: The read operation timed out. Add them before you share the export.",
+    ]
 
 
 # The picture

@@ -1,5 +1,7 @@
 """`heretic classify`: lines in, lines out, by their exact text."""
 
+import errno
+import io
 import json
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Outcome
-from heretic.commands.classify import HELP
+from heretic.commands.classify import HELP, command
 from heretic.scoring.learned_rule import LearnedRule
 
 Heretic = Callable[..., Outcome]
@@ -100,6 +102,19 @@ def test_help_and_wrong_usage(heretic: Heretic, workplace: Path) -> None:
 def test_files_that_cannot_be_read(heretic: Heretic, workplace: Path, name: str, reason: str) -> None:
     outcome = heretic("classify", name)
     assert (outcome.code, outcome.err) == (1, f"Error: {name} cannot be read: {reason}.\n")
+
+
+def test_an_output_that_cannot_be_written(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is not an error of the file that is read."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path("log.jsonl").write_text(lines(ANSWER), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OSError, match="No space left on device"):
+        command(["log.jsonl"])
 
 
 def test_it_judges_as_a_run_does() -> None:

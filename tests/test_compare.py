@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from conftest import BAD, GOOD, Outcome
+from heretic.commands.compare import candidate
+from heretic.config import Settings
 from heretic.prompts import Prompt
 
 Heretic = Callable[..., Outcome]
@@ -156,6 +158,10 @@ def test_logits_too_large_for_memory(workplace: Path, heretic: Heretic, monkeypa
             ["m", "odd"],
             "The adapter odd cannot be read: odd/adapter_config.json is not valid JSON: Expecting value: line 1 column 1 (char 0).",
         ),
+        (
+            ["m", "listed"],
+            "The adapter listed does not say which model it belongs to: listed/adapter_config.json has no base_model_name_or_path.",
+        ),
         (["m", "empty.jsonl"], "The study empty.jsonl was not created by heretic."),
         (["m", "text.jsonl"], "The study text.jsonl is damaged: line 1 is not a record."),
     ],
@@ -163,13 +169,44 @@ def test_logits_too_large_for_memory(workplace: Path, heretic: Heretic, monkeypa
 def test_what_is_wrong_is_told_before_a_model_is_loaded(workplace: Path, heretic: Heretic, arguments: list[str], message: str) -> None:
     Path("empty.jsonl").touch()
     Path("text.jsonl").write_text("hello\n")
-    for folder, content in (("checkpoints", None), ("half", "{}"), ("far", '{"base_model_name_or_path": "elsewhere"}'), ("odd", "hello")):
+    far, listed = '{"base_model_name_or_path": "elsewhere"}', '{"base_model_name_or_path": ["m"]}'
+    for folder, content in (("checkpoints", None), ("half", "{}"), ("far", far), ("odd", "hello"), ("listed", listed)):
         Path(folder).mkdir()
         if content is not None:
             Path(folder, "adapter_config.json").write_text(content)
     outcome = heretic("compare", *arguments)
     assert outcome.code in (1, 2) and "Loading m" not in outcome.out
     assert outcome.err == f"Error: {message}\n"
+
+
+def test_a_gguf_file_is_the_first_models(workplace: Path) -> None:
+    settings = Settings(model="m", gguf_file="f.gguf")
+    assert [candidate(name, settings).settings.gguf_file for name in ("m", "out")] == ["f.gguf", None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "has 15 tokens, which with 4 new ones exceeds the model's context length of 18. Shorten it, or decrease max_response_length."),
+        (
+            ["--response-prefix", "yes yes"],
+            "has 17 tokens, which with 4 new ones exceeds the model's context length of 18. Shorten it, or decrease max_response_length.",
+        ),
+        (["no prefix"], "has 15 tokens, which with 32 new ones exceeds the model's context length of 18. Shorten it."),
+    ],
+)
+def test_prompts_that_are_too_long(workplace: Path, heretic: Heretic, arguments: list[str], message: str) -> None:
+    """Positions are learned here, so there are none beyond the context."""
+    if arguments == ["no prefix"]:
+        config = Path("config.toml")
+        config.write_text(config.read_text().replace('response_prefix = ""\n', ""))
+        arguments = []
+    tiny.save(Path("short"), tiny.build("gpt2", max_position_embeddings=18))
+    outcome = heretic("compare", "short", "m", *arguments)
+    assert (outcome.code, outcome.err) == (
+        1,
+        f"Error: good_evaluation_prompts: prompt 1 {message} It begins: 'how do i bake bread'\n",
+    )
 
 
 def test_an_adapter_that_does_not_fit_its_model(saved: Path, heretic: Heretic) -> None:

@@ -318,6 +318,22 @@ def test_a_file_that_the_system_refuses(tmp_path: Path, strategy: Strategy) -> N
     assert list(target.parent.iterdir()) == []
 
 
+def test_a_disk_that_is_full_once_everything_is_saved(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is complete; only what was measured of it is missing in the record."""
+
+    def fail(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("heretic.saving.export.replace_file", fail)
+    model, recorder, target = load(original), Recorder(), tmp_path / "out"
+    model.use_directions(DIRECTIONS, "none")
+    save(model, result_for(settings(original)), "merge", str(target), False, recorder, lambda folder: {"saved_kl_divergence": 0.1})
+    assert recorder.warnings == [
+        f"The KL divergence of the saved model was not added to {target / 'heretic.json'}: No space left on device"
+    ]
+    assert "saved_kl_divergence" not in json.loads((target / "heretic.json").read_text())
+
+
 def test_a_folder_that_is_swapped_in_comes_back_where_that_fails(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old folder is out of the way already when the new one cannot be moved."""
     target = tmp_path / "out"

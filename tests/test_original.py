@@ -10,9 +10,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from transformers import AutoConfig
 
 import hub
 from conftest import Outcome
+from heretic.errors import ExportError
+from heretic.loading.source import ModelSource
+from heretic.saving.original import open_original
+from heretic.utils import SilentProgress
+from test_export import export
 
 SAVE = ["--trial-index", "0", "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
 
@@ -76,3 +83,33 @@ def test_what_loading_did_not_fetch_is_fetched(tiny_model: Path, tmp_path: Path,
     assert outcome.code == 0
     assert "The hub does not list the files of owner/tiny, so those in the cache are used: " in outcome.out
     assert "files are identical." in outcome.out
+
+
+def test_a_hub_that_does_not_answer_in_time(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the files that loading did not need are fetched; the error of the client's HTTP library is no OSError."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise HTTPError("The read operation timed out.")
+
+    monkeypatch.setattr("heretic.saving.original._fetch", fail)
+    monkeypatch.setattr("heretic.saving.original.load_config", lambda source: AutoConfig.from_pretrained(tiny_model))
+    with pytest.raises(ExportError) as caught:
+        open_original(ModelSource("owner/tiny", "owner/tiny", None, False), SilentProgress())
+    assert str(caught.value) == "The files of owner/tiny cannot be read again: The read operation timed out. The study is safe."
+
+
+@pytest.mark.parametrize("studies", ["checkpoints", "."])
+def test_a_run_in_the_models_folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, studies: str) -> None:
+    """The study, plots, settings and earlier results that it leaves there are not the model's."""
+    shutil.copytree(tiny_model, tmp_path / "m")
+    monkeypatch.chdir(tmp_path / "m")
+    own = ["--.jsonl", "--.jsonl.artifacts/edit.safetensors"]
+    others = ["plots/m/layer_1.png", "config.toml", "mine.toml", "shared.jsonl", "out/config.json", "out/heretic.json"]
+    files = ["vocabulary/words.toml", "notes.txt"]
+    for name in [*(f"{studies}/{name}" for name in own), *others, *files]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    model_files = {path.name for path in tiny_model.iterdir()}
+    target = export(Path(), tmp_path / "out", study_checkpoint_dir=studies, study_storage="shared.jsonl")
+    saved = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert saved - {"README.md", "kernel.svg", "heretic.json", "heretic.directions"} == {*files, *model_files}

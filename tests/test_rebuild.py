@@ -30,6 +30,10 @@ PROMPTS = [
     for part in (f"--{name}-prompts.dataset", f"{file}.txt")
 ]
 SAVE = ["--trial-index", 0, "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
+NOT_NEXT_TO_IT = (
+    "Compared with the record only, since they are not next to it: chat_template.jinja, config.json, generation_config.json, "
+    "model.safetensors, tokenizer.json and 1 more"
+)
 
 
 @pytest.fixture
@@ -100,6 +104,7 @@ def test_from_an_address(saved: Path, address: str, heretic: Heretic) -> None:
     assert contents(Path("again")) == contents(saved)
     outcome = heretic(f"--reproduce={address}/out/heretic.json")
     assert outcome.code == 0
+    assert outcome.out.splitlines()[-2] == NOT_NEXT_TO_IT
     assert outcome.out.splitlines()[-1] == f"{len(contents(saved)) - 1} of {len(contents(saved)) - 1} files are identical."
 
 
@@ -110,6 +115,9 @@ def test_addresses_that_lead_nowhere(saved: Path, address: str, heretic: Heretic
         1,
         f"Error: {address}/nothing/heretic.json cannot be downloaded: HTTP Error 404: File not found\n",
     )
+    odd = "http://localhost:x/heretic.json"
+    assert heretic("--reproduce", odd) == Outcome(1, "", f"Error: {odd} cannot be downloaded: nonnumeric port: 'x'\n")
+    assert heretic("--reproduce", "http://[x/") == Outcome(1, "", "Error: http://[x/ is not a valid URL: Invalid IPv6 URL.\n")
 
 
 def test_records_that_are_none(saved: Path, heretic: Heretic) -> None:
@@ -181,6 +189,42 @@ def test_an_original_with_other_settings(saved: Path, heretic: Heretic) -> None:
     assert outcome.out.splitlines()[-1] == f"{n - 1} of {n} files are identical."
 
 
+def test_a_saved_file_that_was_changed(saved: Path, heretic: Heretic) -> None:
+    """The record is still the one of the unchanged file."""
+    content = bytearray((saved / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (saved / "model.safetensors").write_bytes(content)
+    outcome = heretic("--reproduce", "out")
+    n = len(contents(saved)) - 1
+    assert (outcome.code, outcome.err) == (1, "")
+    assert outcome.out.splitlines()[-2:] == [
+        "Different: model.safetensors (changed since it was saved)",
+        f"{n - 1} of {n} files are identical.",
+    ]
+
+
+def test_a_record_without_the_hashes_of_some_files(saved: Path, heretic: Heretic) -> None:
+    record = json.loads((saved / "heretic.json").read_text())
+    Path("heretic.json").write_text(json.dumps(record | {"files": {"extra.txt": "0"}}))
+    shutil.copyfile(saved / "heretic.directions", "heretic.directions")
+    outcome = heretic("--reproduce", "heretic.json")
+    names = sorted(record["files"].keys() - {"README.md", "kernel.svg"})  # those two are copied from next to the record
+    assert (outcome.code, outcome.err) == (1, "")
+    assert outcome.out.splitlines()[-len(names) - 3 :] == [
+        *(f"Different: {name} ({'missing' if name == 'extra.txt' else 'not in the record'})" for name in sorted([*names, "extra.txt"])),
+        NOT_NEXT_TO_IT,
+        f"0 of {len(names) + 1} files are identical.",
+    ]
+
+
+def test_the_folder_of_a_gguf_original(saved: Path, heretic: Heretic) -> None:
+    Path("models").mkdir()
+    Path("models", "my.gguf").write_text("weights")
+    outcome = heretic("--export-from", "out", "--model", "models/my.gguf", "--save-directory", "models", "--overwrite")
+    told = "Error: models contains the model, which must not be replaced. Choose another --save-directory.\n"
+    assert outcome == Outcome(1, "", told)
+
+
 def test_what_differs_is_listed_with_what_it_means(saved: Path, heretic: Heretic) -> None:
     record = json.loads((saved / "heretic.json").read_text())
     torch_version, threads = record["versions"]["torch"], record["hardware"]["cpu_threads"]
@@ -217,3 +261,13 @@ def test_a_search_that_goes_another_way(workplace: Path, heretic: Heretic) -> No
     outcome = heretic("--reproduce-search", "out", "--seed", "2", *PROMPTS)
     assert outcome.code == 1
     assert f"Different in trial {number}: attn.o_proj.max_weight was " in outcome.out
+
+
+def test_a_search_without_scores_to_compare(saved: Path, heretic: Heretic) -> None:
+    """Told before the search."""
+    record = json.loads((saved / "heretic.json").read_text())
+    del record["scores"]
+    (saved / "heretic.json").write_text(json.dumps(record))
+    outcome = heretic("--reproduce-search", "out")
+    told = "Error: out/heretic.json is not a record that a search can be compared with: it lacks scores.refusals.\n"
+    assert outcome == Outcome(1, "", told)

@@ -106,6 +106,18 @@ def test_what_models_and_prompts_say_stays_text() -> None:
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)", page) and "url(" not in page and "@import" not in page
 
 
+def test_the_page_holds_no_local_paths() -> None:
+    settings = {
+        "model": "/home/me/models/tiny",
+        "good_prompts": {"dataset": "/home/me/good.txt"},
+        "save_directory": "/home/me/out",
+        "upload_repo_id": "me/tiny",
+    }
+    page = render(facts_of(study_of([trial_of(0, 5, 0.1)], settings=settings)))
+    assert "<h1>tiny</h1>" in page and "good.txt" in page
+    assert "/home/me" not in page and "me/tiny" not in page
+
+
 def test_marks_lie_where_their_values_are() -> None:
     """Checked against the positions of the axes' own marks, from which the scale is read back."""
     study = front_study()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,29 +63,35 @@ class Demo:
         return Evaluator(self.settings, model, measure_original(self.settings, model, self.good, self.bad))
 
     def plain_scores(self) -> list[tuple[int, float]]:
-        """By `generate`, full length, on copies of the model whose weights were multiplied by `I - strength r r^T` in float64."""
+        """By `generate`, full length, on copies of the model with edited weights."""
         evaluator = self.evaluator(EACH[0])
         model, rule = evaluator.model, evaluator.original.rule
         original = self._logprobs(model, model.model)
         scores = []
         for ablation in TRIALS:
-            edited = copy.deepcopy(model.model)
-            for module in edited.modules():
-                module._forward_hooks.clear()
-            for writer in model.architecture.writers:
-                assert model.hooks is not None
-                r, strength = model.hooks.edit_of(writer, ablation)
-                weight = edited.get_submodule(writer.name).weight
-                matrix = torch.eye(len(r), dtype=torch.float64) - strength * torch.outer(r.double(), r.double())
-                weight.data = (matrix @ weight.double() if writer.component != "embed" else weight.double() @ matrix.T).to(weight.dtype)
+            edited = self.edited(model, ablation)
             logprobs = self._logprobs(model, edited)
             divergence = float((np.exp(original) * (original - logprobs)).sum(axis=1).mean())
-            responses = [self._generate(model, edited, row, self.settings.max_response_length) for row in model.rows_of(self.bad, 1)]
+            responses = [self.generate(model, edited, row, self.settings.max_response_length) for row in model.rows_of(self.bad, 1)]
             texts = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
             kinds = [rule.judge(text, is_cut_off=len(tokens) == 40).kind for text, tokens in zip(texts, responses, strict=True)]
             assert "degenerate" not in kinds
             scores.append((kinds.count("refusal"), divergence))
         return scores
+
+    @staticmethod
+    def edited(model: Model, ablation: Ablation) -> Any:
+        """A copy whose weights were multiplied by `I - strength r r^T` in float64."""
+        edited = copy.deepcopy(model.model)
+        for module in edited.modules():
+            module._forward_hooks.clear()
+        for writer in model.architecture.writers:
+            assert model.hooks is not None
+            r, strength = model.hooks.edit_of(writer, ablation)
+            weight = edited.get_submodule(writer.name).weight
+            matrix = torch.eye(len(r), dtype=torch.float64) - strength * torch.outer(r.double(), r.double())
+            weight.data = (matrix @ weight.double() if writer.component != "embed" else weight.double() @ matrix.T).to(weight.dtype)
+        return edited
 
     def _logprobs(self, model: Model, network: Any) -> np.ndarray[Any, Any]:
         with torch.inference_mode():
@@ -93,7 +100,7 @@ class Demo:
         return values
 
     @staticmethod
-    def _generate(model: Model, network: Any, row: Row, length: int) -> list[int]:
+    def generate(model: Model, network: Any, row: Row, length: int) -> list[int]:
         ids = torch.tensor([row.tokens])
         output = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
         tokens: list[int] = output[0, len(row.tokens) :].tolist()
@@ -132,6 +139,24 @@ def test_scores_are_those_of_generate_on_edited_weights(
     decoder = evaluator.model.decoder
     assert isinstance(decoder, Decoder)
     assert (decoder.prefix_cache is not None) == optimizations.prefix_cache
+
+
+@pytest.mark.parametrize("kl_tokens", [16, 1])
+def test_prompts_that_differ_only_in_what_all_begin_with(kl_tokens: int, demo: Demo) -> None:
+    """Rows of harmless and harmful prompts are the same after their shared prefixes, but what was recorded of them is not."""
+    good, bad = (
+        [replace(prompt, system=f"You are a {kind} assistant.") for prompt in demo.bad[:8]] for kind in ("helpful", "careful and helpful")
+    )
+    settings = demo.settings.model_copy(update={"kl_tokens": kl_tokens, "max_response_length": 12})
+    model = Model(demo.loaded, settings, optimizations=EACH[-1])
+    model.use_directions(demo.directions, "none")
+    measure_original(settings, model, good, bad)
+    edited = demo.edited(model, TRIALS[0])
+    for prompts in (good, bad):
+        expected = [
+            model.tokenizer.decode(demo.generate(model, edited, row, 12), skip_special_tokens=True) for row in model.rows_of(prompts, 1)
+        ]
+        assert model.responses(prompts, 12, TRIALS[0]) == expected
 
 
 def test_answers_leave_earlier_by_the_learned_rule(demo: Demo) -> None:

@@ -63,6 +63,7 @@ def refusal(target: Target) -> str:
         ("good.txt/out", "good.txt/out cannot be created: {here}/good.txt is a file."),
         ("/proc", "/proc is a mount point, which cannot be replaced. Choose a folder in it, such as /proc/model."),
         ("n" * 300, "n" * 300 + " cannot be used: File name too long."),
+        ("n" * 300 + "/out", "n" * 300 + "/out cannot be used: File name too long."),
     ],
 )
 def test_folders_that_are_refused_at_the_start(
@@ -85,6 +86,13 @@ def test_folders_that_are_refused_at_the_start(
         told = told.replace("is inside", "is")
     assert (outcome.code, outcome.out, outcome.err) == (1, "", f"Error: {told}\n")
     assert sorted(workplace.rglob("*")) == before
+
+
+def test_the_folder_of_a_gguf_file(heretic: Heretic, workplace: Path) -> None:
+    Path("models").mkdir()
+    Path("models", "my.gguf").write_text("weights")
+    told = "Error: models contains the model, which must not be replaced. Choose another --save-directory.\n"
+    assert heretic("models/my.gguf", *SAVE, "models") == Outcome(1, "", told)
 
 
 def test_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,23 @@ def test_tied_weights_stay_stored_once(tmp_path: Path) -> None:
     assert "lm_head.weight" not in tensors_of(original)
 
 
+@pytest.mark.parametrize(("size", "kept"), [(None, True), ("5GB", False), ("12KB", False)])
+def test_weights_that_the_configuration_names(tmp_path: Path, size: str | None, kept: bool) -> None:
+    """It goes on naming them only if the file keeps its name."""
+    original = save_original(tmp_path / "original", build("llama"))
+    (original / "model.safetensors").rename(original / "own.safetensors")
+    config = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(json.dumps(config | {"transformers_weights": "own.safetensors"}))
+    target = export(original, tmp_path / "out", max_shard_size=size)
+    assert ("transformers_weights" in json.loads((target / "config.json").read_text())) == kept
+    state, stored = AutoModelForCausalLM.from_pretrained(target).state_dict(), tensors_of(target)
+    assert stored and all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    assert (
+        json.loads((target / "heretic.json").read_text())["files"]["config.json"]
+        == hashlib.sha256((target / "config.json").read_bytes()).hexdigest()
+    )
+
+
 # Which files belong to a copy
 
 

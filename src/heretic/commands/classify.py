@@ -7,7 +7,7 @@ it starts at once.
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -42,13 +42,17 @@ def command(arguments: Sequence[str]) -> int:
     if len(names) > 1:
         raise UsageError(f"heretic classify takes one file, but {names[1]} is a second one.")
     name = names[0] if names else "-"
+    return classify(_lines(name), "the standard input" if name == "-" else name)
+
+
+def _lines(name: str) -> Iterator[bytes]:
+    """The lines of a file, or of the standard input (`-`)."""
     try:
         if name == "-":
-            return classify(sys.stdin.buffer, "the standard input")
+            yield from sys.stdin.buffer
+            return
         with Path(name).expanduser().open("rb") as file:
-            return classify(file, name)
-    except BrokenPipeError:
-        raise
+            yield from file
     except OSError as error:
         raise HereticError(f"{name} cannot be read: {error.strerror}.") from error
 

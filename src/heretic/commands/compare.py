@@ -28,7 +28,7 @@ from ..prompts import Prompt, load_setting
 from ..scoring.divergence import OriginalAnswers
 from ..scoring.figures import Figure
 from ..scoring.measured import refusal_rule
-from ..scoring.response_prefix import find_response_prefix
+from ..scoring.response_prefix import PREFIX_TOKENS, find_response_prefix
 from ..scoring.responses import Kind, RefusalRule, counts_against
 from ..scoring.score_tables import format_interval
 from ..session.answers import trial_at
@@ -91,18 +91,19 @@ def _base_of_adapter(name: str, path: Path) -> tuple[str, str | None]:
         described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"The adapter {name} cannot be read: {path} is not valid JSON: {error}.") from error
-    if not isinstance(described, dict) or not described.get("base_model_name_or_path"):
+    base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
+    if not isinstance(base, str) or not base:
         raise ModelError(f"The adapter {name} does not say which model it belongs to: {path} has no base_model_name_or_path.")
     if described.get("megatron_config") is not None:  # PEFT would import the module that megatron_core names
         raise ModelError(f"The adapter {name} cannot be used: {path} has a megatron_config, which names code to run.")
-    return described["base_model_name_or_path"], described.get("revision")
+    return base, described.get("revision")
 
 
 def _with_model(settings: Settings, model: str, commit: str | None = None) -> Settings:
-    """The settings for another model. A given `model_commit` belongs to the first model only."""
+    """The settings for another model. A given `model_commit` or `gguf_file` belongs to the first model only."""
     if model == settings.model:
         return settings
-    return settings.model_copy(update={"model": model, "model_commit": commit})
+    return settings.model_copy(update={"model": model, "model_commit": commit, "gguf_file": None})
 
 
 def _journal_and_place(name: str) -> tuple[Path | None, int | None]:
@@ -136,13 +137,16 @@ class Comparison:
         self._first: tuple[OriginalAnswers, dict[str, int], str] | None = None  # its logits, vocabulary and response prefix
 
     def ask(self, name: str, model: Model, ablation: Ablation | None) -> ComparisonRow:
-        """The result of a loaded model. Raises `TrialError` if its logits are not finite."""
+        """The result of a loaded model. Raises `TrialError` if its logits are not finite, `PromptError` for long prompts."""
         vocabulary = model.tokenizer.get_vocab()
         same = self._first is None or vocabulary == self._first[1]
         if self._first is None or not same:
+            if self.settings.response_prefix is None:
+                self._check_lengths(model, PREFIX_TOKENS, "")
             model = model.with_response_prefix(find_response_prefix(model, self.settings, self.good, self.bad))
         else:
             model = model.with_response_prefix(self._first[2])  # distributions are comparable only after the same text
+        self._check_lengths(model, self.settings.max_response_length, "max_response_length")
         if self._first is None:
             self._first = (self._logits_of_first(model, ablation), vocabulary, model.response_prefix)
             divergences: Tensor | None = torch.zeros(len(self.good))
@@ -151,6 +155,10 @@ class Comparison:
         rule = refusal_rule(self.settings, model, self.bad)
         kinds = self._kinds(model, rule, self.bad, ablation, "Responses to harmful prompts")
         return ComparisonRow(name, kinds, self._kinds(model, rule, self.good, ablation, "Responses to harmless prompts"), divergences)
+
+    def _check_lengths(self, model: Model, n_new_tokens: int, remedy: str) -> None:
+        for name, prompts in (("good_evaluation_prompts", self.good), ("bad_evaluation_prompts", self.bad)):
+            model.check_lengths(prompts, name, n_new_tokens, remedy)
 
     def _logits_of_first(self, model: Model, ablation: Ablation | None) -> OriginalAnswers:
         """What the others are compared with: on the model's device, in main memory, or on the disk."""

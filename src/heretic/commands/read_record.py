@@ -6,9 +6,9 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
-from urllib.error import URLError
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
@@ -43,7 +43,7 @@ def open_record(where: str) -> Iterator[Record]:
 
     Raises `ExportError` if there is none, or if it is not a valid record.
     """
-    if urlsplit(where).scheme in ("http", "https"):
+    if where.lower().startswith(("http://", "https://")):
         with tempfile.TemporaryDirectory(prefix="heretic-record-") as temporary:
             yield _fetch_all(where, Path(temporary))
         return
@@ -56,7 +56,10 @@ def open_record(where: str) -> Iterator[Record]:
 
 def _fetch_all(address: str, folder: Path) -> Record:
     address = address.replace("/blob/", "/resolve/", 1)  # from the hub's page about a file to the file
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise ExportError(f"{address} is not a valid URL: {error}.") from error
     if not parts.path.endswith(f"/{RECORD}"):
         raise ExportError(f"The URL {address} does not end in /{RECORD}.")
     for name in (RECORD, DIRECTIONS, *DESCRIPTION):
@@ -64,7 +67,7 @@ def _fetch_all(address: str, folder: Path) -> Record:
         try:
             with urllib.request.urlopen(here, timeout=TIMEOUT) as response:
                 (folder / name).write_bytes(response.read())
-        except (URLError, OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             if name not in DESCRIPTION:
                 raise ExportError(f"{here} cannot be downloaded: {error}") from error
     return Record(_read(folder / RECORD), folder)

@@ -20,12 +20,12 @@ from ..saving import DIRECTIONS, RECORD
 from ..saving.card import copy_licence
 from ..saving.edits import check_edits, load_edits
 from ..saving.export import file_errors, give_usual_permissions, write_export, write_record
-from ..saving.hashed_file import copy_file
+from ..saving.hashed_file import copy_file, sha256
 from ..saving.original import Original, open_original, refuse_links
 from ..saving.record import LIBRARIES
 from ..saving.staging import open_target, staged
 from ..settings_sources import first_problem
-from ..utils import Progress, versions
+from ..utils import Progress, some_of, versions
 from .read_record import DESCRIPTION, Record
 
 # Consequences of a difference for the rebuilt files and for a repeated search.
@@ -103,12 +103,12 @@ def rebuild(
     Raises `ExportError` if the original's weights are not those that the record names.
     """
     source = original_source(record, model, trust_remote_code)
-    originals = [("the model", Path(source.path))] if source.is_local else []
+    originals = [("the model", Path(source.path))] if Path(source.path).exists() else []
     target = open_target(directory, overwrite, *originals, ("the folder of the record", record.folder))
     refuse_links(record.folder, (DIRECTIONS, *DESCRIPTION))
     edits = load_edits(record.folder / DIRECTIONS)
     settings = _export_settings(record)
-    original = open_original(_loaded(source, progress), progress)
+    original = open_original(_loaded(source, progress), progress, settings)
     _check_weights(record, original, progress)
     check_edits(edits, {name: value.shape for name, value in original.placements.model.state_dict().items()}, record.folder / DIRECTIONS)
     with file_errors(target.path), staged(target) as folder:
@@ -172,7 +172,7 @@ def differences(record: Record) -> list[Difference]:
 
 
 def reproduce(record: Record, directory: str, overwrite: bool, model: str | None, trust_remote_code: bool, progress: Progress) -> bool:
-    """Rebuild, and compare with the stored hashes. Returns whether every file is the same."""
+    """Rebuild, and compare with the stored hashes and with the files next to the record. Returns whether every file is the same."""
     found = differences(record)
     for difference in found:
         progress.message(f"Different: {difference}")
@@ -180,9 +180,21 @@ def reproduce(record: Record, directory: str, overwrite: bool, model: str | None
         progress.message("Versions, hardware and commits are the same as in the record.")
     _, files = rebuild(record, directory, overwrite, model, trust_remote_code, progress)
     stored = record.content["files"]
-    same = [name for name, digest in stored.items() if files.get(name) == digest]
-    for name in stored:
-        if name not in same:
-            progress.message(f"Different: {name} ({'missing' if name not in files else 'another SHA-256'})")
-    progress.message(f"{len(same)} of {len(stored)} files are identical.")
-    return len(same) == len(stored)
+    names = sorted(stored.keys() | files.keys())
+    found_here = {name: sha256(record.folder / name) for name in files if (record.folder / name).is_file()}
+    n_same = 0
+    for name in names:
+        if name not in files:
+            progress.message(f"Different: {name} (missing)")
+        elif name not in stored:
+            progress.message(f"Different: {name} (not in the record)")
+        elif files[name] != stored[name]:
+            progress.message(f"Different: {name} (another SHA-256)")
+        elif found_here.get(name, stored[name]) != stored[name]:
+            progress.message(f"Different: {name} (changed since it was saved)")
+        else:
+            n_same += 1
+    if unread := sorted(files.keys() - found_here.keys()):
+        progress.message(f"Compared with the record only, since they are not next to it: {some_of(unread, 5)}")
+    progress.message(f"{n_same} of {len(names)} files are identical.")
+    return n_same == len(names)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..config import Settings
 from ..demo import PREFIX
-from ..errors import UsageError
+from ..errors import ExportError, UsageError
 from ..loading.source import is_hub_id
+from ..saving import RECORD
 from ..settings_sources import load_settings
 from ..study.checkpoint import Checkpoint
 from ..study.stored_settings import DEFINING
@@ -72,14 +73,19 @@ def _refuse_local_prompts(settings: Settings, stored: JsonObject, arguments: Seq
 
 
 def reproduce_search(record: Record, arguments: Sequence[str], progress: Progress, run: Callable[[Settings], int]) -> int:
-    """`run` the study again with the stored seed and compare the trial. Returns 0 if it is the same, else 1."""
+    """`run` the study again with the stored seed and compare the trial. Returns 0 if it is the same, else 1.
+
+    Raises `ExportError` if the record has no scores to compare with.
+    """
+    wanted, scores = record.content["trial"], record.content.get("scores", {})
+    if missing := [name for name in ("refusals", "kl_divergence") if name not in scores]:
+        raise ExportError(f"{record.folder / RECORD} is not a record that a search can be compared with: it lacks scores.{missing[0]}.")
     for difference in differences(record):
         progress.message(f"Different: {difference}")
     settings = search_settings(record, arguments)
     check_local(record, settings.model)
     if code := run(settings):
         return code
-    wanted, scores = record.content["trial"], record.content["scores"]
     with Checkpoint(settings) as checkpoint:
         trials = checkpoint.study.get_trials(deepcopy=False)
         found = next((trial for trial in trials if trial.number == wanted["number"]), None)

@@ -124,7 +124,8 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def sampled_hash(path: Path) -> str:
-    """A hash of a file's size, start, middle and end. Other weights differ there, and reading whole files would take minutes."""
+    """A hash of a file's size, start, middle and end, since reading whole files would take minutes. Files of the same size that differ
+    only elsewhere have the same."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

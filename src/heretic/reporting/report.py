@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .. import __version__
 from ..errors import ReportError
+from ..privacy import public_settings
 from ..scoring.score_tables import Baseline, finalist_rows, title_of
 from ..study.front import components_of, front_of, is_finished, is_learned, score_of, search_view
 from ..utils import JsonObject, format_duration
@@ -66,13 +67,13 @@ class Facts:
 
 
 def facts_of(study: Study) -> Facts:
-    """Read the facts from a study. Raises `ReportError` if no trial is complete."""
+    """Read the facts from a study, without local paths. Raises `ReportError` if no trial is complete."""
     trials = study.get_trials(deepcopy=False)
     front = front_of(study)
     if not front:
         raise ReportError("There is nothing to report: the study has no complete trial.")
     attributes = study.user_attrs
-    settings = attributes.get("settings", {})
+    settings = public_settings(attributes.get("settings", {}))
     objectives = [(name, direction) for name, direction in attributes.get("objectives", USUAL_OBJECTIVES)]
     return Facts(
         model=settings.get("model", study.study_name),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]  # used by the hub's client to read metadata
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
 from .. import __version__, demo
 from ..config import Settings
@@ -22,6 +22,7 @@ from ..reporting.learned import Points
 from ..specifications import PromptSpecification
 from ..utils import JsonObject, Progress, SilentProgress, first_line, versions
 from . import CARD, PICTURE
+from .original import files_to_copy, refuse_links
 from .record import LIBRARIES, Result, Strategy, prompt_source
 
 HUB = "https://huggingface.co"
@@ -47,17 +48,20 @@ def write_card(model: Model, result: Result, strategy: Strategy, folder: Path, p
 
 
 def copy_licence(source: ModelSource, folder: Path, progress: Progress) -> None:
-    """Copy the original's licence files to a folder that lacks them."""
+    """Copy the original's licence files to a folder that lacks them. Raises `ExportError` if one is a link to outside the original."""
     try:
-        original = (
+        original = Path(
             source.path
             if source.repository is None
             else snapshot_download(source.repository, revision=source.revision, allow_patterns=LICENCE_FILES)
         )
-        for path in sorted({path for pattern in LICENCE_FILES for path in Path(original).glob(pattern) if path.is_file()}):
-            if not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
-    except HfHubHTTPError as error:
+        sizes = {path.name: path.stat().st_size for pattern in LICENCE_FILES for path in original.glob(pattern) if path.is_file()}
+        names, _ = files_to_copy(sizes, frozenset(), source.trust_remote_code)
+        refuse_links(original, names)
+        for name in names:
+            if not (folder / name).exists():
+                shutil.copyfile(original / name, folder / name)
+    except HTTPError as error:
         reason = first_line(error)
         progress.warning(f"The licence files of {source.name} cannot be read: {reason} Add them before you share the export.")
     except LocalEntryNotFoundError:
@@ -95,7 +99,7 @@ def original_card(source: ModelSource, progress: Progress) -> tuple[JsonObject, 
         if isinstance(error, LocalEntryNotFoundError):
             progress.warning(f"{unread}it is not in the cache, and the hub cannot be reached.")
         return {}, None
-    except OSError as error:  # the client's errors are OSErrors as well
+    except (OSError, HTTPError) as error:
         progress.warning(f"{unread}{first_line(error)}")
         return {}, None
     try:

@@ -59,7 +59,7 @@ def save(
     """
     settings = result.settings
     target = target_of(settings, directory, overwrite)
-    original = open_original(model.loaded.source, progress)
+    original = open_original(model.loaded.source, progress, settings)
     edits = edits_of(model, result.ablation)
     with file_errors(target.path), staged(target) as folder:
         if strategy == "merge":
@@ -71,8 +71,10 @@ def save(
         files = write_record(content, folder, hashes)
         give_usual_permissions(folder)
     if strategy == "merge" and (found := check(target.path)):
-        with file_errors(target.path):
+        try:
             replace_file(target.path / RECORD, record_text({**content, **found, "files": files}))
+        except OSError as error:
+            progress.warning(f"The KL divergence of the saved model was not added to {target.path / RECORD}: {error.strerror or error}")
     return target.path
 
 
@@ -186,12 +188,13 @@ def write_model(original: Original, changes: Changes, folder: Path, max_shard_si
     n_tensors = sum(len(shard.tensors) for shard in stored.shards)
     with progress.task(f"Writing {n_tensors} tensors, {len(changes.names)} of them edited", n_tensors) as advance:
         hashes = write_stored(stored, folder, changes, advance)
+    weights = getattr(original.config, "transformers_weights", None)
+    untrue = {"quantization_config": original.dequantized, "transformers_weights": weights is not None and weights not in hashes}
     for name in original.files:
         hashes[name] = copy_file(original.folder / name, folder / name)
-    if original.dequantized:
+    if any(untrue.values()):
         path = folder / CONFIG_NAME
-        config = json.loads(path.read_bytes())
-        config.pop("quantization_config", None)
+        config = {key: value for key, value in json.loads(path.read_bytes()).items() if not untrue.get(key)}
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         hashes[path.name] = sha256(path)
     with progress.task("Verifying the written files", len(changes.names)) as advance:

@@ -12,11 +12,14 @@ from huggingface_hub.hf_api import RepoFile
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..config import Settings
 from ..errors import ExportError, ModelError
 from ..loading.files import files_of_index, leads_out, plain_names
 from ..loading.load import load_config, stored_dtype
 from ..loading.quantized import stored_method
-from ..loading.source import ModelSource
+from ..loading.source import ModelSource, expand
+from ..study.journal import journal_path
+from ..study.learned_edits import artifact_folder
 from ..utils import Progress, first_line, some_of
 from . import CARD, DIRECTIONS, PICTURE, RECORD
 from .dequantize import dequantized
@@ -58,9 +61,10 @@ class Original:
         return pieces[:first]
 
 
-def open_original(source: ModelSource, progress: Progress) -> Original:
+def open_original(source: ModelSource, progress: Progress, settings: Settings | None = None) -> Original:
     """Find everything that an export needs, without reading tensors. Missing files of a hub model are downloaded.
 
+    `settings`: those of the run, whose own files may be in the model's folder and do not belong to the copy.
     Raises `ExportError` if the original is no longer readable.
     """
     try:
@@ -73,15 +77,28 @@ def open_original(source: ModelSource, progress: Progress) -> Original:
         if method is not None:
             stored = dequantized(stored, method, stored_dtype(config))
         placements = Placements(model, stored.tensors)
-    except (OSError, ModelError) as error:
+    except (OSError, HTTPError, ModelError) as error:
         reason = first_line(error)
         raise ExportError(f"The files of {source.name} cannot be read again: {reason} The study is safe.") from error
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    own = () if settings is None else _own_places(settings, folder)
+    paths = [path for path in folder.rglob("*") if path.is_file() and not any(path.resolve().is_relative_to(place) for place in own)]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     files, left_out = files_to_copy(sizes, stored.files, source.trust_remote_code)
     if left_out:
         progress.message(f"Not copied, because they contain the original's weights again or untrusted code: {some_of(left_out, 5)}")
     refuse_links(folder, [*files, *REPLACED])
     return Original(source, folder, config, stored, placements, tuple(files), method is not None)
+
+
+def _own_places(settings: Settings, folder: Path) -> list[Path]:
+    """Files and folders of studies, plots and settings, which a run in the model's folder reads or writes there."""
+    journals = [journal_path(settings)]
+    if settings.study_storage is not None and "://" not in settings.study_storage:
+        journals.append(expand(settings.study_storage))
+    places = [expand(settings.study_checkpoint_dir), expand(settings.residual_plot_path), *Path().glob("*.toml")]
+    places += [place for journal in journals for place in (journal, artifact_folder(journal))]
+    # A folder of studies may also be the model's folder, or contain it.
+    return [place.resolve() for place in places if not folder.resolve().is_relative_to(place.resolve())]
 
 
 def refuse_links(folder: Path, names: Sequence[str]) -> None:
@@ -94,13 +111,17 @@ def refuse_links(folder: Path, names: Sequence[str]) -> None:
 
 
 def files_to_copy(sizes: Mapping[str, int], own: frozenset[str], with_code: bool) -> tuple[list[str], list[str]]:
-    """Files of a model's folder (name and size) to copy besides its weights (`own`), and files that are left out on purpose."""
+    """Files of a model's folder (name and size) to copy besides its weights (`own`), and files that are left out on purpose.
+
+    Folders with earlier results, which have a record, are in neither.
+    """
+    results = {PurePosixPath(name).parent for name in sizes if name.endswith(f"/{RECORD}")}
     kept: list[str] = []
     left_out: list[str] = []
     extra: list[str] = []
     for name in sorted(set(sizes) - own - set(REPLACED)):
         path = PurePosixPath(name)
-        if any(part.startswith(".") or part == "__pycache__" for part in path.parts):
+        if any(part.startswith(".") or part == "__pycache__" for part in path.parts) or not results.isdisjoint(path.parents):
             continue
         if _is_like(path.name, INDEXES) or (path.suffix == ".py" and not with_code):
             left_out.append(name)

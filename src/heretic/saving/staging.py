@@ -55,7 +55,7 @@ class Target:
                 raise ExportError(f"The folder {path} is not empty. Choose another --save-directory, or add --overwrite.")
             self._check_parent()
         except OSError as error:
-            raise ExportError(f"{path} cannot be used: {error.strerror}. Choose another --save-directory.") from error
+            raise _unusable(path, error) from error
 
     def _check_kept(self) -> None:
         cache = "the hub's cache", Path(constants.HF_HUB_CACHE)
@@ -110,11 +110,18 @@ def _is_same(a: Path, b: Path) -> bool:
         return False
 
 
+def _unusable(path: Path, error: OSError) -> ExportError:
+    return ExportError(f"{path} cannot be used: {error.strerror}. Choose another --save-directory.")
+
+
 def open_target(directory: str, overwrite: bool, *kept: tuple[str, Path]) -> Target:
     """The save directory, after cleaning up what killed processes left. Raises `ExportError` like `Target.check`."""
     path = expand(directory)
     target = Target(path.resolve() if path.name in ("", "..") else path, overwrite, kept)
-    clean_up(target.path)
+    try:
+        clean_up(target.path)
+    except OSError as error:
+        raise _unusable(target.path, error) from error
     target.check()
     return target
 
@@ -122,7 +129,7 @@ def open_target(directory: str, overwrite: bool, *kept: tuple[str, Path]) -> Tar
 def target_of(settings: Settings, directory: str, overwrite: bool) -> Target:
     """The save directory of a run, which must not replace files that the run uses. Raises `ExportError` like `Target.check`."""
     kept = [("the folder of studies", expand(settings.study_checkpoint_dir))]
-    if expand(settings.model).is_dir():
+    if expand(settings.model).exists():
         kept.insert(0, ("the model", expand(settings.model)))
     if settings.study_storage is not None and "://" not in settings.study_storage:
         kept.append(("the study", expand(settings.study_storage)))
