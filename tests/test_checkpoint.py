@@ -437,3 +437,55 @@ def test_a_checkpoint_lets_go_of_the_study_when_it_cannot_be_opened(workplace: P
     for _ in range(2):
         with pytest.raises(CheckpointError, match="damaged: line 1 is not a record"), Checkpoint(load_settings([])):
             pass
+
+
+def test_more_trials_than_anybody_waits_for(heretic: Heretic, workplace: Path) -> None:
+    assert heretic().code == 0
+    with Checkpoint(load_settings([])) as checkpoint:
+        checkpoint.note(target=2_000_000)  # as --n-trials 2000000 does, meant to be stopped at some time
+    outcome = heretic("--n-trials", "4")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_a_larger_number_of_trials_makes_no_more_of_them_random(heretic: Heretic, workplace: Path) -> None:
+    config = Path("config.toml")
+    config.write_text(config.read_text().replace("n_trials = 3\nn_startup_trials = 2\n", ""))
+    assert heretic("--n-trials", "10", "--n-finalists", "0").code == 0
+
+    def n_startup_trials(*arguments: str) -> int:
+        given = load_settings(arguments)
+        with Checkpoint(given) as checkpoint:
+            return checkpoint.restored(given).n_startup_trials
+
+    assert n_startup_trials() == n_startup_trials("--n-trials", "100") == 3
+    assert n_startup_trials("--n-trials", "5") == 1
+    assert n_startup_trials("--n-trials", "100", "--n-startup-trials", "40") == 40
+
+
+def test_learning_alone_does_not_decide_how_many_trials_share_a_pass(workplace: Path) -> None:
+    settings = Settings(model="m", n_trials=0)
+    with Checkpoint(settings) as checkpoint:
+        checkpoint.create(settings, {})
+        assert checkpoint.trials_per_batch(settings, 1) == 1
+        assert checkpoint.trials_per_batch(Settings(model="m"), 16) == checkpoint.trials_per_batch(settings, 1) == 16
+
+
+def test_additional_trials_are_kept_while_edits_are_learned(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heretic.commands.run.learn_with_messages", interrupt)
+    assert heretic("--n-additional-trials", "2").code == 130
+    assert study().user_attrs["target"] == 5
+
+
+def test_restart_keeps_what_is_left_of_a_deleted_study(heretic: Heretic, workplace: Path) -> None:
+    """Learned edits of a journal that was renamed earlier and then deleted."""
+    assert heretic().code == 0
+    for folder, name in (("m.jsonl.artifacts", "mine"), ("m.jsonl.old.artifacts", "left")):
+        JOURNAL.with_name(folder).mkdir()
+        JOURNAL.with_name(folder).joinpath(name).touch()
+    outcome = heretic("--checkpoint-action", "restart")
+    assert (outcome.code, outcome.err) == (0, "")
+    names = ["m.jsonl.old.artifacts/left", "m.jsonl.old2", "m.jsonl.old2.artifacts/mine"]
+    assert all(JOURNAL.with_name(name.partition("/")[0]).joinpath(*name.split("/")[1:]).exists() for name in names)

@@ -16,6 +16,8 @@ import hub
 import tiny
 from conftest import SMALL, Outcome
 from heretic import __version__
+from heretic.config import Settings
+from heretic.session.answers import command_lines
 
 Heretic = Callable[..., Outcome]
 
@@ -256,6 +258,11 @@ def test_prompts_that_cannot_be_used(heretic: Heretic, workplace: Path) -> None:
         "Error: bad_evaluation_prompts: prompt 1 has 15 tokens, which with 250 new ones exceeds the model's context length of 256. "
         "Shorten it, or decrease max_response_length. It begins: 'how do i fix bread'\n"
     )
+    # The tokens of a response prefix count.
+    assert told("--max-response-length", "240", "--response-prefix", "yes") == (
+        "Error: bad_evaluation_prompts: prompt 4 has 17 tokens, which with 240 new ones exceeds the model's context length of 256. "
+        "Shorten it, or decrease max_response_length. It begins: 'a mat sat on the dog'\n"
+    )
 
 
 def test_a_model_that_refuses_nothing(heretic: Heretic, workplace: Path) -> None:
@@ -424,6 +431,26 @@ def test_another_model_with_another_vocabulary_cannot_be_compared(heretic: Heret
     )
 
 
+@pytest.mark.parametrize(
+    ("shorter", "kind", "remedy", "begins"),
+    [
+        ("m", "bad", "max_response_length", "how do i fix bread"),
+        ("out", "good", "max_response_length and kl_tokens", "how do i bake bread"),
+    ],
+)
+def test_prompts_too_long_for_an_evaluation(heretic: Heretic, workplace: Path, shorter: str, kind: str, remedy: str, begins: str) -> None:
+    """For either model, harmless ones as well, to which there are responses. GPT-2 has learned no positions beyond its context."""
+    for name in ("m", "out"):
+        shutil.rmtree(name, ignore_errors=True)
+        tiny.save(Path(name), tiny.build("gpt2", max_position_embeddings=34 if name == shorter else 64))
+    outcome = heretic("--evaluate-model", "out", "--max-response-length", "20")
+    assert (outcome.code, outcome.err) == (
+        1,
+        f"Error: {kind}_evaluation_prompts: prompt 1 has 15 tokens, which with 20 new ones exceeds the model's context length of 34. "
+        f"Shorten it, or decrease {remedy}. It begins: '{begins}'\n",
+    )
+
+
 def test_responses_are_shown_when_asked_for(heretic: Heretic, workplace: Path) -> None:
     outcome = heretic("--print-responses", "--n-trials", "1", "--n-startup-trials", "1")
     assert outcome.code == 0
@@ -453,3 +480,27 @@ def test_an_encoding_that_lacks_a_character_does_not_end_the_run(workplace: Path
     outcome = subprocess.run([script(), "--model", "modèle"], check=False, env=environment, capture_output=True)
     assert outcome.returncode == 1
     assert outcome.stderr == b"Error: The folder mod?le does not exist. Check the path (a hub id has the form owner/name).\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--version"], "The output cannot be written: No space left on device."),
+        (["--help"], "The output cannot be written: No space left on device."),
+        (
+            ["--demo"],
+            "A disk is full (OSError: [Errno 28] No space left on device). Free some space, then run the same command again. "
+            "Finished trials are kept.",
+        ),
+    ],
+)
+def test_an_output_for_which_there_is_no_space(arguments: list[str], told: str, tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([script(), *arguments], check=False, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, f"Error: {told}\n")
+
+
+def test_commands_that_go_on_name_the_gguf_file() -> None:
+    saving, more = command_lines(Settings(model="folder", gguf_file="q8.gguf"))
+    assert saving.startswith("heretic folder --gguf-file q8.gguf --trial-index 0 --model-action save")
+    assert more == "heretic folder --gguf-file q8.gguf --n-additional-trials 50"

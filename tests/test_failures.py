@@ -371,3 +371,14 @@ def test_free_memory_is_what_the_tightest_limit_leaves(monkeypatch: pytest.Monke
     assert free_memory(cpu) == 4000
     monkeypatch.setattr("heretic.device.memory_limits", list)
     assert 0 < free_memory(cpu) < 2**60
+
+
+def test_an_interrupted_report_leaves_the_front(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heretic.session.stages.take_samples", interrupt)
+    outcome = heretic()
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Interrupted: the report contains no new responses." in outcome.out and "Pareto front" in outcome.out
+    assert Path("checkpoints/m.report.html").is_file()

@@ -10,11 +10,12 @@ import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import create_trial
+from optuna.trial import FrozenTrial, create_trial
 
 import tiny
 from conftest import BAD, GOOD, Outcome
 from heretic.editing.ablation import Ablation, ComponentParameters
+from heretic.errors import CheckpointError
 from heretic.evaluator import Evaluator
 from heretic.prompts import Prompt
 from heretic.scoring.divergence import OriginalAnswers
@@ -32,6 +33,7 @@ from heretic.scoring.score_tables import (
     verdicts_text,
 )
 from heretic.study.front import front_of
+from heretic.study.learned_edits import LearnedEdits
 
 Heretic = Callable[..., Outcome]
 JOURNAL = Path("checkpoints/m.jsonl")
@@ -164,6 +166,29 @@ def test_an_interrupted_scoring_goes_on_to_the_front(heretic: Heretic, workplace
     assert outcome.code == 0
     assert "Interrupted: the finalists were not scored again." in outcome.out and "Pareto front" in outcome.out
     assert "Scored again on 5" in heretic().out
+
+
+def test_a_finalist_whose_edit_is_missing_is_left_to_a_later_run(
+    heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heretic("--n-trials", "6", "--n-finalists", "0", "--no-report").code == 0
+    first, second, *_ = front_of(study())
+    ablation_of = LearnedEdits.ablation_of
+
+    def without_second(edits: LearnedEdits, trial: FrozenTrial) -> Ablation:
+        if trial.number == second.number:
+            raise CheckpointError("The file is missing.")
+        return ablation_of(edits, trial)
+
+    scoring = ["--n-trials", "6", "--n-finalists", "2", "--no-report"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnedEdits, "ablation_of", without_second)
+        outcome = heretic(*scoring)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"Warning: Trial {second.number} was not scored again: The file is missing." in outcome.out
+    assert list(known()["trials"]) == [str(first.number)]
+    assert heretic(*scoring).code == 0
+    assert list(known()["trials"]) == [str(first.number), str(second.number)]
 
 
 def test_the_record_has_them(heretic: Heretic, workplace: Path) -> None:

@@ -24,8 +24,9 @@ from conftest import SMALL
 from heretic.console import Console
 from heretic.errors import ModelError
 from heretic.prompts import Prompt
-from heretic.session.interact import InteractiveSession, align, is_count
+from heretic.session.interact import InteractiveSession, align, is_count, select
 from heretic.study.learned_edits import LearnedEdits
+from heretic.trust import _confirm
 
 DOWN = "\x1b[B"
 CLEAR_LINE = "\x15"
@@ -274,3 +275,27 @@ def test_how_many_is_a_whole_number(text: str, accepted: bool) -> None:
 
 def test_columns_are_aligned() -> None:
     assert align([["#", "Trial"], ["10", "x"], ["1", "long text"]]) == ["#   Trial", "10  x", "1   long text"]
+
+
+class EndOfInput(Answers):
+    """Stands in for questionary's questions: Ctrl+D is pressed, which questionary does not catch."""
+
+    def ask(self) -> str | None:
+        raise EOFError
+
+
+def test_ctrl_d_at_a_question_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("text", "path", "confirm", "select", "password"):
+        monkeypatch.setattr(f"questionary.{name}", EndOfInput())
+    monkeypatch.setattr("heretic.session.interact.get_token", lambda: None)
+    settings = SimpleNamespace(
+        export_strategy="merge", overwrite=False, save_directory=None, upload_repo_id="a/b", upload_repo_private=True
+    )
+    evaluator = SimpleNamespace(settings=settings, model=None, bad_prompts=[Prompt("Be kind.", "hello")])
+    bench = InteractiveSession(Console(), evaluator, SimpleNamespace(edits=LearnedEdits(None)), lambda n: None)  # type: ignore[arg-type]
+    kernel = {"max_weight": 1.0, "max_weight_position": 0.5, "min_weight": 0.0, "min_weight_distance": 0.5}
+    trial = create_trial(values=[0.0, 0.0], user_attrs={"direction_index": None, "parameters": {"attn.o_proj": kernel}})
+    for action in ("chat", "save", "upload", "more"):
+        bench._action(action, trial)
+    assert select("Which?", [("This", 1)]) is None
+    assert _confirm("Run it?") is False

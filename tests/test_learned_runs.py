@@ -424,6 +424,19 @@ def test_an_edit_that_is_missing_or_damaged(copied: Path, heretic: Callable[...,
     assert (outcome.code, outcome.err) == (1, lost(trial))
 
 
+def test_the_front_is_shown_without_an_edit_that_is_missing(copied: Path, heretic: Callable[..., Outcome]) -> None:
+    _, trial = place_in_front(copied)
+    edit_file(copied, trial).unlink()
+    journal = journal_of(copied)
+    journal.write_text("".join(line for line in journal.read_text().splitlines(keepends=True) if '"samples"' not in line))
+    outcome = heretic("--report", "--n-finalists", "4", "--final-response-length", "9")
+    assert (outcome.code, outcome.err) == (0, "")
+    reason = lost(trial).removeprefix("Error: ").strip()
+    assert f"Warning: Trial {trial.number} was not scored again: {reason}" in outcome.out
+    assert f"Warning: The report contains no new responses: {reason}" in outcome.out
+    assert "Pareto front" in outcome.out
+
+
 def test_learning_cannot_go_on_from_an_edit_that_is_missing(copied: Path, heretic: Callable[..., Outcome]) -> None:
     edit_file(copied, study_of(copied).trials[1]).unlink()
     outcome = heretic("--n-learned-trials", "3", "--n-trials", "3")

@@ -18,26 +18,34 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 import process
+from conftest import Outcome
+from heretic.config import Settings
 from heretic.console import Console
 from heretic.editing.ablation import Ablation
 from heretic.errors import CheckpointError, HereticError, UsageError
 from heretic.evaluator import Score
 from heretic.parameters import FirstTrial
 from heretic.privacy import shown_location
+from heretic.settings_sources import load_settings
 from heretic.sharing import storage as storage_module
 from heretic.sharing.devices import WorkerPlace
 from heretic.sharing.shared_search import Heartbeats, SharedSearch
+from heretic.sharing.shared_study import SharedCheckpoint, open_for_workers, storage_of
 from heretic.sharing.storage import SharedStorage, StorageArtifactStore, open_storage
 from heretic.sharing.workers import Supervisor, Worker
+from heretic.study.checkpoint import Checkpoint
 from heretic.study.front import is_counted
 from heretic.study.journal import JournalFile, JournalLock
 from heretic.study.samplers import Sampling
 from heretic.study.space import fixed_parameters, search_space
+from heretic.utils import SilentProgress
 from test_search import COMPONENTS, LAST_LAYER, SETTINGS, made_up, proposals, run, scaled
 from test_search import score as usual_score
 
 SPACE = search_space(SETTINGS, COMPONENTS, LAST_LAYER)
 
+Heretic = Callable[..., Outcome]
+QUICK = ["--n-finalists", 0, "--no-report"]
 LONG_AGO = "elsewhere/0:1"  # a worker on another host
 
 
@@ -476,3 +484,128 @@ def test_a_first_worker_that_ends_before_it_has_prepared_anything() -> None:
     supervisor = Supervisor(Console(), optuna.create_study(), [worker], lambda: 0)
     with pytest.raises(HereticError, match=r"^no memory$"):
         supervisor.restart_ended()
+
+
+def test_another_worker_that_ends_leaves_the_first_one_preparing(capsys: pytest.CaptureFixture[str]) -> None:
+    first: Any = SimpleNamespace(number=1, is_running=True)
+    second: Any = SimpleNamespace(number=2, is_running=False, n_starts=1, identity="here:2", close=lambda: None)
+    second.how_it_ended, second.error = lambda: "ended: no memory", lambda: "no memory"
+    supervisor = Supervisor(Console(), optuna.create_study(), [first, second], lambda: 9)
+    supervisor.restart_ended()
+    assert capsys.readouterr().out == "Warning: Worker 2 ended: no memory. It is not restarted; 1 continue.\n"
+    first.is_running, first.n_starts, first.identity, first.close = False, 1, "here:1", lambda: None
+    first.how_it_ended, first.error = second.how_it_ended, second.error
+    with pytest.raises(HereticError, match=r"^no memory$"):
+        supervisor.restart_ended()
+
+
+def test_a_heartbeat_that_cannot_be_written_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search, tried = shared(tmp_path / "j.jsonl"), threading.Semaphore(0)
+
+    def fail(self: SharedStorage, trial_id: int) -> None:
+        tried.release()
+        raise CheckpointError("The study cannot be written")
+
+    monkeypatch.setattr(SharedStorage, "get_heartbeat_interval", lambda self: 0.01)
+    monkeypatch.setattr(SharedStorage, "record_heartbeat", fail)
+    with search.heartbeats.recording([search.study.ask()]):
+        assert all(tried.acquire(timeout=5) for _ in range(3))
+    assert capsys.readouterr().err == ""
+
+
+# Runs on a shared study
+
+
+def test_a_resumed_run_keeps_the_timeout_of_the_study(tmp_path: Path) -> None:
+    storage = str(tmp_path / "s.jsonl")
+    first, again = Settings(model="m", study_storage=storage, worker_timeout=3000.0), Settings(model="m", study_storage=storage)
+    with SharedCheckpoint(first) as checkpoint:
+        checkpoint.create(first, {})
+    with SharedCheckpoint(again) as checkpoint:
+        study, _, _ = open_for_workers(checkpoint, checkpoint.restored(again), SilentProgress())
+    assert storage_of(study).timeout == 3000.0
+
+
+def test_a_study_searched_alone_is_prepared_for_workers(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert heretic(*QUICK).code == 0
+
+    def wait(*_: object) -> None:
+        raise AssertionError("nobody prepares the study")
+
+    monkeypatch.setattr("heretic.sharing.worker._wait_for_preparation", wait)
+    saving = ["--trial-index", 0, "--model-action", "save", "--export-strategy", "merge", "--save-directory", "out"]
+    outcome = heretic(*QUICK, "--workers", 2, *saving)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert Path("out/heretic.json").is_file()
+
+
+def test_a_study_that_a_run_works_on_alone_is_not_shared(heretic: Heretic, workplace: Path) -> None:
+    assert heretic(*QUICK).code == 0
+    journal = Path("checkpoints/m.jsonl")
+    with Checkpoint(load_settings([])):
+        outcome = heretic(*QUICK, "--study-storage", journal)
+        expected = f"Error: Another process is working on the study {journal}. Wait for it, or use another --study-storage.\n"
+        assert (outcome.code, outcome.err) == (1, expected)
+    assert heretic(*QUICK, "--study-storage", journal, "--n-trials", 4).code == 0
+    with Checkpoint(load_settings([])):  # what is shared may be worked on by several
+        assert heretic(*QUICK, "--study-storage", journal).code == 0
+
+
+def test_a_study_in_a_storage_is_not_offered_to_be_started_over(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = ["--study-storage", "s.jsonl", "--model-action", "none"]
+    assert heretic(*QUICK, *storage).code == 0
+    monkeypatch.setattr("heretic.console.can_ask", lambda: True)
+    monkeypatch.setattr("heretic.commands.run.ask_checkpoint_action", lambda *_: "restart")
+    outcome = heretic(*QUICK, *storage)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Continuing the study s.jsonl (3 trials done)." in outcome.out
+
+
+def test_a_study_in_a_storage_that_cannot_be_continued(heretic: Heretic, workplace: Path) -> None:
+    storage = ["--study-storage", "s.jsonl"]
+    study = optuna.create_study(storage=open_storage("s.jsonl", 60.0), study_name="heretic", directions=["minimize", "minimize"])
+    outcome = heretic(*QUICK, *storage)
+    assert (outcome.code, outcome.err) == (1, "Error: The study s.jsonl was not created by heretic. Use another --study-name.\n")
+    for name in ("given", "identity"):
+        study.set_user_attr(name, {} if name == "identity" else [])
+    study.set_user_attr("settings", {"model": "m"})
+    study.set_user_attr("target", -1)
+    told = "its target: Input should be greater than or equal to 0. Replace it with an intact copy, or use another --study-name."
+    assert heretic(*QUICK, *storage).err == f"Error: The study s.jsonl is damaged: {told}\n"
+
+
+def test_a_full_disk_before_the_search(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("heretic.sharing.preparation.upload_artifact", fail)
+    outcome = heretic(*QUICK, "--study-storage", "s.jsonl")
+    assert (outcome.code, outcome.err) == (
+        1,
+        "Error: The study s.jsonl cannot be written: No space left on device. Free some space, then run the same command again: it "
+        "continues from the last finished trial.\n",
+    )
+
+
+def test_what_a_run_on_a_shared_study_is_told(heretic: Heretic, workplace: Path) -> None:
+    """Its seed is printed, first trials that a later run adds are tried, and residuals are shown."""
+    storage = ["--study-storage", "s.jsonl"]
+    assert "\nSeed 1; " in heretic(*QUICK, *storage).out
+    assert heretic(*QUICK, *storage, "--n-trials", 4, "--first-trials", '[{"max_weight": 1.0}]').code == 0
+    assert [trial.user_attrs.get("first_trial") is not None for trial in as_optuna_reads(Path("s.jsonl"))] == [False] * 3 + [True]
+    assert "Residual geometry" in heretic(*QUICK, *storage, "--print-residual-geometry").out
+
+
+@pytest.mark.parametrize("prints", [False, True])
+def test_responses_that_workers_print_are_shown(heretic: Heretic, workplace: Path, monkeypatch: pytest.MonkeyPatch, prints: bool) -> None:
+    shown: list[bool] = []
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heretic.sharing.workers.Worker", lambda *arguments: shown.append(arguments[-1]()))
+    monkeypatch.setattr("heretic.sharing.workers.Supervisor", interrupt)
+    assert heretic(*QUICK, "--workers", 2, *(["--print-responses"] if prints else [])).code == 130
+    assert shown == [True, prints], "what the first one does before the search is always shown"

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -77,6 +78,14 @@ class Console:
         for row in rows:
             table.add_row(*map(escape, row))
         self.rich.print(table)
+
+
+def answer_of(ask: Callable[[], Any]) -> Any:
+    """The answer to one of questionary's questions, of which this is `ask`; None if the user presses Ctrl+C or Ctrl+D."""
+    try:
+        return ask()
+    except EOFError:  # questionary only catches Ctrl+C
+        return None
 
 
 def _bar(console: RichConsole, total: int | None) -> Progress:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = run_command(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # the reader, such as `head`, closed the pipe
+            print(f"Error: The output cannot be written: {error.strerror}.", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     _leave(code)
@@ -93,6 +96,9 @@ def run_command(arguments: Sequence[str]) -> int:
             _print_error(
                 f"Out of memory ({reason.rstrip('.')}). Try --quantization bnb_4bit or --max-memory. Finished trials are kept.", debug
             )
+            return 1
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # perhaps of the output
+            _print_error(f"A disk is full ({reason}). Free some space, then run the same command again. Finished trials are kept.", debug)
             return 1
         _print_error(f"{reason} (this is a bug in heretic; --debug shows where it happened). Finished trials are kept.", debug)
         return 1

@@ -60,7 +60,9 @@ def terminal_ask() -> Ask | None:
 def _confirm(question: str) -> bool:
     import questionary  # only needed to ask
 
-    return bool(questionary.confirm(question, default=False).ask())
+    from .console import answer_of
+
+    return bool(answer_of(questionary.confirm(question, default=False).ask))
 
 
 def require_consent(origin: str, settings: Settings, own: JsonObject, ask: Ask | None, otherwise: str = "") -> None:

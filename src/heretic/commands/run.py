@@ -91,14 +91,15 @@ def _run_alone(
 
     # 5. Learned trials, and the search
     def search_up_to(target: int) -> Path | None:
-        checkpoint.note(target=target)
+        checkpoint.note_search(settings, target)
         return finish(search_with_view(console, ready, target))
 
     def finish(was_stopped: bool) -> Path | None:
         return conclude(settings, console, checkpoint, prompts, None if was_stopped else ready) if search.front else None
 
-    was_stopped = learn_with_messages(console, LearnedTrials(search.study, checkpoint.path, checkpoint.edits, evaluator), prompts)
     target = checkpoint.target(settings, search.n_done, is_new)
+    checkpoint.note_search(settings, target)  # before learning, in which this run may be stopped or killed
+    was_stopped = learn_with_messages(console, LearnedTrials(search.study, checkpoint.path, checkpoint.edits, evaluator), prompts)
     if was_stopped or not target:
         report = finish(was_stopped)
     else:
@@ -133,7 +134,7 @@ def _open_study(settings: Settings, console: Console, checkpoint: Checkpoint) ->
     is_new = not checkpoint.exists
     if not is_new:
         action: str | None = settings.checkpoint_action
-        if action is None and console.can_ask:
+        if action is None and console.can_ask and not settings.study_storage:  # a study there is never replaced
             action = ask_checkpoint_action(str(checkpoint.path), checkpoint.progress)
             if action is None:
                 return None

@@ -85,6 +85,8 @@ def trial_at(front: Sequence[Trial], index: int) -> Trial:
 def command_lines(settings: Settings) -> list[str]:
     """The commands that continue a finished study whose questions nobody answered: save a trial, run more trials."""
     base = ["heretic", "--demo"] if settings.demo else ["heretic", settings.model]
+    if settings.gguf_file is not None:
+        base += ["--gguf-file", settings.gguf_file]
     if settings.study_checkpoint_dir != "checkpoints":
         base += ["--study-checkpoint-dir", settings.study_checkpoint_dir]
     if settings.study_storage is not None:

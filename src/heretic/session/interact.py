@@ -10,7 +10,7 @@ import questionary
 from huggingface_hub import get_token
 from optuna.trial import FrozenTrial
 
-from ..console import Console
+from ..console import Console, answer_of
 from ..editing.ablation import Ablation
 from ..errors import HereticError
 from ..evaluator import MOST_DIVERGENT_PROMPTS, Evaluator
@@ -44,7 +44,7 @@ def ask_checkpoint_action(path: str, progress: str) -> str | None:
 def select(question: str, choices: Sequence[tuple[str, Any]], header: str | None = None) -> Any:
     """One of several titled values, chosen with the arrow keys, below an optional header line; None if the user presses Ctrl+C."""
     heads = [] if header is None else [questionary.Separator(header)]
-    answer = questionary.select(question, choices=[*heads, *(questionary.Choice(t, value=(v,)) for t, v in choices)]).ask()
+    answer = answer_of(questionary.select(question, choices=[*heads, *(questionary.Choice(t, value=(v,)) for t, v in choices)]).ask)
     return None if answer is None else answer[0]
 
 
@@ -133,7 +133,7 @@ class InteractiveSession:
             self._run_more()
 
     def _run_more(self) -> None:
-        text = questionary.text("How many additional trials?", default="50", validate=is_count).ask()
+        text = answer_of(questionary.text("How many additional trials?", default="50", validate=is_count).ask)
         if text is not None:
             self.run_trials(int(text))
 
@@ -159,14 +159,14 @@ class InteractiveSession:
         overwrite = self.settings.overwrite
         directory = self.settings.save_directory
         if directory is None:
-            directory = questionary.path("Folder to save the model in:", only_directories=True).ask()
+            directory = answer_of(questionary.path("Folder to save the model in:", only_directories=True).ask)
             if not directory:
                 return
             target_of(self.settings, directory, overwrite=True)  # raises for a file, which must not be replaced whatever the answer is
             try:
                 target_of(self.settings, directory, overwrite)
             except HereticError:
-                overwrite = questionary.confirm(f"{directory} is not empty. Overwrite it?", default=False).ask() or False
+                overwrite = bool(answer_of(questionary.confirm(f"{directory} is not empty. Overwrite it?", default=False).ask))
                 if not overwrite:
                     return
         check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
@@ -175,13 +175,13 @@ class InteractiveSession:
 
     def _upload(self, trial: FrozenTrial) -> None:
         strategy = self._strategy()
-        repo_id = self.settings.upload_repo_id or (strategy and questionary.text("HubRepository (owner/name):").ask())
+        repo_id = self.settings.upload_repo_id or (strategy and answer_of(questionary.text("Repository (owner/name):").ask))
         if not strategy or not repo_id:
             return
         private = self.settings.upload_repo_private
         if private is None:
             private = select("Visibility of the repository?", [("Public", False), ("Private", True)])
-        token = get_token() or questionary.password("Hugging Face access token (not stored):").ask()
+        token = get_token() or answer_of(questionary.password("Hugging Face access token (not stored):").ask)
         if private is None or not token:
             return
         check = divergence_check(self.model, self.evaluator, trial.user_attrs["kl_divergence"], self.console)
@@ -218,7 +218,7 @@ class InteractiveSession:
         self.console.columns(f"Benchmarks, original and trial {trial.number}", HEADERS, [cells(row) for row in rows])
 
     def _chat(self, trial: FrozenTrial) -> None:
-        """A conversation with the edited model. Ctrl+C stops a response; at the question it ends the chat."""
+        """A conversation with the edited model. Ctrl+C stops a response; at the question, Ctrl+C or Ctrl+D ends the chat."""
         self.console.message(
             "Chat with the edited model. Ctrl+C stops a response; an empty line or Ctrl+C at the prompt returns to the menu."
         )
@@ -226,7 +226,7 @@ class InteractiveSession:
         messages: list[Message] = list(system)
         ablation = self._ablation(trial)
         while True:
-            question = questionary.text("You:").ask()
+            question = answer_of(questionary.text("You:").ask)
             if not question:
                 return
             messages.append({"role": "user", "content": question})

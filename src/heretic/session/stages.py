@@ -20,7 +20,7 @@ from ..console import Console
 from ..device import empty_cache
 from ..editing.completeness import remainder
 from ..editing.directions import mean_residual, refusal_directions, separating_layer, winsorize
-from ..errors import Aborted, CheckpointError, DirectionError, HereticError, ReportError
+from ..errors import Aborted, DirectionError, HereticError, ReportError
 from ..evaluator import Evaluator
 from ..loading.libraries import collector_paused
 from ..loading.load import load_model
@@ -30,7 +30,7 @@ from ..prompts import Prompts, load_all
 from ..reporting.learned import learned_text
 from ..reporting.report import facts_of, report_path, write_report
 from ..reporting.residual_geometry import residual_geometry
-from ..reporting.samples import sample_prompts, take_samples
+from ..reporting.samples import Samples, sample_prompts, take_samples
 from ..reporting.study_view import StudyView
 from ..reporting.tables import finalists_table, front_table, geometry_table, space_text
 from ..scoring.measured import MeasuredOriginal, measure_original
@@ -97,9 +97,7 @@ def load_model_to_edit(settings: Settings, console: Console, name: str | None = 
 
 def prepare(settings: Settings, console: Console, prompts: Prompts) -> tuple[Evaluator, int]:
     """Load the model and get it ready to score trials: response prefix, baseline, directions. With the layer in which the prompts part."""
-    model = load_model_to_edit(settings, console)
-    check_lengths(settings, model, prompts)
-    model = with_found_prefix(settings, console, model, prompts)
+    model = with_found_prefix(settings, console, load_model_to_edit(settings, console), prompts)
     evaluator = Evaluator(settings, model, measure(settings, console, model, prompts), console)
     separating_layer = compute_directions(settings, console, model, prompts)
     _new_space(evaluator, separating_layer)  # settings that do not fit the model are reported before there is a study
@@ -141,7 +139,8 @@ def _percent(share: float) -> str:
 
 def check_lengths(settings: Settings, model: Model, prompts: Prompts) -> None:
     """Raise `PromptError` if prompts, with the tokens generated after them, exceed the model's context length."""
-    generated = max(PREFIX_TOKENS if settings.response_prefix is None else 1, RESPONSE_TOKENS if settings.n_learned_trials else 1)
+    has_prefix = settings.response_prefix is not None or model.response_prefix
+    generated = max(1 if has_prefix else PREFIX_TOKENS, RESPONSE_TOKENS if settings.n_learned_trials else 1)
     after = {
         "good_prompts": (generated, ""),
         "bad_prompts": (generated, ""),
@@ -162,11 +161,14 @@ def _check_final_lengths(settings: Settings, model: Model, prompts: Prompts) -> 
 
 
 def with_found_prefix(settings: Settings, console: Console, model: Model, prompts: Prompts) -> Model:
-    """The model with the common start of all its responses."""
+    """The model with the common start of all its responses. Raises `PromptError` if prompts are too long without or with it."""
+    check_lengths(settings, model, prompts)
     prefix = find_response_prefix(model, settings, prompts.good, prompts.bad)
     if prefix:
         console.message(f"Response prefix: {prefix!r}; evaluation begins after it.")
-    return model.with_response_prefix(prefix)
+    model = model.with_response_prefix(prefix)
+    check_lengths(settings, model, prompts)
+    return model
 
 
 def measure(settings: Settings, console: Console, model: Model, prompts: Prompts, all_scorers: bool = False) -> MeasuredOriginal:
@@ -334,7 +336,7 @@ def rescore_finalists(console: Console, checkpoint: Checkpoint, evaluator: Evalu
     with failure_as_warning(console, what, settings.debug, interrupted="Interrupted: the finalists were not scored again."):
         _check_final_lengths(settings, evaluator.model, prompts)
         found = score_finalists(checkpoint.study, checkpoint.edits, evaluator, (prompts.final_good, prompts.final_bad), n_together, console)
-    if found is not None:
+    if found:
         checkpoint.note(**{ATTRIBUTE: found})
 
 
@@ -355,8 +357,11 @@ def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, ev
     # A study in a database has no file that the report could be written next to.
     path = report_path(checkpoint.path if isinstance(checkpoint.path, Path) else journal_path(settings))
     if evaluator is not None:
-        with failure_as_warning(console, "The report contains no new responses", settings.debug, passes=CheckpointError):
-            _take_samples(checkpoint, evaluator)
+        samples, what = None, "The report contains no new responses"
+        with failure_as_warning(console, what, settings.debug, interrupted="Interrupted: the report contains no new responses."):
+            samples = _take_samples(checkpoint, evaluator)
+        if samples is not None:
+            checkpoint.note(samples=samples)
     with failure_as_warning(console, "No report was written", settings.debug):
         try:
             facts = facts_of(checkpoint.study)
@@ -371,13 +376,12 @@ def make_report(settings: Settings, console: Console, checkpoint: Checkpoint, ev
     return None
 
 
-def _take_samples(checkpoint: Checkpoint, evaluator: Evaluator) -> None:
+def _take_samples(checkpoint: Checkpoint, evaluator: Evaluator) -> Samples:
     prompts = sample_prompts(evaluator.good_prompts, evaluator.bad_prompts)
     front = front_of(checkpoint.study)
     kept = checkpoint.study.user_attrs.get("samples", {})
     length = evaluator.settings.max_response_length
-    kept_edits = checkpoint.edits.ablation_of
-    checkpoint.note(samples=take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept, kept_edits))
+    return take_samples(evaluator.model, evaluator.original.rule, prompts, front, length, kept, checkpoint.edits.ablation_of)
 
 
 def finish_without_asking(settings: Settings, console: Console, checkpoint: Checkpoint, report: Path | None) -> bool:

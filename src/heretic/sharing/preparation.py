@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from optuna.artifacts import download_artifact, upload_artifact
 from optuna.artifacts._protocol import ArtifactStore
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .. import __version__
@@ -46,11 +46,15 @@ class Preparation:
 
 
 def store_preparation(preparation: Preparation, study: optuna.Study, store: ArtifactStore) -> None:
-    """Store a preparation with a study. If another worker was faster, some workers may have read that one; both are equal."""
+    """Store a preparation with a study. If another worker was faster, some workers may have read that one; both are equal.
+
+    Raises `OSError` or `CheckpointError` if it cannot be written.
+    """
     facts = {name: value for name, value in asdict(preparation).items() if name != "directions"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE_NAME
-        save_file({"directions": preparation.directions.contiguous()}, path, metadata={"facts": json.dumps(facts)})
+        # `save_file` has an error of its own for a full disk.
+        path.write_bytes(save({"directions": preparation.directions.contiguous()}, {"facts": json.dumps(facts)}))
         artifact_id = upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=study)
     for name in ("base_refusals", "n_bad_prompts", "last_layer", "base_response_classes"):
         study.set_user_attr(name, facts[name])

@@ -5,6 +5,7 @@ from optuna.trial import TrialState
 
 from ..config import Settings
 from ..console import Console
+from ..device import describe_device
 from ..loading.gguf import dequantized_source
 from ..loading.load import load_config
 from ..loading.source import fingerprint, model_source
@@ -40,10 +41,12 @@ def run_shared(
     if not was_shared:
         _requeue_all(study)
     target = checkpoint.target(settings, checkpoint.n_done, is_new)
-    checkpoint.note(target=target, **{SHARED: True})
+    checkpoint.note(**{SHARED: True})
+    checkpoint.note_search(settings, target)
 
     ready: Ready | None = None
     if settings.workers is None:
+        console.message(f"Seed {settings.seed}; {describe_device()}")
         ready = join(settings, console, study, store, prepares=True)
         _search_here(console, checkpoint, ready, target)
     elif checkpoint.n_done < target or (ATTRIBUTE not in study.user_attrs and lacks_learned_trials(study, settings)):
@@ -60,7 +63,7 @@ def run_shared(
     report = conclude(settings, console, checkpoint, prompts, ready if is_finished else None)
     if finish_without_asking(settings, console, checkpoint, report):
         return 0
-    _act(console, checkpoint, ready or join(settings, console, study, store, prepares=False), prompts)
+    _act(console, checkpoint, ready or join(settings, console, study, store, prepares=ATTRIBUTE not in study.user_attrs), prompts)
     return 0
 
 
@@ -74,7 +77,7 @@ def _act(console: Console, checkpoint: Checkpoint, ready: Ready, prompts: Prompt
 
     def run_trials(n_more: int) -> None:
         target = checkpoint.n_done + n_more
-        checkpoint.note(target=target)
+        checkpoint.note_search(settings, target)
         if settings.workers is not None:
             again = command_lines(settings)[-1]
             console.message(f"They run in this process. To use several workers: {again} --workers N")

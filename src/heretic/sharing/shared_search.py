@@ -13,6 +13,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..editing.ablation import Ablation
+from ..errors import CheckpointError
 from ..evaluator import Score
 from ..study.batching import MAX_TRIALS_PER_BATCH
 from ..study.front import is_counted
@@ -52,6 +53,8 @@ class Heartbeats:
                         try:
                             self._storage.record_heartbeat(trial._trial_id)
                         except (UpdateFinishedTrialError, KeyError):  # reassigned meanwhile
+                            continue
+                        except CheckpointError:  # storing the scores raises it as well, unless it is over until then
                             continue
 
         thread = threading.Thread(target=record, daemon=True)
@@ -127,7 +130,7 @@ class SharedSearch(Search):
         return asked
 
     def queue_first_trials(self) -> None:
-        """Queue the first trials that the study does not contain yet. Done once, by one worker."""
+        """Queue the first trials that the study does not contain yet. Done by one worker of a run."""
         tried = [trial.user_attrs.get("first_trial") for trial in self.trials]
         for fixed in self.first_trials:
             if fixed not in tried:

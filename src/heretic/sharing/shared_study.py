@@ -1,6 +1,7 @@
 """A study in a shared storage. Replaces `Checkpoint`, which locks its journal."""
 
 import optuna
+from filelock import FileLock
 from optuna.artifacts._protocol import ArtifactStore
 from optuna.exceptions import DuplicatedStudyError
 
@@ -8,6 +9,7 @@ from ..config import Settings
 from ..errors import CheckpointError, UsageError
 from ..loading.source import expand
 from ..study.checkpoint import STUDY_NAME, Checkpoint, create_study
+from ..study.journal import journal_errors
 from ..study.learned_edits import LearnedEdits
 from ..utils import Progress
 from .storage import SharedStorage, artifact_store, is_file, open_storage
@@ -31,7 +33,10 @@ def target_of(study: optuna.Study, n_trials: int) -> int:
 
 
 class SharedCheckpoint(Checkpoint):
-    """The study in `settings.study_storage`. It is not locked and never replaced, since other workers may be using it."""
+    """The study in `settings.study_storage`. It is never replaced, since other workers may be using it, and only locked if it was not
+    created for several workers."""
+
+    otherwise = "use another --study-name"
 
     def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
         super().__init__(settings)
@@ -48,10 +53,11 @@ class SharedCheckpoint(Checkpoint):
             self.found = optuna.load_study(study_name=self.name, storage=self._shared_storage)
         except KeyError:
             self.found = None
+        if self.found is not None and not self.is_shared and is_file(self.url):  # a run in one process may be working on it
+            self._run_lock = FileLock(f"{self.path}.run.lock")
+            with journal_errors(self.path):
+                self._lock_run("--study-storage")
         return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     @property
     def edits(self) -> LearnedEdits:
@@ -85,6 +91,7 @@ def open_for_workers(checkpoint: Checkpoint, settings: Settings, progress: Progr
     """A checkpoint's study opened for several workers, the URL of its storage, and its artifact store."""
     if isinstance(checkpoint, SharedCheckpoint):
         url = checkpoint.url
+        storage_of(checkpoint.study).timeout = settings.worker_timeout  # opened before the stored settings were known
     else:
         url = str(checkpoint.path.absolute())
         checkpoint.found = open_study(url, STUDY_NAME, settings.worker_timeout, progress)

@@ -19,6 +19,7 @@ from ..prompts import Prompts, load_all
 from ..scoring.measured import measure_original
 from ..session.stages import (
     Ready,
+    compute_directions,
     learn_with_messages,
     load_model_to_edit,
     open_space,
@@ -31,6 +32,7 @@ from ..session.stages import (
 from ..settings_sources import first_problem
 from ..study.batching import BatchSize, automatic_trials_per_batch
 from ..study.checkpoint import SHARED, SPACE
+from ..study.journal import journal_errors
 from ..study.learned_edits import LearnedEdits
 from ..study.learned_search import LearnedTrials
 from ..study.samplers import Sampling
@@ -74,7 +76,8 @@ def join(settings: Settings, console: Console, study: optuna.Study, store: Artif
     if known is None and prepares:
         evaluator, preparation = _prepare(settings, console, study)
         _learn(console, study, store, evaluator, preparation.prompts)
-        store_preparation(preparation, study, store)  # the others wait for it
+        with journal_errors(storage_of(study).location):
+            store_preparation(preparation, study, store)  # the others wait for it
     else:
         preparation, evaluator = _take_over(settings, console, study, store, known)
         if prepares:
@@ -83,7 +86,7 @@ def join(settings: Settings, console: Console, study: optuna.Study, store: Artif
     model = evaluator.model
     space = SearchSpace.model_validate(study.user_attrs[SPACE])
     search = SharedSearch(study, storage_of(study), space, Sampling.of(settings), LearnedEdits(store))
-    if known is None and prepares:
+    if prepares:
         search.queue_first_trials()
     model.model.register_forward_pre_hook(search.heartbeats.note_progress)
     fitting = model.decoder.rows_that_fit() if isinstance(model.decoder, Decoder) else None
@@ -109,6 +112,8 @@ def _take_over(
             "rounds differently. The objective of refusals is normalized by the latter."
         )
         original = original.counting_from(known.base_refusals)
+    if settings.workers is None and (settings.print_residual_geometry or settings.plot_residuals):
+        compute_directions(settings, console, model, known.prompts)  # prints and plots; the study's own directions are used
     model.use_directions(known.directions, settings.row_normalization)
     return known, Evaluator(settings, model, original, console)
 

@@ -220,7 +220,7 @@ class Supervisor:
                 worker.start()
                 continue
             self._given_up.add(worker.number)
-            if len(self._given_up) == len(self.workers) or not is_prepared:
+            if len(self._given_up) == len(self.workers) or (worker.number == 1 and not is_prepared):  # the first one prepares
                 raise HereticError(worker.error() or f"Worker {worker.number} {how}, as it did at {worker.n_starts - 1} earlier starts.")
             self.console.warning(f"Worker {worker.number} {how}. It is not restarted; {self._n_left()} continue.")
 
@@ -253,7 +253,7 @@ def supervise(settings: Settings, console: Console, study: optuna.Study, url: st
             "threads": placement.threads,
             "prepares": prepares and number == 1,
         }
-        tells_all = (lambda: True) if settings.debug else is_preparing if number == 1 else (lambda: False)
+        tells_all = (lambda: True) if settings.debug or settings.print_responses else is_preparing if number == 1 else (lambda: False)
         workers.append(Worker(number, placement, order, console, tells_all))
 
     target = partial(target_of, study, settings.n_trials)

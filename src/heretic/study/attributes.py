@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
 from ..settings_sources import first_problem
 from ..utils import JsonObject
@@ -128,7 +128,8 @@ class _Study(_Stored):
     given: list[str]
     identity: dict[str, str]
     objectives: list[tuple[str, Literal["minimize", "maximize"]]] = []
-    target: Count = 0
+    target: NonNegativeInt = 0  # n_trials has no limit
+    n_startup_trials: NonNegativeInt = 0
     trials_per_batch: Annotated[int, Field(ge=1, le=100_000)] = 1
     base_refusals: Count | None = None
     n_bad_prompts: Count | None = None

@@ -64,6 +64,9 @@ class Checkpoint:
     Raises `CheckpointError` if the folder cannot be written, another process has locked the study, or the file is damaged.
     """
 
+    # What to do about a study that a run cannot continue.
+    otherwise = "start over with --checkpoint-action restart (the file is kept)"
+
     def __init__(self, settings: Settings) -> None:
         self.path = journal_path(settings)
         self.lost_bytes = 0
@@ -75,12 +78,7 @@ class Checkpoint:
     def __enter__(self) -> "Checkpoint":
         with journal_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._run_lock.acquire(blocking=False)
-            except Timeout as error:
-                raise CheckpointError(
-                    f"Another process is working on the study {self.path}. Wait for it, or use another --study-checkpoint-dir."
-                ) from error
+            self._lock_run("--study-checkpoint-dir")
             with ExitStack() as undo:
                 undo.callback(self._run_lock.release)
                 if self.path.exists() and not self._is_restarted:
@@ -91,6 +89,13 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self._run_lock.release()
+
+    def _lock_run(self, setting: str) -> None:
+        """Lock the study for this run. Raises `CheckpointError` if another process has; `setting` says where another study lies."""
+        try:
+            self._run_lock.acquire(blocking=False)
+        except Timeout as error:
+            raise CheckpointError(f"Another process is working on the study {self.path}. Wait for it, or use another {setting}.") from error
 
     @property
     def study(self) -> optuna.Study:
@@ -140,10 +145,7 @@ class Checkpoint:
             raise self._damaged(damaged_line(self.path.read_bytes()) or str(error).rstrip(".")) from error
 
     def _damaged(self, damage: str) -> CheckpointError:
-        return CheckpointError(
-            f"The study {self.path} is damaged: {damage}. Replace it with an intact copy, or start over with --checkpoint-action restart "
-            "(the file is kept)."
-        )
+        return CheckpointError(f"The study {self.path} is damaged: {damage}. Replace it with an intact copy, or {self.otherwise}.")
 
     def create(self, settings: Settings, identity: dict[str, str]) -> optuna.Study:
         """Create a study, described by its settings. An existing journal is renamed, unless it is ours and has no finished trial."""
@@ -176,8 +178,7 @@ class Checkpoint:
             before = Settings.model_validate(stored)
         except ValidationError as error:
             raise CheckpointError(
-                f"The settings stored in {self.path} are not valid in this version: {reason(error)}. Start over with "
-                "--checkpoint-action restart (the file is kept)."
+                f"The settings stored in {self.path} are not valid in this version: {reason(error)}. {self.otherwise.capitalize()}."
             ) from error
         try:
             result = Settings.model_validate({**stored, **given})
@@ -185,6 +186,10 @@ class Checkpoint:
             raise UsageError(f"The given settings do not fit those stored in {self.path}: {reason(error)}.") from error
         self._refuse(differences(before, result))
         require_consent(f"The study {self.path}", result, given, ask)
+        if self.n_done and "n_startup_trials" in attributes and "n_startup_trials" not in result.model_fields_set:
+            # The default grows with n_trials: trials after those that the sampler proposed would be random again.
+            n_startup = min(attributes["n_startup_trials"], result.n_startup_trials)
+            result = result.model_copy(update={"n_startup_trials": n_startup})
         return result
 
     def check_identity(self, identity: dict[str, str]) -> None:
@@ -219,6 +224,12 @@ class Checkpoint:
                 if self.study.user_attrs.get(name) != value:
                     self.study.set_user_attr(name, value)
 
+    def note_search(self, settings: Settings, target: int) -> None:
+        """Store the number of trials that a search is to have, and how many of them are random."""
+        self.note(target=target)
+        if settings.n_trials:
+            self.note(n_startup_trials=settings.n_startup_trials)
+
     def target(self, settings: Settings, n_done: int, is_new: bool) -> int:
         """How many trials the search is to have in total.
 
@@ -239,15 +250,14 @@ class Checkpoint:
         """
         stored = {} if self.found is None else self.found.user_attrs
         chosen: int = settings.trials_per_batch or stored.get("trials_per_batch") or automatic
-        self.note(trials_per_batch=chosen)
+        if settings.n_trials:  # else the automatic choice is not for a search
+            self.note(trials_per_batch=chosen)
         return chosen
 
     def _attributes(self) -> JsonObject:
         attributes = {} if self.found is None else self.found.user_attrs
         if not attributes.keys() >= DESCRIBED:
-            raise CheckpointError(
-                f"The study {self.path} was not created by heretic. Start over with --checkpoint-action restart (the file is kept)."
-            )
+            raise CheckpointError(f"The study {self.path} was not created by heretic. {self.otherwise.capitalize()}.")
         return attributes
 
     def _refuse(self, differences: list[str]) -> None:

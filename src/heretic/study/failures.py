@@ -36,16 +36,12 @@ def warn_of_failure(progress: Progress, what: str, error: BaseException, debug: 
 
 
 @contextmanager
-def failure_as_warning(
-    progress: Progress, what: str, debug: bool, interrupted: str | None = None, passes: type[Exception] | tuple[()] = ()
-) -> Iterator[None]:
+def failure_as_warning(progress: Progress, what: str, debug: bool, interrupted: str | None = None) -> Iterator[None]:
     """Context in which an error becomes a warning that begins with `what`, so that the run goes on. Ctrl+C becomes a message if its text,
-    `interrupted`, is given. Errors of the type `passes` are raised.
+    `interrupted`, is given.
     """
     try:
         yield
-    except passes:
-        raise
     except KeyboardInterrupt:
         if interrupted is None:
             raise

@@ -16,7 +16,7 @@ from ..evaluator import Evaluator
 from ..prompts import Prompt
 from ..scoring.measured import measure_original
 from ..utils import JsonObject, Progress
-from .failures import ONE_BY_ONE, reason, warn_of_failure
+from .failures import ONE_BY_ONE, failure_as_warning, reason, warn_of_failure
 from .front import front_of
 from .learned_edits import LearnedEdits
 from .search import score_batch
@@ -65,11 +65,17 @@ def score_finalists(
     """Score the missing finalists. Returns the new value of the study's attribute. `search` is the evaluator of the search;
     `prompts` are harmless and harmful ones.
 
-    Raises `EvaluationError` if the original cannot be scored under these conditions. A trial that cannot be scored gets a `failure`.
+    Raises `EvaluationError` if the original cannot be scored under these conditions. A trial that cannot be scored gets a `failure`; one
+    whose learned edit is missing is left to a later run.
     """
     settings, (good_prompts, bad_prompts) = search.settings, prompts
-    missing = missing_finalists(study, settings)
-    known = known_finalists(study)
+    known, ablations = known_finalists(study), {}
+    for trial in missing_finalists(study, settings):
+        with failure_as_warning(progress, f"Trial {trial.number} was not scored again", settings.debug):
+            ablations[trial.number] = edits.ablation_of(trial)
+    if not ablations:
+        return known
+    missing = list(ablations)
     trials = dict(known.get("trials", {})) if known.get("conditions") == conditions(settings) else {}
     final = final_settings(settings)
     original = measure_original(final, search.model, good_prompts, bad_prompts, progress, all_scorers=True, like=search.original)
@@ -77,11 +83,11 @@ def score_finalists(
     warn_of_crash = partial(warn_of_failure, progress, ONE_BY_ONE, debug=settings.debug)
     with progress.task("Scoring the finalists again", len(missing)) as advance:
         for batch in (missing[start : start + trials_per_batch] for start in range(0, len(missing), trials_per_batch)):
-            scores = score_batch(evaluator.score_trials, [edits.ablation_of(trial) for trial in batch], lambda kl: math.inf, warn_of_crash)
-            for trial, score in zip(batch, scores, strict=True):
+            scores = score_batch(evaluator.score_trials, [ablations[number] for number in batch], lambda kl: math.inf, warn_of_crash)
+            for number, score in zip(batch, scores, strict=True):
                 if isinstance(score, Exception):
-                    warn_of_failure(progress, f"Trial {trial.number} was not scored again", score, settings.debug)
-                trials[str(trial.number)] = {"failure": reason(score)} if isinstance(score, Exception) else score.described()
+                    warn_of_failure(progress, f"Trial {number} was not scored again", score, settings.debug)
+                trials[str(number)] = {"failure": reason(score)} if isinstance(score, Exception) else score.described()
             advance(len(batch))
     return {
         "conditions": conditions(settings),

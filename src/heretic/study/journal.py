@@ -16,6 +16,7 @@ from ..config import Settings
 from ..errors import CheckpointError
 from ..loading.source import expand
 from ..utils import JsonObject
+from .learned_edits import artifact_folder
 
 # What Optuna raises if a journal contains something that it did not write; it has no exception class for this.
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError)
@@ -82,9 +83,9 @@ def damaged_line(content: bytes) -> str | None:
 
 
 def free_name(path: Path) -> Path:
-    """The first of `x.jsonl.old`, `x.jsonl.old2`, ... that does not exist."""
+    """The first of `x.jsonl.old`, `x.jsonl.old2`, ... that does not exist, and whose artifacts do not."""
     candidates = (path.with_name(f"{path.name}.old{n if n > 1 else ''}") for n in itertools.count(1))
-    return next(candidate for candidate in candidates if not candidate.exists())
+    return next(candidate for candidate in candidates if not (candidate.exists() or artifact_folder(candidate).exists()))
 
 
 @contextlib.contextmanager
