@@ -345,13 +345,15 @@ def test_a_run_without_a_terminal_ends_with_the_front_and_commands_that_work(her
     assert (outcome.code, outcome.err) == (0, "")
     assert "\x1b" not in outcome.out and "\r" not in outcome.out
     lines = [line.rstrip() for line in outcome.out.splitlines()]
-    assert lines[:4] == [
+    assert lines[:6] == [
         f"heretic {__version__}, settings from config.toml",
         "Loading libraries ...",
         "Loading prompts ...",
         "Prompts: 5 good_prompts, 5 bad_prompts, 5 good_evaluation_prompts, 5 bad_evaluation_prompts",
+        "Warning: 5 of 5 good_evaluation_prompts are among the good_prompts, too: scores say less about unseen prompts.",
+        "Warning: 5 of 5 bad_evaluation_prompts are among the bad_prompts, too: scores say less about unseen prompts.",
     ]
-    assert lines[4].startswith("Seed 1; ")
+    assert lines[6].startswith("Seed 1; ")
     assert "m: llama, 2 layers, float32; writing to the residual stream: 2 attn.o_proj, 2 mlp.down_proj, all edited" in lines
     assert "The original refuses 5 of 5 harmful evaluation prompts." in lines
     assert "Search: 3 trials, 0 done" in lines

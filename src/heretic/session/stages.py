@@ -68,6 +68,11 @@ def load_all_prompts(settings: Settings, console: Console) -> Prompts:
     if set(prompts.good) == set(prompts.bad):
         raise DirectionError("good_prompts and bad_prompts are the same, so they define no refusal direction. Give different ones.")
     console.message("Prompts: " + ", ".join(f"{len(found)} {name}" for name, found in prompts.of_study.items()))
+    for kind, scored, own in (("good", prompts.good_evaluation, set(prompts.good)), ("bad", prompts.bad_evaluation, set(prompts.bad))):
+        if n := sum(prompt in own for prompt in scored):
+            console.warning(
+                f"{n} of {len(scored)} {kind}_evaluation_prompts are among the {kind}_prompts, too: scores say less about unseen prompts."
+            )
     return prompts
 
 
