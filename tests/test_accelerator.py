@@ -21,6 +21,7 @@ import test_compare as comparisons
 import tiny
 from conftest import Outcome
 from emulated import DeviceTensor, Emulation
+from emulated.memory import Allocation, Memory
 from heretic.decoding.decoder import Decoder
 from heretic.decoding.packed import packed_logits
 from heretic.decoding.pool import Pool
@@ -90,6 +91,21 @@ def test_all_modes(workplace: Path, heretic: Heretic, mode: str, model_type: str
     emulation = Emulation((GIB,))
     check_like_the_cpu(heretic, emulation, "--row-normalization", mode, "--trials-per-batch", "2")
     assert emulation.memory.peak[0] > 50_000 and emulation.counts.launches.total() > 1000, "it ran there"
+
+
+def test_no_float64_on_the_device(workplace: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every accelerator has it."""
+    dtypes: set[torch.dtype] = set()
+    of = Memory.of
+
+    def noted(memory: Memory, inner: torch.Tensor, device: int) -> Allocation:
+        dtypes.add(inner.dtype)
+        return of(memory, inner, device)
+
+    monkeypatch.setattr(Memory, "of", noted)
+    with Emulation():
+        assert heretic("--n-trials", "1", "--n-startup-trials", "1", "--n-finalists", "0").code == 0
+    assert torch.float32 in dtypes and torch.float64 not in dtypes
 
 
 @pytest.mark.slow

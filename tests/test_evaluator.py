@@ -17,11 +17,11 @@ from heretic.errors import EvaluationError, TrialError
 from heretic.evaluator import Evaluator, Score
 from heretic.prompts import Prompt
 from heretic.scoring.divergence import kl_divergence
-from heretic.scoring.measured import measure_original
+from heretic.scoring.measured import measure_original, refusal_rule
 from heretic.scoring.response_prefix import close_thought, common_prefix, find_response_prefix
 from heretic.scoring.responses import RefusalRule, normalize
 from heretic.scoring.scorers import divergence_objective
-from tiny import Recorder, build, load, loud, save, settings, unit_directions
+from tiny import TEMPLATE, Recorder, build, load, loud, save, settings, unit_directions
 
 REFUSED = [
     "I cannot help with that.",
@@ -335,6 +335,30 @@ def test_response_prefix_is_found(habitual: Path) -> None:
     model = model.with_response_prefix("left from before")
     assert find_response_prefix(model, settings(habitual), GOOD, []) == "yes"
     assert find_response_prefix(model, settings(habitual, chain_of_thought_skips=[("ye", "yes sorry")]), GOOD, []) == "yes sorry"
+
+
+@pytest.mark.parametrize(
+    ("template", "prefix", "inside"),
+    [
+        ("<think>\n", "", "<think>"),
+        ("<think>\n", "Okay,", "<think>"),
+        ("<think>\n", "Okay.</think>", None),
+        ("<think>\n", "<think></think>", None),
+        ("", "<think>", "<think>"),
+        ("", "Hm <think>\nOkay,", "<think>"),
+        ("", "<think></think>", None),
+        ("", "Okay,", None),
+    ],
+)
+def test_thinking_blocks_that_stay_open(template: str, prefix: str, inside: str | None, tmp_path: Path) -> None:
+    """Nothing in them is judged, whatever all responses begin with."""
+    thinking = TEMPLATE.replace("<assistant> ", f"<assistant> {template}")
+    model = load(save(tmp_path, build(), thinking)).with_response_prefix(prefix)
+    rule = refusal_rule(settings(tmp_path), model, BAD)
+    assert rule.begins_inside == inside
+    text = "I cannot help. No, I can.</think>First take flour and water, and mix them well."
+    assert rule.is_decided(text[:20]) == (inside is None)
+    assert rule.classify(text) == ("refusal" if inside is None else "compliance")
 
 
 def test_response_prefix_that_is_given(habitual: Path) -> None:

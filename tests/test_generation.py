@@ -72,6 +72,19 @@ def test_responses_and_logits_are_those_of_generate(model_type: str, changes: di
         assert decoded(decoder, prompts) == {i: tokens for i, (tokens, _) in enumerate(expected)}
 
 
+def test_windows_that_the_cache_does_not_have() -> None:
+    """GPT-Neo's layers count columns by themselves: a gap between what all prompts begin with and the rest of one would be counted."""
+    model = tiny.build("gpt_neo", attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=4, window_size=24)
+    prompts = [[5, 6, 7, 8, 9, *prompt] for prompt in random_prompts()]
+    decoder = make(model, Decoder)
+    assert decoded(decoder, prompts) == {i: by_generate(model, prompt)[0] for i, prompt in enumerate(prompts)}
+    with torch.inference_mode():
+        for rows, logits in decoder.first_logits([Row(0, prompt) for prompt in prompts]):
+            expected = torch.cat([model(torch.tensor([row.tokens])).logits[:, -1] for row in rows])
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert decoder.window == 0  # nor may rows be packed
+
+
 def test_columns_are_forgotten_when_the_block_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """With hardly any slack and few rows at a time, rows that follow share blocks that have to be shifted again and again."""
     monkeypatch.setattr(pool, "SLACK_COLUMNS", 2)
@@ -110,6 +123,28 @@ def test_running_out_of_memory_halves_the_rows_and_changes_nothing() -> None:
     assert decoded(decoder, prompts) == expected
     assert decoder.max_rows is not None  # remembered
     assert decoder.max_rows <= len(prompts) // 2
+
+
+def test_memory_that_runs_out_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are nearly finished are prefilled together with others that have yet to begin."""
+    monkeypatch.setattr(pool, "SLACK_COLUMNS", 2)
+    model = tiny.build(dtype=torch.float64)
+    with torch.no_grad():
+        model.lm_head.weight[2] = 0  # no response ends by itself
+    prompts = [[5, 6, 7, 8, 9, 10, *prompt] for prompt in random_prompts()]
+    expected = {i: by_generate(model, prompt)[0] for i, prompt in enumerate(prompts)}
+    seen = 0
+
+    def fail_in_a_late_step(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal seen
+        seen += kwargs["input_ids"].shape[1] == 1
+        if seen == LENGTH - 4:
+            seen += 1
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    model.register_forward_pre_hook(fail_in_a_late_step, with_kwargs=True)
+    assert decoded(make(model, Decoder, 5), prompts) == expected
+    assert seen > LENGTH
 
 
 def test_a_single_row_that_does_not_fit_is_an_error() -> None:

@@ -27,6 +27,7 @@ from heretic.errors import ModelError, PromptError, TrialError, UnsupportedModel
 from heretic.model import Model
 from heretic.prompts import Prompt
 from tiny import (
+    DROPS_SYSTEM_TEMPLATE,
     NO_SYSTEM_TEMPLATE,
     TEMPLATE,
     Recorder,
@@ -243,6 +244,22 @@ def test_special_tokens_of_responses(ending: Plain) -> None:
     assert expected != [ending.response(prompt) for prompt in PROMPTS]
 
 
+def test_tags_of_thoughts_may_be_special_tokens(tmp_path: Path) -> None:
+    """Of all special tokens these remain, or a rule would take thoughts for the answer."""
+    thinking = tokenizer()
+    thinking.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "[OTHER]"]})
+    save(tmp_path, build(vocab_size=len(thinking)))
+    thinking.save_pretrained(tmp_path)
+    model, plain = load(tmp_path), Plain(tmp_path)
+    whole = [plain.response(prompt, skip_special_tokens=False) for prompt in PROMPTS]
+    assert all(any(token in text for text in whole) for token in ("[/THINK]", "[OTHER]"))
+    hidden = ("<pad>", "<unk>", "<end>", "[OTHER]")
+    expected = ["".join(word for word in text.split() if word not in hidden) for text in whole]
+    assert ["".join(text.split()) for text in model.responses(PROMPTS, LENGTH)] == expected
+    closed = model.responses(PROMPTS, LENGTH, is_decided=lambda text: "[/THINK]" in text)
+    assert ["".join(text.split()) for text in closed] == ["".join(text.partition("[/THINK]")[:2]) for text in expected]
+
+
 PARAMETERS = {"attn.o_proj": ComponentParameters(1.0, 1.0, 0.4, 1.0), "mlp.down_proj": ComponentParameters(0.5, 0.0, 1.3, 1.0)}
 ABLATIONS = [Ablation(None, PARAMETERS), Ablation(0.3, PARAMETERS), Ablation(1.0, {"mlp.down_proj": PARAMETERS["mlp.down_proj"]})]
 
@@ -283,7 +300,7 @@ def test_ablated_model(plain: Plain, mode: str) -> None:
     everything = {(trial, prompt) for trial in range(3) for prompt in range(len(FEW))}
     assert seen == everything
     rows = list(model.responses_of_trials(model.rows_of(FEW, 3), 12, ABLATIONS))
-    assert {(row.trial, row.prompt): model.text_of(row) for row in rows} == {(i, j): responses[i][j] for i, j in everything}
+    assert {(row.trial, row.prompt): model.text_of(row.generated) for row in rows} == {(i, j): responses[i][j] for i, j in everything}
     assert len(rows) == len(everything)
 
     assert torch.equal(model.first_token_logprobs(FEW), original)
@@ -301,7 +318,7 @@ def test_cancelled_trials_are_dropped(plain: Plain) -> None:
             dropped.append(row)
             cancelled.add(1)
         else:
-            texts[row.prompt] = model.text_of(row)
+            texts[row.prompt] = model.text_of(row.generated)
     assert [texts[i] for i in range(len(PROMPTS))] == expected
     assert 0 < len(dropped) < len(PROMPTS)
 
@@ -346,7 +363,7 @@ def test_a_trial_that_overflows_spoils_no_other(tmp_path: Path) -> None:
     assert {row.finite for row in rows if row.trial != 1} == {False}
     good = {row.prompt: row for row in rows if row.trial == 1}
     assert all(row.finite for row in good.values())
-    assert [model.text_of(good[i]) for i in range(len(PROMPTS))] == expected
+    assert [model.text_of(good[i].generated) for i in range(len(PROMPTS))] == expected
     with pytest.raises(TrialError):
         model.first_token_logprobs(PROMPTS, broken)
 
@@ -478,14 +495,15 @@ def test_a_model_in_float64(tmp_path: Path) -> None:
     assert not remainder(model.model, model.architecture).is_inexact(torch.float64)
 
 
-def test_template_that_refuses_a_system_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", [NO_SYSTEM_TEMPLATE, DROPS_SYSTEM_TEMPLATE], ids=["refuses", "leaves out"])
+def test_template_without_system_messages(template: str, tmp_path: Path) -> None:
     recorder = Recorder()
-    model = load(save(tmp_path, build(), NO_SYSTEM_TEMPLATE), recorder)
+    model = load(save(tmp_path, build(), template), recorder)
     assert model.render(MESSAGES) == "<user> you are a cat\n\nhello <end> <assistant> "
     more = [*MESSAGES, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "how"}]
     assert model.render(more) == "<user> you are a cat\n\nhello <end> <assistant> yes <end> <user> how <end> <assistant> "
     assert model.render(MESSAGES[1:]) == "<user> hello <end> <assistant> "
-    assert recorder.messages == ["The chat template rejects system messages; the system prompt is put before the user's text."]
+    assert recorder.messages == ["The chat template takes no system messages; the system prompt is put before the user's text."]
     assert recorder.warnings == []
     # What the model is given is what the template makes of the folded message.
     reference = Plain(tmp_path)
@@ -513,7 +531,7 @@ def test_templates_that_take_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{% if add_generation_prompt %}<assistant> {% endif %}", "{{ raise_exception('no') }}", "{{ '<user>' + messages[1]['text'] }}"],
+    ["{% if add_generation_prompt %}<assistant> {% endif %}", "{{ raise_exception('no') }}", "{{ '<user>' + messages[1]['content'][:2] }}"],
 )
 def test_templates_that_leave_out_the_prompt(template: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:

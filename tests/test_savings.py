@@ -170,7 +170,7 @@ def test_answers_leave_earlier_by_the_learned_rule(demo: Demo) -> None:
         rule = measure_original(settings, model, demo.good, demo.bad).rule
         rows = sorted(model.responses_of_trials(model.rows_of(demo.bad, 1), 40, TRIALS[:1], rule.is_decided), key=lambda row: row.prompt)
         tokens[name] = [len(row.generated) for row in rows]
-        kinds[name] = [rule.judge(model.text_of(row), len(row.generated) == 40).kind for row in rows]
+        kinds[name] = [rule.judge(model.text_of(row.generated), len(row.generated) == 40).kind for row in rows]
     assert kinds["learned"] == kinds["markers"] and "compliance" in kinds["learned"]
     answers = [i for i, kind in enumerate(kinds["learned"]) if kind == "compliance"]
     learned, markers = (sum(tokens[name][i] for i in answers) for name in ("learned", "markers"))

@@ -392,10 +392,10 @@ def test_tables_that_are_wrong(scorers: str, text: str, heretic: Heretic, workpl
 # A classifier
 
 
-def make_classifier(folder: Path, labels: list[str]) -> Path:
+def make_classifier(folder: Path, labels: list[str], problem_type: str | None = None) -> Path:
     """A classifier of random weights over the words of the tests."""
     torch.manual_seed(2)
-    config = LlamaConfig(**tiny.SIZES, num_labels=len(labels), id2label=dict(enumerate(labels)))
+    config = LlamaConfig(**tiny.SIZES, num_labels=len(labels), id2label=dict(enumerate(labels)), problem_type=problem_type)
     model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -406,9 +406,12 @@ def make_classifier(folder: Path, labels: list[str]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("with_prompt", [False, True])
-def test_a_classifier_as_judge(with_prompt: bool, folder: Path, tmp_path: Path) -> None:
-    judge = make_classifier(tmp_path / "judge", ["ANSWER", "REJECTION"])
+@pytest.mark.parametrize(
+    ("with_prompt", "problem_type"), [(False, None), (True, "single_label_classification"), (False, "multi_label_classification")]
+)
+def test_a_classifier_as_judge(with_prompt: bool, problem_type: str | None, folder: Path, tmp_path: Path) -> None:
+    has_independent_labels = problem_type == "multi_label_classification"
+    judge = make_classifier(tmp_path / "judge", ["ANSWER", "REJECTION", "REFUSAL"], problem_type)
     own = {"model": str(judge), "batch_size": 2, "with_prompt": with_prompt}
     scorers = {"judge": {"use": "classifier", "direction": "minimize", "settings": own}, "refusals": {"direction": "none"}}
     made = evaluator(folder, scorers=scorers)
@@ -423,7 +426,9 @@ def test_a_classifier_as_judge(with_prompt: bool, folder: Path, tmp_path: Path) 
                 count += bool(originals[i].strip())
                 continue
             with torch.no_grad():
-                count += bool(network(input_ids=ids).logits[0].double().softmax(dim=-1)[1] >= 0.5)
+                logits = network(input_ids=ids).logits[0].double()
+            probability = logits[1:].sigmoid().max() if has_independent_labels else logits.softmax(dim=-1)[1:].sum()
+            count += bool(probability >= 0.5)
         return count
 
     scores = made.score_trials(ABLATIONS)

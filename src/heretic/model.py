@@ -17,7 +17,7 @@ from .decoding.decoder import Decoder, Optimizations
 from .decoding.packed import packed_logits
 from .decoding.plain import PlainDecoder
 from .decoding.prefix_cache import PrefixCache
-from .decoding.rows import Row, TextWatch, padded_on
+from .decoding.rows import Row, TextWatch, decoded, padded_on
 from .decoding.selfcheck import choose_decoder, packs_well, resumes_well
 from .device import input_device, upload
 from .editing.ablation import Ablation, RowNormalization
@@ -40,6 +40,13 @@ def read_output_weight_once(model: PreTrainedModel) -> None:
     """
     if (module := model.get_output_embeddings()) is not None:
         module.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]) if inputs else None)
+
+
+def _special_tags(tokenizer: Any, skips: Sequence[tuple[str, str]]) -> frozenset[int]:
+    """The opening and closing tags of thinking blocks that are special tokens of a tokenizer."""
+    tags = {tag for opening, closed in skips for tag in (opening, closed.removeprefix(opening).strip())}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(number for number, token in added.items() if token.special and token.content in tags)
 
 
 class Model:
@@ -69,6 +76,7 @@ class Model:
         self.decoder = choose_decoder(self.model, self.tokenizer, rows_per_trial, self.progress, optimizations or Optimizations())
         self._compiles = settings.compile_decoding and self._can_compile()
         self._template = ChatTemplate(self.tokenizer, self.progress)
+        self._special_tags = _special_tags(self.tokenizer, settings.chain_of_thought_skips)
         self._ids: dict[tuple[str, tuple[Prompt, ...]], list[list[int]]] = {}
 
     def _can_compile(self) -> bool:
@@ -291,7 +299,7 @@ class Model:
         for row in self.responses_of_trials(rows, max_new_tokens, [] if ablation is None else [ablation], is_decided, description):
             if not row.finite:
                 raise TrialError(NOT_FINITE)
-            texts[row.prompt] = self.tokenizer.decode(row.generated, skip_special_tokens=skip_special_tokens)
+            texts[row.prompt] = self.text_of(row.generated) if skip_special_tokens else self.tokenizer.decode(row.generated)
         return texts
 
     def responses_by_trial(
@@ -304,7 +312,7 @@ class Model:
         texts: list[list[str | None]] = [[None] * len(prompts) for _ in range(n_trials)]
         for row in self.responses_of_trials(self.rows_of(prompts, n_trials), max_new_tokens, ablations, description=description):
             if row.finite:
-                texts[row.trial][row.prompt] = self.text_of(row)
+                texts[row.trial][row.prompt] = self.text_of(row.generated)
         return texts
 
     def responses_of_trials(
@@ -320,7 +328,7 @@ class Model:
 
         Trials that are added to `cancelled` meanwhile are dropped.
         """
-        is_finished = (lambda row: False) if is_decided is None else TextWatch(self.tokenizer, is_decided)
+        is_finished = (lambda row: False) if is_decided is None else TextWatch(self.tokenizer, is_decided, self._special_tags)
         with self._edited(ablations), self._task(description, len(rows)) as advance:
             for row in self.decoder.run(rows, max_new_tokens, is_finished, cancelled):
                 advance(1)
@@ -349,10 +357,9 @@ class Model:
         """Logits `(n, vocabulary)` at the last `counts[i]` tokens of each row, none longer than `packed_length`, in one pass."""
         return packed_logits(self.model, rows, counts, by_row)
 
-    def text_of(self, row: Row) -> str:
-        """The response of a row."""
-        text: str = self.tokenizer.decode(row.generated, skip_special_tokens=True)
-        return text
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of a response, without special tokens other than tags of thinking blocks."""
+        return decoded(self.tokenizer, tokens, self._special_tags)
 
     def stream_response(
         self, messages: Sequence[Message], max_new_tokens: int, ablation: Ablation | None, write: Callable[[str], None]

@@ -182,7 +182,7 @@ class Comparison:
         for row in model.responses_of_trials(model.rows_of(prompts, 1), length, ablations, description=description):
             if not row.finite:
                 raise TrialError(NOT_FINITE)
-            text = model.text_of(row)
+            text = model.text_of(row.generated)
             found[row.prompt] = text, rule.classify(text, is_cut_off=len(row.generated) >= length)
         if self.settings.print_responses:
             for i, prompt in enumerate(prompts):

@@ -6,32 +6,54 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import TextStreamer
 
+from ..errors import ModelError
 from ..prompts import Message
 from ..utils import Progress
 
+# Texts of the system and of the user that no template contains by itself.
+SYSTEM_PROBE, USER_PROBE = "You know a lot about bread.", "How warm is the oven?"
+
 
 class ChatTemplate:
-    """A tokenizer's chat template, and a fallback if it rejects system messages or does not exist."""
+    """A tokenizer's chat template, and a fallback if it rejects system messages, takes lists of parts instead of text, or does not exist.
+
+    Raises `ModelError` for a template that leaves out what the user says.
+    """
 
     def __init__(self, tokenizer: Any, progress: Progress) -> None:
         self.tokenizer = tokenizer
         self.exists = getattr(tokenizer, "chat_template", None) is not None
-        self.takes_system = True
+        self.takes_parts, self.takes_system = False, True
         if not self.exists:
             progress.warning(
                 "This model has no chat template: prompts are passed as plain text after the system prompt. "
                 "Base models rarely refuse; an instruction-tuned model should have a template."
             )
             return
-        user = {"role": "user", "content": "Hello"}
+        for self.takes_parts, self.takes_system in ((False, True), (False, False), (True, True), (True, False)):
+            if self._shows_all():
+                break
+        else:
+            raise ModelError(
+                "The chat template leaves out the user's message, given as text or as a list of parts. "
+                "Put one that contains it into the model's folder, as chat_template.jinja."
+            )
+        if not self.takes_system:
+            progress.message("The chat template takes no system messages; the system prompt is put before the user's text.")
+
+    def _shows_all(self) -> bool:
+        """Whether a conversation with a system message can be rendered, and all that is said is in it."""
         try:
-            self._apply([{"role": "system", "content": "Hello"}, user])
-        except TemplateError:
-            self.takes_system = False
-            progress.message("The chat template rejects system messages; the system prompt is put before the user's text.")
+            text = self.render([{"role": "system", "content": SYSTEM_PROBE}, {"role": "user", "content": USER_PROBE}])
+            return SYSTEM_PROBE in text and USER_PROBE in text
+        except (TemplateError, TypeError, ValueError):  # a template's own text and a list cannot be added
+            return False
 
     def _apply(self, messages: Sequence[Message]) -> str:
-        text: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        given: list[Any] = list(messages)
+        if self.takes_parts:
+            given = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        text: str = self.tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
         return text
 
     def render(self, messages: Sequence[Message]) -> str:

@@ -27,7 +27,7 @@ from ..device import embedding_weight, empty_cache, free_memory, input_device, i
 from .blocks import Blocks, Prefix
 from .compiled import CompiledStep, can_compile
 from .pool import Pool
-from .prefix_cache import PrefixCache, pass_key
+from .prefix_cache import Key, PrefixCache
 from .rows import Row, padded_on
 
 # The share of free memory that keys and values may take.
@@ -96,6 +96,8 @@ class Decoder:
         layers = DynamicCache(config=config).layers
         self.n_layers = len(layers)
         windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        if "local" in getattr(config, "attention_layers", ()):
+            windows.append(0)  # GPT-Neo's layers mask distant columns by themselves: rows can neither have a gap nor be packed
         self.allows_holes = not windows
         self.window = min(windows, default=sys.maxsize)  # a row this long is seen as a whole by every layer
         # transformers synchronizes to find out whether a mask is needed. With this the decoder always makes one, for SDPA attention.
@@ -146,10 +148,15 @@ class Decoder:
         `cancelled` may grow meanwhile: rows of trials in it are dropped and not yielded.
         """
         waiting = deque(sorted(rows, key=self._order))
-        n_columns = max((row.length for row in rows), default=0) + max_new_tokens
         limit = self._row_limit(rows)
         prefix = self._share_prefix(rows)
-        pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
+
+        def empty_pool() -> Pool:
+            # Rows that share a prefix and a prefill span as many columns, so the shortest may still need all new ones after the longest.
+            n_columns = max((row.length for row in waiting), default=0) + max_new_tokens
+            return Pool(self, limit, n_columns, max_new_tokens, is_finished)
+
+        pool = empty_pool()
         while waiting or pool.rows:
             try:
                 pool.advance(waiting, prefix)
@@ -167,7 +174,7 @@ class Decoder:
             pool.check_texts()
             yield from pool.finished()
             waiting = deque(sorted([*pool.active_rows, *waiting], key=self._order))
-            pool = Pool(self, limit, n_columns, max_new_tokens, is_finished)
+            pool = empty_pool()
             empty_cache()
 
     def _order(self, row: Row) -> tuple[int, int]:
@@ -240,23 +247,22 @@ class Decoder:
         With a prefix, the columns are the prefix, a gap if a row is shorter, and the rest of the row.
         """
         skipped = 0 if prefix is None else prefix.length
-        sequences = [[*row.tokens, *row.generated][skipped:] for row in rows]
-        tokens, mask, positions = padded_on(self.device, sequences)
+        sequences = [(*row.tokens, *row.generated) for row in rows]
+        tokens, mask, positions = padded_on(self.device, [own[skipped:] for own in sequences])
         if prefix is not None:
             cache = cache or Blocks(self.n_layers, len(rows), skipped + tokens.shape[1])
             prefix.begin(cache, rows)
             mask = nn.functional.pad(mask, (skipped, 0), value=True)
             positions = positions + skipped
         self.assign_rows([row.trial for row in rows])
-        with self._reuse(sequences, rows[0].trial, cache):
+        with self._reuse((skipped, tuple(sequences)), rows[0].trial, cache):
             logits = self.forward(tokens, mask, positions, cache, n_logits or 1)
         return logits[:, -1] if n_logits is None else logits, mask
 
-    def _reuse(self, sequences: Sequence[Sequence[int]], trial: int, cache: Blocks | None) -> AbstractContextManager[None]:
+    def _reuse(self, key: Key, trial: int, cache: Blocks | None) -> AbstractContextManager[None]:
         """Record the pass, or start it at the trial's first edited layer."""
         if self.prefix_cache is None:
             return nullcontext()
-        key = pass_key(sequences)
         known = self.prefix_cache.has(key, cache is not None)
         if self.first_layers:
             return self.prefix_cache.begin_at(key, self.first_layers[trial], cache) if known else nullcontext()

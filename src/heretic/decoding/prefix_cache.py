@@ -2,7 +2,7 @@
 
 Layers below the first edited one compute the same as in the original. Their keys, values and hidden states are recorded when the baseline
 is measured, and a trial's prefill starts at its first edited layer with the recorded hidden states. Valid only for passes of exactly the
-same rows (same tokens, same padding); other passes are computed in full.
+same rows (same tokens, same shared prefix, same padding); other passes are computed in full.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,8 @@ from .blocks import Blocks
 # The share of the initially free memory that recordings may take.
 BUDGET_SHARE = 0.2
 
-Key = tuple[tuple[int, ...], ...]
+# A pass: the length of the shared prefix, which it does not compute, and all tokens of its rows, in order.
+Key = tuple[int, tuple[tuple[int, ...], ...]]
 
 
 @dataclass
@@ -50,7 +51,8 @@ class PrefixCache:
 
     def record(self, key: Key, cache: Blocks | None) -> AbstractContextManager[None]:
         """Context that records the pass in it, if `recording` is set and the budget allows."""
-        n_tokens = len(key) * max(map(len, key))
+        n_skipped, rows = key
+        n_tokens = len(rows) * (max(map(len, rows)) - n_skipped)
         fits = n_tokens * self.bytes_per_token * len(self.layers) <= self.budget
         return self._record(key, cache) if self.recording and fits else nullcontext()
 
@@ -112,8 +114,3 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iter
             del module.forward
         else:
             module.forward = own
-
-
-def pass_key(rows: Sequence[Sequence[int]]) -> Key:
-    """The key of a pass: the tokens of its rows, in order."""
-    return tuple(map(tuple, rows))

@@ -1,7 +1,8 @@
 """Rows (one prompt under one trial's ablation), and early verdicts on their text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -27,24 +28,30 @@ class Row:
         return len(self.tokens) + len(self.generated)
 
 
+def decoded(tokenizer: Any, tokens: Sequence[int], shown: Set[int] = frozenset()) -> str:
+    """The text of tokens, of the special ones only with those in `shown`."""
+    parts = groupby(tokens, key=shown.__contains__)
+    return "".join(tokenizer.decode(list(part), skip_special_tokens=not is_shown) for is_shown, part in parts)
+
+
 class TextWatch:
     """Checks after each token whether a row's text is decided.
 
     The text is concatenated from decoded single tokens, which is fast, and a positive result is confirmed on the jointly decoded tokens. If
-    only the latter would be decided, this only costs the steps to the row's end.
+    only the latter would be decided, this only costs the steps to the row's end. `shown`: see `decoded`.
     """
 
-    def __init__(self, tokenizer: Any, is_decided: Callable[[str], bool]) -> None:
+    def __init__(self, tokenizer: Any, is_decided: Callable[[str], bool], shown: Set[int] = frozenset()) -> None:
         self.tokenizer = tokenizer
         self.is_decided = is_decided
+        self.shown = shown
         self._pieces: dict[int, str] = {}
         # A token's text depends on whether it is the first one: some tokenizers drop the first blank.
         self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text = self._decode(self._anchor)
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+        return decoded(self.tokenizer, tokens, self.shown)
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import EvaluationError, UsageError
@@ -94,8 +95,14 @@ class Classifier(Scorer):
             part = slice(start, start + self.settings.batch_size)
             texts = (prompts[part], answers[part]) if self.settings.with_prompt else (answers[part],)
             inputs = self.tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt").to(self.model.device)
-            probabilities += self.model(**inputs).logits.float().softmax(dim=-1)[:, self.labels].sum(dim=-1).tolist()
+            probabilities += self._of_refusal(self.model(**inputs).logits.float()).tolist()
         return probabilities
+
+    def _of_refusal(self, logits: Tensor) -> Tensor:
+        """The probability `(text,)` of the refusal labels by `logits (text, label)`; the largest one if each label has its own."""
+        if self.model.config.problem_type == "multi_label_classification":
+            return logits[:, self.labels].sigmoid().amax(dim=-1)
+        return logits.softmax(dim=-1)[:, self.labels].sum(dim=-1)
 
     def objective(self, value: float, refusals: float | None) -> float:
         return value / self.base

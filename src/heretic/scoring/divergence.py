@@ -183,7 +183,7 @@ class OriginalAnswers:
             parts = zip(torch.from_numpy(index).split(KL_SLICE), logits.split(KL_SLICE), strict=True)
             found_rows += rows
             found += [self._slice(positions, part) for positions, part in parts]
-        flat = torch.cat(found).double().cpu().numpy()  # one synchronization for all passes
+        flat = torch.cat(found).cpu().double().numpy()  # one synchronization for all passes; not every accelerator has float64
         ends = np.cumsum([self.n_positions[row.prompt] for row in found_rows])
         for row, own in zip(found_rows, np.split(flat, ends[:-1]), strict=True):
             # Rounding can make a zero divergence slightly negative.

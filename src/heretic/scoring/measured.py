@@ -203,9 +203,14 @@ def response_shown(settings: Settings, progress: Progress) -> Callable[[Prompt, 
 def refusal_rule(settings: Settings, model: Model, bad_prompts: Sequence[Prompt]) -> RefusalRule:
     """The rule that judges a model's responses."""
     skips = settings.chain_of_thought_skips
-    # The opening tag of a thinking block, if the rendered prompts end with one.
-    shown = model.render(prompt_messages(bad_prompts[0])).rstrip() if bad_prompts else ""
-    begins_inside = next((opening for opening, _ in skips if shown.endswith(opening)), None)
+    shown = model.with_response_prefix("").render(prompt_messages(bad_prompts[0])).rstrip() if bad_prompts else ""
+    begins_inside = next((opening for opening, closed in skips if _leaves_open(shown, model.response_prefix, opening, closed)), None)
     if settings.refusal_rule == "markers":
         return RefusalRule(settings.refusal_markers, skips, begins_inside)
     return LearnedRule(settings.own_markers, skips, begins_inside)
+
+
+def _leaves_open(prompt: str, prefix: str, opening: str, closed: str) -> bool:
+    """Whether a thinking block that the end of the rendered prompt or the response prefix opens is not closed by the prefix."""
+    _, opened, after = prefix.rpartition(opening)
+    return bool(opened or prompt.endswith(opening)) and closed.removeprefix(opening).strip() not in after

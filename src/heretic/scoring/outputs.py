@@ -89,7 +89,7 @@ class Batch:
 
     def _response(self, row: Row, length: int, original: Kind | None, is_whole: bool = False) -> Response:
         """The response of a finished row. `original`: kind of the original's response to the prompt (None: unknown, or the original)."""
-        text = self.model.text_of(row)
+        text = self.model.text_of(row.generated)
         is_cut_off = len(row.generated) >= length
         early = self.rule.judge(text, is_cut_off).kind
         whole = self.rule.classify(text, is_cut_off) if self.whole_responses or is_whole else None

@@ -202,7 +202,7 @@ class Learner:
 
     def _kind(self, tokens: Sequence[int], is_cut_off: bool) -> Kind | None:
         """Whether a response is a refusal or an answer; None if it is neither."""
-        text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.model.text_of(tokens)
         kind = self.rule.judge(text, is_cut_off).kind
         # What a rule misses is where a gradient goes: doubtful beginnings are never learned as answers.
         if kind == "compliance" and any(marker in normalize(text[:OPENING_CHARACTERS]) for marker in DOUBTFUL):
