@@ -131,7 +131,8 @@ def test_an_interrupt_while_something_is_printed() -> None:
     terminal = threading.Thread(target=press_and_read)
     terminal.start()
     with os.fdopen(begin, "w") as output, stages.stop_on_interrupt(lambda: print("Stopping", file=output, flush=True)) as should_stop:
-        print("x" * 2**20, file=output, flush=True)
+        output.write("x" * 2**20 + "\n")  # `print` writes a line and its end one after the other
+        output.flush()
         assert should_stop()
     terminal.join()
     os.close(end)
