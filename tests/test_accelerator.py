@@ -111,7 +111,8 @@ def test_no_float64_on_the_device(workplace: Path, heretic: Heretic, monkeypatch
 @pytest.mark.slow
 def test_the_demonstration(tmp_path: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    search = ("--n-trials", "4", "--n-startup-trials", "3", "--n-finalists", "1", "--seed", "1", "--max-response-length", "20")
+    search = ["--n-trials", "4", "--n-startup-trials", "3", "--n-finalists", "1", "--seed", "1", "--max-response-length", "20"]
+    search += [f"--{kind}prompts.split=[:40]" for kind in ("good-", "bad-", "good-evaluation-", "bad-evaluation-")]
     check_like_the_cpu(heretic, Emulation((GIB,)), "--demo", *search, "--dtypes", "float32", "--row-normalization", "full")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_a_whole_run(file: Path, tmp_path: Path, heretic: Callable[..., Outcome]
     outcome = heretic(file, *prompts, *sizes, *places, "--trial-index", 0, "--model-action", "save", "--export-strategy", "merge")
     assert (outcome.code, outcome.err) == (0, "")
     assert "30 layers" in outcome.out and "writing to the residual stream: 30 attn.o_proj, 30 mlp.down_proj, all edited\n" in outcome.out
-    assert "Warning" not in outcome.out
+    assert not re.search(r"Warning: (?!\d of \d \w+_evaluation_prompts are among)", outcome.out)
     record = json.loads((tmp_path / "out" / "heretic.json").read_text())
     assert record["model"]["gguf_file"] == file.name
     assert record["scores"]["base_refusals"] >= len(ERRANDS) / 2
