@@ -530,15 +530,19 @@ def test_templates_that_take_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "template",
-    ["{% if add_generation_prompt %}<assistant> {% endif %}", "{{ raise_exception('no') }}", "{{ '<user>' + messages[1]['content'][:2] }}"],
+    ("template", "failure"),
+    [
+        ("{% if add_generation_prompt %}<assistant> {% endif %}", "leaves out the user's message"),
+        ("{{ raise_exception('no such role') }}", "cannot render the user's message (no such role)"),
+        ("{{ '<user>' + messages[0]['content'][:2] }}", "leaves out the user's message"),
+    ],
 )
-def test_templates_that_leave_out_the_prompt(template: str, tmp_path: Path) -> None:
+def test_templates_that_leave_out_the_prompt(template: str, failure: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load(save(tmp_path, build(), template))
     assert str(caught.value) == (
-        "The chat template leaves out the user's message, given as text or as a list of parts. "
-        "Put one that contains it into the model's folder, as chat_template.jinja."
+        f"The chat template {failure}, and also if that is given as a list of parts. "
+        "Put one that works into the model's folder, as chat_template.jinja."
     )
 
 

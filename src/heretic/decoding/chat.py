@@ -8,7 +8,7 @@ from transformers import TextStreamer
 
 from ..errors import ModelError
 from ..prompts import Message
-from ..utils import Progress
+from ..utils import Progress, first_line
 
 # Texts of the system and of the user that no template contains by itself.
 SYSTEM_PROBE, USER_PROBE = "You know a lot about bread.", "How warm is the oven?"
@@ -30,24 +30,26 @@ class ChatTemplate:
                 "Base models rarely refuse; an instruction-tuned model should have a template."
             )
             return
+        failures = []
         for self.takes_parts, self.takes_system in ((False, True), (False, False), (True, True), (True, False)):
-            if self._shows_all():
+            if (failure := self._failure()) is None:
                 break
+            failures.append(failure)
         else:
             raise ModelError(
-                "The chat template leaves out the user's message, given as text or as a list of parts. "
-                "Put one that contains it into the model's folder, as chat_template.jinja."
+                f"The chat template {failures[1]}, and also if that is given as a list of parts. "
+                "Put one that works into the model's folder, as chat_template.jinja."
             )
         if not self.takes_system:
             progress.message("The chat template takes no system messages; the system prompt is put before the user's text.")
 
-    def _shows_all(self) -> bool:
-        """Whether a conversation with a system message can be rendered, and all that is said is in it."""
+    def _failure(self) -> str | None:
+        """What is wrong if a system message and the user's are rendered; None if all that is said is there."""
         try:
             text = self.render([{"role": "system", "content": SYSTEM_PROBE}, {"role": "user", "content": USER_PROBE}])
-            return SYSTEM_PROBE in text and USER_PROBE in text
-        except (TemplateError, TypeError, ValueError):  # a template's own text and a list cannot be added
-            return False
+        except (TemplateError, TypeError, ValueError) as error:  # a template's own text and a list cannot be added
+            return f"cannot render the user's message ({first_line(error)})"
+        return None if SYSTEM_PROBE in text and USER_PROBE in text else "leaves out the user's message"
 
     def _apply(self, messages: Sequence[Message]) -> str:
         given: list[Any] = list(messages)

@@ -94,7 +94,7 @@ class AblationHooks:
 
     def _prepare(self, writer: Writer) -> _Constants:
         storage = writer.storage
-        if _is_swapped(writer, self.mode) and next(writer.module.parameters(recurse=False)).is_meta:
+        if _is_swapped(writer, self.mode) and any(p.is_meta for p in writer.module.parameters(recurse=False)):
             raise UnsupportedModelError(
                 f"{writer.name} is offloaded, and an edit of it replaces weights, which are loaded anew for every pass. Let it fit into "
                 "memory (--max-memory, --quantization bnb_4bit)."

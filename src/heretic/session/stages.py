@@ -169,10 +169,10 @@ def with_found_prefix(settings: Settings, console: Console, model: Model, prompt
     """The model with the common start of all its responses. Raises `PromptError` if prompts are too long without or with it."""
     check_lengths(settings, model, prompts)
     prefix = find_response_prefix(model, settings, prompts.good, prompts.bad)
+    model = model.with_response_prefix(prefix)
     if prefix:
         console.message(f"Response prefix: {prefix!r}; evaluation begins after it.")
-    model = model.with_response_prefix(prefix)
-    check_lengths(settings, model, prompts)
+        check_lengths(settings, model, prompts)
     return model
 
 
