@@ -477,6 +477,11 @@ def test_a_template_in_a_file_that_only_processors_read(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
     assert load(tmp_path, recorder).render(MESSAGES) == expected
     assert recorder.warnings == []
+    (tmp_path / "chat_template.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(
+        ModelError, match=r"^The chat template of .* cannot be read: chat_template\.json is not valid \(list indices must be"
+    ):
+        load(tmp_path)
 
 
 def test_a_tokenizer_that_tells_the_types_of_tokens(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from .gguf import dequantized_source
 from .quantized import cast_dequantized, loading_arguments, refuse_method, stored_method
 from .source import ModelSource
 
+PROCESSORS_TEMPLATE = "chat_template.json"
 # How often the speeds of number formats are compared before one is chosen.
 TRIES = 20
 # Their matrices are as wide as the model, up to here: what is faster does not change any more.
@@ -153,16 +154,29 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     except Exception as error:  # tokenizers' own error is a plain `Exception`
         raise ModelError(f"The tokenizer of {source.name} cannot be loaded: {first_line(error)}") from error
-    if tokenizer.chat_template is None:  # transformers reads this file with processors only, which take images, too
-        with suppress(OSError, ValueError, KeyError):
-            path = cached_file(source.path, "chat_template.json", revision=source.revision)
-            tokenizer.chat_template = json.loads(Path(path or "").read_text(encoding="utf-8"))["chat_template"]
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processors_template(source)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"The tokenizer of {source.name} has neither a padding nor an end token; add one to its files.")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # so that the last position is the last prompt token in every row
     return tokenizer
+
+
+def _processors_template(source: ModelSource) -> str | None:
+    """The template in the file that transformers reads with processors only, which take images, too; None if there is no such file."""
+    try:
+        path = cached_file(source.path, PROCESSORS_TEMPLATE, revision=source.revision)
+    except OSError:  # not there, and not to be had
+        return None
+    try:
+        template: str = json.loads(Path(path or "").read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelError(
+            f"The chat template of {source.name} cannot be read: {PROCESSORS_TEMPLATE} is not valid ({first_line(error)})."
+        ) from error
+    return template
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -190,8 +204,8 @@ def _choose_dtype(name: str, config: PreTrainedConfig, settings: Settings, progr
 def _bfloat16_is_slower(width: int) -> bool:
     """Whether this CPU multiplies bfloat16 matrices slower than float32 ones.
 
-    That depends on its instructions and on the model's width: narrow ones are slower in bfloat16 on any CPU. Measured in CPU time of one
-    thread, the best of several tries in turn: other programs take the caches away.
+    That depends on its instructions and on the model's width: narrow ones may be slower in bfloat16 even with them. Measured in
+    CPU time of one thread, the best of several tries in turn: other programs take the caches away.
     """
 
     def seconds(dtype: torch.dtype) -> float:
